@@ -1,0 +1,53 @@
+"""Published training methods as callbacks for any LightningModule: compose them, resume them, bake the result.
+
+Methods are imported from their plugin on first use: ``from lightning_peft import NMSparsity``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Lane": "compose.lanes",
+    "Loss": "compose.loss",
+    "Method": "method",
+    "Resource": "compose.lanes",
+    "Run": "compose.run",
+    "Schedule": "compose.schedule",
+    "Step": "compose.loss",
+    "WeightMap": "weights.maps",
+    "apply_terms": "attach.hub",
+    "bake": "export.bake",
+    "bake_checkpoint": "export.bake",
+    "load_from_checkpoint": "export.bake",
+    "plan": "compose.plan",
+}
+_SUBPACKAGES = ("export", "functional", "registry", "testing")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(f"lightning_peft.{_HOMES[name]}"), name)
+    elif name in _SUBPACKAGES:
+        value = import_module(f"lightning_peft.{name}")
+    elif name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    else:
+        from lightning_peft import registry
+
+        entries = registry.installed()
+        if name not in entries:
+            hint = registry.suggest(name, [*entries, *_HOMES])
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{hint}")
+        value = entries[name].load()
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    from lightning_peft import registry
+
+    return sorted({*globals(), *_HOMES, *_SUBPACKAGES, *registry.installed()})

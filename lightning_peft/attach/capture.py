@@ -1,0 +1,83 @@
+"""Taps: what a submodule was given and what it returned during the current training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_peft.attach.shim import Shim
+
+MAX_CALLS = 64  # a step that calls its network more often than this does not want all of them remembered
+
+
+@dataclass(slots=True)
+class Captured:
+    """One call of a tapped module: positional arguments, keyword arguments, output."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+class Tap:
+    """Remembers the calls of one module while it is open.
+
+    The module's ``forward`` is shadowed rather than hooked: hooks registered after a first compiled call never fire
+    (pytorch#117758). A module compiled in place with ``Module.compile`` is tapped outside its compiled region.
+
+    Args:
+        module: The module to watch.
+        name: Its qualified name, for messages.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.name = name
+        self.calls: list[Captured] = []
+        self._module = module
+        self._open = False
+        self._shim: Shim | None = None
+
+    def install(self) -> None:
+        """Start shadowing the module."""
+        compiled = getattr(self._module, "_compiled_call_impl", None) is not None
+        self._shim = Shim(self._module, "_compiled_call_impl" if compiled else "forward", self._record).install()
+
+    def remove(self) -> None:
+        """Stop shadowing the module and forget what was seen."""
+        self.close()
+        if self._shim is not None:
+            self._shim.remove()
+            self._shim = None
+
+    def open(self) -> None:
+        """Begin a step: forget earlier calls and remember the next ones."""
+        self.calls.clear()
+        self._open = True
+
+    def close(self) -> None:
+        """End a step and let go of its tensors."""
+        self._open = False
+        self.calls.clear()
+
+    def last(self) -> Captured:
+        """Return the latest call of this step.
+
+        Raises:
+            MisconfigurationException: The module was not called.
+        """
+        if not self.calls:
+            raise MisconfigurationException(
+                f"The network {self.name or '(the module itself)'!r} was not called during this training step, so its logits "
+                'are unknown. Name the submodule your training_step calls with network="<name>".'
+            )
+        return self.calls[-1]
+
+    def _record(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = inner(*args, **kwargs)
+        if self._open and len(self.calls) < MAX_CALLS:
+            self.calls.append(Captured(args, kwargs, output))
+        return output

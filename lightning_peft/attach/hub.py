@@ -1,0 +1,373 @@
+"""The hub: one per LightningModule and run, owner of every intrusion into it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, MutableMapping
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_peft.attach import averaging
+from lightning_peft.attach.capture import Tap
+from lightning_peft.attach.network import resolve_network
+from lightning_peft.attach.sampling import SampleRecorder
+from lightning_peft.attach.shim import Shim
+from lightning_peft.compose.lanes import Lane, Resource
+from lightning_peft.compose.loss import Loss, Step, check_finite, combine, join_output, split_output
+from lightning_peft.compose.plan import resolve
+from lightning_peft.compose.run import Run
+from lightning_peft.method import Method, methods_of, ordered
+from lightning_peft.strategies.support import check_strategy
+from lightning_peft.structure import checkpoint as files
+from lightning_peft.structure.optimizers import move_to_group, owner
+from lightning_peft.weights import stash
+from lightning_peft.weights.maps import WeightMap, detach_maps, forget_pristine, mapped_tensors
+
+_HUBS: weakref.WeakKeyDictionary[nn.Module, Hub] = weakref.WeakKeyDictionary()
+
+
+def network_of(methods: Iterable[Method], module: nn.Module) -> tuple[str, nn.Module]:
+    """Agree on the network: the name methods were given, else the one found when any method reads it, else the module."""
+    methods = list(methods)
+    given = {method.network for method in methods if method.network is not None}
+    if len(given) > 1:
+        raise MisconfigurationException(f"The methods name different networks: {sorted(given)}. Give all of them the same one.")
+    needs = any(method.reads_now() & {Resource.LOGITS, Resource.INPUTS} for method in methods)
+    if given or needs:
+        return resolve_network(module, next(iter(given), None))
+    return "", module
+
+
+def enter(trainer: Trainer, module: LightningModule) -> Hub:
+    """Return the hub of this run, creating it when the first method of the Trainer asks."""
+    hub = _HUBS.get(module)
+    if hub is not None and hub.run.trainer is trainer:
+        return hub
+    if hub is not None:  # another Trainer died without a word
+        hub.leave(failed=True)
+    hub = Hub(trainer, module)
+    _HUBS[module] = hub
+    hub.install()
+    return hub
+
+
+def apply_terms(module: LightningModule, loss: Tensor) -> Tensor:
+    """Add the loss terms of all methods to a loss, for modules that use manual optimization.
+
+    Call it inside ``training_step`` on the loss that is passed to ``manual_backward``. Without methods, or outside training,
+    the loss comes back unchanged, so the call can stay in the module.
+
+    Args:
+        module: The LightningModule (``self``).
+        loss: Scalar loss, with its graph.
+
+    Returns:
+        The scalar to optimise.
+    """
+    hub = _HUBS.get(module)
+    return loss if hub is None else hub.apply(loss)
+
+
+def complete_checkpoint(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Give a checkpoint saved after a fit the training-time tensors, which left the module when the fit ended."""
+    stashed = {} if module in _HUBS or files.KEY in checkpoint else stash.peek(module)
+    if not stashed:
+        return
+    state = checkpoint["state_dict"]
+    for name, tensor in stashed.items():
+        files.training_state(state, name, tensor.value, tensor.states)
+    methods = ordered(methods_of(trainer.callbacks))  # type: ignore[attr-defined]
+    checkpoint[files.KEY] = {
+        "version": files.FORMAT,
+        "methods": [_method_record(method) for method in methods],
+        "weights": {name: tensor.records for name, tensor in stashed.items()},
+    }
+
+
+def _method_record(method: Method) -> dict[str, Any]:
+    return {"method": type(method).__name__, "name": method.name, "config": method.config(), "steps": method.steps}
+
+
+class Hub:
+    """Runs the methods of one Trainer on one module.
+
+    The first method in the callbacks list drives: it forwards Lightning's hooks, and the hub calls every method in plan order.
+    While that callback is not among ``trainer.callbacks`` (the learning-rate finder swaps them for its trial fit) the hub is
+    inactive: weights stay mapped, but no loss term, no clock and no method runs.
+
+    Args:
+        trainer: The Trainer that runs.
+        module: The user's module.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        listed = list(methods_of(trainer.callbacks))  # type: ignore[attr-defined]
+        self.driver = listed[0]
+        self.methods = ordered(listed)
+        self.run = Run(trainer, module, "", module)
+        self._fitting = trainer.state.fn == TrainerFn.FITTING
+        self._shims: list[Shim] = []
+        self._handles: list[RemovableHandle] = []
+        self._tap: Tap | None = None
+        self._features: dict[str, Tap] = {}
+        self._attached = self._started = self._moved = False
+        self._batch: tuple[Any, int] = (None, 0)
+        self._losses: dict[str, Tensor] | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether this Trainer is running its own callbacks at the moment."""
+        return any(callback is self.driver for callback in self.run.trainer.callbacks)  # type: ignore[attr-defined]
+
+    def install(self) -> None:
+        """Take hold of the module; methods are attached once its own ``setup`` and ``configure_model`` have run."""
+        check_strategy(self.run.trainer, self.methods)
+        # Not configure_model itself: WeightAveraging asks in its own setup whether that is overridden.
+        self._shadow(self.run.module, "setup", self._setup)
+        if self._fitting and any(Resource.SAMPLE_INDEX in method.reads_now() for method in self.methods):
+            self.run.samples = SampleRecorder(self.run.trainer)
+            self._shims.append(self.run.samples.install())
+
+    def _shadow(self, owner: Any, name: str, handler: Callable[..., Any]) -> None:
+        self._shims.append(Shim(owner, name, handler).install())
+
+    def _setup(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        inner(*args, **kwargs)
+        if is_overridden("configure_model", self.run.module):
+            self._shadow(self.run.module, "configure_model", self._configure_model)
+        else:
+            self.attach()
+
+    def _configure_model(self, inner: Callable[..., Any]) -> None:
+        inner()
+        self.attach()
+
+    def attach(self) -> None:
+        """Resolve the plan and attach every method, in lane order; does nothing the second time."""
+        if self._attached:
+            return
+        module = self.run.module
+        self.run.network_name, self.run.network = network_of(self.methods, module)
+        plan = resolve(self.methods, module, self.run.network_name)
+        stashed = stash.peek(module)
+        self._attached = True
+        for method in self.methods:
+            method.attach(module)
+        stash.restore(module, stashed)
+        if self._fitting:
+            if any(True for _ in mapped_tensors(module)):
+                averaging.rebuild(self.run.trainer, module)
+            self._tap_network()
+            self._shadow(module, "training_step", self._training_step)
+        self._shadow(module, "on_save_checkpoint", self._save)
+        self._shadow(module, "on_load_checkpoint", self._load)
+        rank_zero_info(str(plan))
+
+    def _tap_network(self) -> None:
+        if any(method.reads_now() & {Resource.LOGITS, Resource.INPUTS} for method in self.methods):
+            self._tap = Tap(self.run.network, self.run.network_name)
+        paths = {path for method in self.methods for path in method.features}
+        self._features = {path: Tap(self.run.module.get_submodule(path), path) for path in sorted(paths)}
+        for tap in self._taps():
+            tap.install()
+
+    def _taps(self) -> list[Tap]:
+        return [*([self._tap] if self._tap else []), *self._features.values()]
+
+    # Checkpoints.
+
+    def _save(self, inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+        inner(checkpoint)
+        checkpoint[files.KEY] = files.describe(self.run.module, [_method_record(method) for method in self.methods])
+
+    def _load(self, inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+        section = files.read(checkpoint)
+        tensors = list(mapped_tensors(self.run.module))
+        files.check_tensors(checkpoint["state_dict"], self.run.module)
+        if section is None or files.difference(section, tensors):
+            self._adopt(checkpoint, section)
+        inner(checkpoint)
+
+    def _adopt(self, checkpoint: dict[str, Any], section: dict[str, Any] | None) -> None:
+        """Load weights that were trained under other maps: allowed for evaluation, not for resuming an optimizer."""
+        module = self.run.module
+        tensors = list(mapped_tensors(module))
+        if self._fitting and (tensors or section) and checkpoint.get("optimizer_states"):
+            reason = files.difference(section or {"weights": {}}, tensors)
+            if reason is not None:
+                raise files.CheckpointError(
+                    f"This checkpoint cannot be resumed with these methods: {reason}, so its optimizer state would land on the "
+                    "wrong parameters. Resume with the callbacks it was saved with, or start anew from its weights: "
+                    "model = lightning_peft.load_from_checkpoint(ModelClass, path), then fit without ckpt_path."
+                )
+        state: MutableMapping[str, Tensor] = checkpoint["state_dict"]
+        if section is not None:
+            state = files.bake_state_dict(state, section)
+        files.mount_state_dict(state, module)
+        checkpoint["state_dict"] = state
+
+    # Training.
+
+    def bind_optimizers(self) -> None:
+        """Follow every optimizer's real steps and give the parameters of weight maps their own groups."""
+        for mapped in mapped_tensors(self.run.module):
+            for weight_map in mapped.maps:
+                self._place(weight_map, mapped.stored)
+        for index, optimizer in enumerate(self.run.trainer.optimizers):
+            self._handles.append(optimizer.register_step_post_hook(self._step_hook(index)))
+
+    def _place(self, weight_map: WeightMap, stored: nn.Parameter) -> None:
+        """Let a map's parameters train with the optimizer of the tensor they map; a frozen tensor has a frozen map."""
+        trainer = self.run.trainer
+        parameters = list(weight_map.parameters())
+        place = owner(trainer.optimizers, stored)
+        if place is None or not parameters:
+            return
+        optimizer, group = place
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        move_to_group(trainer.optimizers[optimizer], parameters, schedulers, like=group, **weight_map.optimizer_overrides)
+
+    def _step_hook(self, index: int) -> Callable[..., None]:
+        def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if not self.active:
+                return
+            if not self._moved:
+                self._moved = True
+                forget_pristine(self.run.module)
+            if index == 0:
+                self.run.step += 1
+            for method in self.methods:
+                method.steps = self.run.step
+                method.after_step(self.run)
+
+        return stepped
+
+    def start(self) -> None:
+        """Start every method, once, when weights, optimizers and loops are restored."""
+        if self._started:
+            return
+        self._started = True
+        if self.run.trainer.global_step == 0 and not any(method.restored for method in self.methods):
+            for method in self.methods:
+                method.steps = 0
+        self.run.step = max(method.steps for method in self.methods)
+        for method in self.methods:
+            method.steps = self.run.step
+            method.start(self.run)
+
+    def begin_batch(self, batch: Any, batch_idx: int) -> None:
+        """Note the batch a step will see."""
+        self._batch = (batch, batch_idx)
+        if self.run.samples is not None:
+            self.run.samples.advance()
+
+    def end_epoch(self) -> None:
+        """Tell every method that an epoch is over."""
+        for method in self.methods:
+            method.epoch_end(self.run)
+
+    def _training_step(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self.active:
+            return inner(*args, **kwargs)
+        taps = self._taps()
+        for tap in taps:
+            tap.open()
+        self._losses = None
+        try:
+            output = inner(*args, **kwargs)
+            if self.run.module.automatic_optimization:
+                if output is None:
+                    return None
+                return join_output(output, self.apply(split_output(output)))
+            self._check_applied()
+            return output
+        finally:
+            for tap in taps:
+                tap.close()
+
+    def _loss_methods(self) -> list[Method]:
+        return [method for method in self.methods if method.lane == Lane.LOSS]
+
+    def _check_applied(self) -> None:
+        methods = self._loss_methods()
+        if methods and self._losses is None:
+            raise MisconfigurationException(
+                f"{type(self.run.module).__name__} uses manual optimization, so {', '.join(m.name for m in methods)} cannot "
+                "reach its loss. In training_step write: loss = lightning_peft.apply_terms(self, loss) before manual_backward."
+            )
+
+    def apply(self, loss: Tensor) -> Tensor:
+        """Add every loss term to the user's loss."""
+        methods = self._loss_methods()
+        if not methods or not self.active or not self._started:
+            return loss
+        batch, batch_idx = self._batch
+        step = Step(loss, batch, batch_idx, self.run, self._tap, self._features)
+        terms: dict[str, Loss] = {}
+        check = loss.device.type == "cpu" or self._should_log
+        if check:
+            check_finite(loss, terms)
+        for method in methods:
+            term = method.loss(step)
+            if term is not None:
+                terms[method.name] = term if isinstance(term, Loss) else Loss(value=term)
+        if check:
+            check_finite(loss, terms)
+        total = combine(loss, terms)
+        self._losses = {"base": loss.detach(), "total": total.detach()}
+        self._losses |= {name: torch.as_tensor(term.value).detach() for name, term in terms.items()}
+        return total
+
+    # Logging.
+
+    @property
+    def _should_log(self) -> bool:
+        every: int = self.run.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and self.run.step % every == 0
+
+    def log(self) -> None:
+        """Log losses of the step as ``peft/loss/<name>``, and now and then each method's own metrics."""
+        module = self.run.module
+        if self._losses:
+            module.log_dict({f"peft/loss/{name}": value for name, value in self._losses.items()}, on_step=True, on_epoch=False)
+        if self._should_log or self.run.trainer.is_last_batch:
+            for method in self.methods:
+                for key, value in method.metrics(self.run).items():
+                    module.log(f"peft/{method.name}/{key}", float(value), on_step=True, on_epoch=False)
+
+    # The end.
+
+    def leave(self, *, failed: bool) -> None:
+        """Take everything off the module; what its layers compute stays as trained.
+
+        After a fit the module holds baked weights. After an evaluation, or a fit that failed before its first step, it holds
+        what it held before; after a fit that failed later, what its layers saw last.
+        """
+        module = self.run.module
+        if _HUBS.pop(module, None) is None:
+            return
+        for handle in self._handles:
+            handle.remove()
+        for tap in self._taps():
+            tap.remove()
+        for shim in reversed(self._shims):
+            shim.remove()
+        if self.run.samples is not None:
+            self.run.samples.remove()
+        for method in self.methods:
+            method.finish(self.run)
+        if not self._attached:
+            return
+        if self._fitting:
+            stash.fill(module)
+        detach_maps(module, "baked" if self._fitting and not failed else "pristine")
+        stash.seal(module)

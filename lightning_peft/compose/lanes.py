@@ -1,0 +1,39 @@
+"""Lanes give methods their order; resources say what they read and write, so that conflicts are found before training."""
+
+from __future__ import annotations
+
+from enum import Enum, IntEnum
+
+
+class Lane(IntEnum):
+    """Where in a step a method acts; lower lanes act first, and undo runs in reverse."""
+
+    STRUCTURE = 0
+    REPARAM = 1
+    DELTA = 2
+    MASK = 3
+    LOSS = 4
+    GRADIENT = 5
+    ADAPT = 6
+    REPORT = 7
+
+
+class Resource(Enum):
+    """What a method reads or writes.
+
+    ``LOGITS``, ``INPUTS``, ``FEATURES`` and ``SAMPLE_INDEX`` are read. ``LOSS_SCALE`` has room for one writer per
+    training step; ``WEIGHT_MAP``, ``DELTA`` and ``MASK`` for one writer per tensor.
+    """
+
+    LOGITS = "logits"
+    INPUTS = "inputs"
+    FEATURES = "features"
+    SAMPLE_INDEX = "sample index"
+    LOSS_SCALE = "scale of the base loss"
+    WEIGHT_MAP = "weight map"
+    DELTA = "low-rank delta"
+    MASK = "mask"
+
+
+ONE_WRITER = frozenset({Resource.LOSS_SCALE})
+ONE_WRITER_PER_TENSOR = frozenset({Resource.WEIGHT_MAP, Resource.DELTA, Resource.MASK})

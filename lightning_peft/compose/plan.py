@@ -1,0 +1,145 @@
+"""The plan: which method acts where, resolved once per run, printed, and refused when two methods would fight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_peft.attach.targets import tied_names
+from lightning_peft.compose.lanes import ONE_WRITER, ONE_WRITER_PER_TENSOR, Lane, Resource
+from lightning_peft.method import Method, methods_of, ordered
+
+
+class ConflictError(MisconfigurationException):
+    """Two methods cannot work on one module as they are configured."""
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One method in a plan."""
+
+    lane: Lane
+    name: str
+    what: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Methods in the order they act; ``str(plan)`` is the printed table."""
+
+    network: str
+    parameters: int
+    rows: tuple[PlanRow, ...]
+
+    def __str__(self) -> str:
+        head = f"lightning_peft plan (network: {self.network or 'the module itself'}, {self.parameters / 1e6:.2f} M parameters)"
+        cells = [
+            (
+                row.lane.name,
+                row.name,
+                row.what,
+                "; ".join(
+                    f"{verb} {', '.join(things)}" for verb, things in (("reads", row.reads), ("writes", row.writes)) if things
+                ),
+            )
+            for row in self.rows
+        ]
+        widths = [max((len(row[column]) for row in cells), default=0) for column in range(4)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+        return "\n  ".join([head, *lines])
+
+
+def resolve(methods: Sequence[Method], module: nn.Module, network: str) -> Plan:
+    """Order methods and refuse those that conflict.
+
+    Args:
+        methods: The methods of one Trainer.
+        module: The user's module, complete.
+        network: Qualified name of the network.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConflictError: Two methods write one thing.
+        MisconfigurationException: A target matches nothing, or a claimed tensor is shared with a layer left out.
+    """
+    methods = ordered(methods)
+    names = [method.name for method in methods]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConflictError(f'Two methods are called {name!r}: give one of them another name with name="...".')
+    claims = {method.name: list(dict.fromkeys(method.claims(module))) for method in methods}
+    for resource in Resource:
+        writers = [method for method in methods if resource in method.writes]
+        if resource in ONE_WRITER and len(writers) > 1:
+            raise ConflictError(
+                f"{' and '.join(method.name for method in writers)} both write the {resource.value}, so their effects would "
+                "depend on each other. Remove one of them."
+            )
+        if resource in ONE_WRITER_PER_TENSOR:
+            _check_overlap(writers, claims, resource)
+    _check_ties(methods, claims, module)
+    rows = tuple(
+        PlanRow(
+            method.lane,
+            method.name,
+            method.describe(module),
+            tuple(sorted(resource.value for resource in method.reads_now())),
+            tuple(sorted(resource.value for resource in method.writes)),
+        )
+        for method in methods
+    )
+    return Plan(network, sum(parameter.numel() for parameter in module.parameters()), rows)
+
+
+def _check_overlap(writers: Sequence[Method], claims: dict[str, list[str]], resource: Resource) -> None:
+    owners: dict[str, str] = {}
+    for method in writers:
+        for tensor in claims[method.name]:
+            other = owners.setdefault(tensor, method.name)
+            if other != method.name:
+                layer = tensor.rpartition(".")[0]
+                raise ConflictError(
+                    f"{other} and {method.name} both put a {resource.value} on {tensor}. Give them different targets, for "
+                    f"instance exclude=[{layer!r}] in one of them."
+                )
+
+
+def _check_ties(methods: Iterable[Method], claims: dict[str, list[str]], module: nn.Module) -> None:
+    aliases = {name: names for names in tied_names(module).values() for name in names}
+    for method in methods:
+        claimed = set(claims[method.name])
+        for tensor in claims[method.name]:
+            others = [name for name in aliases.get(tensor, ()) if name != tensor]
+            if others:
+                raise MisconfigurationException(
+                    f"{method.name} targets {tensor}, which is the same parameter as {', '.join(others)}"
+                    f"{'' if claimed.isdisjoint(others) else ' (also targeted)'}: mapping one view would change the other. "
+                    f"Leave it out with exclude=[{tensor.rpartition('.')[0]!r}], or untie the layers."
+                )
+
+
+def plan(module: nn.Module, callbacks: Iterable[object]) -> Plan:
+    """Resolve the plan of a module and a callbacks list without training.
+
+    Args:
+        module: A LightningModule or any module.
+        callbacks: What will be given to ``Trainer(callbacks=...)``; objects that are no methods are ignored.
+
+    Returns:
+        The plan; print it.
+
+    Raises:
+        MisconfigurationException: As in training: conflicts, targets that match nothing, an ambiguous network.
+    """
+    from lightning_peft.attach.hub import network_of
+
+    methods = list(methods_of(callbacks))
+    name, _ = network_of(methods, module)
+    return resolve(methods, module, name)

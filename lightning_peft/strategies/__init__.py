@@ -1,0 +1,4 @@
+"""What differs between Lightning's strategies, behind small functions.
+
+Methods name kinds of strategies, never strategy classes.
+"""

@@ -1,0 +1,45 @@
+"""Which Lightning strategies a method can work under."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+
+from lightning_peft.method import Method
+
+
+def strategy_kind(strategy: Strategy) -> str:
+    """Return ``"single"``, ``"ddp"``, ``"fsdp"``, ``"fsdp2"``, ``"deepspeed"``, or the class name of another strategy."""
+    kinds: list[tuple[type[Strategy], str]] = [
+        (SingleDeviceStrategy, "single"),
+        (DDPStrategy, "ddp"),
+        (FSDPStrategy, "fsdp"),
+        (ModelParallelStrategy, "fsdp2"),
+        (DeepSpeedStrategy, "deepspeed"),
+    ]
+    return next((kind for cls, kind in kinds if isinstance(strategy, cls)), type(strategy).__name__)
+
+
+def check_strategy(trainer: Trainer, methods: Iterable[Method]) -> None:
+    """Refuse a strategy that any method does not support, before anything is touched.
+
+    Raises:
+        MisconfigurationException: Names the method, the strategy and those that work.
+    """
+    kind = strategy_kind(trainer.strategy)
+    for method in methods:
+        if kind not in method.strategies:
+            raise MisconfigurationException(
+                f"{method.name} does not work under the {kind} strategy ({type(trainer.strategy).__name__}), which shards or "
+                f"moves the tensors it acts on. Use Trainer(strategy=...) with one of: {', '.join(sorted(method.strategies))}."
+            )

@@ -1,0 +1,202 @@
+"""The library's part of a checkpoint: which methods ran, and which weight maps stand on which tensor.
+
+It is written through the LightningModule's own hook, so weights-only files carry it too, and it is plain data: nothing in it is
+imported or evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_peft import registry
+from lightning_peft.weights.maps import MappedTensor, WeightMap, mapped_tensors, split_name
+
+KEY = "lightning_peft"
+FORMAT = 1
+
+MapRecord = dict[str, Any]
+
+
+class CheckpointError(MisconfigurationException):
+    """A checkpoint cannot be read, does not fit the methods in use, or is not plain data."""
+
+
+def describe(module: nn.Module, methods: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Describe a module under weight maps as plain data for ``checkpoint["lightning_peft"]``."""
+    return {
+        "version": FORMAT,
+        "methods": list(methods),
+        "weights": {mapped.name: [weight_map.record() for weight_map in mapped.maps] for mapped in mapped_tensors(module)},
+    }
+
+
+def read(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the library's part of a checkpoint after checking its shape, or ``None`` when there is none.
+
+    Raises:
+        CheckpointError: Unknown version or malformed content.
+    """
+    section = checkpoint.get(KEY)
+    if section is None:
+        return None
+    if not isinstance(section, dict) or not isinstance(section.get("version"), int):
+        raise CheckpointError(f'checkpoint["{KEY}"] is malformed: it must be a dict with an integer "version".')
+    if section["version"] != FORMAT:
+        raise CheckpointError(
+            f"This checkpoint has lightning_peft format {section['version']}; this version of the library reads format "
+            f"{FORMAT}. Upgrade lightning-peft, or bake the checkpoint with the version that wrote it."
+        )
+    weights = section.get("weights")
+    if not isinstance(weights, dict) or not isinstance(section.get("methods"), list):
+        raise CheckpointError(f'checkpoint["{KEY}"] is malformed: "weights" must be a dict and "methods" a list.')
+    for name, records in weights.items():
+        well_formed = isinstance(name, str) and isinstance(records, list) and all(map(_is_record, records))
+        if not well_formed:
+            raise CheckpointError(f'checkpoint["{KEY}"]["weights"][{name!r}] is malformed: it must list weight maps.')
+    return section
+
+
+def _is_record(item: object) -> bool:
+    return (
+        isinstance(item, dict)
+        and isinstance(item.get("map"), str)
+        and isinstance(item.get("method"), str)
+        and isinstance(item.get("config"), dict)
+    )
+
+
+def stored_key(name: str) -> str:
+    """Return the state-dict key of the stored value of a mapped tensor.
+
+    Example:
+        >>> stored_key("model.fc.weight")
+        'model.fc.parametrizations.weight.original'
+    """
+    path, attribute = split_name(name)
+    return f"{path}.parametrizations.{attribute}.original" if path else f"parametrizations.{attribute}.original"
+
+
+def _map_prefix(name: str, position: int) -> str:
+    return f"{stored_key(name).removesuffix('original')}{position}."
+
+
+def rebuild_map(item: MapRecord) -> WeightMap:
+    """Build the map a record describes, from an installed method only.
+
+    Raises:
+        CheckpointError: The method has no such map, or its arguments do not fit.
+    """
+    method = registry.find(item["method"])
+    for candidate in method.weight_maps:
+        if candidate.kind == item["map"]:
+            try:
+                return candidate(**item["config"])
+            except (TypeError, ValueError, MisconfigurationException) as error:
+                raise CheckpointError(
+                    f"The recorded arguments of the weight map {item['map']!r} do not fit: {error}"
+                ) from error
+    raise CheckpointError(f"The method {item['method']} has no weight map {item['map']!r}; upgrade the package that ships it.")
+
+
+def bake_state_dict(state: Mapping[str, Tensor], section: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Turn the state dict of a module under weight maps into that of an ordinary module.
+
+    Args:
+        state: Tensors by training-time name.
+        section: The library's part of the same checkpoint.
+
+    Returns:
+        Tensors by plain name, maps applied, masks last.
+
+    Raises:
+        CheckpointError: A recorded tensor is missing, or has a shape its maps do not fit.
+    """
+    plain = dict(state)
+    for name, records in section["weights"].items():
+        value = plain.pop(stored_key(name), None)
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"The checkpoint records weight maps on {name}, but {stored_key(name)} is not in its state.")
+        shape = value.shape
+        for position, item in enumerate(records):
+            weight_map = rebuild_map(item)
+            prefix = _map_prefix(name, position)
+            own = {key.removeprefix(prefix): plain.pop(key) for key in list(plain) if key.startswith(prefix)}
+            try:
+                weight_map.load_state_dict(own)
+                with torch.no_grad():
+                    value = weight_map.bake(value)
+            except (RuntimeError, ValueError, IndexError, AttributeError) as error:
+                raise CheckpointError(f"The state of the weight map {item['map']!r} on {name} does not fit: {error}") from error
+        if value.shape != shape:
+            raise CheckpointError(f"The weight maps on {name} change its shape from {tuple(shape)} to {tuple(value.shape)}.")
+        plain[name] = value
+    return plain
+
+
+@torch.no_grad()
+def mount_state_dict(state: MutableMapping[str, Tensor], module: nn.Module) -> None:
+    """Rename plain tensors in place so that they load strictly into a module under weight maps.
+
+    Values go through the ``right_inverse`` of their maps, which keep their present parameters.
+    """
+    for mapped in mapped_tensors(module):
+        if mapped.name not in state:
+            continue
+        value = state.pop(mapped.name)
+        first = mapped.maps[0]
+        inverse = getattr(first, "right_inverse", None)
+        state[stored_key(mapped.name)] = value if inverse is None else inverse(value)
+        for position, weight_map in enumerate(mapped.maps):
+            for key, tensor in weight_map.state_dict().items():
+                state[_map_prefix(mapped.name, position) + key] = tensor
+
+
+def training_state(state: MutableMapping[str, Tensor], name: str, value: Tensor, states: Sequence[dict[str, Tensor]]) -> None:
+    """Put one tensor back under its training-time names, in place (see :mod:`lightning_peft.weights.stash`)."""
+    state.pop(name, None)
+    state[stored_key(name)] = value
+    for position, tensors in enumerate(states):
+        for key, tensor in tensors.items():
+            state[_map_prefix(name, position) + key] = tensor
+
+
+def check_tensors(state: object, module: nn.Module) -> None:
+    """Refuse a state dict whose tensors cannot be the module's, before anything of it is copied.
+
+    Lightning copies tensor by tensor, so a wrong shape in the middle would leave the module half loaded.
+
+    Raises:
+        CheckpointError: The state is no mapping of names to tensors, or a tensor has another shape.
+    """
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f'checkpoint["state_dict"] is a {type(state).__name__}, not a mapping of names to tensors.')
+    own = module.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            continue  # extra state of the user's own modules
+        if name in own and isinstance(own[name], Tensor) and own[name].shape != value.shape:
+            raise CheckpointError(
+                f"The checkpoint holds {name} with shape {tuple(value.shape)}; this model has {tuple(own[name].shape)}. Build "
+                "the model with the arguments it was saved with."
+            )
+
+
+def difference(section: Mapping[str, Any], tensors: Sequence[MappedTensor]) -> str | None:
+    """Say how the recorded weight maps differ from those attached now; ``None`` when they agree."""
+    then = {name: [item["map"] for item in records] for name, records in section["weights"].items()}
+    now = {mapped.name: [weight_map.kind for weight_map in mapped.maps] for mapped in tensors}
+    if then == now:
+        return None
+    for name in [*then, *now]:
+        if then.get(name) != now.get(name):
+            return f"{name} had {_list(then.get(name))} when it was saved and has {_list(now.get(name))} now"
+    return None
+
+
+def _list(kinds: list[str] | None) -> str:
+    return " then ".join(kinds) if kinds else "no weight map"
