@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -42,9 +42,12 @@ def network_of(methods: Iterable[Method], module: nn.Module) -> tuple[str, nn.Mo
     if len(given) > 1:
         raise MisconfigurationException(f"The methods name different networks: {sorted(given)}. Give all of them the same one.")
     needs = any(method.reads_now() & {Resource.LOGITS, Resource.INPUTS} for method in methods)
-    if given or needs:
+    try:
         return resolve_network(module, next(iter(given), None))
-    return "", module
+    except MisconfigurationException:
+        if given or needs:
+            raise
+        return "", module
 
 
 def enter(trainer: Trainer, module: LightningModule) -> Hub:

@@ -177,8 +177,8 @@ def check_tensors(state: object, module: nn.Module) -> None:
         raise CheckpointError(f'checkpoint["state_dict"] is a {type(state).__name__}, not a mapping of names to tensors.')
     own = module.state_dict()
     for name, value in state.items():
-        if not isinstance(value, Tensor):
-            continue  # extra state of the user's own modules
+        if not isinstance(value, Tensor) or name.endswith("_extra_state"):
+            continue  # modules read their own extra state, whatever its shape
         if name in own and isinstance(own[name], Tensor) and own[name].shape != value.shape:
             raise CheckpointError(
                 f"The checkpoint holds {name} with shape {tuple(value.shape)}; this model has {tuple(own[name].shape)}. Build "

@@ -84,6 +84,15 @@ class MappedTensor:
         """What the optimizer updates."""
         return self.chain.original  # type: ignore[return-value]
 
+    def entering(self, weight_map: WeightMap) -> Tensor:
+        """Return the value one of the maps is given by those below it, without a graph."""
+        value: Tensor = self.stored.detach()
+        for below in self.maps:
+            if below is weight_map:
+                break
+            value = below(value)
+        return value.detach()
+
     def baked(self) -> Tensor:
         """The value this tensor has in an ordinary module."""
         value: Tensor = self.stored.detach()
@@ -180,12 +189,29 @@ def detach_maps(module: nn.Module, leave: Leave = "baked") -> None:
     for mapped in tensors:
         order: list[str] = mapped.chain.__dict__["peft_order"]
         stored = mapped.stored
-        parametrize.remove_parametrizations(mapped.layer, mapped.attribute, leave_parametrized=False)
+        _strip(mapped.layer, mapped.attribute)
         if id(stored) in values:
             stored.copy_(values.pop(id(stored)))
         parameters = mapped.layer._parameters
         for key in [key for key in order if key in parameters]:
             parameters[key] = parameters.pop(key)
+
+
+def _strip(layer: nn.Module, attribute: str) -> None:
+    """Undo one registration; ``torch`` edits the generated class for that, which a deep copy shares with its original."""
+    parametrized = type(layer)
+    chains = layer.parametrizations
+    stored = chains[attribute].original  # type: ignore[index,union-attr]
+    del chains[attribute]  # type: ignore[operator,union-attr]
+    if len(chains) == 0:  # type: ignore[arg-type]
+        del layer.parametrizations
+        layer.__class__ = parametrized.__bases__[0]
+    else:
+        namespace = {
+            key: value for key, value in vars(parametrized).items() if key not in (attribute, "__dict__", "__weakref__")
+        }
+        layer.__class__ = type(parametrized.__name__, parametrized.__bases__, namespace)
+    layer.register_parameter(attribute, stored)
 
 
 def _final_value(mapped: MappedTensor, leave: Leave) -> Tensor:

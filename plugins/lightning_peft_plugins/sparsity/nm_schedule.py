@@ -1,0 +1,83 @@
+"""When a weight is dense, softly masked or N:M sparse: the phases of every N:M recipe, as a pure function of the step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_peft.weights.nm_pattern import geometric_frames, stepwise_frames
+from lightning_peft.weights.nm_prune import decay_exponential, decay_linear
+
+Recipe = Literal["one-shot", "ste", "sr-ste", "mdgf-linear", "mdgf-exponential", "sdgf-stepwise", "sdgf-geometric"]
+RECIPES: tuple[str, ...] = get_args(Recipe)
+
+# The official ViT-B run decays with coefficient 1e-4 over about 350 epochs x 312 updates, so it ends at exp(-10.9).
+# `decay="auto"` keeps that end point whatever the length of the training.
+OFFICIAL_EXPONENT = 10.9
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Boundaries of the three phases, in optimizer steps.
+
+    Attributes:
+        dense_end: First step of the sparse phase.
+        sparse_end: First step of the fine-tune phase, in which the mask is binary.
+        total: Steps of the whole training.
+    """
+
+    dense_end: int
+    sparse_end: int
+    total: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dense_end <= self.sparse_end <= self.total:
+            raise MisconfigurationException(
+                f"The phases do not fit into {self.total} steps: dense until {self.dense_end}, sparse until {self.sparse_end}. "
+                "Shorten dense= or fine_tune=."
+            )
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The masks of one step: N and M in force, and the factor ``decay`` of pruned weights (1 is dense, 0 is binary)."""
+
+    n: int
+    m: int
+    decay: float
+
+
+def phase_at(step: int, timeline: Timeline, recipe: str, n: int, m: int, coefficient: float | None = None) -> Phase:
+    """Return the phase of a recipe at a step.
+
+    Args:
+        step: Optimizer steps done.
+        timeline: Boundaries of the phases.
+        recipe: One of :data:`RECIPES`.
+        n: Target N.
+        m: Target M.
+        coefficient: Decay per step of the MDGF recipes; ``None`` scales it to the length of the sparse phase: the
+            exponential one ends at ``exp(-10.9)`` as the official ViT-B run does, the linear one at zero.
+
+    Returns:
+        The phase.
+
+    Example:
+        >>> timeline = Timeline(dense_end=10, sparse_end=90, total=100)
+        >>> [phase_at(step, timeline, "sdgf-stepwise", 1, 8).n for step in (10, 30, 50, 70, 95)]
+        [7, 4, 2, 1, 1]
+    """
+    if step < timeline.dense_end:
+        return Phase(n, m, 1.0)
+    if step >= timeline.sparse_end or not recipe.startswith(("mdgf", "sdgf")):
+        return Phase(n, m, 0.0)
+    if recipe.startswith("mdgf"):
+        done, length = step - timeline.dense_end, max(1, timeline.sparse_end - timeline.dense_end)
+        if recipe == "mdgf-linear":
+            return Phase(n, m, decay_linear(done, 1 / length if coefficient is None else coefficient))
+        return Phase(n, m, decay_exponential(done, OFFICIAL_EXPONENT / length if coefficient is None else coefficient))
+    frames = (stepwise_frames if recipe == "sdgf-stepwise" else geometric_frames)(n, m, timeline.dense_end, timeline.sparse_end)
+    current = [frame for frame in frames if frame[0] <= step][-1]
+    return Phase(current[1], current[2], 0.0)

@@ -1,0 +1,222 @@
+"""N:M structured sparsity during training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_peft.attach.targets import TargetSpec, select
+from lightning_peft.compose.lanes import Lane, Resource
+from lightning_peft.compose.run import Run
+from lightning_peft.compose.schedule import parse_point
+from lightning_peft.method import Method
+from lightning_peft.weights.maps import mapped_tensors
+from lightning_peft.weights.nm_layout import input_dim
+from lightning_peft.weights.nm_pattern import parse_pattern
+from lightning_peft_plugins.sparsity.nm_map import HeldNMMap, MaskRule, NMMap
+from lightning_peft_plugins.sparsity.nm_schedule import RECIPES, Recipe, Timeline, phase_at
+
+DEFAULT_EXCLUDE = ("first", "head", "depthwise", "embedding")
+
+
+class NMSparsity(Method):
+    """Trains weights into N:M sparsity: N of every M consecutive weights along the input dimension stay.
+
+    After training every complete group holds exactly N of M, in a module that is otherwise unchanged; ``2:4`` is the pattern
+    sparse tensor cores compute with.
+
+    Recipes: ``"one-shot"`` (prune once, keep the mask: ASP), ``"ste"`` (mask chosen anew in every step, straight-through
+    gradient), ``"sr-ste"`` (the same, pruned weights pulled to zero, Zhou et al. 2021 eq. 7), ``"mdgf-linear"`` and
+    ``"mdgf-exponential"`` (pruned weights fade out by a decaying factor), ``"sdgf-stepwise"`` and ``"sdgf-geometric"`` (N and M
+    move to the target in frames); the last four are Bambhaniya et al. 2024.
+
+    Args:
+        pattern: ``"N:M"``, any 0 < N <= M.
+        recipe: How weights become sparse.
+        targets: Layers to sparsify; Linear, Conv1d/2d/3d and HF ``Conv1D`` are possible.
+        exclude: Layers to leave dense; by default the first layer, the head, depthwise convolutions, and what is tied to an
+            embedding. Pass ``()`` for none.
+        patterns: Patterns of single layers, ``{target: "N:M"}``; the last match counts.
+        dense: How long to train dense first: steps, ``"10%"`` or ``"3ep"``.
+        fine_tune: How long to train with the final binary mask at the end, same units.
+        grad_mode: ``"ste"``: pruned weights receive the full gradient (the official code); ``"masked"``: the gradient decays
+            with the weight (the abstract of Bambhaniya et al.).
+        sr_lambda: Pull of SR-STE.
+        decay: Decay per step of the MDGF recipes; ``"auto"`` scales the official end point to the length of the training.
+        refresh: Choose masks anew every so many optimizer steps; ``one-shot`` never does.
+        name: Name in logs and checkpoints.
+
+    Raises:
+        MisconfigurationException: Impossible pattern or recipe, targets that match nothing or are narrower than M.
+
+    Example:
+        >>> NMSparsity("2:4", recipe="sr-ste", targets="pointwise", fine_tune="20%")
+        NMSparsity(pattern='2:4', recipe='sr-ste', targets='pointwise', ... fine_tune='20%', ...)
+    """
+
+    lane = Lane.MASK
+    writes = frozenset({Resource.MASK})
+    weight_maps = (NMMap, HeldNMMap)
+    paper = (
+        "Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers, 2024, "
+        "arXiv 2402.04744; Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch, ICLR 2021, "
+        "arXiv 2102.04010"
+    )
+
+    def __init__(
+        self,
+        pattern: str = "2:4",
+        recipe: Recipe = "mdgf-exponential",
+        targets: TargetSpec = "all-linear",
+        exclude: TargetSpec = DEFAULT_EXCLUDE,
+        patterns: Mapping[str, str] | None = None,
+        *,
+        dense: int | str = 0,
+        fine_tune: int | str = 0,
+        grad_mode: str = "ste",
+        sr_lambda: float = 2e-4,
+        decay: float | str = "auto",
+        refresh: int = 1,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(targets=targets, exclude=exclude or None, name=name)
+        if recipe not in RECIPES:
+            raise MisconfigurationException(f"recipe={recipe!r} is unknown; choose one of {', '.join(RECIPES)}.")
+        if grad_mode not in ("ste", "masked"):
+            raise MisconfigurationException(f'grad_mode={grad_mode!r} is unknown; choose "ste" or "masked".')
+        if decay != "auto" and not (isinstance(decay, (int, float)) and decay > 0):
+            raise MisconfigurationException(f'decay={decay!r} must be a positive number per step or "auto".')
+        if refresh < 1:
+            raise MisconfigurationException(f"refresh={refresh} must be at least 1 optimizer step.")
+        if sr_lambda < 0:
+            raise MisconfigurationException(f"sr_lambda={sr_lambda} would push pruned weights away from zero; use 0 or more.")
+        self.pattern = parse_pattern(pattern)
+        self.patterns = {target: parse_pattern(text) for target, text in (patterns or {}).items()}
+        self.recipe = recipe
+        self.dense = parse_point(dense)
+        self.fine_tune = parse_point(fine_tune)
+        self.grad_mode = grad_mode
+        self.sr_lambda = sr_lambda if recipe == "sr-ste" else 0.0
+        self.coefficient = None if decay == "auto" else float(decay)
+        self.refresh = refresh
+        self.timeline: Timeline | None = None
+        self._rules: dict[tuple[int, int], MaskRule] = {}
+
+    @property
+    def holds_masks(self) -> bool:
+        """Whether masks are kept between steps instead of being chosen from every weight."""
+        return self.recipe == "one-shot" or self.refresh > 1
+
+    def select(self, module: nn.Module) -> dict[str, nn.Module]:
+        """Leave out layers of a preset that have fewer than M inputs; refuse when nothing is left."""
+        found = super().select(module)
+        patterns = self._layer_patterns(module, found)
+        wide = {name: layer for name, layer in found.items() if _inputs(layer) >= patterns[name][1]}
+        named = isinstance(self.targets, (list, tuple)) and not set(map(str, self.targets)) & PRESETS
+        if not wide or (named and len(wide) < len(found)):
+            name = next(name for name in found if name not in wide)
+            n, m = patterns[name]
+            raise MisconfigurationException(
+                f"{name} has {_inputs(found[name])} inputs, fewer than one group of {n}:{m}. Leave it out with "
+                f"exclude=[{name!r}], or give it a smaller M with patterns={{{name!r}: ...}}."
+            )
+        return wide
+
+    def _layer_patterns(self, module: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
+        patterns = dict.fromkeys(layers, self.pattern)
+        for target, pattern in self.patterns.items():
+            matched = [name for name in select(module, target) if name in patterns]
+            if not matched:
+                raise MisconfigurationException(f"patterns={{{target!r}: ...}} matches no layer among the targets.")
+            patterns.update(dict.fromkeys(matched, pattern))
+        return patterns
+
+    def describe(self, module: nn.Module) -> str:
+        """Name patterns, and columns left dense because they fill no group."""
+        layers = self.select(module)
+        patterns = self._layer_patterns(module, layers)
+        counts: dict[str, int] = {}
+        for n, m in patterns.values():
+            counts[f"{n}:{m}"] = counts.get(f"{n}:{m}", 0) + 1
+        text = f"{self.recipe} " + ", ".join(f"{pattern} on {count} layers" for pattern, count in counts.items())
+        ragged = [name for name, layer in layers.items() if _inputs(layer) % patterns[name][1]]
+        return text + (f" ({len(ragged)} with a dense remainder: {', '.join(ragged[:3])})" if ragged else "")
+
+    def attach(self, module: LightningModule) -> None:
+        """Put one map on every target, all dense until training starts or a checkpoint says otherwise."""
+        layers = self.select(module)
+        self._rules = {}
+        for name, (n, m) in self._layer_patterns(module, layers).items():
+            rule = self._rules.setdefault((n, m), MaskRule(n, m))
+            kind = HeldNMMap if self.holds_masks else NMMap
+            masked = self.grad_mode == "masked" or self.recipe == "one-shot"
+            self.map_weight(module, f"{name}.weight", kind(n, m, input_dim(layers[name]), self.sr_lambda, masked, rule))
+        self._enter_phase()
+
+    def start(self, run: Run) -> None:
+        """Fix the phases of this training."""
+        total = run.total_steps
+        dense_end = self.dense.resolve(total, run.steps_per_epoch)
+        self.timeline = Timeline(dense_end, total - self.fine_tune.resolve(total, run.steps_per_epoch), total)
+        self._enter_phase()
+        self._refresh(run.module, fresh_only=True)
+
+    def after_step(self, run: Run) -> None:
+        """Move to the phase of the new step and choose held masks anew when their time has come."""
+        self._enter_phase()
+        if self.holds_masks:
+            once = self.recipe == "one-shot"
+            if once or self.steps % self.refresh == 0:
+                self._refresh(run.module, fresh_only=once)
+
+    def _enter_phase(self) -> None:
+        if self.timeline is None:
+            return
+        for (n, m), rule in self._rules.items():
+            phase = phase_at(self.steps, self.timeline, self.recipe, n, m, self.coefficient)
+            rule.set(phase.n, phase.m, phase.decay)
+
+    def _refresh(self, module: nn.Module, *, fresh_only: bool) -> None:
+        """Choose held masks; ``fresh_only`` leaves those that exist."""
+        for mapped in mapped_tensors(module):
+            for weight_map in mapped.maps:
+                if isinstance(weight_map, HeldNMMap) and weight_map.owner == type(self).__name__:
+                    exists = weight_map.held.shape == mapped.stored.shape
+                    if not weight_map.rule.dense and not (fresh_only and exists):
+                        weight_map.refresh(mapped.entering(weight_map))
+
+    @torch.no_grad()
+    def metrics(self, run: Run) -> dict[str, Tensor | float]:
+        """Share of non-zero weights in the targets, and how much of a pruned weight is left."""
+        kept = total = 0
+        for mapped in mapped_tensors(run.module):
+            if any(isinstance(weight_map, NMMap) for weight_map in mapped.maps):
+                weight = getattr(mapped.layer, mapped.attribute)
+                kept += torch.count_nonzero(weight)
+                total += weight.numel()
+        rule = self._rules[max(self._rules)]
+        return {"density": kept / max(total, 1), "decay": float(rule.decay)}
+
+    def state(self) -> dict[str, Any]:
+        """The phases, so that an evaluation of a checkpoint sees what training saw."""
+        line = self.timeline
+        return {"timeline": [] if line is None else [line.dense_end, line.sparse_end, line.total]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if state["timeline"]:
+            self.timeline = Timeline(*(int(step) for step in state["timeline"]))
+        self._enter_phase()
+
+
+PRESETS = frozenset({"all-linear", "all-conv", "all-weights", "pointwise"})
+
+
+def _inputs(layer: nn.Module) -> int:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[input_dim(layer)]
