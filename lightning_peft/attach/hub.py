@@ -28,9 +28,9 @@ from lightning_peft.compose.run import Run
 from lightning_peft.method import Method, methods_of, ordered
 from lightning_peft.strategies.support import check_strategy
 from lightning_peft.structure import checkpoint as files
-from lightning_peft.structure.optimizers import move_to_group, owner
+from lightning_peft.structure.optimizers import place_parameters
 from lightning_peft.weights import stash
-from lightning_peft.weights.maps import WeightMap, detach_maps, forget_pristine, mapped_tensors
+from lightning_peft.weights.maps import detach_maps, forget_pristine, mapped_tensors
 
 _HUBS: weakref.WeakKeyDictionary[nn.Module, Hub] = weakref.WeakKeyDictionary()
 
@@ -222,22 +222,14 @@ class Hub:
 
     def bind_optimizers(self) -> None:
         """Follow every optimizer's real steps and give the parameters of weight maps their own groups."""
+        trainer = self.run.trainer
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         for mapped in mapped_tensors(self.run.module):
             for weight_map in mapped.maps:
-                self._place(weight_map, mapped.stored)
-        for index, optimizer in enumerate(self.run.trainer.optimizers):
+                parameters = list(weight_map.parameters())
+                place_parameters(trainer.optimizers, schedulers, parameters, mapped.stored, weight_map.optimizer_overrides)
+        for index, optimizer in enumerate(trainer.optimizers):
             self._handles.append(optimizer.register_step_post_hook(self._step_hook(index)))
-
-    def _place(self, weight_map: WeightMap, stored: nn.Parameter) -> None:
-        """Let a map's parameters train with the optimizer of the tensor they map; a frozen tensor has a frozen map."""
-        trainer = self.run.trainer
-        parameters = list(weight_map.parameters())
-        place = owner(trainer.optimizers, stored)
-        if place is None or not parameters:
-            return
-        optimizer, group = place
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        move_to_group(trainer.optimizers[optimizer], parameters, schedulers, like=group, **weight_map.optimizer_overrides)
 
     def _step_hook(self, index: int) -> Callable[..., None]:
         def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -1,0 +1,159 @@
+"""What each method does to accuracy and calibration on real photographs: several seeds, stated as they come out.
+
+    python benchmarks/methods.py --study sparsity --seeds 0 1 2 --output docs/evidence/sparsity
+
+Finished runs are kept in OUTPUT.json and skipped, so an interrupted study goes on where it stopped; several processes may work on
+one study with different seeds when each has its own output, and ``--merge`` joins them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from lightning_peft import PSKD, NMSparsity, WeightCompander
+from lightning_peft.functional import is_nm
+from lightning_peft_recipes.groceries import GroceriesDataModule
+from lightning_peft_recipes.image_classifier import TimmClassifier
+
+Variants = dict[str, Callable[[], list[Callback]]]
+METRICS = ("test/accuracy", "test/ece", "test/loss")
+
+
+def sparse(pattern: str, recipe: str) -> Callable[[], list[Callback]]:
+    """Sparsify every pointwise convolution with one recipe, its other arguments at their defaults."""
+    return lambda: [NMSparsity(pattern, recipe=recipe, targets="pointwise", fine_tune="20%")]
+
+
+def study(name: str) -> Variants:
+    """Variants of a study by name."""
+    if name == "sparsity":
+        recipes = ("ste", "sr-ste", "mdgf-exponential")
+        return {
+            "dense": list,
+            **{f"{recipe} {pattern}": sparse(pattern, recipe) for pattern in ("2:4", "1:8", "1:16") for recipe in recipes},
+        }
+    return {
+        "plain": list,
+        "PSKD": lambda: [PSKD()],
+        "WeightCompander": lambda: [WeightCompander(targets="pointwise")],
+        "all three": lambda: [*sparse("2:4", "mdgf-exponential")(), WeightCompander(targets="pointwise"), PSKD()],
+    }
+
+
+def run_once(callbacks: list[Callback], seed: int, args: argparse.Namespace) -> dict[str, float]:
+    """Fine-tune, test, and return the metrics with the share of zero weights in pointwise convolutions."""
+    seed_everything(seed, verbose=False)
+    model = TimmClassifier(lr=args.lr)
+    data = GroceriesDataModule(image_size=args.image_size, batch_size=32)
+    trainer = Trainer(
+        max_epochs=args.epochs,
+        accelerator="auto",
+        devices=1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+    )
+    start = time.perf_counter()
+    trainer.fit(model, datamodule=data)
+    seconds = time.perf_counter() - start
+    for callback in callbacks:
+        if isinstance(callback, NMSparsity):
+            weights = [getattr(model.get_submodule(name), "weight") for name in callback.select(model)]  # noqa: B009
+            assert all(is_nm(weight, *callback.pattern, dim=1) for weight in weights), "not N:M after training"
+    trainer.callbacks = [callback for callback in trainer.callbacks if callback not in callbacks]
+    metrics = trainer.test(model, datamodule=data, verbose=False)[0]
+    weights = [module.weight for module in model.modules() if getattr(module, "kernel_size", None) == (1, 1)]
+    zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    return {**{key: metrics[key] for key in METRICS}, "zeros": zeros, "seconds": seconds}
+
+
+def summarise(results: dict[str, dict[str, dict[str, float]]]) -> list[tuple[str, ...]]:
+    """One row per variant: mean and standard deviation over seeds."""
+    rows = []
+    for variant, runs in results.items():
+        cells = [variant, str(len(runs))]
+        for key, scale in (("test/accuracy", 100), ("test/ece", 100), ("test/loss", 1), ("zeros", 100), ("seconds", 1)):
+            values = [scale * run[key] for run in runs.values()]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}")
+        rows.append(tuple(cells))
+    return rows
+
+
+HEAD = ("variant", "seeds", "accuracy, %", "ECE, %", "test loss", "zero weights, %", "training, s")
+
+
+def write(results: dict[str, Any], args: argparse.Namespace) -> None:
+    """Write OUTPUT.json and OUTPUT.md."""
+    args.output.with_suffix(".json").write_text(json.dumps(results, indent=1))
+    lines = [
+        f"# {args.study}: groceries, EfficientNet-Lite0, {args.epochs} epochs at {args.image_size} px",
+        "",
+        f"`python benchmarks/methods.py --study {args.study} --epochs {args.epochs} --lr {args.lr}`; mean ± standard deviation.",
+        "",
+        f"| {' | '.join(HEAD)} |",
+        "|-" * len(HEAD) + "|",
+        *(f"| {' | '.join(row)} |" for row in summarise(results)),
+        "",
+    ]
+    args.output.with_suffix(".md").write_text("\n".join(lines))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read finished runs."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", choices=("sparsity", "regularizers"), required=True)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--image-size", type=int, default=160)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--merge", nargs="*", type=Path, default=[], help="JSON files of other processes to join first")
+    args = parser.parse_args(argv)
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.set_num_threads(args.threads)
+    results = load(args.output.with_suffix(".json"))
+    for path in args.merge:
+        for variant, runs in load(path).items():
+            results.setdefault(variant, {}).update(runs)
+    todo = [(variant, seed) for seed in args.seeds for variant in study(args.study)]
+    for variant, seed in track(todo, description=args.study, console=Console(stderr=True)):
+        runs = results.setdefault(variant, {})
+        if str(seed) not in runs:
+            runs[str(seed)] = run_once(study(args.study)[variant](), seed, args)
+            write(results, args)
+    write(results, args)
+    table = Table(*HEAD, title=args.study)
+    for row in summarise(results):
+        table.add_row(*row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
