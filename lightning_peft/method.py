@@ -17,6 +17,7 @@ from lightning_peft.attach.targets import TargetSpec, select
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Loss, Step
 from lightning_peft.compose.run import Run
+from lightning_peft.structure.plain import not_plain
 from lightning_peft.weights.maps import WeightMap, attach_map
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class Method(Callback):
         self.name = name or snake_case(type(self).__name__)
         self.steps = 0
         self.restored = False
+        self._epochs_ended = 0
 
     # What an author overrides.
 
@@ -159,8 +161,18 @@ class Method(Callback):
         return f"lightning_peft/{self.name}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the versioned state Lightning saves."""
-        return {"version": STATE_FORMAT, "steps": self.steps, "state": self.state()}
+        """Return the versioned state Lightning saves.
+
+        Raises:
+            MisconfigurationException: :meth:`state` returned something that could not be loaded again.
+        """
+        state = self.state()
+        if (found := not_plain(state)) is not None:
+            raise MisconfigurationException(
+                f"state() of {self.name} holds something that is no plain data, and the checkpoint could not be resumed from: "
+                f"{found}. Return tensors, numbers, strings, lists and dicts only."
+            )
+        return {"version": STATE_FORMAT, "steps": self.steps, "epochs": self._epochs_ended, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
@@ -174,9 +186,15 @@ class Method(Callback):
                 f"The checkpoint holds state of {self.name} in format {found!r}; this version reads format {STATE_FORMAT}. "
                 "Use the version of lightning-peft that wrote it, or start from its baked weights."
             )
-        self.steps = int(state_dict["steps"])
+        steps, epochs, state = (state_dict.get(key) for key in ("steps", "epochs", "state"))
+        if type(steps) is not int or type(epochs) is not int or not isinstance(state, dict):
+            raise MisconfigurationException(
+                f"The checkpoint's state of {self.name} is malformed: it needs integers under 'steps' and 'epochs' and a dict "
+                "under 'state'. The file is damaged or was edited; resume from another one."
+            )
+        self.steps, self._epochs_ended = steps, epochs
         self.restored = True
-        self.load_state(state_dict["state"])
+        self.load_state(state)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Enter the module's hub."""

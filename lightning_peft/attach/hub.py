@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_peft import registry
 from lightning_peft.attach import averaging
 from lightning_peft.attach.capture import Tap
 from lightning_peft.attach.network import resolve_network
@@ -58,8 +59,8 @@ def enter(trainer: Trainer, module: LightningModule) -> Hub:
     if hub is not None:  # another Trainer died without a word
         hub.leave(failed=True)
     hub = Hub(trainer, module)
-    _HUBS[module] = hub
     hub.install()
+    _HUBS[module] = hub  # last: a hub that was refused must not be found by the next fit of its Trainer
     return hub
 
 
@@ -179,7 +180,13 @@ class Hub:
         if any(method.reads_now() & {Resource.LOGITS, Resource.INPUTS} for method in self.methods):
             self._tap = Tap(self.run.network, self.run.network_name)
         paths = {path for method in self.methods for path in method.features}
-        self._features = {path: Tap(self.run.module.get_submodule(path), path) for path in sorted(paths)}
+        modules = dict(self.run.module.named_modules())
+        for path in sorted(paths):
+            if path not in modules:
+                hint = registry.suggest(path, [*modules])
+                owner = type(self.run.module).__name__
+                raise MisconfigurationException(f"features: {path!r} is no submodule of {owner}.{hint}")
+            self._features[path] = Tap(modules[path], path)
         for tap in self._taps():
             tap.install()
 
@@ -258,6 +265,21 @@ class Hub:
         for method in self.methods:
             method.steps = self.run.step
             method.start(self.run)
+        self._end_missed_epoch()
+
+    def _end_missed_epoch(self) -> None:
+        """End the last epoch for methods whose state was saved after its last batch and before its end.
+
+        Lightning resumes such a checkpoint (``every_n_train_steps``, or saved after validation) in the next epoch, without
+        ``on_train_epoch_end`` for the one before.
+        """
+        epoch = self.run.trainer.current_epoch
+        self.run.late_epoch = epoch - 1
+        for method in self.methods:
+            if method.restored and method._epochs_ended == epoch - 1:
+                method.epoch_end(self.run)
+            method._epochs_ended = epoch
+        self.run.late_epoch = None
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Note the batch a step will see."""
@@ -269,6 +291,7 @@ class Hub:
         """Tell every method that an epoch is over."""
         for method in self.methods:
             method.epoch_end(self.run)
+            method._epochs_ended = self.run.epoch + 1
 
     def _training_step(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self.active:
@@ -358,10 +381,16 @@ class Hub:
             shim.remove()
         if self.run.samples is not None:
             self.run.samples.remove()
-        for method in self.methods:
-            method.finish(self.run)
-        if not self._attached:
-            return
+        try:
+            for method in self.methods:
+                method.restored = False
+                method.finish(self.run)
+        finally:
+            if self._attached:
+                self._strip(failed)
+
+    def _strip(self, failed: bool) -> None:
+        module = self.run.module
         if self._fitting:
             stash.fill(module)
         detach_maps(module, "baked" if self._fitting and not failed else "pristine")

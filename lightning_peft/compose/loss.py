@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What a loss method returns: the optimised loss becomes ``scale * loss + value``.
+    """What a loss method returns: the optimised loss becomes ``scale * base + value``, values of other methods unscaled.
 
     Attributes:
         value: Scalar to add, with its graph.
-        scale: Factor of the loss so far; a method that sets it declares ``Resource.LOSS_SCALE``.
+        scale: Factor of the user's loss; a method that sets it declares ``Resource.LOSS_SCALE``.
     """
 
     value: Tensor | float = 0.0
@@ -79,7 +79,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 def combine(loss: Tensor, terms: Mapping[str, Loss]) -> Tensor:
-    """Fold loss terms into a loss in the order given.
+    """Combine a loss with loss terms: scales act on the user's loss alone, values add up in the order given.
 
     Args:
         loss: The user's loss, a scalar.
@@ -89,13 +89,15 @@ def combine(loss: Tensor, terms: Mapping[str, Loss]) -> Tensor:
         The scalar to optimise.
 
     Example:
-        >>> combine(torch.tensor(2.0), {"a": Loss(scale=0.5), "b": Loss(value=0.25)})
+        >>> combine(torch.tensor(2.0), {"a": Loss(value=0.25), "b": Loss(scale=0.5)})
         tensor(1.2500)
     """
     for term in terms.values():
         if not (isinstance(term.scale, float) and term.scale == 1.0):
             loss = term.scale * loss
-        loss = loss + term.value
+    for term in terms.values():
+        if not (isinstance(term.value, float) and term.value == 0.0):
+            loss = loss + term.value
     return loss
 
 

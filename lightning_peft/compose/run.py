@@ -23,6 +23,7 @@ class Run:
         step: Optimizer steps of the first optimizer so far: the one clock of all schedules. ``trainer.global_step`` counts
             the steps of every optimizer under manual optimization, so it is no clock.
         samples: Follows the training loader when a method reads the sample index.
+        late_epoch: Set while an epoch that ended before the checkpoint is ended for the methods.
     """
 
     trainer: Trainer
@@ -31,11 +32,12 @@ class Run:
     network: nn.Module
     step: int = 0
     samples: SampleRecorder | None = None
+    late_epoch: int | None = None
 
     @property
     def epoch(self) -> int:
         """Epoch being trained, from 0."""
-        return self.trainer.current_epoch
+        return self.trainer.current_epoch if self.late_epoch is None else self.late_epoch
 
     @property
     def total_epochs(self) -> int:

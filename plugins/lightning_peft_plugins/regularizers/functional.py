@@ -1,0 +1,153 @@
+"""Weight compander: the function between a stored value and the weight it stands for, its inverse, and how it is fitted.
+
+Weight Compander (Cakaj, Mehnert, Yang, 2023, arXiv:2306.16993) reparametrises every weight by one nonlinear function that
+bounds its magnitude and drives it away from zero, with learnable hyperparameters. RECONSTRUCTION: the published formula could
+not be confirmed from any public source; the arctangent below is our reading of those properties.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
+
+
+def compand(v: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
+    """Weight of a stored value: ``w = a arctan(v / b)``.
+
+    Odd, strictly increasing, ``|w| < a pi / 2``, slope ``a / b`` at zero. Half-precision values are computed in
+    float32. Differentiable any number of times, in ``v``, ``a`` and ``b``; keeps nothing for the backward pass but ``v`` and
+    the result.
+
+    Args:
+        v: Stored values, any shape.
+        a: Scale of the result, positive, a scalar.
+        b: Scale of the argument, positive, a scalar.
+
+    Returns:
+        Weights, same shape and dtype as ``v``.
+
+    Example:
+        >>> compand(torch.tensor([-1.0, 0.0, 1.0]), a=2.0, b=1.0)
+        tensor([-1.5708,  0.0000,  1.5708])
+    """
+    dtype = _compute_dtype(v)
+    result: Tensor = _Compand.apply(v, _scalar(a, v, dtype), _scalar(b, v, dtype))
+    return result
+
+
+def compand_inverse(w: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
+    """Stored value of a weight: ``v = b tan(w / a)``.
+
+    Args:
+        w: Weights, any shape.
+        a: As in :func:`compand`.
+        b: As in :func:`compand`.
+
+    Returns:
+        Stored values, same shape and dtype as ``w``.
+
+    Raises:
+        ValueError: A weight lies on or beyond the bound ``a pi / 2``, where there is no inverse.
+
+    Example:
+        >>> compand_inverse(compand(torch.tensor([0.5]), 2.0, 1.0), 2.0, 1.0)
+        tensor([0.5000])
+    """
+    dtype = _compute_dtype(w)
+    a, b = _scalar(a, w, dtype), _scalar(b, w, dtype)
+    angle = w.to(dtype) / a
+    if not bool((angle.abs() < math.pi / 2).all()):
+        raise ValueError(f"a weight is NaN or not below the bound {float(a) * math.pi / 2:.4g}; choose a larger a")
+    return (b * torch.tan(angle)).to(w.dtype)
+
+
+def compander_scales(weight: Tensor, headroom: float = 2.0, slope: float = 1.0) -> tuple[float, float]:
+    """Choose ``log a`` and ``log b`` for a layer from its weights.
+
+    ``a pi / 2 = h max|w|`` with headroom ``h`` and ``b = a / s`` with slope ``s``. Both logarithms are rounded to
+    multiples of 1/16 (``log a`` upwards), which bfloat16 and float16 hold exactly: a module converted after attachment keeps
+    its function. A layer of zeros takes ``1 / sqrt(fan_in)`` for its largest weight.
+
+    Args:
+        weight: Weights of one layer, outputs along dimension 0.
+        headroom: Bound over largest magnitude, above 1.
+        slope: Slope ``a / b`` of the map at zero, positive.
+
+    Returns:
+        ``log a`` and ``log b``.
+
+    Raises:
+        ValueError: A weight is not finite, or its stored value would not be.
+
+    Example:
+        >>> log_a, log_b = compander_scales(torch.tensor([[0.5, -1.0]]))
+        >>> log_a, log_a == log_b, math.exp(log_a) * math.pi / 2 >= 2.0
+        (0.25, True, True)
+    """
+    peak = float(weight.detach().abs().max()) if weight.numel() else 0.0
+    if not math.isfinite(peak):
+        raise ValueError("it holds weights that are NaN or infinite")
+    if peak < _ZERO:
+        peak = max(1, weight[:1].numel()) ** -0.5
+    log_a = math.ceil(_GRID * math.log(headroom * peak * 2 / math.pi)) / _GRID
+    log_b = round(_GRID * (log_a - math.log(slope))) / _GRID
+    largest = log_b + math.log(math.tan(peak * math.exp(-log_a)))
+    if largest > math.log(torch.finfo(weight.dtype).max):
+        raise ValueError(f"its largest weight, {peak:.3g}, has no stored value within {weight.dtype}")
+    return log_a, log_b
+
+
+_GRID = 16
+_ZERO = 1e-12  # a layer whose largest weight is below this gives no scale to go by
+
+
+def _compute_dtype(value: Tensor) -> torch.dtype:
+    return torch.promote_types(value.dtype, torch.float32)
+
+
+def _scalar(value: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype) if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype, device=like.device)
+
+
+def _inner(x: Tensor, y: Tensor) -> Tensor:
+    return torch.dot(x.reshape(-1), y.reshape(-1))
+
+
+class _Compand(Function):
+    """The gradients of ``a`` and ``b`` are inner products of what the backward pass holds anyway.
+
+    For a loss L with gradient g at w: dL/dv = g / (b/a + v^2/(ab)), dL/da = <g, w> / a, dL/db = -<dL/dv, v> / b. Autograd on
+    the plain expression takes twice the memory passes and keeps two more copies of every weight.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return torch.div(v.to(a.dtype), b).atan_().mul_(a).to(v.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        v, a, b = inputs
+        ctx.save_for_backward(v, output, a, b)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        v, w, a, b = ctx.saved_tensors  # type: ignore[attr-defined]
+        need_v, need_a, need_b = ctx.needs_input_grad  # type: ignore[attr-defined]
+        g, x = grads[0].to(a.dtype), v.to(a.dtype)
+        grad_v = grad_a = grad_b = None
+        if need_v or need_b:
+            t = x * (a.rsqrt() * b.rsqrt())
+            # In place where nobody differentiates again: memory passes are what this function costs.
+            grad_v = g / (t * t + b / a if torch.is_grad_enabled() else t.mul_(t).add_(b / a))
+        if need_a:
+            grad_a = _inner(g, w.to(a.dtype)) / a
+        if need_b and grad_v is not None:
+            grad_b = -_inner(grad_v, x) / b
+        return (grad_v.to(v.dtype) if need_v and grad_v is not None else None), grad_a, grad_b

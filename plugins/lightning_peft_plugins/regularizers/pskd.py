@@ -1,0 +1,289 @@
+"""PS-KD: the targets of every sample soften with what the network itself predicted for it before."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import suppress
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_peft.attach.network import as_logits
+from lightning_peft.compose.lanes import Lane, Resource
+from lightning_peft.compose.loss import Loss, Step
+from lightning_peft.compose.run import Run
+from lightning_peft.method import Method
+from lightning_peft_plugins.regularizers.batch_index import index_in_batch
+from lightning_peft_plugins.regularizers.prediction_outbox import PredictionOutbox
+from lightning_peft_plugins.regularizers.pskd_functional import pskd_alpha, soft_cross_entropy
+from lightning_peft_plugins.regularizers.soft_label_memory import MAPPED_FROM, SoftLabelMemory, Storage, fits_memory
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+class PSKD(Method):
+    """Progressive self-knowledge distillation (Kim et al., ICCV 2021, section 3).
+
+    In epoch ``e`` of ``T`` a sample's target is ``(1 - a) y + a p`` with ``a = alpha * (e + 1) / T`` and ``p`` the class
+    probabilities the network predicted for it in the epoch before: in training mode, on that epoch's augmented view, with the
+    weights before that step. Epoch 0 is plain training.
+
+    Cross entropy is linear in its target, so the method needs no targets: the optimised loss is ``(1 - a)`` times the user's
+    loss plus ``a`` times the cross entropy with ``p``. The user's loss keeps its label smoothing and class weights. Of a batch
+    in which only ``n`` of ``B`` samples were seen before, the scale of the user's loss is ``1 - a n / B``.
+
+    Args:
+        alpha: Final weight of the past prediction, in [0, 1]. 0 is plain training, bit for bit.
+        sample_index: ``"auto"`` follows the training loader; else where in the batch each sample's dataset position is:
+            ``"2"``, ``"index"``, ``"meta.index"``.
+        epochs: ``T``; ``None`` takes it from the Trainer.
+        memory: ``"ram"``; ``"mapped"`` for a temporary file under ``Trainer(default_root_dir=...)``; ``"auto"`` for the file
+            from 1 GiB on.
+        num_samples: Size of the dataset. ``None`` asks the loader, or lets the memory grow when the index is in the batch.
+        dtype: ``"float32"``, or ``"float16"`` for half the memory.
+        teacher: ``"memory"`` is the published algorithm. ``"copy"`` predicts ``p`` with a copy of the network as it was at the
+            end of the epoch before, on the present view: needs no sample index, costs a second forward pass.
+        reduction: How the user's loss sums over the batch.
+        network: Qualified name of the network when the module has several candidates.
+        name: Name in logs, plans and checkpoints.
+
+    Raises:
+        MisconfigurationException: An argument is out of range.
+
+    Example:
+        >>> PSKD(alpha=0.8)
+        PSKD(alpha=0.8, sample_index='auto', memory='auto', dtype='float32', teacher='memory', reduction='mean')
+    """
+
+    lane = Lane.LOSS
+    reads = frozenset({Resource.LOGITS})
+    writes = frozenset({Resource.LOSS_SCALE})
+    paper = "Kim, Ji, Yoon, Hwang, Self-Knowledge Distillation with Progressive Refinement of Targets, ICCV 2021"
+
+    def __init__(
+        self,
+        alpha: float = 0.8,
+        sample_index: str = "auto",
+        *,
+        epochs: int | None = None,
+        memory: Storage = "auto",
+        num_samples: int | None = None,
+        dtype: Literal["float32", "float16"] = "float32",
+        teacher: Literal["memory", "copy"] = "memory",
+        reduction: Literal["mean", "sum"] = "mean",
+        network: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(network=network, name=name)
+        if not 0 <= alpha <= 1:
+            raise MisconfigurationException(f"PSKD(alpha={alpha}): alpha is a share and must lie between 0 and 1.")
+        for label, number in (("epochs", epochs), ("num_samples", num_samples)):
+            if number is not None and number < 1:
+                raise MisconfigurationException(f"PSKD({label}={number}): must be at least 1, or None to find out.")
+        _one_of("memory", memory, ("auto", "ram", "mapped"))
+        _one_of("dtype", dtype, tuple(_DTYPES))
+        _one_of("teacher", teacher, ("memory", "copy"))
+        _one_of("reduction", reduction, ("mean", "sum"))
+        self.alpha = alpha
+        self.sample_index = sample_index
+        self.epochs = epochs
+        self.storage = memory
+        self.num_samples = num_samples
+        self.dtype = dtype
+        self.teacher = teacher
+        self.reduction = reduction
+        self.memory: SoftLabelMemory | None = None
+        self._copy: nn.Module | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._outbox = PredictionOutbox()
+        self._run: Run | None = None
+        self._total = 1
+        self._fits = self._warned = False
+
+    def reads_now(self) -> frozenset[Resource]:
+        if self.teacher == "copy":
+            return self.reads | {Resource.INPUTS}
+        return self.reads | {Resource.SAMPLE_INDEX} if self.sample_index == "auto" else self.reads
+
+    def describe(self, module: nn.Module) -> str:
+        source = "a copy of the network" if self.teacher == "copy" else "past predictions"
+        return f"up to {self.alpha:g} of each target from {source}"
+
+    def start(self, run: Run) -> None:
+        self._run, self._fits = run, False
+        self._total = self.epochs or _epochs_of(run)
+        if self._total == 1:
+            rank_zero_info("PSKD changes nothing in a training of one epoch: the first epoch is plain cross entropy.")
+        if run.trainer.global_step == 0 and not run.trainer.fit_loop.is_resuming:
+            self.memory = self._copy = self._loaded = None
+        loaded, self._loaded = self._loaded, None
+        if loaded and self.teacher == "memory":
+            rows: Tensor = loaded["probabilities"]
+            self.memory = self._new_memory(run, len(rows) if loaded["fixed"] else None, rows.shape[1])
+            self.memory.load(rows, loaded["seen"])
+        elif loaded:
+            self._copy = _frozen(run.network)
+            self._copy.load_state_dict(loaded["weights"])
+
+    def loss(self, step: Step) -> Loss | None:
+        if self.alpha == 0:
+            return None
+        logits = _class_logits(step.logits)
+        alpha = pskd_alpha(step.run.epoch, self._total, self.alpha)
+        if self.teacher == "copy":
+            return self._distil_copy(step, logits, alpha)
+        index = step.sample_index if self.sample_index == "auto" else index_in_batch(step.batch, self.sample_index)
+        if len(index) != len(logits):
+            raise MisconfigurationException(
+                f"The network returned logits of {len(logits)} samples for a batch of {len(index)}. PSKD needs one row of "
+                "logits a sample; a step that mixes, drops or repeats samples can carry the index through with sample_index=..."
+            )
+        memory = self._memory_of(step.run, logits.shape[1])
+        epoch = step.run.epoch
+        # A closure may evaluate one batch several times; the prediction that counts is the first, before the step.
+        again = self._outbox.holds(epoch, step.batch_idx)
+        if not again:
+            self._outbox.deliver(memory)
+        previous, seen = memory.read(index)
+        first = epoch == 0 or seen == 0
+        log_probabilities = _log_softmax(logits.detach() if first else logits)
+        if not again:
+            self._outbox.put(epoch, step.batch_idx, index, log_probabilities.detach().exp())
+        if first:
+            return Loss()
+        if logits.is_cuda:
+            previous = previous.pin_memory()
+        previous = previous.to(logits.device, non_blocking=True)
+        value = alpha * soft_cross_entropy(log_probabilities, previous, self.reduction)
+        return Loss(value=value, scale=1 - alpha * (seen / len(index)))
+
+    def epoch_end(self, run: Run) -> None:
+        if self.teacher == "copy":
+            if self.alpha > 0:
+                self._copy = _frozen(run.network)
+            return
+        if self.memory is not None:
+            self._outbox.deliver(self.memory)
+            self._merge(self.memory, run)
+
+    def finish(self, run: Run) -> None:
+        if self.memory is not None:
+            with suppress(RuntimeError):  # a broken device must not keep the module from being left clean
+                self._outbox.deliver_processed(self.memory, run.trainer)
+        self._outbox.clear()
+        self._run = None
+
+    def metrics(self, run: Run) -> dict[str, float]:
+        alpha = pskd_alpha(run.epoch, self._total, self.alpha)
+        if self.memory is None:
+            return {"alpha": alpha}
+        return {"alpha": alpha, "coverage": int(self.memory.seen.sum()) / max(1, self.memory.size)}
+
+    def state(self) -> dict[str, Any]:
+        """Return the memory, merged across ranks (a collective: Lightning asks every rank), or the teacher's weights."""
+        if self._loaded is not None:
+            return self._loaded
+        if self._copy is not None:
+            return {"teacher": "copy", "weights": dict(self._copy.state_dict())}
+        if self.memory is None:
+            return {}
+        with torch.inference_mode(False):
+            if self._run is not None:
+                self._outbox.deliver_processed(self.memory, self._run.trainer)
+                self._merge(self.memory, self._run)
+            if self.memory.nbytes >= MAPPED_FROM and not self._warned:
+                self._warned = True
+                rank_zero_warn(
+                    f"Every checkpoint holds PSKD's memory of {self.memory.nbytes / 2**30:.1f} GiB, without which a resume is "
+                    'not exact. Save less often, or halve it with dtype="float16".'
+                )
+            return {"teacher": "memory", **self.memory.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.memory = self._copy = None
+        self._outbox.clear()
+        saved = state.get("teacher", self.teacher)
+        if saved != self.teacher:
+            raise MisconfigurationException(
+                f"The checkpoint was trained with PSKD(teacher={saved!r}), not {self.teacher!r}. Resume with the same one."
+            )
+        if state and not (fits_memory(state) if saved == "memory" else isinstance(state.get("weights"), dict)):
+            raise MisconfigurationException("The checkpoint's state of PSKD is malformed; resume from another checkpoint.")
+        self._loaded = state or None
+
+    def _distil_copy(self, step: Step, logits: Tensor, alpha: float) -> Loss:
+        if self._copy is None:
+            return Loss()
+        with torch.no_grad():
+            previous = as_logits(self._copy(*step.call.args, **step.call.kwargs)).float().softmax(-1)
+        return Loss(value=alpha * soft_cross_entropy(_log_softmax(logits), previous, self.reduction), scale=1 - alpha)
+
+    def _memory_of(self, run: Run, classes: int) -> SoftLabelMemory:
+        if self.memory is not None and self._fits:
+            return self.memory
+        size = self.num_samples
+        if size is None and run.samples is not None and self.sample_index == "auto":
+            size = run.samples.size
+        if self.memory is None:
+            self.memory = self._new_memory(run, size, classes)
+        elif self.memory.fixed and size is not None and size != self.memory.size:
+            raise MisconfigurationException(
+                f"PSKD remembers predictions of {self.memory.size} training samples, but the training dataset now has {size}, "
+                f"so they would belong to other samples. Resume with the dataset it was trained on, or start anew "
+                "from its weights, without ckpt_path."
+            )
+        elif self.memory.classes != classes:
+            raise MisconfigurationException(
+                f"PSKD remembers predictions over {self.memory.classes} classes, but the network now returns {classes} logits. "
+                "Resume with the head it was trained with, or start anew from the weights, without ckpt_path."
+            )
+        self._fits = True
+        return self.memory
+
+    def _new_memory(self, run: Run, size: int | None, classes: int) -> SoftLabelMemory:
+        folder = run.trainer.default_root_dir
+        return SoftLabelMemory(size, classes, dtype=_DTYPES[self.dtype], storage=self.storage, folder=folder)
+
+    def _merge(self, memory: SoftLabelMemory, run: Run) -> None:
+        if run.trainer.world_size == 1:
+            memory.forget_visits()
+            return
+        strategy = run.trainer.strategy
+        memory.merge(lambda tensor: strategy.all_gather(tensor.to(strategy.root_device)).cpu())
+
+
+def _one_of(label: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise MisconfigurationException(f"PSKD({label}={value!r}): choose one of {', '.join(map(repr, allowed))}.")
+
+
+def _epochs_of(run: Run) -> int:
+    try:
+        return run.total_epochs
+    except MisconfigurationException:
+        raise MisconfigurationException(
+            "PSKD raises alpha over the whole training, but the Trainer has no end: give PSKD(epochs=...), or set "
+            "Trainer(max_epochs=...)."
+        ) from None
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def _class_logits(logits: Tensor) -> Tensor:
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise MisconfigurationException(
+            "PSKD needs class logits of shape (batch, classes) with at least 2 classes; the network returned "
+            f"{tuple(logits.shape)}. Predictions for every token or pixel, and single-logit binary heads, are outside the "
+            "published method."
+        )
+    return logits
+
+
+def _frozen(network: nn.Module) -> nn.Module:
+    """Copy a network as a teacher: shims do not travel with copies, and evaluation mode draws no random numbers."""
+    return copy.deepcopy(network).eval().requires_grad_(False)
