@@ -29,8 +29,8 @@ class MethodEntry:
 
     @property
     def family(self) -> str:
-        """Package folder that holds the method, such as ``sparsity``."""
-        return self.value.partition(":")[0].split(".")[-2]
+        """Package folder that holds the method, such as ``sparsity``; the module itself when it is in none."""
+        return self.value.partition(":")[0].split(".")[-2:][0]
 
     def load(self) -> type[Method]:
         """Import the class.
