@@ -40,7 +40,7 @@ def __getattr__(name: str) -> Any:
 
         entries = registry.installed()
         if name not in entries:
-            hint = registry.suggest(name, [*entries, *_HOMES])
+            hint = registry.suggest(name, [*entries, *_HOMES, *_SUBPACKAGES])
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{hint}")
         value = entries[name].load()
     globals()[name] = value
@@ -50,4 +50,4 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     from lightning_peft import registry
 
-    return sorted({*globals(), *_HOMES, *_SUBPACKAGES, *registry.installed()})
+    return sorted({"__version__", *_HOMES, *_SUBPACKAGES, *registry.installed()})

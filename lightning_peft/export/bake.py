@@ -56,8 +56,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             "trust its source, load it with torch.load(weights_only=False) and save it again as plain data. "
             f"({str(error).splitlines()[0]})"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise files.CheckpointError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:  # torch seeks in a truncated archive
+        reason = (str(error) or "it ends too early").splitlines()[0]
+        raise files.CheckpointError(f"{path} is not a readable checkpoint: {reason}") from error
     if not isinstance(loaded, dict) or not isinstance(loaded.get("state_dict"), Mapping):
         raise files.CheckpointError(f'{path} is not a Lightning checkpoint: it has no "state_dict".')
     return loaded

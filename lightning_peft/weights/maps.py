@@ -154,6 +154,8 @@ def attach_map(module: nn.Module, name: str, weight_map: WeightMap) -> MappedTen
     before = getattr(layer, attribute)
     if not isinstance(before, nn.Parameter):
         raise MisconfigurationException(f"{name} is not a parameter of {type(layer).__name__}; maps need a trainable tensor.")
+    if weight_map.lane == Lane.REPARAM and not before.requires_grad:
+        weight_map.requires_grad_(False)  # the other view of a frozen tensor is frozen; deltas and masks train beside one
     pristine = before.detach().clone() if hasattr(weight_map, "right_inverse") else None
     parametrize.register_parametrization(layer, attribute, weight_map, unsafe=True)
     mapped.chain.__dict__["peft_order"] = order

@@ -1,0 +1,269 @@
+"""The tests every method must pass, for one line per method."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+
+import lightning_peft
+from lightning_peft.compose.lanes import Lane
+from lightning_peft.method import Method
+from lightning_peft.structure.checkpoint import KEY
+from lightning_peft.structure.plain import not_plain
+from lightning_peft.testing.callbacks import FailAt, PlannedError, Probe, StopAfter, every_epoch, shape_of
+from lightning_peft.testing.ddp import run_ddp
+from lightning_peft.testing.modules import STYLES, Plain, loader, trainer
+from lightning_peft.testing.runs import Fit, assert_clean, assert_same, fit
+from lightning_peft.testing.toys import ToyEntropy
+from lightning_peft.testing.trace import difference
+
+EPOCHS = 3
+Factory = Callable[[], Method]
+
+
+class MethodTester:
+    """Subclass it in a test file, name the configurations to test, and pytest does the rest.
+
+    Every check that a method cannot pass by its nature can be switched off with a sentence that says why; it shows up as
+    skipped, with that sentence.
+
+    Attributes:
+        methods: Functions without arguments, each returning a new method in one configuration.
+        no_accumulation: Why training on k small batches differs from training on one big one.
+        no_exact_bake: Why the baked module computes something else than the module in training.
+        no_styles: Names of module styles (``STYLES``) the method refuses, each with the reason.
+        tolerance: Largest difference of a weight that counts as rounding in the checks that are not bit for bit.
+
+    Example:
+        .. code-block:: python
+
+            class TestMyMethod(MethodTester):
+                methods = [MyMethod, lambda: MyMethod(strength=0.5)]
+    """
+
+    methods: ClassVar[Sequence[Factory]]
+    no_accumulation: ClassVar[str] = ""
+    no_exact_bake: ClassVar[str] = ""
+    no_styles: ClassVar[dict[str, str]] = {}
+    tolerance: ClassVar[float] = 1e-5
+
+    def pytest_generate_tests(self, metafunc: Any) -> None:
+        """Run each test for every configuration, and some of them for every module style."""
+        if "factory" in metafunc.fixturenames:
+            ids = [repr(factory())[:60] for factory in self.methods]
+            metafunc.parametrize("factory", list(self.methods), ids=ids)
+        if "style" in metafunc.fixturenames:
+            metafunc.parametrize("style", STYLES, ids=[style.__name__ for style in STYLES])
+
+    _runs: ClassVar[dict[Any, Any]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._runs = {}
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        # Class-scoped fixtures would do, were they not deprecated on test classes.
+        if key not in self._runs:
+            try:
+                self._runs[key] = make()
+            except Exception as error:
+                self._runs[key] = error
+        if isinstance(self._runs[key], Exception):
+            raise self._runs[key]
+        return self._runs[key]
+
+    @pytest.fixture(autouse=True)
+    def _one_thread(self) -> Iterator[None]:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
+
+    @pytest.fixture
+    def folder(self, factory: Factory, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """Where the reference training of a configuration keeps its checkpoints."""
+        path: Path = self._once(("folder", factory), lambda: tmp_path_factory.mktemp("method"))
+        return path
+
+    @pytest.fixture
+    def reference(self, factory: Factory, folder: Path) -> Fit:
+        """One uninterrupted training with a checkpoint of every epoch, which most checks compare with."""
+        run: Fit = self._once(factory, lambda: fit([factory()], after=[every_epoch(folder), Probe()], max_epochs=EPOCHS))
+        return run
+
+    @pytest.fixture
+    def two_ranks(self) -> list[Any]:
+        """What each of two processes found, for all configurations in one launch."""
+        home = type(self)
+        names = {"source": inspect.getfile(home), "module": home.__module__, "tester": home.__qualname__}
+        results: list[Any] = self._once("two ranks", lambda: run_ddp("lightning_peft.testing.ranks:train_on_rank", names))
+        return results
+
+    # Does it train, and does it do anything?
+
+    def test_trains(self, factory: Factory, reference: Fit) -> None:
+        losses = reference.losses
+        assert all(map(math.isfinite, losses)), f"the module's own loss became NaN or infinite: {losses}"
+        size = len(losses) // EPOCHS
+        first, last = sum(losses[:size]) / size, sum(losses[-size:]) / size
+        assert last < first, f"the module's own loss went from {first:.4f} to {last:.4f} in {EPOCHS} epochs: it must fall"
+        if reference.methods[0].lane != Lane.REPORT:
+            plain = fit([], max_epochs=EPOCHS)
+            same = difference(dict(plain.module.state_dict()), dict(reference.module.state_dict())) is None
+            assert not same, "the trained weights are exactly those of a training without the method: it did nothing"
+
+    def test_accumulation(self, factory: Factory) -> None:
+        if self.no_accumulation:
+            pytest.skip(self.no_accumulation)
+        big = fit([factory()], optimizer="sgd", data=loader(32, 8))
+        small = fit([factory()], optimizer="sgd", data=loader(32, 4), accumulate_grad_batches=2)
+        self._assert_close(big, small, "2 batches of 4 accumulated against 1 batch of 8")
+
+    def test_bf16(self, factory: Factory) -> None:
+        run = fit([factory()], precision="bf16-mixed")
+        assert all(map(math.isfinite, run.losses)), f"bf16-mixed: the loss became NaN or infinite: {run.losses}"
+        wrong = [name for name, value in run.module.named_parameters() if value.dtype != torch.float32]
+        assert not wrong, f"bf16-mixed must leave parameters in float32; these are not: {wrong}"
+
+    def test_compiled(self, factory: Factory) -> None:
+        eager = fit([factory()], optimizer="sgd")
+        torch.manual_seed(0)
+        module = Plain("sgd")
+        module.model.compile(backend="aot_eager")
+        compiled = fit([factory()], module=module)
+        torch._dynamo.reset()
+        self._assert_close(eager, compiled, "eager against a compiled submodule")
+
+    # Does it go on exactly where it stopped?
+
+    def test_resumes_from_every_epoch(self, factory: Factory, reference: Fit, folder: Path) -> None:
+        for epoch in range(EPOCHS - 1):
+            resumed = fit([factory()], seed=epoch + 5, resume=folder / f"epoch={epoch}.ckpt", max_epochs=EPOCHS)
+            assert_same(reference, resumed, f"uninterrupted against resumed after epoch {epoch}")
+
+    def test_resumes_after_the_fit_has_ended(self, factory: Factory, reference: Fit, tmp_path: Path) -> None:
+        stopped = fit([factory()], after=[StopAfter()], max_epochs=EPOCHS)
+        stopped.trainer.save_checkpoint(tmp_path / "ended.ckpt")
+        resumed = fit([factory()], seed=7, resume=tmp_path / "ended.ckpt", max_epochs=EPOCHS)
+        assert_same(reference, resumed, "uninterrupted against resumed from a file saved after fit() returned")
+
+    def test_state_is_plain(self, reference: Fit, folder: Path) -> None:
+        found = not_plain(reference.methods[0].state_dict(), "state_dict()")
+        assert found is None, f"{found}; return tensors, numbers, strings, lists and dicts only"
+        checkpoint = torch.load(folder / "epoch=0.ckpt", weights_only=True)
+        found = not_plain(checkpoint[KEY], f"checkpoint[{KEY!r}]")
+        assert found is None, f"{found}; check what config() of the method and its weight maps return"
+
+    def test_fits_again(self, factory: Factory) -> None:
+        first = fit([factory()])
+        again = fit(first.methods, module=first.module)
+        assert all(map(math.isfinite, again.losses)), f"second fit of one module: the loss became {again.losses}"
+        assert_clean(again.module, "two fits")
+
+    # Is the module left as it was?
+
+    def test_works_with_every_style(self, factory: Factory, style: type[Plain], tmp_path: Path) -> None:
+        if style.__name__ in self.no_styles:
+            pytest.skip(self.no_styles[style.__name__])
+        run = fit([factory()], style=style, after=[every_epoch(tmp_path)], max_epochs=2)
+        assert all(map(math.isfinite, run.losses)), f"{style.__name__}: the loss became NaN or infinite: {run.losses}"
+        assert_clean(run.module, "fit")
+        resumed = fit([factory()], style=style, seed=5, resume=tmp_path / "epoch=0.ckpt", max_epochs=2)
+        assert_same(run, resumed, f"{style.__name__}: uninterrupted against resumed")
+
+    @pytest.mark.parametrize("step", [0, 2])
+    def test_leaves_no_trace_after_an_exception(self, factory: Factory, step: int) -> None:
+        torch.manual_seed(0)
+        module = Plain()
+        before = copy.deepcopy(module.state_dict())
+        parameters = dict(module.named_parameters())
+        with pytest.raises(PlannedError):
+            fit([factory()], after=[FailAt(step)], module=module)
+        assert_clean(module, f"an exception before step {step}")
+        same = all(value is parameters[name] for name, value in module.named_parameters())
+        assert same, "parameters were replaced by other objects; optimizers of the user now hold the wrong ones"
+        if step == 0:
+            found = difference(dict(before), dict(module.state_dict()))
+            assert found is None, f"nothing was trained, but the module is not what it was: {found}"
+
+    def test_evaluation_changes_nothing(self, factory: Factory) -> None:
+        torch.manual_seed(0)
+        module = Plain()
+        before = copy.deepcopy(module.state_dict())
+        for stage in ("validate", "test", "predict"):
+            runner = trainer(callbacks=[factory()])
+            getattr(runner, stage)(module, loader(), **({} if stage == "predict" else {"verbose": False}))
+            assert_clean(module, stage)
+            found = difference(dict(before), dict(module.state_dict()))
+            assert found is None, f"{stage} of an untrained module changed it: {found}"
+
+    # Does it get along with others?
+
+    def test_order_of_callbacks_is_irrelevant(self, factory: Factory) -> None:
+        first = fit([factory(), ToyEntropy(name="companion")])
+        second = fit([ToyEntropy(name="companion"), factory()], before=[Callback()])
+        first.methods.reverse()
+        assert_same(first, second, "[method, companion] against [companion, method]")
+
+    @pytest.mark.parametrize("averaging", ["EMA", "SWA"])
+    def test_weight_averaging(self, factory: Factory, averaging: str) -> None:
+        def average() -> Callback:
+            return EMAWeightAveraging(decay=0.5) if averaging == "EMA" else StochasticWeightAveraging(1e-2, swa_epoch_start=1)
+
+        first = fit([factory()], before=[average()], max_epochs=EPOCHS).module
+        last = fit([factory()], after=[average()], max_epochs=EPOCHS).module
+        found = difference(dict(first.state_dict()), dict(last.state_dict()))
+        assert found is None, f"{averaging} before the method against after it in the callbacks list: {found}"
+        broken = [name for name, value in first.state_dict().items() if not value.isfinite().all()]
+        assert not broken, f"{averaging}: not finite: {broken}"
+        assert_clean(first, averaging)
+
+    def test_copies(self, reference: Fit) -> None:
+        probe = _probe(reference)
+        assert torch.equal(probe.live, probe.copied), "copy.deepcopy(module) in training computes something else than module"
+        assert probe.independent, "changing the weights of copy.deepcopy(module) changed what module computes"
+
+    # Does it end in an ordinary module?
+
+    def test_bake_equals_training(self, reference: Fit) -> None:
+        probe = _probe(reference)
+        found = difference(shape_of(Plain()), probe.baked_shape)
+        assert found is None, f"bake(copy.deepcopy(module)) is no ordinary module: {found}"
+        if self.no_exact_bake:
+            pytest.skip(self.no_exact_bake)
+        error = (probe.live - probe.baked).abs().max().item()
+        assert error <= self.tolerance, f"baked and live outputs differ by {error:.3g}; see WeightMap.bake and no_exact_bake"
+
+    def test_checkpoint_loads_baked(self, reference: Fit, folder: Path) -> None:
+        loaded = lightning_peft.load_from_checkpoint(Plain, folder / f"epoch={EPOCHS - 1}.ckpt")
+        found = difference(dict(reference.module.state_dict()), dict(loaded.state_dict()))
+        assert found is None, f"the module after fit() against load_from_checkpoint of its last checkpoint: {found}"
+        lightning_peft.bake_checkpoint(folder / "epoch=0.ckpt", folder / "baked.ckpt")
+        Plain.load_from_checkpoint(folder / "baked.ckpt", weights_only=True)
+
+    def test_two_processes(self, factory: Factory, two_ranks: list[Any]) -> None:
+        plain, first, second = two_ranks[0][0], *(rank[1 + self.methods.index(factory)] for rank in two_ranks)
+        if first is None:
+            pytest.skip("the method does not support DDP")
+        found = difference(first["weights"], second["weights"])
+        assert found is None, f"after DDP training rank 0 and rank 1 hold different weights: {found}"
+        found = difference(plain["trace"], first["trace"])
+        assert found is None, f"DDP left something on the module: {found}"
+
+    def _assert_close(self, a: Fit, b: Fit, what: str) -> None:
+        pairs = zip(a.module.named_parameters(), b.module.named_parameters(), strict=True)
+        name, error = max(((name, (p - q).abs().max().item()) for (name, p), (_, q) in pairs), key=lambda pair: pair[1])
+        assert error <= self.tolerance, f"{what}: {name} differs by {error:.3g}, more than {self.tolerance}"
+
+
+def _probe(run: Fit) -> Probe:
+    return next(callback for callback in run.trainer.callbacks if isinstance(callback, Probe))  # type: ignore[attr-defined]

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+from lightning_peft import Lane, WeightMap, bake
+from lightning_peft.testing.modules import mlp
+from lightning_peft.testing.toys import ScaleMap, ThresholdMap
+from lightning_peft.testing.trace import difference, trace
+from lightning_peft.weights.maps import attach_map, detach_maps, forget_pristine, mapped_tensors, split_name
+
+X = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def net():
+    return mlp()
+
+
+class Shift(WeightMap):
+    """A map without ``right_inverse``: attaching it changes what the layer computes."""
+
+    kind, lane = "shift", Lane.DELTA
+
+    def forward(self, weight):
+        return weight + 1.0
+
+
+class Half(WeightMap):
+    """Softer in training than for good."""
+
+    kind, lane = "half", Lane.MASK
+
+    def forward(self, weight):
+        return weight * 0.5
+
+    def bake(self, weight):
+        return weight * 0.0
+
+
+def test_right_inverse_keeps_what_the_layer_computes(net):
+    before, weight = net(X), net[0].weight
+    mapped = attach_map(net, "0.weight", ScaleMap(4.0))
+    assert torch.allclose(net(X), before, atol=1e-6)
+    assert mapped.stored is weight, "the Parameter object must stay: optimizers hold it"
+    assert torch.allclose(mapped.stored * 4.0, net[0].weight)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_whole_chain_is_taken_off_without_trace(net, depth):
+    before, weights = trace(net), {k: v.clone() for k, v in net.state_dict().items()}
+    for name in ("0.weight", "2.weight", "2.bias"):
+        for weight_map in [ScaleMap(3.0), Shift(), ThresholdMap(0.1)][:depth]:
+            attach_map(net, name, weight_map)
+    assert len(list(mapped_tensors(net))) == 3
+    detach_maps(net, "pristine")
+    assert difference(before, trace(net)) is None
+    assert all(torch.allclose(weights[name], value, atol=1e-6) for name, value in net.state_dict().items())
+    assert type(net[0]) is nn.Linear
+
+
+def test_maps_apply_innermost_first(net):
+    weight = net[0].weight.detach().clone()
+    attach_map(net, "0.weight", Shift())
+    mapped = attach_map(net, "0.weight", ThresholdMap(0.9))
+    wanted = torch.where((weight + 1).abs() < 0.9, 0.0, weight + 1)
+    assert torch.allclose(net[0].weight, wanted)
+    assert torch.allclose(mapped.baked(), wanted)
+    assert [weight_map.kind for weight_map in mapped.maps] == ["shift", "toy_threshold"]
+    assert torch.equal(mapped.entering(mapped.maps[1]), weight + 1)
+
+
+@pytest.mark.parametrize(("leave", "factor"), [("baked", 0.0), ("live", 0.5), ("pristine", 0.5)])
+def test_what_is_left_behind(net, leave, factor):
+    weight = net[0].weight.detach().clone()
+    attach_map(net, "0.weight", Half())
+    with torch.no_grad():
+        net[0].parametrizations.weight.original.mul_(2.0)  # trained: the pristine value means nothing any more
+    detach_maps(net, leave)
+    assert torch.allclose(net[0].weight, weight * 2.0 * factor)
+
+
+def test_pristine_undoes_an_attachment_that_was_never_trained(net):
+    weight = net[0].weight.detach().clone()
+    attach_map(net, "0.weight", ScaleMap(3.0))
+    detach_maps(net, "pristine")
+    assert torch.equal(net[0].weight, weight), "bit for bit, although w / 3 * 3 is not w"
+
+
+def test_forget_pristine_frees_the_copies(net):
+    mapped = attach_map(net, "0.weight", ScaleMap(3.0))
+    assert mapped.chain.__dict__["peft_pristine"] is not None
+    forget_pristine(net)
+    assert mapped.chain.__dict__["peft_pristine"] is None
+
+
+def test_masks_are_no_buffers_but_follow_the_module(net):
+    mapped = attach_map(net, "0.weight", ThresholdMap())
+    mask = mapped.maps[0]
+    mask.mask = torch.ones(16, 16)
+    assert not [name for name in net.state_dict() if "mask" in name]
+    net.double()
+    assert mask.mask.dtype == torch.float64
+    net.to("meta")
+    assert mask.mask.is_meta
+
+
+def test_a_deep_copy_is_baked_without_touching_its_original(net):
+    for name in ("0.weight", "0.bias", "2.weight"):
+        attach_map(net, name, ScaleMap())
+    live = net(X)
+    twin = bake(copy.deepcopy(net))
+    assert type(twin[0]) is nn.Linear
+    assert list(twin.state_dict()) == list(mlp().state_dict())
+    assert torch.allclose(twin(X), live, atol=1e-6)
+    assert torch.equal(net(X), live)
+    assert len(list(mapped_tensors(net))) == 3
+    detach_maps(net)
+    assert torch.allclose(net(X), live, atol=1e-6)
+
+
+def test_the_last_layers_own_parametrization_is_left_alone(net):
+    parametrizations.weight_norm(net[4])
+    attach_map(net, "0.weight", ScaleMap())
+    assert [mapped.name for mapped in mapped_tensors(net)] == ["0.weight"]
+    detach_maps(net)
+    assert parametrize.is_parametrized(net[4], "weight")
+
+
+def test_refusals_name_the_way_out(net):
+    parametrizations.weight_norm(net[4])
+    with pytest.raises(MisconfigurationException, match=r"4\.weight is already parametrized by _WeightNorm.*exclude=\['4'\]"):
+        attach_map(net, "4.weight", ScaleMap())
+    net[0].register_buffer("fixed", torch.ones(2))
+    with pytest.raises(MisconfigurationException, match=r"0\.fixed is not a parameter of Linear"):
+        attach_map(net, "0.fixed", ScaleMap())
+    with pytest.raises(AttributeError):
+        attach_map(net, "7.weight", ScaleMap())
+    assert list(mapped_tensors(net)) == []
+
+
+def test_a_reparametrisation_of_a_frozen_tensor_is_frozen_and_a_mask_is_not(net):
+    net.requires_grad_(False)
+    scale = attach_map(net, "0.weight", ScaleMap()).maps[0]
+    assert not scale.scale.requires_grad
+    delta = type("Learned", (ScaleMap,), {"lane": Lane.DELTA})()
+    attach_map(net, "2.weight", delta)
+    assert delta.scale.requires_grad
+
+
+def test_frozen_stays_frozen(net):
+    net[0].requires_grad_(False)
+    attach_map(net, "0.weight", ScaleMap())
+    detach_maps(net)
+    assert [parameter.requires_grad for parameter in net.parameters()] == [False, False, True, True, True, True]
+
+
+def test_the_module_itself_can_be_mapped():
+    layer = nn.Linear(2, 2)
+    mapped = attach_map(layer, "weight", ScaleMap())
+    assert mapped.name == "weight"
+    assert split_name("weight") == ("", "weight")
+    assert split_name("a.b.weight") == ("a.b", "weight")
+    detach_maps(layer)
+    assert list(layer.state_dict()) == ["weight", "bias"]
+
+
+def test_records_are_plain_and_name_their_method():
+    scale = ScaleMap(3.0)
+    scale.owner = "ToyScale"
+    assert scale.record() == {"map": "toy_scale", "method": "ToyScale", "config": {"start": 3.0}}
+
+
+def test_gradients_reach_the_stored_value_and_the_maps_own_parameters(net):
+    mapped = attach_map(net, "0.weight", ScaleMap())
+    attach_map(net, "0.weight", ThresholdMap(0.1))
+    net(X).square().sum().backward()
+    assert mapped.stored.grad.abs().sum() > 0
+    assert mapped.maps[0].scale.grad.abs() > 0

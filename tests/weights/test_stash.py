@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from lightning_peft.testing.callbacks import StopAfter
+from lightning_peft.testing.modules import Configured, Plain, loader, trainer
+from lightning_peft.testing.runs import assert_same, fit
+from lightning_peft.testing.toys import ToyEntropy, ToyScale, ToyThreshold
+from lightning_peft.weights import stash
+
+
+def methods():
+    return [ToyScale(), ToyThreshold(0.2), ToyEntropy()]
+
+
+def test_the_stored_values_wait_beside_the_baked_module():
+    run = fit(methods())
+    kept = stash.peek(run.module)
+    assert sorted(kept) == ["model.0.weight", "model.2.weight", "model.4.weight"]
+    weight = run.module.model[0].weight
+    stored = kept["model.0.weight"]
+    assert (weight == 0).any()
+    assert not (stored.value == 0).any(), "the values under the mask are what training goes on with"
+    scaled = stored.value * stored.states[0]["scale"]
+    assert torch.equal(weight, torch.where(scaled.abs() < 0.2, 0.0, scaled))
+
+
+@pytest.mark.parametrize("change", ["in place", "replaced", "loaded", "removed"])
+def test_a_changed_module_has_no_stash(change):
+    module = fit(methods()).module
+    assert stash.peek(module)
+    if change == "in place":
+        with torch.no_grad():
+            module.model[0].weight.add_(1)
+    elif change == "replaced":
+        module.model[0].weight = torch.nn.Parameter(torch.ones(16, 16))
+    elif change == "loaded":
+        module.load_state_dict(Plain().state_dict())
+    else:
+        module.model = torch.nn.Sequential(torch.nn.Linear(16, 3))
+    assert stash.peek(module) == {}
+
+
+def test_a_changed_module_is_saved_as_it_is(tmp_path):
+    run = fit(methods())
+    with torch.no_grad():
+        run.module.model[0].weight.fill_(0.5)
+    run.trainer.save_checkpoint(tmp_path / "x.ckpt")
+    checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert torch.equal(checkpoint["state_dict"]["model.0.weight"], torch.full((16, 16), 0.5))
+    assert "lightning_peft" not in checkpoint
+
+
+def test_evaluation_between_two_fits_changes_nothing(tmp_path):
+    full = fit(methods(), max_epochs=3)
+    stopped = fit(methods(), after=[StopAfter()], max_epochs=3)
+    weights = {name: value.clone() for name, value in stopped.module.state_dict().items()}
+    for stage in ("validate", "test"):
+        getattr(stopped.trainer, stage)(stopped.module, loader(8), verbose=False)
+        getattr(trainer(callbacks=methods()), stage)(stopped.module, loader(8), verbose=False)
+    assert all(torch.equal(weights[name], value) for name, value in stopped.module.state_dict().items())
+    stopped.trainer.save_checkpoint(tmp_path / "x.ckpt")
+    resumed = fit(methods(), seed=5, resume=tmp_path / "x.ckpt", max_epochs=3)
+    assert_same(full, resumed, "uninterrupted against stopped, evaluated four times, saved and resumed")
+
+
+def test_the_next_fit_in_this_process_goes_on_from_the_stored_values():
+    first = fit(methods())
+    kept = stash.peek(first.module)["model.0.weight"].value.clone()
+    seen = []
+
+    class Look(ToyThreshold):
+        def start(self, run):
+            seen.append(run.module.model[0].parametrizations.weight.original.detach().clone())
+
+    fit([ToyScale(), Look(0.2, name="toy_threshold")], module=first.module)
+    assert torch.equal(seen[0], kept)
+
+
+def test_other_maps_start_from_what_the_module_shows():
+    first = fit(methods())
+    shown = first.module.model[0].weight.detach().clone()
+    seen = []
+
+    class Look(ToyThreshold):
+        def start(self, run):
+            seen.append(run.module.model[0].parametrizations.weight.original.detach().clone())
+
+    fit([Look(0.0)], module=first.module)
+    assert torch.equal(seen[0], shown)
+
+
+def test_a_stash_does_not_keep_its_module_alive():
+    run = fit(methods())
+    watch = weakref.ref(run.module)
+    del run
+    gc.collect()
+    assert watch() is None
+
+
+def test_plain_modules_have_none():
+    assert stash.peek(Plain()) == {}
+    assert stash.peek(fit([ToyEntropy()]).module) == {}
+
+
+def test_configure_model_and_the_stash():
+    first = fit(methods(), style=Configured)
+    again = fit(methods(), module=first.module)
+    assert all(value.isfinite().all() for value in again.module.state_dict().values())
