@@ -57,8 +57,8 @@ def study(name: str) -> Variants:
 def run_once(callbacks: list[Callback], seed: int, args: argparse.Namespace) -> dict[str, float]:
     """Fine-tune, test, and return the metrics with the share of zero weights in pointwise convolutions."""
     seed_everything(seed, verbose=False)
-    model = TimmClassifier(lr=args.lr)
-    data = GroceriesDataModule(image_size=args.image_size, batch_size=32)
+    model = TimmClassifier(lr=args.lr, head_lr_scale=10)
+    data = GroceriesDataModule(image_size=args.image_size, batch_size=16)
     trainer = Trainer(
         max_epochs=args.epochs,
         accelerator="auto",
@@ -127,9 +127,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", choices=("sparsity", "regularizers"), required=True)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--image-size", type=int, default=160)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--image-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--merge", nargs="*", type=Path, default=[], help="JSON files of other processes to join first")

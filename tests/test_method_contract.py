@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from lightning_peft import Lane, Method, WeightMap
+from lightning_peft import PSKD, Lane, Method, NMSparsity, WeightCompander, WeightMap
 from lightning_peft.testing import STYLES, MethodTester, run_ddp
 from lightning_peft.testing.callbacks import Probe, every_epoch
 from lightning_peft.testing.runs import fit
@@ -25,6 +25,23 @@ class TestToyThreshold(MethodTester):
 
 class TestToyEntropy(MethodTester):
     methods = [ToyEntropy]
+
+
+class TestNMSparsity(MethodTester):
+    methods = [
+        lambda: NMSparsity("2:4", exclude=()),
+        lambda: NMSparsity("1:4", recipe="one-shot", targets="all-weights", exclude=(), dense="25%"),
+        lambda: NMSparsity("2:4", recipe="sdgf-stepwise", targets="all-weights", exclude=(), refresh=2),
+    ]
+    no_exact_bake = "a soft or wider mask is in force until the last step; baking applies the target pattern"
+
+
+class TestWeightCompander(MethodTester):
+    methods = [WeightCompander, lambda: WeightCompander(headroom=1.2, slope=4.0, learnable=False)]
+
+
+class TestPSKD(MethodTester):
+    methods = [PSKD, lambda: PSKD(alpha=0.5, teacher="copy")]
 
 
 # Methods that are wrong in one way each, and the check that must say so.

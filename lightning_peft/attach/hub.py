@@ -360,7 +360,9 @@ class Hub:
         if self._should_log or self.run.trainer.is_last_batch:
             for method in self.methods:
                 for key, value in method.metrics(self.run).items():
-                    module.log(f"peft/{method.name}/{key}", float(value), on_step=True, on_epoch=False)
+                    module.log(
+                        f"peft/{method.name}/{key}", float(torch.as_tensor(value).detach()), on_step=True, on_epoch=False
+                    )
 
     # The end.
 
