@@ -1,0 +1,145 @@
+"""From a recipe to a Trainer, a module and data: LightningCLI as it is, with the methods left out on request."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+from jsonargparse import ArgumentError, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from lightning_peft import registry
+from lightning_peft.cli.recipes import Recipe, UsageError, check_extras
+
+Adjust = Callable[[dict[str, Any]], None]
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI on a list of arguments, which can leave methods out and adjust what the Trainer is given.
+
+    Args:
+        args: As on LightningCLI's own command line.
+        without: Class names of methods to leave out.
+        adjust: Called with the Trainer's arguments, callbacks instantiated, before it is built.
+    """
+
+    model: LightningModule
+    datamodule: LightningDataModule | None
+    trainer: Trainer
+
+    def __init__(self, args: Sequence[str], without: Sequence[str] = (), adjust: Adjust | None = None) -> None:
+        self.without = frozenset(without)
+        self.adjust = adjust
+        super().__init__(
+            save_config_callback=None,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            run=False,
+            seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False},
+            args=list(args),
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, without the parent's warning about the arguments this process was started with."""
+        self.config = parser.parse_args(cast(list[str], args))
+
+    def before_instantiate_classes(self) -> None:
+        """Leave methods out before they are built."""
+        if not self.without:
+            return
+        callbacks = self.config.trainer.callbacks or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        self.config.trainer.callbacks = [entry for entry in callbacks if class_name(entry) not in self.without]
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the Trainer after :attr:`adjust` has seen its arguments."""
+        arguments: dict[str, Any] = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        callbacks = arguments.get("callbacks") or []
+        arguments["callbacks"] = [*callbacks] if isinstance(callbacks, list) else [callbacks]
+        if self.adjust is not None:
+            self.adjust(arguments)
+        return self._instantiate_trainer(arguments, [])
+
+
+def class_name(entry: Namespace) -> str:
+    """Return the class name in a parsed callback entry."""
+    return str(entry.get("class_path", "")).rsplit(".", 1)[-1]
+
+
+def launch(recipe: Recipe, overrides: Sequence[str], without: Sequence[str] = (), adjust: Adjust | None = None) -> RecipeCLI:
+    """Build everything a recipe describes.
+
+    Args:
+        recipe: The recipe.
+        overrides: Further LightningCLI arguments, which win over the file.
+        without: Class names of methods to leave out.
+        adjust: See :class:`RecipeCLI`.
+
+    Raises:
+        UsageError: An extra is missing, or LightningCLI refuses the file or an override.
+    """
+    check_extras(recipe)
+    with _as_usage_errors(recipe):
+        return RecipeCLI(["--config", str(recipe.path), *overrides], without, adjust)
+
+
+def parse(recipe: Recipe, overrides: Sequence[str], without: Sequence[str] = ()) -> RecipeCLI:
+    """Parse what :func:`launch` would, without building or seeding anything; arguments as there."""
+    check_extras(recipe)
+    with _as_usage_errors(recipe):
+        return _ParseOnly(["--config", str(recipe.path), *overrides], without)
+
+
+def methods_in(recipe: Recipe, overrides: Sequence[str]) -> list[str]:
+    """Return the class names of the methods a recipe uses, after overrides.
+
+    Raises:
+        UsageError: As :func:`launch`.
+    """
+    callbacks = parse(recipe, overrides).config.trainer.callbacks or []
+    names = [class_name(entry) for entry in (callbacks if isinstance(callbacks, list) else [callbacks])]
+    return [name for name in names if is_method(name)]
+
+
+class _ParseOnly(RecipeCLI):
+    def _set_seed(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
+
+
+def is_method(name: str) -> bool:
+    """Whether a class name is that of a method, installed or defined by what was imported so far."""
+    if name in registry.installed():
+        return True
+    try:
+        registry.find(name)
+    except MisconfigurationException:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _as_usage_errors(recipe: Recipe) -> Iterator[None]:
+    # Class names alone ("class_path: NMSparsity") resolve among classes that are already imported.
+    for entry in registry.installed().values():
+        with contextlib.suppress(MisconfigurationException):
+            entry.load()
+    try:
+        yield
+    except ArgumentError as error:
+        raise UsageError(
+            f"The recipe {recipe.name} ({recipe.path}) cannot be used as given: {_essence(error.message)}"
+        ) from error
+
+
+def _essence(message: str) -> str:
+    """Keep of jsonargparse's report on a union type what a user can act on."""
+    noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "- Expected a <class 'NoneType'>")
+    lines = [line.strip() for line in str(message).splitlines()]
+    return " ".join(line.removeprefix("- ") for line in lines if line and not line.startswith(noise))

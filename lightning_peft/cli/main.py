@@ -1,0 +1,192 @@
+"""The `lightning-peft` command. Commands import what they need when they run, so help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lightning_peft.cli.console import Outcome
+
+TAKES_OVERRIDES = ("run", "compare")
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with the nearest names where a choice was wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n{self.format_usage()}")
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+            hint = f"Did you mean {close[0]}?" if close else f"Choose one of {', '.join(choices)}."
+            raise argparse.ArgumentError(None, f"there is no command {value!r}. {hint}")
+
+
+def build_parser() -> _Parser:
+    """Return the parser of the whole command line."""
+    from lightning_peft import __version__
+
+    parser = _Parser(
+        prog="lightning-peft",
+        description="Published training methods as Lightning callbacks: find, run, compare, bake, report.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"lightning-peft {__version__}")
+    shared = _Parser(add_help=False)
+    shared.add_argument(
+        "--json", action="store_true", help="print one JSON document to standard output, all else to standard error"
+    )
+    shared.add_argument("--traceback", action="store_true", help="on errors, show where they come from")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, text: str, epilog: str | None = None) -> _Parser:
+        return commands.add_parser(name, help=text, description=text, epilog=epilog, parents=[shared], allow_abbrev=False)
+
+    add("list", "list methods and recipes")
+    add("show", "show the card of a method").add_argument("name", metavar="METHOD")
+    more = "All further arguments go to LightningCLI and win over the recipe, such as --trainer.max_epochs 1 --model.lr 3e-4."
+    run = add("run", "train a recipe beside its dense baseline and write a report", more)
+    run.add_argument("recipe", metavar="RECIPE", help="packaged name, or path of a LightningCLI YAML file")
+    run.add_argument("--out", type=Path, help="folder for everything (default: runs/RECIPE, numbered when taken)")
+    run.add_argument("--no-baseline", action="store_true", help="leave out the dense baseline")
+    run.add_argument("--resume", action="store_true", help="continue a killed run from its last checkpoint")
+    compare = add("compare", "train a recipe with methods left out, over seeds, and compare", more)
+    compare.add_argument("recipe", metavar="RECIPE", help="packaged name, or path of a LightningCLI YAML file")
+    compare.add_argument(
+        "--without", nargs="+", action="append", default=[], metavar="METHOD", help="a variant without these; may be repeated"
+    )
+    compare.add_argument("--each", action="store_true", help="one variant for every method, without it")
+    compare.add_argument("--dense", action="store_true", help="a variant without any method")
+    compare.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (default: 3)")
+    compare.add_argument(
+        "--out", type=Path, help="folder; trainings finished there are not repeated (default: runs/compare/RECIPE)"
+    )
+    bake = add("bake", "turn a checkpoint into one of an ordinary module")
+    bake.add_argument("checkpoint", type=Path, metavar="CKPT")
+    bake.add_argument("-o", "--out", type=Path, help="file to write (default: beside it, NAME.baked.ckpt)")
+    report = add("report", "report on a checkpoint, from the file alone")
+    report.add_argument("checkpoint", type=Path, metavar="CKPT")
+    report.add_argument("-o", "--out", type=Path, help="folder to write (default: beside it, NAME-report)")
+    assets = add("assets", "list or fetch the data and weights recipes use")
+    assets.add_argument("action", nargs="?", choices=["fetch"], help="fetch instead of list")
+    assets.add_argument("names", nargs="*", metavar="NAME")
+    assets.add_argument("--all", action="store_true", help="fetch all")
+    return parser
+
+
+def dispatch(options: argparse.Namespace, overrides: Sequence[str], console: Console) -> Outcome:
+    """Run the command that was parsed."""
+    if options.command in ("list", "show"):
+        from lightning_peft.cli import listing
+
+        return listing.list_all() if options.command == "list" else listing.show_method(options.name)
+    if options.command in TAKES_OVERRIDES and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a recipe may name classes of the project it lies in
+    if options.command == "run":
+        from lightning_peft.cli.run import run
+
+        baseline = not options.no_baseline
+        return run(options.recipe, overrides, options.out, console, baseline=baseline, resume=options.resume)
+    if options.command == "compare":
+        from lightning_peft.cli.compare import compare
+
+        chosen = {"each": options.each, "dense": options.dense, "seeds": options.seeds, "out": options.out}
+        return compare(options.recipe, overrides, options.without, console, **chosen)
+    from lightning_peft.cli import files
+
+    if options.command == "bake":
+        return files.bake(options.checkpoint, options.out)
+    if options.command == "report":
+        return files.report(options.checkpoint, options.out)
+    if options.action == "fetch":
+        return files.fetch_assets(options.names, everything=options.all)
+    return files.list_assets()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments without the program's name; by default those of the process.
+
+    Returns:
+        Exit code: 0 done, 2 an error that is explained in one message, 130 interrupted.
+    """
+    parser = build_parser()
+    options, overrides = parser.parse_known_args(argv)
+    if overrides and options.command not in TAKES_OVERRIDES:
+        parser.error(f"{options.command} does not know {' '.join(overrides)}")
+    from rich.console import Console
+
+    # In JSON mode standard output carries the document and nothing else, whatever a library prints.
+    quiet = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
+    with quiet, warnings.catch_warnings():
+        _silence()
+        console = Console()
+        try:
+            outcome = dispatch(options, overrides, console)
+        except KeyboardInterrupt:
+            hint = " Continue with --resume." if options.command == "run" else ""
+            print(f"interrupted.{hint}", file=sys.stderr)
+            return 130
+        except Exception as error:
+            if options.traceback:
+                traceback.print_exc()
+            else:
+                print(f"error: {_message(error)}", file=sys.stderr)
+            return 2
+    try:
+        if options.json:
+            from lightning_peft.export.report import to_json
+
+            print(to_json(outcome.data))
+        else:
+            outcome.show(console)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _message(error: Exception) -> str:
+    """Say what went wrong; errors that were not written for users also say what they are."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from lightning_peft.assets import AssetError
+    from lightning_peft.cli.recipes import UsageError
+
+    if isinstance(error, (UsageError, MisconfigurationException, AssetError, OSError)):
+        return str(error)
+    return f"{type(error).__name__}: {error} (--traceback shows where)"
+
+
+def _silence() -> None:
+    """Leave out remarks of Lightning that a recipe's user can do nothing about."""
+    for message in (
+        ".*does not have many workers",
+        ".*The number of training batches",
+        ".*Checkpoint directory .* exists and is not empty",
+        ".*isinstance.treespec, LeafSpec.",
+        ".*GPU available but not used",
+        # LightningCLI's own use of jsonargparse
+        r"\s*By default only one JsonargparseDeprecationWarning",
+        r"[\s\S]*was deprecated in v4\.",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Callbacks of the command line: time, a line an epoch, and a progress bar where there is a terminal."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+
+from lightning_peft.export.report_trial import duration, show
+
+
+class Stopwatch(Callback):
+    """Seconds spent in ``fit``, summed over the sessions of a resumed run."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._since: float | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin."""
+        self._since = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End."""
+        self.seconds = self.total()
+        self._since = None
+
+    def total(self) -> float:
+        """Seconds until now."""
+        return self.seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Seconds until now."""
+        return {"seconds": self.total()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.seconds = float(state_dict["seconds"])
+
+
+class RandomState(Callback):
+    """Keeps the random states in checkpoints, so that a resumed run draws what the whole one would have drawn.
+
+    Lightning does not: a resumed ``RandomSampler`` would repeat the order of the first epoch.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Random states of Python, NumPy, PyTorch and every CUDA device, as plain data."""
+        version, internal, gauss = random.getstate()
+        name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+        return {
+            "python": [version, list(internal), gauss],
+            "numpy": [str(name), [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put the states back; the next to draw is the loader of the next epoch."""
+        version, internal, gauss = state_dict["python"]
+        random.setstate((version, tuple(internal), gauss))
+        name, keys, *rest = state_dict["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+        torch.set_rng_state(state_dict["torch"])
+        if state_dict["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state_dict["cuda"])
+
+
+class EpochLines(Callback):
+    """Prints one line an epoch: the metrics on the progress bar and the time so far.
+
+    Args:
+        console: Where to print.
+        name: Name of the run.
+        stopwatch: Clock of the run.
+    """
+
+    def __init__(self, console: Console, name: str, stopwatch: Stopwatch) -> None:
+        self.console = console
+        self.name = name
+        self.stopwatch = stopwatch
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print."""
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("peft/")}
+        shown = "  ".join(f"[dim]{name}[/] {show(name, value)}" for name, value in sorted(metrics.items()))
+        place = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        took = duration(self.stopwatch.total())
+        self.console.print(f"  [bold]{self.name}[/] {place}  {shown}  [dim]{took}[/]", highlight=False, soft_wrap=True)

@@ -1,0 +1,190 @@
+"""The report of an ablation: variants of a recipe over several seeds, means with their spread."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from lightning_peft.export import report_plots as plots
+from lightning_peft.export.report import Cell, Fact, Figure, Report, Section, Table
+from lightning_peft.export.report_trial import Trial, duration, is_share, lower_is_better, show, show_difference
+
+Row = tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and spread of one number over seeds.
+
+    Attributes:
+        mean: Mean.
+        std: Standard deviation of the sample; 0 for one seed.
+        low: Lowest.
+        high: Highest.
+    """
+
+    mean: float
+    std: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Summarise values.
+
+        Example:
+            >>> Spread.of([1.0, 3.0])
+            Spread(mean=2.0, std=1.414..., low=1.0, high=3.0)
+        """
+        std = statistics.stdev(values) if len(values) > 1 else 0.0
+        return cls(statistics.fmean(values), std, min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An ablation; the first variant is what the others are compared with.
+
+    Attributes:
+        name: Name of the recipe.
+        monitor: The test metric it is about.
+        trials: Trials of each variant, in the order of seeds.
+        command: Command that made it.
+    """
+
+    name: str
+    monitor: str
+    trials: Mapping[str, Sequence[Trial]]
+    command: str = ""
+
+    def values(self, variant: str, metric: str) -> list[float]:
+        """Return a metric of a variant for each seed that has it."""
+        return [trial.metrics[metric] for trial in self.trials[variant] if metric in trial.metrics]
+
+    def metrics(self) -> list[str]:
+        """Return the metrics every variant has, the monitored one first."""
+        every = [set(trial.metrics) for trials in self.trials.values() for trial in trials]
+        shared = sorted(set.intersection(*every)) if every else []
+        return sorted(shared, key=lambda name: (name != self.monitor, name))
+
+    def paired(self, variant: str, metric: str) -> Spread:
+        """Return the spread of the difference to the first variant, seed by seed."""
+        reference = self.values(next(iter(self.trials)), metric)
+        return Spread.of([b - a for a, b in zip(reference, self.values(variant, metric), strict=True)])
+
+
+def comparison_report(comparison: Comparison) -> Report:
+    """Write the report of an ablation."""
+    metrics = comparison.metrics()
+    seeds = len(next(iter(comparison.trials.values())))
+    text = (
+        f"{seeds} seed{'s' if seeds != 1 else ''} for each variant: mean, standard deviation, lowest, highest. Differences to "
+        "the full recipe are taken seed by seed, because a seed gives all variants the same data order.",
+    )
+    sections = (
+        Section("Ablation", text, (cost_table(comparison),)),
+        *(
+            Section(
+                metric.replace("/", " "),
+                (),
+                (metric_table(comparison, metric),),
+                (
+                    Figure(
+                        f"compare-{metric.replace('/', '-')}",
+                        "A dot a seed, a line from lowest to highest, a bar at the mean.",
+                        partial(plots.spreads, _scaled(comparison, metric), f"{metric}{', %' if is_share(metric) else ''}"),
+                    ),
+                ),
+            )
+            for metric in metrics
+        ),
+        Section("Every training", (), (_every(comparison, metrics),)),
+    )
+    data = {
+        "recipe": comparison.name,
+        "monitor": comparison.monitor,
+        "variants": {label: _summary(comparison, label, metrics) for label in comparison.trials},
+    }
+    facts = _facts(comparison, metrics)
+    return Report(f"{comparison.name}: ablation", "", facts, sections, data, comparison.command)
+
+
+def metric_table(comparison: Comparison, metric: str) -> Table:
+    """Return the spread of one metric, a variant a row."""
+    rows: list[Row] = []
+    for index, label in enumerate(comparison.trials):
+        spread = Spread.of(comparison.values(label, metric))
+        difference = _difference(metric, comparison.paired(label, metric)) if index else ""
+        rows.append((label, _mean(metric, spread), f"{show(metric, spread.low)} to {show(metric, spread.high)}", difference))
+    return Table(("variant", metric.replace("/", " "), "lowest to highest", "difference to full"), tuple(rows))
+
+
+def cost_table(comparison: Comparison) -> Table:
+    """Return what each variant leaves non-zero and how long it trains, a variant a row."""
+    rows = tuple(
+        (label, _density(trials), duration(Spread.of([trial.seconds for trial in trials]).mean))
+        for label, trials in comparison.trials.items()
+    )
+    return Table(("variant", "non-zero parameters", "training, mean"), rows)
+
+
+def _mean(metric: str, spread: Spread) -> str:
+    if is_share(metric):
+        return f"{100 * spread.mean:.1f} ± {100 * spread.std:.1f} %"
+    return f"{spread.mean:.4f} ± {spread.std:.4f}"
+
+
+def _difference(metric: str, spread: Spread) -> str:
+    unit = 100 if is_share(metric) else 1
+    digits = 1 if is_share(metric) else 4
+    return f"{unit * spread.mean:+.{digits}f} ± {unit * spread.std:.{digits}f}"
+
+
+def _density(trials: Sequence[Trial]) -> str:
+    kept, total = sum(trial.nonzero for trial in trials), sum(trial.parameters for trial in trials)
+    return f"{100 * kept / max(total, 1):.1f} %"
+
+
+def _scaled(comparison: Comparison, metric: str) -> dict[str, list[float]]:
+    unit = 100 if is_share(metric) else 1
+    return {label: [unit * value for value in comparison.values(label, metric)] for label in comparison.trials}
+
+
+def _every(comparison: Comparison, metrics: Sequence[str]) -> Table:
+    rows: tuple[tuple[Cell, ...], ...] = tuple(
+        (label, trial.seed, *(show(metric, trial.metrics[metric]) for metric in metrics), duration(trial.seconds))
+        for label, trials in comparison.trials.items()
+        for trial in trials
+    )
+    count = f"All {len(rows)} trainings"
+    return Table(
+        ("variant", "seed", *(metric.replace("/", " ") for metric in metrics), "training"), rows, count, len(rows) > 12
+    )
+
+
+def _facts(comparison: Comparison, metrics: Sequence[str]) -> tuple[Fact, ...]:
+    if comparison.monitor not in metrics:
+        return ()
+    metric = comparison.monitor
+    facts = []
+    for index, label in enumerate(comparison.trials):
+        spread = Spread.of(comparison.values(label, metric))
+        note = "" if not index else f"{show_difference(metric, comparison.paired(label, metric).mean)} to full"
+        facts.append(Fact(label, _mean(metric, spread), note))
+    return tuple(facts)
+
+
+def _summary(comparison: Comparison, label: str, metrics: Sequence[str]) -> dict[str, Any]:
+    return {
+        "metrics": {
+            metric: {
+                **asdict(Spread.of(comparison.values(label, metric))),
+                "difference": asdict(comparison.paired(label, metric)),
+                "lower_is_better": lower_is_better(metric),
+            }
+            for metric in metrics
+        },
+        "trials": [asdict(trial) for trial in comparison.trials[label]],
+    }

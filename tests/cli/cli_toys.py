@@ -1,0 +1,116 @@
+"""A module, data and two methods that train in a blink; recipes of the tests name them."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_peft import Lane, Method, Resource, WeightMap
+
+
+class ToyModule(LightningModule):
+    def __init__(self, width: int = 16, lr: float = 0.1) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.lr = lr
+        self.model = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 3))
+        self.score = MulticlassAccuracy(3, average="micro")
+
+    def training_step(self, batch, batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self.model(batch[0]), batch[1])
+        self.log("train/loss", loss)
+        return loss
+
+    def _evaluate(self, batch, stage: str) -> None:
+        logits = self.model(batch[0])
+        self.score(logits, batch[1])
+        self.log(f"{stage}/accuracy", self.score)
+        self.log(f"{stage}/loss", F.cross_entropy(logits, batch[1]))
+
+    def validation_step(self, batch, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+class ToyData(LightningDataModule):
+    def __init__(self, samples: int = 64) -> None:
+        super().__init__()
+        inputs = torch.randn(samples, 8, generator=torch.Generator().manual_seed(0))
+        self.data = TensorDataset(inputs, inputs[:, :3].argmax(1))
+
+    def train_dataloader(self):
+        return DataLoader(self.data, 16, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(self.data, 16)
+
+    def test_dataloader(self):
+        return DataLoader(self.data, 16)
+
+
+class HalfMap(WeightMap):
+    """Keeps the two largest of every four inputs."""
+
+    kind = "half"
+    lane = Lane.MASK
+
+    def forward(self, weight: Tensor) -> Tensor:
+        groups = weight.reshape(weight.shape[0], -1, 4)
+        kept = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, groups.abs().topk(2).indices, True)
+        return torch.where(kept, groups, 0.0).reshape(weight.shape)
+
+    def config(self):
+        return {}
+
+
+class ToyMask(Method):
+    """Keeps half of the weights."""
+
+    lane = Lane.MASK
+    writes = frozenset({Resource.MASK})
+    weight_maps = (HalfMap,)
+
+    def __init__(self, targets: str | list[str] = "all-linear") -> None:
+        super().__init__(targets=targets)
+
+    def attach(self, module) -> None:
+        for name in self.claims(module):
+            self.map_weight(module, name, HalfMap())
+
+
+class ToyTerm(Method):
+    """Adds a term to the loss."""
+
+    lane = Lane.LOSS
+    reads = frozenset({Resource.LOGITS})
+
+    def __init__(self, weight: float = 0.1) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def loss(self, step) -> Tensor:
+        return self.weight * step.logits.softmax(-1).pow(2).sum(-1).mean()
+
+    def metrics(self, run):
+        return {"clock": float(run.step)}
+
+
+class Killer(Callback):
+    """Ends the process like `kill -9` in the middle of an epoch, when the environment says so."""
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        composed = any(isinstance(callback, ToyMask) for callback in trainer.callbacks)
+        if composed and os.environ.get("TOY_KILL_AT") == str(trainer.global_step):
+            os.kill(os.getpid(), signal.SIGKILL)

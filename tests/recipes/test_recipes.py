@@ -1,0 +1,107 @@
+"""Every packaged recipe: its header, its plan, and a short run of the whole command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lightning_peft import plan
+from lightning_peft.cli.launch import launch, methods_in, parse
+from lightning_peft.cli.main import main
+from lightning_peft.cli.recipes import EXTRAS, UsageError, find, packaged, parse_header, read
+
+RECIPES = sorted(packaged())
+# What makes a run of each recipe short, and what builds its model without pretrained weights.
+SHORT = {
+    "quickstart": ["--data.image_size", "64", "--data.subset", "64", "--data.batch_size", "16"],
+    "language/nm_minilm_reviews": [
+        *("--data.max_length", "24", "--data.batch_size", "8"),
+        *("--data.train_size", "32", "--data.val_size", "16", "--data.test_size", "16"),
+    ],
+}
+OFFLINE = {"quickstart": ["--model.weights", "null"]}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_the_recipes_of_the_readme_are_there() -> None:
+    assert {"quickstart", "language/nm_minilm_reviews"} <= set(RECIPES)
+    assert set(SHORT) == set(RECIPES), "a new recipe needs a line in SHORT"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.filterwarnings(r"ignore:[\s\S]*(deprecated in v4|only one Jsonargparse):DeprecationWarning")
+def test_every_recipe_says_what_it_needs_and_parses(name) -> None:
+    recipe = find(name)
+    assert recipe.summary.endswith(".")
+    assert recipe.minutes > 0
+    assert set(recipe.needs) <= set(EXTRAS)
+    assert recipe.online, "the header names the usual online source"
+    assert recipe.monitor.startswith("test/")
+    assert methods_in(recipe, []) == ["NMSparsity", "WeightCompander", "PSKD"]
+    without = parse(recipe, SHORT[name], ["NMSparsity", "WeightCompander", "PSKD"])
+    assert without.config.trainer.callbacks == []
+
+
+@pytest.mark.parametrize("name", sorted(OFFLINE))
+@pytest.mark.filterwarnings(r"ignore:[\s\S]*(deprecated in v4|only one Jsonargparse):DeprecationWarning")
+def test_a_recipe_without_pretrained_weights_is_built_offline_and_has_a_plan(name) -> None:
+    cli = launch(find(name), [*SHORT[name], *OFFLINE[name], "--trainer.logger", "false"])
+    rows = plan(cli.model, cli.trainer.callbacks).rows
+    assert [row.name for row in rows] == ["weight_compander", "nm_sparsity", "pskd"]
+
+
+@pytest.mark.network
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_runs_from_pretrained_weights_to_a_proven_report(name, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    arguments = ["run", name, "--out", str(out), "--json", "--trainer.max_epochs", "2", *SHORT[name]]
+    assert main(arguments) == 0, capsys.readouterr().err
+    data = json.loads(capsys.readouterr().out)
+    assert data["nm_proof"]
+    assert all(proof["holds"] for proof in data["nm_proof"])
+    # Not all: pretrained filters hold zeros of their own, and a group of nothing but zeros keeps none.
+    assert sum(proof["exact_groups"] for proof in data["nm_proof"]) > 0.98 * sum(proof["groups"] for proof in data["nm_proof"])
+    assert {"test/accuracy", "test/ece", "test/loss"} <= set(data["composed"]["metrics"])
+    assert data["dense"]["steps"] == data["composed"]["steps"]
+    assert data["composed"]["nonzero"] < data["dense"]["nonzero"]
+    assert data["composed"]["calibration"]
+    assert (out / "report.html").stat().st_size > 100_000
+
+
+def test_a_header_may_be_absent_and_must_be_right(tmp_path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("trainer: {max_epochs: 1}\n")
+    assert read(path).name == "mine"
+    for header, message in (
+        ("# recipe: {minuts: 3}", "minuts"),
+        ("# recipe: {needs: [vison]}", "vison"),
+        ("# recipe: [1]", "mapping"),
+        ("# recipe: {summary: 'a", "not YAML"),
+    ):
+        path.write_text(f"{header}\ntrainer: {{}}\n")
+        with pytest.raises(UsageError, match=message):
+            read(path)
+
+
+def test_a_header_may_run_over_several_lines() -> None:
+    from pathlib import Path
+
+    text = "# Copyright\n# recipe: {summary: One,\n#   needs: [vision],\n#   minutes: 3}\n# More.\ntrainer:\n"
+    assert parse_header(text, Path("a.yaml")) == {"summary": "One", "needs": ["vision"], "minutes": 3}
+
+
+def test_the_short_name_of_a_recipe_in_a_folder_is_enough() -> None:
+    assert find("nm_minilm_reviews").name == "language/nm_minilm_reviews"
+    with pytest.raises(UsageError, match="Did you mean quickstart"):
+        find("quikstart")
