@@ -2,8 +2,8 @@
 
     python benchmarks/methods.py --study sparsity --seeds 0 1 2 --output docs/evidence/sparsity
 
-Finished runs are kept in OUTPUT.json and skipped, so an interrupted study goes on where it stopped; several processes may work on
-one study with different seeds when each has its own output, and ``--merge`` joins them.
+Finished runs are kept in OUTPUT.json and skipped, so an interrupted study goes on where it stopped; several processes may work
+on one study with different seeds when each has its own output, and ``--merge`` joins them.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def write(results: dict[str, Any], args: argparse.Namespace) -> None:
     lines = [
         f"# {args.study}: groceries, EfficientNet-Lite0, {args.epochs} epochs at {args.image_size} px",
         "",
-        f"`python benchmarks/methods.py --study {args.study} --epochs {args.epochs} --lr {args.lr}`; mean ± standard deviation.",
+        f"`python benchmarks/methods.py --study {args.study} --epochs {args.epochs} --lr {args.lr}`; mean ± std over seeds.",
         "",
         f"| {' | '.join(HEAD)} |",
         "|-" * len(HEAD) + "|",

@@ -84,7 +84,7 @@ class WeightCompander(Method):
 
     The bound ``a pi / 2`` keeps single weights from dominating; the map is steepest at zero, so weights pass through it
     quickly. At attachment the network computes what it did before. ``v`` is decayed by the optimizer as the weight was; ``a``
-    and ``b`` are not. RECONSTRUCTION: the published formula could not be confirmed, see ``docs/methods/WeightCompander.md``.
+    and ``b`` are not. RECONSTRUCTION: the published formula could not be confirmed, see its card.
 
     Args:
         targets: Layers whose ``weight`` is mapped; biases and norms are never touched by the default.
