@@ -61,6 +61,7 @@ def run_once(callbacks: list[Callback], seed: int, args: argparse.Namespace) -> 
     data = GroceriesDataModule(image_size=args.image_size, batch_size=16)
     trainer = Trainer(
         max_epochs=args.epochs,
+        gradient_clip_val=1.0,
         accelerator="auto",
         devices=1,
         callbacks=callbacks,

@@ -5,6 +5,9 @@ import logging
 import pytest
 import torch
 
+# Doctests are collected from every module; two conftest.py would meet as modules of one name.
+collect_ignore_glob = ["conftest.py", "*/conftest.py"]
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _quiet_single_thread():
