@@ -35,7 +35,8 @@ METRICS = ("test/accuracy", "test/ece", "test/loss")
 
 def sparse(pattern: str, recipe: str) -> Callable[[], list[Callback]]:
     """Sparsify every pointwise convolution with one recipe, its other arguments at their defaults."""
-    return lambda: [NMSparsity(pattern, recipe=recipe, targets="pointwise", fine_tune="20%")]
+    exclude = ["first", "head", r"re:blocks\.[0123]\."]  # as in the quickstart recipe
+    return lambda: [NMSparsity(pattern, recipe=recipe, targets="pointwise", exclude=exclude, fine_tune="20%")]
 
 
 def study(name: str) -> Variants:
@@ -48,9 +49,10 @@ def study(name: str) -> Variants:
         }
     return {
         "plain": list,
-        "PSKD": lambda: [PSKD()],
+        "PSKD 0.3": lambda: [PSKD(alpha=0.3)],
+        "PSKD 0.8": lambda: [PSKD(alpha=0.8)],
         "WeightCompander": lambda: [WeightCompander(targets="pointwise")],
-        "all three": lambda: [*sparse("2:4", "mdgf-exponential")(), WeightCompander(targets="pointwise"), PSKD()],
+        "all three": lambda: [*sparse("2:4", "mdgf-exponential")(), WeightCompander(targets="pointwise"), PSKD(alpha=0.3)],
     }
 
 
@@ -130,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--image-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--merge", nargs="*", type=Path, default=[], help="JSON files of other processes to join first")
