@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -25,7 +25,8 @@ def find_client(asset: Asset) -> list[str] | None:
     if asset.client == "npm":
         npm = shutil.which("npm")
         return [npm] if npm else None
-    if importlib.util.find_spec("pip") is not None:
+    # Asked of the metadata: looking for the module itself sets off setuptools' import hook, which warns.
+    if any(importlib.metadata.distributions(name="pip")):
         return [sys.executable, "-m", "pip"]
     if pip := shutil.which("pip"):
         return [pip]
