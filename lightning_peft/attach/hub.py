@@ -90,11 +90,8 @@ def complete_checkpoint(trainer: Trainer, module: LightningModule, checkpoint: d
     for name, tensor in stashed.items():
         files.training_state(state, name, tensor.value, tensor.states)
     methods = ordered(methods_of(trainer.callbacks))  # type: ignore[attr-defined]
-    checkpoint[files.KEY] = {
-        "version": files.FORMAT,
-        "methods": [_method_record(method) for method in methods],
-        "weights": {name: tensor.records for name, tensor in stashed.items()},
-    }
+    records = {name: tensor.records for name, tensor in stashed.items()}
+    checkpoint[files.KEY] = files.section(records, [_method_record(method) for method in methods])
 
 
 def _method_record(method: Method) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
     return names
 
 
-_PRESETS: dict[str, Callable[[nn.Module], bool]] = {
+PRESETS: dict[str, Callable[[nn.Module], bool]] = {
     "all-linear": is_linear,
     "all-conv": is_conv,
     "all-weights": is_weight,
@@ -187,7 +187,7 @@ def _match(model: nn.Module, names: dict[nn.Module, list[str]], entry: str | typ
         return [module for module, aliases in names.items() if wanted.intersection(aliases)]
     matches = _matcher(entry)
     found = [module for module, aliases in names.items() if any(matches(module, name) for name in aliases)]
-    if not found and (must or entry not in _PRESETS):
+    if not found and (must or entry not in PRESETS):
         _no_match(model, names, entry)
     return found
 
@@ -195,8 +195,8 @@ def _match(model: nn.Module, names: dict[nn.Module, list[str]], entry: str | typ
 def _matcher(entry: str | type[nn.Module]) -> Callable[[nn.Module, str], bool]:
     if isinstance(entry, type):
         return lambda module, _: isinstance(module, entry)
-    if entry in _PRESETS:
-        return lambda module, _: _PRESETS[entry](module)
+    if entry in PRESETS:
+        return lambda module, _: PRESETS[entry](module)
     if entry.startswith("type:"):
         return lambda module, _: has_class(module, entry.removeprefix("type:"))
     if entry.startswith("re:"):
@@ -248,7 +248,7 @@ def _timm_group(names: dict[nn.Module, list[str]], entry: str) -> list[str]:
 def _no_match(model: nn.Module, names: dict[nn.Module, list[str]], entry: str | type[nn.Module]) -> NoReturn:
     layers = Counter(public_class(module) for module in names if own_parameters(module))
     present = ", ".join(f"{name} x{count}" for name, count in layers.most_common()) or "no layer with parameters"
-    if isinstance(entry, type) or entry in _PRESETS:
+    if isinstance(entry, type) or entry in PRESETS:
         label = entry if isinstance(entry, str) else entry.__name__
         raise MisconfigurationException(f"Target {label!r} matches nothing in {type(model).__name__}. It has {present}.")
     if entry.startswith("type:"):
@@ -268,5 +268,5 @@ def _nearest_names(names: dict[nn.Module, list[str]], wanted: str) -> list[str]:
     for aliases in names.values():
         for name in aliases:
             endings.setdefault(".".join(name.split(".")[-depth:]), name)
-    near = difflib.get_close_matches(wanted, [*_PRESETS, *filter(None, endings)], n=5)
+    near = difflib.get_close_matches(wanted, [*PRESETS, *filter(None, endings)], n=5)
     return [endings.get(ending, ending) for ending in near]

@@ -28,11 +28,14 @@ class CheckpointError(MisconfigurationException):
 
 def describe(module: nn.Module, methods: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Describe a module under weight maps as plain data for ``checkpoint["lightning_peft"]``."""
-    return {
-        "version": FORMAT,
-        "methods": list(methods),
-        "weights": {mapped.name: [weight_map.record() for weight_map in mapped.maps] for mapped in mapped_tensors(module)},
-    }
+    return section(
+        {mapped.name: [weight_map.record() for weight_map in mapped.maps] for mapped in mapped_tensors(module)}, methods
+    )
+
+
+def section(weights: Mapping[str, list[MapRecord]], methods: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the library's part of a checkpoint from the records of weight maps by tensor name, and of methods."""
+    return {"version": FORMAT, "methods": list(methods), "weights": dict(weights)}
 
 
 def read(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:

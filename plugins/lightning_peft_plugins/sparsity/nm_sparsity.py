@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_peft.attach.targets import TargetSpec, select
+from lightning_peft.attach.targets import PRESETS, TargetSpec, select
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.compose.schedule import parse_point
@@ -117,7 +117,7 @@ class NMSparsity(Method):
         found = super().select(module)
         patterns = self._layer_patterns(module, found)
         wide = {name: layer for name, layer in found.items() if _inputs(layer) >= patterns[name][1]}
-        named = isinstance(self.targets, (list, tuple)) and not set(map(str, self.targets)) & PRESETS
+        named = isinstance(self.targets, (list, tuple)) and PRESETS.keys().isdisjoint(map(str, self.targets))
         if not wide or (named and len(wide) < len(found)):
             name = next(name for name in found if name not in wide)
             n, m = patterns[name]
@@ -211,9 +211,6 @@ class NMSparsity(Method):
         if state["timeline"]:
             self.timeline = Timeline(*(int(step) for step in state["timeline"]))
         self._enter_phase()
-
-
-PRESETS = frozenset({"all-linear", "all-conv", "all-weights", "pointwise"})
 
 
 def _inputs(layer: nn.Module) -> int:
