@@ -25,7 +25,7 @@ _HOMES = {
     "load_from_checkpoint": "export.bake",
     "plan": "compose.plan",
 }
-_SUBPACKAGES = ("export", "functional", "registry", "testing")
+_SUBPACKAGES = ("export", "functional", "registry", "shifts", "testing")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
 from lightning_peft import export as export
 from lightning_peft import functional as functional
 from lightning_peft import registry as registry
+from lightning_peft import shifts as shifts
 from lightning_peft import testing as testing
 from lightning_peft.attach.hub import apply_terms as apply_terms
 from lightning_peft.compose.lanes import Lane as Lane

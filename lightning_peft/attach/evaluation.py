@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_peft.attach.batches import batch_size, detached, join, plain, take
+from lightning_peft.attach.batches import batch_size, detached, join, plain, take, tensors_of
 from lightning_peft.attach.capture import forward_attribute
 from lightning_peft.attach.shim import Shim
 
@@ -64,6 +65,33 @@ class Call:
         return replace(self, args=args, kwargs=kwargs)
 
 
+@dataclass(slots=True)
+class Passes:
+    """Samples that went through the network, whoever called it and with whatever weights.
+
+    Attributes:
+        forward: Samples of all forward passes.
+        backward: Samples of the forward passes whose graph was walked back through, chosen for the loss or not.
+    """
+
+    forward: int = 0
+    backward: int = 0
+
+    def count(self, inner: Forward, *args: Any, **kwargs: Any) -> Any:
+        """Run the network's own forward pass and count it."""
+        size = batch_size((args, kwargs))
+        self.forward += size
+        output = inner(*args, **kwargs)
+        graph = next((tensor for tensor in tensors_of(output) if tensor.requires_grad), None)
+        if graph is not None:
+
+            def walked(gradient: Tensor) -> None:
+                self.backward += size
+
+            graph.register_hook(walked)  # type: ignore[no-untyped-call]
+        return output
+
+
 class EvaluationShim:
     """Stands in front of the network's forward pass while a Trainer evaluates.
 
@@ -77,12 +105,14 @@ class EvaluationShim:
 
     Attributes:
         active: Whether calls are answered; otherwise the network answers itself.
+        passes: What went through the network while calls were answered.
         place: Batch and dataloader the next calls belong to.
     """
 
     def __init__(self, network: nn.Module, adapt: Callable[[Call], Any]) -> None:
         self.place = (0, 0)
         self.active = False
+        self.passes = Passes()
         self._adapt = adapt
         self._device_type = next((p.device.type for p in network.parameters()), "cpu")
         self._busy = False
@@ -98,8 +128,10 @@ class EvaluationShim:
         self._shim.remove()
 
     def _forward(self, inner: Forward, *args: Any, **kwargs: Any) -> Any:
-        if self._busy or not self.active:  # the method itself calls the network
+        if not self.active:
             return inner(*args, **kwargs)
+        if self._busy:  # the method itself calls the network, perhaps with other weights
+            return self.passes.count(inner, *args, **kwargs)
         self._busy = True
         try:
             with ExitStack() as stack:
@@ -107,7 +139,7 @@ class EvaluationShim:
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(self._uncached_autocast())
                 args, kwargs = apply_to_collection((args, kwargs), Tensor, plain)
-                call = Call(inner, args, kwargs, *self.place)
+                call = Call(partial(self.passes.count, inner), args, kwargs, *self.place)
                 if call.size == 0:
                     raise MisconfigurationException(
                         "The network was called without a tensor of samples, so there is nothing to adapt to. Name the "

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.attach import averaging
-from lightning_peft.attach.evaluation import EvaluationShim
+from lightning_peft.attach.evaluation import EvaluationShim, Passes
 from lightning_peft.attach.network import resolve_network
 from lightning_peft.attach.sampling import SampleRecorder
 from lightning_peft.attach.saving import CheckpointHooks, method_record
@@ -62,6 +62,12 @@ def enter(trainer: Trainer, module: LightningModule) -> Hub:
     hub.install()
     _HUBS[module] = hub  # last: a hub that was refused must not be found by the next fit of its Trainer
     return hub
+
+
+def passes_of(module: LightningModule) -> Passes | None:
+    """What went through the network in the evaluation that is running; ``None`` when no method adapts in it."""
+    hub = _HUBS.get(module)
+    return None if hub is None or hub._evaluation is None else hub._evaluation.passes
 
 
 def apply_terms(module: LightningModule, loss: Tensor) -> Tensor:

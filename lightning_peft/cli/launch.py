@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -63,6 +64,12 @@ class RecipeCLI(LightningCLI):
         if self.adjust is not None:
             self.adjust(arguments)
         return self._instantiate_trainer(arguments, [])
+
+
+def quiet_lightning() -> None:
+    """Leave out Lightning's announcements of seeds and devices; warnings stay."""
+    for part in ("pytorch", "fabric"):
+        logging.getLogger(f"lightning.{part}").setLevel(logging.WARNING)
 
 
 def class_name(entry: Namespace) -> str:

@@ -26,9 +26,10 @@ def list_all() -> Outcome:
     def show(console: Console) -> None:
         console.print(grid(_method_table(methods), cut=("paper",)))
         console.print()
-        rows = tuple((item["name"], item["summary"], ", ".join(item["needs"]), item["minutes"] or None) for item in recipes)
-        console.print(grid(Table(("recipe", "what", "needs", "minutes"), rows, "Recipes")))
-        console.print("\n[dim]lightning-peft show METHOD    lightning-peft run RECIPE[/]")
+        shown = ("name", "command", "summary")
+        rows = tuple((*(item[key] for key in shown), ", ".join(item["needs"]), item["minutes"] or None) for item in recipes)
+        console.print(grid(Table(("recipe", "for", "what", "needs", "minutes"), rows, "Recipes")))
+        console.print("\n[dim]lightning-peft show METHOD    lightning-peft run RECIPE    lightning-peft adapt RECIPE[/]")
 
     return Outcome({"methods": methods, "recipes": recipes}, show)
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from lightning_peft.cli.console import Outcome
 
-TAKES_OVERRIDES = ("run", "compare")
+AGAIN = " The same command goes on from there."
+TAKES_OVERRIDES = ("run", "compare", "adapt")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,7 +42,7 @@ def build_parser() -> _Parser:
 
     parser = _Parser(
         prog="lightning-peft",
-        description="Published training methods as Lightning callbacks: find, run, compare, bake, report.",
+        description="Published training methods as Lightning callbacks: find, run, compare, adapt, bake, report.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"lightning-peft {__version__}")
@@ -74,6 +75,24 @@ def build_parser() -> _Parser:
     compare.add_argument(
         "--out", type=Path, help="folder; trainings finished there are not repeated (default: runs/compare/RECIPE)"
     )
+    adapt = add("adapt", "compare a recipe's test-time methods under distribution shift", more)
+    adapt.add_argument("recipe", metavar="RECIPE", help="packaged name, or path of a LightningCLI YAML file")
+    adapt.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="methods of the recipe (default: all)")
+    adapt.add_argument("--shifts", nargs="+", default=[], metavar="SHIFT", help="shifts of the data (default: all)")
+    adapt.add_argument(
+        "--severities", nargs="+", type=int, default=[], metavar="S", help="severities of the shifts (default: the highest)"
+    )
+    adapt.add_argument(
+        "--protocols",
+        nargs="+",
+        default=["continual"],
+        metavar="PROTOCOL",
+        help="reset, continual, mixed, gradual, correlated (default: continual)",
+    )
+    adapt.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 of the streams (default: 3)")
+    adapt.add_argument("--clean", type=int, metavar="N", help="clean samples at the end of each stream (default: all)")
+    adapt.add_argument("--checkpoint", type=Path, metavar="CKPT", help="source model (default: trained by the recipe)")
+    adapt.add_argument("--out", type=Path, help="folder; episodes finished there are not repeated (default: runs/adapt/RECIPE)")
     bake = add("bake", "turn a checkpoint into one of an ordinary module")
     bake.add_argument("checkpoint", type=Path, metavar="CKPT")
     bake.add_argument("-o", "--out", type=Path, help="file to write (default: beside it, NAME.baked.ckpt)")
@@ -105,6 +124,11 @@ def dispatch(options: argparse.Namespace, overrides: Sequence[str], console: Con
 
         chosen = {"each": options.each, "dense": options.dense, "seeds": options.seeds, "out": options.out}
         return compare(options.recipe, overrides, options.without, console, **chosen)
+    if options.command == "adapt":
+        from lightning_peft.cli.adapt import Choice, adapt
+
+        picked = Choice(options.methods, options.shifts, options.severities, options.protocols, options.seeds, options.clean)
+        return adapt(options.recipe, overrides, picked, console, out=options.out, checkpoint=options.checkpoint)
     from lightning_peft.cli import files
 
     if options.command == "bake":
@@ -139,7 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             outcome = dispatch(options, overrides, console)
         except KeyboardInterrupt:
-            hint = " Continue with --resume." if options.command == "run" else ""
+            hints = {"run": " Continue with --resume.", "compare": AGAIN, "adapt": AGAIN}
+            hint = hints.get(options.command, "")
             print(f"interrupted.{hint}", file=sys.stderr)
             return 130
         except Exception as error:

@@ -14,8 +14,9 @@ GROUP = "lightning_peft.recipes"
 
 # Which import tells that an extra of the distribution is there.
 EXTRAS = {
-    "vision": ("timm", "pyarrow", "PIL"),
+    "vision": ("timm", "pyarrow", "PIL", "h5py"),
     "language": ("transformers", "pyarrow", "pandas"),
+    "corruptions": ("imagecorruptions",),
     "report": ("matplotlib",),
     "interop": ("peft", "safetensors"),
 }
@@ -36,6 +37,7 @@ class Recipe:
         name: Packaged name (``"language/nm_minilm_reviews"``), or the file's stem.
         path: The YAML file.
         summary: One sentence.
+        command: Command it is for: ``"run"`` (and ``compare``) or ``"adapt"``.
         needs: Extras of this distribution the recipe imports.
         minutes: Duration on two CPU cores, everything included; 0 when unknown.
         baseline: Whether ``run`` also trains without the methods.
@@ -46,6 +48,7 @@ class Recipe:
     name: str
     path: Path
     summary: str = ""
+    command: str = "run"
     needs: tuple[str, ...] = ()
     minutes: float = 0
     baseline: bool = True
@@ -159,6 +162,18 @@ def _suggest(name: str, found: dict[str, Recipe]) -> str:
     from lightning_peft.registry import suggest
 
     return suggest(name, list(found))
+
+
+def find_for(command: str, name: str) -> Recipe:
+    """Return the recipe called ``name``, which is for this command.
+
+    Raises:
+        UsageError: There is none, or it is for another command.
+    """
+    recipe = find(name)
+    if recipe.command != command:
+        raise UsageError(f"The recipe {recipe.name} is for another command: lightning-peft {recipe.command} {name}")
+    return recipe
 
 
 def check_extras(recipe: Recipe) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lightning_peft.cli.console import Outcome, facts, grid
 from lightning_peft.cli.launch import methods_in
-from lightning_peft.cli.recipes import Recipe, UsageError, find
+from lightning_peft.cli.recipes import Recipe, UsageError, find_for
 from lightning_peft.cli.trial import CONFIG, CURVES, Job, train
 from lightning_peft.export.bake import bake_checkpoint, read_checkpoint
 from lightning_peft.export.report_curves import read_curves
@@ -39,7 +39,7 @@ def run(
     Raises:
         UsageError: No such recipe, wrong overrides, a missing extra, or a folder in use.
     """
-    recipe = find(name)
+    recipe = find_for("run", name)
     methods = methods_in(recipe, overrides)
     out = claim(out, recipe, resume)
     composed = Job(recipe, overrides, out / COMPOSED, out / "model.ckpt", COMPOSED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 
-from lightning_peft.cli.launch import RecipeCLI, launch, parse
+from lightning_peft.cli.launch import RecipeCLI, launch, parse, quiet_lightning
 from lightning_peft.cli.recipes import Recipe, UsageError
 from lightning_peft.cli.watch import EpochLines, RandomState, Stopwatch
 from lightning_peft.compose.plan import plan
@@ -80,11 +79,10 @@ def train(job: Job, console: Console) -> Trial:
         arguments["enable_progress_bar"] = console.is_terminal
         arguments["enable_model_summary"] = False
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    quiet_lightning()
     seed = [] if job.seed is None else ["--seed_everything", str(job.seed)]
     overrides = [*job.overrides, *seed]
-    _check_config(job, parse(job.recipe, overrides, job.without))
+    check_config(job.folder, parse(job.recipe, overrides, job.without))
     if job.finished:
         return Trial.read(job.folder / RESULT)
     cli = launch(job.recipe, overrides, job.without, adjust)
@@ -147,9 +145,13 @@ def _printed_plan(cli: RecipeCLI) -> str:
         raise
 
 
-def _check_config(job: Job, cli: RecipeCLI) -> None:
-    """Write the full configuration of a new run; refuse to continue one that has another."""
-    path = job.folder / CONFIG
+def check_config(folder: Path, cli: RecipeCLI) -> None:
+    """Write the full configuration of a new run; refuse to continue one that has another.
+
+    Raises:
+        UsageError: The folder holds a run with other settings.
+    """
+    path = folder / CONFIG
     now = cli.parser.dump(cli.config, skip_none=False)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,6 +162,6 @@ def _check_config(job: Job, cli: RecipeCLI) -> None:
         return
     changed = [line.strip() for line in now.splitlines() if line not in then.splitlines()]
     raise UsageError(
-        f"{job.folder} holds a run with other settings; changed are: {'; '.join(changed[:4]) or 'lines left out'}. Repeat its "
+        f"{folder} holds a run with other settings; changed are: {'; '.join(changed[:4]) or 'lines left out'}. Repeat its "
         "overrides to continue it, or choose another folder with --out."
     )

@@ -187,3 +187,67 @@ def spreads(rows: Mapping[str, Sequence[float]], title: str) -> Canvas:
     axis.set(title=title, ylim=(-0.6, len(rows) - 0.4))
     axis.grid(axis="y", visible=False)
     return figure
+
+
+def stream(curves: Mapping[str, Curve], borders: Sequence[int], names: Sequence[str]) -> Canvas:
+    """Draw errors over a stream.
+
+    Args:
+        curves: Samples seen and error, by label; the first is the reference and drawn in grey.
+        borders: Samples seen at the end of each segment.
+        names: Names of the segments, or none.
+    """
+    figure, (axis,) = canvas(1, height=4.2 if names else 3.6)
+    for index, (label, (x, y)) in enumerate(curves.items()):
+        # Beyond six methods colours repeat, and the dashes tell.
+        dashes = "-" if index <= 6 else (0, (4, 1.5))
+        color = "gray" if index == 0 else f"C{(index - 1) % 6}"
+        axis.plot(x, smooth(y), label=label, color=color, linestyle=dashes, linewidth=1.5)
+    for border in borders[:-1]:
+        axis.axvline(border, color="gray", linewidth=0.6, alpha=0.5)
+    if names:
+        middles = [(start + end) / 2 for start, end in zip([0, *borders[:-1]], borders, strict=True)]
+        top = axis.secondary_xaxis("top")
+        top.set_xticks(middles, names, rotation=38, ha="left", fontsize=8)
+        top.tick_params(length=0)
+    axis.set(xlabel="samples seen", ylabel="error, %", xlim=(0, borders[-1]))
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def smooth(values: Sequence[float], reach: int = 2) -> list[float]:
+    """Average every value with its neighbours, up to ``reach`` on each side.
+
+    Example:
+        >>> smooth([0.0, 3.0, 0.0], reach=1)
+        [1.5, 1.0, 1.5]
+    """
+    windows = [values[max(0, place - reach) : place + reach + 1] for place in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def grouped(rows: Mapping[str, Mapping[str, float]], ylabel: str) -> Canvas:
+    """Draw a mark for every row at every column, so that rows can be compared column by column.
+
+    Args:
+        rows: For each label its values by column; the first is the reference and drawn in grey.
+        ylabel: Label of the vertical axis.
+    """
+    columns = list(next(iter(rows.values())))
+    figure, (axis,) = canvas(1, height=4.2)
+    for index, (label, values) in enumerate(rows.items()):
+        color = "gray" if index == 0 else f"C{(index - 1) % 6}"
+        shift = (index - (len(rows) - 1) / 2) * 0.7 / max(1, len(rows))
+        places = [place + shift for place in range(len(columns))]
+        axis.plot(
+            places,
+            [values[column] for column in columns],
+            "_" if index == 0 else "os^Dv"[index % 5],
+            label=label,
+            color=color,
+            markersize=9 if index == 0 else 5,
+        )
+    axis.set_xticks(range(len(columns)), columns, rotation=38, ha="right")
+    axis.set(ylabel=ylabel)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure

@@ -28,8 +28,10 @@ data:
 
 @pytest.fixture(autouse=True)
 def _quiet(tmp_path, monkeypatch):
-    """Run in an empty folder, with one thread, and leave Lightning's log level alone."""
+    """Run in an empty folder, with one thread, and leave Lightning's log level and seeds in the environment alone."""
     monkeypatch.chdir(tmp_path)
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # whatever a command sets is taken back
+        monkeypatch.setenv(name, "0")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]

@@ -1,11 +1,14 @@
-"""Fisher information of the trained network, taken where the training data is: at the end of a fit."""
+"""Fisher information of the trained network, taken where the clean data is: at the end of a fit, or in a validation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_peft.attach.batches import batch_size
@@ -23,7 +26,8 @@ Convention = Literal["batch", "sample", "expected"]
 class FisherEstimator(Method):
     """Estimates at the end of a fit how much each norm parameter matters to the trained network, for :class:`EATA`.
 
-    The scores travel in the checkpoint, so that a later ``trainer.test(ckpt_path=...)`` with ``EATA()`` needs no clean data.
+    The scores travel in the checkpoint, so that a later ``trainer.test(ckpt_path=...)`` with ``EATA()`` needs no clean data. For
+    a network that is trained already, ``trainer.validate`` on clean data does the same.
 
     Args:
         data: ``"val"`` or ``"train"``: whose batches are scored.
@@ -72,9 +76,17 @@ class FisherEstimator(Method):
             raise MisconfigurationException(
                 f'FisherEstimator(data={self.data!r}) finds no such dataloader. Give the Trainer one, or take data="train".'
             )
-        self.scores = network_fisher(
-            run, parameter_names(self.select(run.module)), first_loader(loaders), self.samples, self.convention, self.statistics
-        )
+        self._estimate(run, loaders)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score in a validation on its own, unless a checkpoint brought scores."""
+        if trainer.state.fn == TrainerFn.VALIDATING and self._hub is not None and not self.scores:
+            with torch.inference_mode(False):
+                self._estimate(self._hub.run, trainer.val_dataloaders)
+
+    def _estimate(self, run: Run, loaders: Any) -> None:
+        names = parameter_names(self.select(run.module))
+        self.scores = network_fisher(run, names, first_loader(loaders), self.samples, self.convention, self.statistics)
 
     def state(self) -> dict[str, Any]:
         return {"scores": self.scores}

@@ -1,0 +1,154 @@
+"""The source model of an adaptation study: trained by the recipe, used as it is built, or read from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+
+from lightning_peft import registry
+from lightning_peft.cli.launch import launch, methods_in, parse, quiet_lightning
+from lightning_peft.cli.recipes import Recipe, UsageError
+from lightning_peft.cli.trial import Job, check_config, train
+from lightning_peft.compose.lanes import Lane
+from lightning_peft.export.bake import baked, read_checkpoint
+from lightning_peft.export.report_trial import show
+from lightning_peft.method import Method, methods_of
+
+CHECKPOINT = "source.ckpt"
+
+
+class Source:
+    """What a recipe builds: the module, its data, and the methods that adapt; :meth:`obtain` gives it the source's weights.
+
+    Args:
+        recipe: The recipe.
+        overrides: LightningCLI arguments.
+
+    Attributes:
+        methods: Methods that adapt.
+        companions: Other methods that evaluations need, such as estimators with what they learnt.
+
+    Raises:
+        UsageError: The recipe cannot be used as given, or has no method that adapts.
+    """
+
+    def __init__(self, recipe: Recipe, overrides: Sequence[str]) -> None:
+        self._recipe, self._overrides = recipe, overrides
+        self._adapting = [name for name in methods_in(recipe, overrides) if registry.find(name).lane == Lane.ADAPT]
+        if not self._adapting:
+            raise UsageError(
+                f"The recipe {recipe.name} has no method that adapts at test time. List those to compare under "
+                "trainer.callbacks, such as lightning_peft.Tent; each is run alone."
+            )
+        quiet_lightning()
+        methods: list[Method] = []
+
+        def keep(arguments: dict[str, Any]) -> None:  # no Trainer takes several methods that adapt
+            methods.extend(methods_of(arguments["callbacks"]))
+            arguments["callbacks"] = []
+            _quiet(arguments)
+
+        self._cli = launch(recipe, overrides, adjust=keep)
+        self.methods = _distinct([method for method in methods if method.lane == Lane.ADAPT])
+        self.companions = [method for method in methods if method.lane == Lane.REPORT]
+
+    @property
+    def model(self) -> LightningModule:
+        """The module."""
+        return self._cli.model
+
+    @property
+    def data(self) -> Any:
+        """The data module."""
+        return self._cli.datamodule
+
+    def trainer(self, callbacks: Sequence[Callback]) -> Trainer:
+        """A Trainer with the recipe's settings and these callbacks."""
+
+        def adjust(arguments: dict[str, Any]) -> None:
+            _quiet(arguments)
+            arguments["callbacks"] = list(callbacks)
+
+        self._cli.adjust = adjust
+        return self._cli.instantiate_trainer()
+
+    def choose(self, names: Sequence[str]) -> list[Method]:
+        """Methods by class name or name; all without names.
+
+        Raises:
+            UsageError: The recipe has no such method.
+        """
+        known = {key: method for method in self.methods for key in (type(method).__name__, method.name)}
+        for name in names:
+            if name not in known:
+                raise UsageError(f"The recipe has no method {name!r} that adapts.{registry.suggest(name, list(known))}")
+        return [known[name] for name in names] if names else list(self.methods)
+
+    def obtain(self, out: Path, checkpoint: Path | None, console: Console) -> str:
+        """Train or take the source once, keep it in ``out``, and load it; return where its weights come from.
+
+        Raises:
+            UsageError: ``out`` holds a study with other settings.
+            CheckpointError: The checkpoint cannot be read.
+        """
+        path = out / CHECKPOINT
+        parsed = parse(self._recipe, self._overrides)
+        check_config(out, parsed)
+        if checkpoint is None and parsed.config.trainer.max_epochs != 0:
+            console.print("[dim]source model[/]", highlight=False)
+            job = Job(self._recipe, self._overrides, out / "source", path, "source", self._adapting)
+            trial = train(job, console)
+            note = f"Source: trained by this recipe, seed {trial.seed}, {trial.epochs} epochs."
+            monitor = self._recipe.monitor
+            if monitor in trial.metrics:
+                note += f" {monitor}: {show(monitor, trial.metrics[monitor])} on the clean test set."
+        else:
+            note = f"Source: {checkpoint}." if checkpoint else "Source: the model as the recipe builds it, not trained further."
+            if not path.is_file():
+                self._take(checkpoint, path)
+        _load(path, self.model, self.companions)
+        return note
+
+    def _take(self, checkpoint: Path | None, path: Path) -> None:
+        """Validate an untrained source, in which estimators see clean data, and save it."""
+        cli = launch(self._recipe, self._overrides, self._adapting, _quiet)
+        if checkpoint is not None:
+            _load(checkpoint, cli.model, methods_of(cli.trainer.callbacks))  # type: ignore[attr-defined]
+        cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+        part = path.with_name(path.name + ".part")
+        cli.trainer.save_checkpoint(part)
+        part.replace(path)
+
+
+def _load(path: Path, model: LightningModule, methods: Iterable[Method]) -> None:
+    """Give a module the ordinary weights in a checkpoint, and methods what they had saved in it."""
+    found = read_checkpoint(path)
+    model.load_state_dict(baked(found)["state_dict"])
+    for method in methods:
+        if method.state_key in found.get("callbacks", {}):
+            method.load_state_dict(found["callbacks"][method.state_key])
+
+
+def _quiet(arguments: dict[str, Any]) -> None:
+    arguments |= {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+
+
+def _distinct(methods: Sequence[Method]) -> list[Method]:
+    taken: set[str] = set()
+    for method in methods:
+        if method.name in taken:
+            raise UsageError(
+                f"Two methods of the recipe are called {method.name!r}. Give one a name of its own: init_args: {{name: ...}}."
+            )
+        taken.add(method.name)
+    return list(methods)

@@ -1,0 +1,125 @@
+"""All episodes of an adaptation study: those in the folder are read back, the others are run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning import seed_everything
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from lightning_peft.cli.adapt_source import Source
+from lightning_peft.export.report_adaptation import SOURCE, error
+from lightning_peft.method import Method
+from lightning_peft.shifts.data import CLEAN, Part, ShiftedData, labels_in, stream_loader
+from lightning_peft.shifts.record import EpisodeRecord, StreamRecorder
+from lightning_peft.shifts.streams import Episode, episodes, rising_and_falling
+
+
+class Trials:
+    """Runs methods on streams.
+
+    Args:
+        source: The source model.
+        data: Its data, with shifts.
+        parts: The shifted test sets.
+        methods: Methods, each run alone; the source without any comes first.
+        folder: Where each finished episode is kept.
+        clean: Clean samples at the end of each stream.
+        console: Where to show progress.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        data: ShiftedData,
+        parts: Sequence[Part],
+        methods: Sequence[Method],
+        folder: Path,
+        clean: int | None,
+        console: Console,
+    ) -> None:
+        self.source, self.data, self.parts, self.methods = source, data, parts, methods
+        self.folder, self.clean, self.console = folder, clean, console
+
+    def run(self, protocols: Sequence[str], seeds: int) -> list[EpisodeRecord]:
+        """Return the records of all protocols, methods and seeds.
+
+        Raises:
+            KeyboardInterrupt: The user stopped it; finished episodes stay.
+        """
+        self._load(protocols)
+        plan = {
+            (seed, protocol): episodes(protocol, self.parts, self._labels, seed=seed, clean=self.clean)
+            for seed in range(seeds)  # seeds outside, so that an early look at the results is a fair one
+            for protocol in protocols
+        }
+        rows: list[Method | None] = [None, *self.methods]
+        total = len(rows) * sum(len(part.segments) for many in plan.values() for part in many)
+        records = []
+        with self._progress() as progress:
+            bar = progress.add_task("", total=total)
+            for (seed, protocol), many in plan.items():
+                for method in rows:
+                    found = []
+                    for episode in many:
+                        name = SOURCE if method is None else method.name
+                        progress.update(bar, description=f"seed {seed} {protocol} {name}")
+                        found.append(self._one(method, protocol, seed, episode))
+                        progress.advance(bar, len(episode.segments))
+                    seconds = sum(record.seconds for record in found)
+                    self.console.print(
+                        f"  seed {seed} {protocol} [bold]{name}[/]  error {100 * error(found):.1f} %  [dim]{seconds:.1f} s[/]",
+                        highlight=False,
+                    )
+                    records += found
+        return records
+
+    def _load(self, protocols: Sequence[str]) -> None:
+        self.source.data.prepare_data()
+        self.source.data.setup("test")
+        needed = dict.fromkeys(self.parts)
+        if "gradual" in protocols:
+            needed |= dict.fromkeys(stage for part in self.parts for stage in rising_and_falling(part))
+        self._template = self.data.test_dataloader()
+        self._sets = {CLEAN: self._template.dataset}
+        self._sets |= {part: self.data.shifted(part.shift, part.severity) for part in needed}
+        self._labels: dict[Part, Tensor] = {part: labels_in(self._template, data) for part, data in self._sets.items()}
+
+    def _one(self, method: Method | None, protocol: str, seed: int, episode: Episode) -> EpisodeRecord:
+        name = SOURCE if method is None else method.name
+        place = re.sub(r"[^\w.-]+", "-", episode.name)
+        path = self.folder / f"{protocol}-seed-{seed}" / place / f"{name}.json"
+        if path.is_file():
+            record = EpisodeRecord.read(path)
+            if record.stream == episode.digest():
+                return record
+        seed_everything(seed, verbose=False)
+        recorder = StreamRecorder()
+        callbacks = [recorder, *self.source.companions, *([] if method is None else [method])]
+        trainer = self.source.trainer(callbacks)
+        loader = stream_loader(self._template, self._sets, episode)
+        try:
+            trainer.test(self.source.model, loader, verbose=False)
+        except SystemExit:  # how Lightning ends a process that was interrupted
+            if trainer.interrupted:
+                raise KeyboardInterrupt from None
+            raise
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        record = recorder.record(episode, name, protocol, seed)
+        record.write(path)
+        return record
+
+    def _progress(self) -> Progress:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        return Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
