@@ -26,12 +26,12 @@ Convention = Literal["batch", "sample", "expected"]
 class FisherEstimator(Method):
     """Estimates at the end of a fit how much each norm parameter matters to the trained network, for :class:`EATA`.
 
-    The scores travel in the checkpoint, so that a later ``trainer.test(ckpt_path=...)`` with ``EATA()`` needs no clean data. For
-    a network that is trained already, ``trainer.validate`` on clean data does the same.
+    The scores travel in the checkpoint, so that a later ``trainer.test(ckpt_path=...)`` with ``EATA()`` needs no clean data.
+    For a network that is trained already, ``trainer.validate`` on clean data does the same. Several ranks score together.
 
     Args:
         data: ``"val"`` or ``"train"``: whose batches are scored.
-        samples: How many samples are scored.
+        samples: How many samples are scored, over all ranks.
         convention: As in :func:`lightning_peft.functional.diagonal_fisher`; ``"batch"`` is that of EATA's official code.
         statistics: ``"batch"``: BatchNorm layers normalise with each batch's statistics, as they do during adaptation.
         targets: Layers whose parameters are scored.
@@ -86,7 +86,11 @@ class FisherEstimator(Method):
 
     def _estimate(self, run: Run, loaders: Any) -> None:
         names = parameter_names(self.select(run.module))
-        self.scores = network_fisher(run, names, first_loader(loaders), self.samples, self.convention, self.statistics)
+        ranks = run.trainer.world_size
+        samples = -(-self.samples // ranks)
+        own = network_fisher(run, names, first_loader(loaders), samples, self.convention, self.statistics)
+        # Every rank reads its own share of the data.
+        self.scores = {name: run.trainer.strategy.reduce(score, reduce_op="mean") for name, score in own.items()}
 
     def state(self) -> dict[str, Any]:
         return {"scores": self.scores}

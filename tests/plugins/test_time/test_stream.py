@@ -24,7 +24,7 @@ from tta_toys import (
     stream,
 )
 
-from lightning_peft import EATA, ETA, MEMO, ROID, SAR, BatchNormAdapt, CoTTA, DeYO, RDumb, RoTTA, Tent
+from lightning_peft import EATA, ETA, MEMO, ROID, SAR, BatchNormAdapt, CoTTA, DeYO, FisherEstimator, RDumb, RoTTA, Tent
 from lightning_peft.attach.evaluation import Call
 from lightning_peft.compose.plan import ConflictError
 from lightning_peft.testing.ddp import run_ddp
@@ -300,3 +300,19 @@ def test_two_processes_are_one_model_only_if_asked(sync, name):
     first, second = run_ddp("test_stream:adapt_on_rank", {"sync": sync, "name": name})
     equal = all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
     assert equal == (sync == "mean")
+
+
+def estimate_on_rank():
+    module = Trained(layer_norm_net())
+    estimator = FisherEstimator(samples=24, convention="sample")
+    trainer(callbacks=[estimator], devices=2, strategy="ddp").validate(module, stream(4, size=6), verbose=False)
+    return {"scores": estimator.scores}
+
+
+def test_two_processes_score_as_one():
+    first, second = run_ddp("test_stream:estimate_on_rank", {})
+    estimator = FisherEstimator(samples=24, convention="sample")
+    trainer(callbacks=[estimator]).validate(Trained(layer_norm_net()), stream(4, size=6), verbose=False)
+    for name, score in estimator.scores.items():
+        torch.testing.assert_close(first["scores"][name], score)
+        assert torch.equal(first["scores"][name], second["scores"][name])
