@@ -14,7 +14,8 @@ from torch import Tensor
 from lightning_peft.cli.adapt_source import Source
 from lightning_peft.export.report_adaptation import SOURCE, error
 from lightning_peft.method import Method
-from lightning_peft.shifts.data import CLEAN, Part, ShiftedData, labels_in, stream_loader
+from lightning_peft.shifts.data import CLEAN, Part, ShiftedData
+from lightning_peft.shifts.loader import labels_in, stream_loader
 from lightning_peft.shifts.record import EpisodeRecord, StreamRecorder
 from lightning_peft.shifts.streams import Episode, episodes, rising_and_falling
 

@@ -13,11 +13,11 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 
+from lightning_peft.attach.confidence import ConfidenceRecorder, reliability_bins
 from lightning_peft.cli.launch import RecipeCLI, launch, parse, quiet_lightning
 from lightning_peft.cli.recipes import Recipe, UsageError
 from lightning_peft.cli.watch import EpochLines, RandomState, Stopwatch
 from lightning_peft.compose.plan import plan
-from lightning_peft.export.report_calibration import ConfidenceRecorder, reliability_bins
 from lightning_peft.export.report_trial import Trial
 from lightning_peft.method import methods_of, ordered
 

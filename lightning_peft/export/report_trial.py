@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_peft.attach.confidence import Bins
 from lightning_peft.export.report import number
-from lightning_peft.export.report_calibration import Bins
 
 LOWER_IS_BETTER = ("loss", "ece", "error", "perplexity")
 SHARES = ("accuracy", "acc", "ece", "f1", "auroc", "precision", "recall", "error")

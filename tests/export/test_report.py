@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_peft.attach.confidence import labels_of, reliability_bins
 from lightning_peft.export import report_plots
 from lightning_peft.export.report import Fact, Figure, Report, Section, Table, is_numeric
-from lightning_peft.export.report_calibration import labels_of, reliability_bins
 from lightning_peft.export.report_checkpoint import checkpoint_report
 from lightning_peft.export.report_comparison import Comparison, comparison_report
 from lightning_peft.export.report_curves import over_epochs, over_steps, read_curves

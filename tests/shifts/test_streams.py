@@ -10,7 +10,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft.shifts import PROTOCOLS, Part, episodes, stream_loader
-from lightning_peft.shifts.data import CLEAN, choose_parts, labels_in
+from lightning_peft.shifts.data import CLEAN, choose_parts
+from lightning_peft.shifts.loader import labels_in
 from lightning_peft.shifts.streams import correlated
 
 FOG, RAIN = Part("fog", 3), Part("rain", 0)
