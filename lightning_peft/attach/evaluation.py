@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class Call:
 
 @dataclass(slots=True)
 class Passes:
-    """Samples that went through the network, whoever called it and with whatever weights.
+    """Samples that went through the network, whoever called it, in whatever thread and with whatever weights.
 
     Attributes:
         forward: Samples of all forward passes.
@@ -76,17 +77,20 @@ class Passes:
 
     forward: int = 0
     backward: int = 0
+    _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     def count(self, inner: Forward, *args: Any, **kwargs: Any) -> Any:
         """Run the network's own forward pass and count it."""
         size = batch_size((args, kwargs))
-        self.forward += size
+        with self._lock:
+            self.forward += size
         output = inner(*args, **kwargs)
         graph = next((tensor for tensor in tensors_of(output) if tensor.requires_grad), None)
         if graph is not None:
 
             def walked(gradient: Tensor) -> None:
-                self.backward += size
+                with self._lock:
+                    self.backward += size
 
             graph.register_hook(walked)  # type: ignore[no-untyped-call]
         return output

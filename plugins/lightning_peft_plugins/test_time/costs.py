@@ -2,21 +2,75 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-WAYS = ("whole", "chunks", "second-pass")
+NEARLY = 1.15  # of the best time: about what a timing is off by
 TRIALS = 2  # the first batch of a process is slow whatever it does, so each way is timed twice and its better time counts
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way through a batch.
+
+    Attributes:
+        name: Name of the way.
+        chunk_size: Samples in a part of the batch; 0 for ways that take it whole.
+
+    Example:
+        >>> print(Way("whole"), "|", Way("workers", 2))
+        whole | workers, parts of 2
+    """
+
+    name: str
+    chunk_size: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name}, parts of {self.chunk_size}" if self.chunk_size else self.name
+
+    def passes(self, share: float) -> float:
+        """Passes over a sample, forward and backward, on average, when a share of the samples is chosen.
+
+        Example:
+            >>> [way.passes(0.25) for way in (Way("whole"), Way("chunks", 1), Way("second-pass"))]
+            [2.0, 1.25, 1.5]
+        """
+        if self.name == "second-pass":
+            return 1.0 + 2.0 * share
+        return 2.0 - (1.0 - share) ** self.chunk_size if self.chunk_size else 2.0
+
+
+def candidates(size: int, chunk_size: int | None, threads: int, *, chunks_in_threads: bool) -> list[Way]:
+    """Ways worth timing for batches of ``size`` samples.
+
+    Args:
+        size: Samples in a batch.
+        chunk_size: Samples in a chunk; ``None`` tries several.
+        threads: Threads whose every one may take a part; 1 for none.
+        chunks_in_threads: Whether chunks may be taken by threads, and not the parts of a second pass alone.
+
+    Example:
+        >>> print(*candidates(16, None, 2, chunks_in_threads=True), sep="; ")
+        whole; workers, parts of 1; workers, parts of 2; workers, parts of 8; second-pass, parts of 8
+        >>> print(*candidates(16, 4, 1, chunks_in_threads=True), sep="; ")
+        whole; chunks, parts of 4; second-pass
+    """
+    share = -(-size // threads) if threads > 1 else 0
+    workers = bool(share) and chunks_in_threads
+    sizes = [1, 2, *([share] if workers else [])] if chunk_size is None else [chunk_size]
+    parts = [Way("workers" if workers else "chunks", n) for n in dict.fromkeys(sizes)]
+    return [Way("whole"), *parts, Way("second-pass", share)]
 
 
 @dataclass
 class Timing:
     """One batch: its way, its samples, and how many of them were chosen."""
 
-    way: str
+    way: Way
     samples: int
     chosen: int = 0
 
@@ -31,50 +85,41 @@ class Costs:
     divided by this to give the unit of its way, which holds what the formula does not know: how well small batches run here.
 
     Attributes:
-        chunk_size: Samples in a chunk.
         ways: Those that can be taken.
         units: Best unit seen of each way, in seconds a sample.
         trials: How often each way was taken.
         share: Moving average of the share chosen.
     """
 
-    chunk_size: int
-    ways: list[str] = field(default_factory=lambda: list(WAYS))
-    units: dict[str, float] = field(default_factory=dict)
-    trials: Counter[str] = field(default_factory=Counter)
+    ways: list[Way]
+    units: dict[Way, float] = field(default_factory=dict)
+    trials: Counter[Way] = field(default_factory=Counter)
     share: float = 0.5
 
     @contextmanager
-    def timed(self, way: str, samples: int) -> Iterator[Timing]:
+    def timed(self, way: Way, samples: int) -> Iterator[Timing]:
         """Time a batch."""
         timing = Timing(way, samples)
         start = time.perf_counter()
         yield timing
         seconds = time.perf_counter() - start
         share = timing.chosen / samples
-        unit = seconds / samples / passes(way, share, self.chunk_size)
+        unit = seconds / samples / way.passes(share)
         self.trials[way] += 1
         self.units[way] = min(unit, self.units.get(way, unit))
         self.share += 0.3 * (share - self.share)
 
-    def cheapest(self) -> str:
-        """Name the way that should be quickest for the share chosen of late; those hardly tried come first."""
+    def cheapest(self) -> Way:
+        """The way that should be quickest for the share chosen of late; those hardly tried come first.
+
+        Ways that seem nearly as quick get a turn now and then, ever more rarely, since two timings may have been unlucky.
+        """
         for trial in range(TRIALS):
             for way in self.ways:
                 if self.trials[way] <= trial:
                     return way
-        return min(self.ways, key=lambda way: self.units[way] * passes(way, self.share, self.chunk_size))
-
-
-def passes(way: str, share: float, chunk_size: int) -> float:
-    """Passes over a sample, forward and backward, on average.
-
-    Example:
-        >>> [passes(way, 0.25, 1) for way in WAYS]
-        [2.0, 1.25, 1.5]
-    """
-    if way == "whole":
-        return 2.0
-    if way == "chunks":
-        return 1.0 + 1.0 - (1.0 - share) ** chunk_size
-    return 1.0 + 2.0 * share
+        times = {way: self.units[way] * way.passes(self.share) for way in self.ways}
+        best = min(times, key=lambda way: times[way])
+        rivals = [way for way in self.ways if times[way] <= NEARLY * times[best]]
+        rarest = min(rivals, key=lambda way: self.trials[way])
+        return rarest if self.trials[rarest] < math.log2(self.trials.total()) else best

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -10,12 +13,25 @@ from torch import Tensor
 
 from lightning_peft.attach.batches import detached, join, separable, take
 from lightning_peft.attach.evaluation import Call
-from lightning_peft_plugins.test_time.costs import Costs
+from lightning_peft.compose.run import Run
+from lightning_peft_plugins.test_time.batch_statistics import BatchNorm, FrozenStatistics
+from lightning_peft_plugins.test_time.costs import Costs, Way, candidates
 from lightning_peft_plugins.test_time.functional import softmax_entropy
 from lightning_peft_plugins.test_time.loop import DescentMethod
 from lightning_peft_plugins.test_time.window import Window
+from lightning_peft_plugins.test_time.workers import Workers, fits
 
-Backward: TypeAlias = Literal["auto", "whole", "chunks", "second-pass"]
+Backward: TypeAlias = Literal["auto", "whole", "chunks", "workers", "second-pass", "frozen"]
+BACKWARDS = ("auto", "whole", "chunks", "workers", "second-pass", "frozen")
+
+
+@dataclass(slots=True)
+class Walk:
+    """A walk back through a graph: sum of the weighted entropies, its gradients, and the probabilities that were chosen."""
+
+    loss: Tensor
+    gradients: Sequence[Tensor | None]
+    chosen: Tensor
 
 
 class EntropyMethod(DescentMethod):
@@ -24,34 +40,56 @@ class EntropyMethod(DescentMethod):
     Subclasses write :meth:`weigh`, and :meth:`settle` when the choice depends on the past.
 
     The official codes build a graph of the whole batch and walk back through all of it, also for the samples that were not
-    chosen. Where samples do not depend on each other (no batch statistics) there are two cheaper ways to the same update:
-    ``"chunks"`` runs the batch in small parts and walks back only through parts with a chosen sample; ``"second-pass"``
-    predicts without a graph and runs the chosen samples again with one. ``"auto"`` times the ways on the first batches and
-    takes what is cheapest for the share of samples chosen of late.
+    chosen. Where samples do not depend on each other (no batch statistics) there are cheaper ways to the same update:
+    ``"chunks"`` runs the batch in small parts and walks back only through parts with a chosen sample; ``"workers"`` does so
+    with several parts at a time, each on one core, where that is safe (see
+    :func:`~lightning_peft_plugins.test_time.workers.fits`), and is ``"chunks"`` elsewhere; ``"second-pass"`` predicts without a
+    graph and runs the chosen samples again with one. ``"auto"`` times the ways on the first batches, with several sizes of
+    chunks and both passes of the second pass divided among the workers too, and takes what is cheapest for the share of samples
+    chosen of late; what it learnt holds for later evaluations of a network of the same shape.
+
+    With batch statistics all this is ``"whole"``. There, ``"frozen"`` runs the chosen samples again, with the statistics of the
+    batch as constants: an approximation, since the gradient through the statistics is left out.
 
     Args:
-        backward: ``"whole"``, ``"chunks"``, ``"second-pass"`` or ``"auto"``.
-        chunk_size: Samples in a chunk.
+        backward: ``"whole"``, ``"chunks"``, ``"workers"``, ``"second-pass"``, ``"frozen"`` or ``"auto"``.
+        chunk_size: Samples in a chunk; ``None`` tries several if ``backward="auto"``, and is 1 otherwise.
         window: For streams that come one by one: adapt to the last so many samples, each time that so many new ones have come.
             In between, BatchNorm layers on batch statistics take them from the window.
         class_dim: Dimension of the classes in the logits: -1, or 1 for segmentation maps.
         kwargs: Arguments of :class:`~lightning_peft_plugins.test_time.loop.DescentMethod`.
+
+    Attributes:
+        weighs_in_threads: Whether :meth:`weigh` may be called for parts of a batch in any order and at the same time: it
+            changes nothing and draws no random numbers. A subclass says so to have ``"workers"``.
+        way: What the last batch was run with.
     """
 
+    weighs_in_threads = False
+
     def __init__(
-        self, *, backward: Backward = "auto", chunk_size: int = 2, window: int = 0, class_dim: int = -1, **kwargs: Any
+        self, *, backward: Backward = "auto", chunk_size: int | None = None, window: int = 0, class_dim: int = -1, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        if backward not in ("auto", "whole", "chunks", "second-pass"):
-            raise MisconfigurationException(f'backward={backward!r} is not "auto", "whole", "chunks" or "second-pass".')
-        if chunk_size < 1:
+        if backward not in BACKWARDS:
+            raise MisconfigurationException(f"backward={backward!r} is not one of {', '.join(map(repr, BACKWARDS))}.")
+        if chunk_size is not None and chunk_size < 1:
             raise MisconfigurationException(f"chunk_size={chunk_size!r} is not positive.")
         if window < 0:
             raise MisconfigurationException(f"window={window!r} is negative; 0 means that batches are taken as they come.")
         self.backward, self.chunk_size, self.class_dim = backward, chunk_size, class_dim
         self._window = Window(window) if window else None
-        self._costs = Costs(chunk_size)
-        self._ways = {"whole": self._whole, "chunks": self._chunks, "second-pass": self._second_pass}
+        self._costs = Costs([])
+        self._costs_hold_for: Any = None
+        self._workers: Workers | None = None
+        self._frozen_statistics = FrozenStatistics(())
+        self._ways = {
+            "whole": self._whole,
+            "chunks": self._chunks,
+            "workers": self._side_by_side,
+            "second-pass": self._second_pass,
+            "frozen": self._frozen,
+        }
 
     # What an author overrides.
 
@@ -101,68 +139,151 @@ class EntropyMethod(DescentMethod):
             self.settle(torch.cat(self._chosen))
         return output
 
+    def adapt_start(self, run: Run) -> None:
+        super().adapt_start(run)
+        self._choices: list[Way] | None = None
+        if self.coupled and self.backward == "frozen":
+            self._frozen_statistics = FrozenStatistics(m for m in run.network.modules() if isinstance(m, BatchNorm))
+
+    def release(self) -> None:
+        self._frozen_statistics.restore()
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
+        super().release()
+
     def walk(self, call: Call) -> tuple[Any, int]:
         """Run the network and leave the gradients of the weighted mean entropy; return its output and how many were chosen."""
-        way = self._way(call)
+        way = self.way = self._way(call)
         self._chosen: list[Tensor] = []
         self._loss = torch.zeros(())
         with self._costs.timed(way, call.size) as timing:
-            output = self._ways[way](call)
+            output = self._ways[way.name](call, way.chunk_size)
             count = sum(len(part) for part in self._chosen)
             timing.chosen = min(count, call.size)
             loss = float(self._loss) / max(1, count)
         if count:
             torch._foreach_mul_([p.grad for p in self.parameters.values() if p.grad is not None], 1.0 / count)
-            if way == "whole" and "chunks" in self._costs.ways and not separable(output, call.size):
-                self._costs.ways.remove("chunks")
+        if way.name == "whole" and any(way.chunk_size for way in self._costs.ways) and not separable(output, call.size):
+            self._costs.ways = [way for way in self._costs.ways if not way.chunk_size]
         self.note(selected=count / call.size, loss=loss)
         return output, count
 
-    def _way(self, call: Call) -> str:
-        if self.coupled or call.size == 1:
-            return "whole"
-        return self._costs.cheapest() if self.backward == "auto" else self.backward
+    def _way(self, call: Call) -> Way:
+        if self.coupled:
+            return Way("frozen" if self.backward == "frozen" else "whole")
+        if call.size == 1:
+            return Way("whole")
+        if self._choices is None:
+            self._choices = self._find_choices(call)
+        return self._choices[0] if len(self._choices) == 1 else self._costs.cheapest()
 
-    def _whole(self, call: Call) -> Any:
+    def _find_choices(self, call: Call) -> list[Way]:
+        """What ``backward`` asks for, as far as it can be had; several ways are to be timed."""
+        if self.backward in ("whole", "second-pass"):
+            return [Way(self.backward)]
+        threads = torch.get_num_threads() if fits(call) else 1
+        if self.backward != "auto":
+            workers = self.backward == "workers" and self.weighs_in_threads and threads > 1
+            return [Way("workers" if workers else "chunks", self.chunk_size or 1)]
+        choices = candidates(call.size, self.chunk_size, threads, chunks_in_threads=self.weighs_in_threads)
+        shapes = [(name, p.shape) for name, p in self.run.network.named_parameters()] if self.run is not None else []
+        key = (choices, shapes, list(self.parameters), torch.get_num_threads())
+        if self._costs_hold_for != key:
+            self._costs, self._costs_hold_for = Costs(list(choices)), key
+        return choices
+
+    def _whole(self, call: Call, chunk_size: int) -> Any:
+        output, walk = self._there_and_back(call)
+        self._keep(walk)
+        return output
+
+    def _chunks(self, call: Call, chunk_size: int) -> Any:
+        return self._collect(map(self._there_and_back, _split(call, chunk_size)), call.size, chunk_size)
+
+    def _side_by_side(self, call: Call, chunk_size: int) -> Any:
+        if not fits(call):  # hooks come and go
+            return self._chunks(call, chunk_size)
+        with closing(self._threads().run(self._there_and_back, _split(call, chunk_size))) as parts:
+            return self._collect(parts, call.size, chunk_size)
+
+    def _threads(self) -> Workers:
+        if self._workers is None:
+            self._workers = Workers()
+        return self._workers
+
+    def _collect(self, parts: Iterable[tuple[Any, Walk | None]], size: int, chunk_size: int) -> Any:
+        outputs = []
+        for output, walk in parts:
+            outputs.append(output)
+            self._keep(walk)
+        return join(outputs, [min(chunk_size, size - start) for start in range(0, size, chunk_size)])
+
+    def _second_pass(self, call: Call, chunk_size: int) -> Any:
+        if chunk_size and fits(call):
+            return self._second_pass_side_by_side(call, chunk_size)
+        output = call()
+        self._keep(self._again(call, self._weights(call, self.predictions(output))))
+        return output
+
+    def _second_pass_side_by_side(self, call: Call, chunk_size: int) -> Any:
+        threads, parts = self._threads(), _split(call, chunk_size)
+        output = join(list(threads.run(Call.__call__, parts)), [part.size for part in parts])
+        weights = self._weights(call, self.predictions(output))
+        rows = _chosen_rows(weights)
+        if len(rows):
+            size = -(-len(rows) // threads.count)
+            for walk in threads.run(self._again, _split(call.take(rows), size), weights[rows].split(size)):
+                self._keep(walk)
+        return output
+
+    def _frozen(self, call: Call, chunk_size: int) -> Any:
+        with self._frozen_statistics.recording():
+            output = call()
+        weights = self._weights(call, self.predictions(output))
+        with self._frozen_statistics.frozen():
+            self._keep(self._again(call, weights))
+        return output
+
+    def _there_and_back(self, call: Call) -> tuple[Any, Walk | None]:
+        """Run the network with a graph, and walk back if a prediction is chosen; leaves the method as it is, and no graph."""
         with torch.enable_grad():
             output = call()
             logits = self.predictions(output)
         weights = self._weights(call, logits.detach())
         if not self.coupled and not bool(logits.isfinite().all()):
-            self._run_again(call, weights)  # backwards, 0 times NaN is NaN
-        elif bool((weights > 0).any()):
-            self._walk_back(logits, weights)
-        return output
+            return detached(output), self._again(call, weights)  # backwards, 0 times NaN is NaN
+        return detached(output), self._walk_back(logits, weights)
 
-    def _chunks(self, call: Call) -> Any:
-        size = call.size
-        outputs, sizes = [], []
-        for start in range(0, size, self.chunk_size):
-            part = call.take(slice(start, start + self.chunk_size))
-            outputs.append(self._whole(part))
-            sizes.append(min(self.chunk_size, size - start))
-        return join([detached(output) for output in outputs], sizes)
+    def _again(self, call: Call, weights: Tensor) -> Walk | None:
+        """Run the samples with a chosen prediction again, with a graph, and walk back."""
+        rows = _chosen_rows(weights)
+        if not len(rows):
+            return None
+        with torch.enable_grad():
+            logits = self.predictions(call.take(rows)())
+        return self._walk_back(logits, weights[rows])
 
-    def _second_pass(self, call: Call) -> Any:
-        output = call()
-        self._run_again(call, self._weights(call, self.predictions(output)))
-        return output
-
-    def _run_again(self, call: Call, weights: Tensor) -> None:
-        rows = (weights > 0).any(-1).nonzero().squeeze(-1)
-        if len(rows):
-            with torch.enable_grad():
-                logits = self.predictions(call.take(rows)())
-            self._walk_back(logits, weights[rows])
-
-    def _walk_back(self, logits: Tensor, weights: Tensor) -> None:
+    def _walk_back(self, logits: Tensor, weights: Tensor) -> Walk | None:
         chosen = weights > 0
+        if not bool(chosen.any()):
+            return None
         with torch.enable_grad():
             picked = logits[chosen]
             loss = (weights[chosen] * softmax_entropy(picked)).sum()
-        loss.backward()
-        self._loss = self._loss.to(loss.device) + loss.detach()
-        self._chosen.append(picked.detach().softmax(-1, dtype=torch.promote_types(picked.dtype, torch.float32)))
+        gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        dtype = torch.promote_types(picked.dtype, torch.float32)
+        return Walk(loss.detach(), gradients, picked.detach().softmax(-1, dtype=dtype))
+
+    def _keep(self, walk: Walk | None) -> None:
+        """Add what a walk brought to that of the walks before."""
+        if walk is None:
+            return
+        for parameter, gradient in zip(self.parameters.values(), walk.gradients, strict=True):
+            if gradient is not None:  # a copy, because autograd may give one tensor to several
+                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
+        self._loss = self._loss.to(walk.loss.device) + walk.loss
+        self._chosen.append(walk.chosen)
 
     def _weights(self, call: Call, logits: Tensor) -> Tensor:
         entropy = softmax_entropy(logits)
@@ -177,3 +298,12 @@ class EntropyMethod(DescentMethod):
         logits = self.logits(output)
         logits = logits.movedim(self.class_dim, -1)
         return logits.flatten(1, -2) if logits.ndim > 2 else logits[:, None]
+
+
+def _split(call: Call, chunk_size: int) -> list[Call]:
+    return [call.take(slice(start, start + chunk_size)) for start in range(0, call.size, chunk_size)]
+
+
+def _chosen_rows(weights: Tensor) -> Tensor:
+    """Samples with a chosen prediction."""
+    return (weights > 0).any(-1).nonzero().squeeze(-1)

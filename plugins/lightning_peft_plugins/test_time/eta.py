@@ -33,6 +33,8 @@ class ETA(EntropyMethod):
 
     paper = "Niu et al.: Efficient Test-Time Model Adaptation without Forgetting, ICML 2022, https://arxiv.org/abs/2204.02610"
 
+    weighs_in_threads = True
+
     def __init__(self, *, e_margin: float = 0.4, d_margin: float = 0.05, official: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.e_margin, self.d_margin, self.official = e_margin, d_margin, official

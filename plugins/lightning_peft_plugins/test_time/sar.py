@@ -39,6 +39,8 @@ class SAR(EntropyMethod):
 
     paper = "Niu et al.: Towards Stable Test-Time Adaptation in Dynamic Wild World, ICLR 2023, https://arxiv.org/abs/2302.12400"
 
+    weighs_in_threads = True
+
     def __init__(
         self,
         *,

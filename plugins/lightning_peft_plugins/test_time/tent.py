@@ -18,3 +18,4 @@ class Tent(EntropyMethod):
     """
 
     paper = "Wang et al.: Tent: Fully Test-Time Adaptation by Entropy Minimization, ICLR 2021, https://arxiv.org/abs/2006.10726"
+    weighs_in_threads = True

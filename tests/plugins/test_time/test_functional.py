@@ -20,7 +20,7 @@ from lightning_peft.functional import (
     symmetric_cross_entropy,
 )
 from lightning_peft_plugins.test_time.batch_statistics import BlendStatistics, UseBatchStatistics
-from lightning_peft_plugins.test_time.costs import TRIALS, WAYS, Costs
+from lightning_peft_plugins.test_time.costs import TRIALS, Costs, Way
 
 logits = st.lists(st.lists(st.floats(-30, 30), min_size=4, max_size=4), min_size=1, max_size=8).map(torch.tensor)
 
@@ -130,14 +130,30 @@ def test_an_average_of_statistics_moves_on():
 
 
 def test_costs_try_every_way_and_then_take_what_is_cheapest_for_the_share_chosen():
-    costs = Costs(chunk_size=1)
-    for way in WAYS * TRIALS:
+    whole, chunks, second = ways = [Way("whole"), Way("chunks", 1), Way("second-pass")]
+    costs = Costs(ways)
+    for way in ways * TRIALS:
         assert costs.cheapest() == way
         with costs.timed(way, 10):
             pass
-    costs.units = {"whole": 1.0, "chunks": 1.2, "second-pass": 1.0}
+    costs.trials.update(dict.fromkeys(ways, 8))
+    costs.units = {whole: 1.0, chunks: 1.2, second: 1.0}
     picked = []
     for share in (0.05, 0.3, 0.95):
         costs.share = share
         picked.append(costs.cheapest())
-    assert picked == ["second-pass", "chunks", "whole"]
+    assert picked == [second, chunks, whole]
+
+
+def test_a_way_that_was_unlucky_gets_another_turn_but_ever_more_rarely():
+    lucky, unlucky, slow = ways = [Way("whole"), Way("whole", 3), Way("second-pass")]
+    costs = Costs(ways, share=1.0)
+    turns = []
+    for turn in range(300):
+        way = costs.cheapest()
+        costs.trials[way] += 1
+        costs.units[way] = {lucky: 1.0, unlucky: 1.1, slow: 2.0}[way]
+        turns += [turn] if way == unlucky else []
+    assert costs.trials[slow] == TRIALS
+    assert TRIALS < costs.trials[unlucky] < 12
+    assert turns[-1] - turns[-2] > turns[4] - turns[3]
