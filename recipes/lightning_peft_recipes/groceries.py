@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft.assets import derived, open_member
 from lightning_peft_recipes.assets import GROCERIES
+from lightning_peft_recipes.corruptions import CORRUPTIONS, NOTE, SEVERITIES, cached_corruption
 from lightning_peft_recipes.subsets import stratified, subset_count
 
 CLASSES = (
@@ -42,41 +43,52 @@ class GroceriesDataModule(LightningDataModule):
     """Grocery photos, 675 for training, 57 for validation, 1,322 for test, as ``(image, label)`` batches.
 
     The photos are decoded once into the asset cache; later starts read plain arrays. Images are float, shape
-    ``[batch, 3, image_size, image_size]``, in [-1, 1] (mean = std = 0.5); labels are class indices of :data:`CLASSES`.
+    ``[batch, 3, image_size, image_size]``, in [-1, 1] (mean = std = 0.5); labels are class indices of :data:`CLASSES`. The test
+    photos are to be had under the 15 common corruptions too (:mod:`~lightning_peft_recipes.corruptions`).
 
     Args:
         image_size: Side of the images in pixels.
         batch_size: Photos per batch. An incomplete last training batch is dropped.
+        eval_batch_size: Photos per batch in validation and test; ``None`` is as in training.
         augment: Random resized crops and flips in training, drawn from torch's random state; otherwise centre crops.
         min_area: Smallest share of the area a random crop keeps.
         num_workers: Loader processes. The photos are in memory, so 0 is usually fastest.
         val: ``"official"``, or the share of the training photos to hold out instead, stratified.
         subset: Use a part of every split, stratified and deterministic: a share in (0, 1) or a number of photos.
+        test_size: Use another part of the test photos than ``subset`` says.
+        corruption_seed: Chooses the random numbers of the corruptions.
 
     Raises:
         MisconfigurationException: pyarrow or Pillow is missing, or an argument is out of range.
     """
 
     num_classes = len(CLASSES)
+    shift_note = NOTE
 
     def __init__(
         self,
         image_size: int = 160,
         batch_size: int = 32,
+        eval_batch_size: int | None = None,
         augment: bool = True,
         min_area: float = 0.35,
         num_workers: int = 0,
         val: Literal["official"] | float = "official",
         subset: float | None = None,
+        test_size: float | None = None,
+        corruption_seed: int = 0,
     ) -> None:
         super().__init__()
         if val != "official" and not (isinstance(val, float) and 0 < val < 1):
             raise MisconfigurationException(f'val={val!r} must be "official" or a share between 0 and 1')
-        subset_count(subset, len(CLASSES))  # refuse a bad value now, not after the download
-        self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
+        for size in (subset, test_size):
+            subset_count(size, len(CLASSES))  # refuse a bad value now, not after the download
+        self.image_size, self.num_workers = image_size, num_workers
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.augment, self.min_area = augment, min_area
-        self.val, self.subset = val, subset
+        self.val, self.subset, self.test_size, self.corruption_seed = val, subset, test_size, corruption_seed
         self._splits: dict[str, TensorDataset] = {}
+        self._test_indices: list[int] = []
 
     def prepare_data(self) -> None:
         """Fetch and decode the photos into the asset cache."""
@@ -88,8 +100,11 @@ class GroceriesDataModule(LightningDataModule):
         for split in wanted.get(stage or "", ("train", "val", "test")):
             if split not in self._splits:
                 images, labels = self._load(split)
-                chosen = stratified(labels, subset_count(self.subset, len(labels)))
+                size = self.test_size if split == "test" and self.test_size is not None else self.subset
+                chosen = stratified(labels, subset_count(size, len(labels)))
                 self._splits[split] = TensorDataset(images[chosen], labels[chosen])
+                if split == "test":
+                    self._test_indices = chosen.tolist()
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled training photos."""
@@ -108,13 +123,36 @@ class GroceriesDataModule(LightningDataModule):
         """Test photos, centre crops."""
         return self._loader("test")
 
+    def shifts(self) -> dict[str, tuple[int, ...]]:
+        """The 15 common corruptions, each at severities 1 to 5."""
+        return dict.fromkeys(CORRUPTIONS, SEVERITIES)
+
+    def shifted(self, shift: str, severity: int) -> TensorDataset:
+        """The test photos under a corruption, in the same order; generated once, then read from the asset cache.
+
+        Whole squares are corrupted, of which evaluation looks at the central crop.
+
+        Args:
+            shift: A corruption, also one of the four extra ones.
+            severity: 1 to 5.
+
+        Raises:
+            MisconfigurationException: The optional package is missing, or an argument is out of range.
+        """
+        images, labels = self._splits["test"].tensors
+        subset = f"groceries-{images.shape[-1]}px-test-{len(images)}"
+        corrupted = cached_corruption(
+            GROCERIES, subset, images, shift, severity, seed=self.corruption_seed, indices=self._test_indices
+        )
+        return TensorDataset(corrupted, labels)
+
     def _loader(
         self, split: str, augment: Callable[[Tensor], Tensor] | None = None, shuffle: bool = False
     ) -> DataLoader[Batch]:
         data = self._splits[split]
         return DataLoader(
             data,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size if split == "train" else self.eval_batch_size or self.batch_size,
             shuffle=shuffle,
             # A last batch of three photos would spoil the BatchNorm statistics.
             drop_last=shuffle and len(data) >= self.batch_size,

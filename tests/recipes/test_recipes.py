@@ -11,6 +11,7 @@ from lightning_peft import plan
 from lightning_peft.cli.launch import launch, methods_in, parse
 from lightning_peft.cli.main import main
 from lightning_peft.cli.recipes import EXTRAS, UsageError, find, packaged, parse_header, read
+from lightning_peft.method import methods_of
 
 RECIPES = sorted(packaged())
 # What makes a run of each recipe short, and what builds its model without pretrained weights.
@@ -20,8 +21,33 @@ SHORT = {
         *("--data.max_length", "24", "--data.batch_size", "8"),
         *("--data.train_size", "32", "--data.val_size", "16", "--data.test_size", "16"),
     ],
+    "vision/eata_cifar10": ["--data.val_size", "20", "--data.test_size", "20", "--data.batch_size", "10"],
+    "vision/eata_cifar10_vit": [
+        *("--data.train_size", "40", "--data.val_size", "20", "--data.test_size", "20", "--data.batch_size", "10"),
+        *("--model.dim", "16", "--model.depth", "1", "--trainer.max_epochs", "1"),
+    ],
+    "vision/eata_groceries": ["--data.image_size", "64", "--data.subset", "32", "--data.test_size", "20"],
+    "language/eata_reviews": [
+        *("--data.max_length", "24", "--data.batch_size", "8"),
+        *("--data.train_size", "32", "--data.val_size", "16", "--data.test_size", "16"),
+    ],
 }
-OFFLINE = {"quickstart": ["--model.weights", "null"]}
+OFFLINE = {
+    "quickstart": ["--model.weights", "null"],
+    "vision/eata_cifar10": ["--model.weights", "null"],
+    "vision/eata_cifar10_vit": [],
+    "vision/eata_groceries": ["--model.weights", "null"],
+}
+TRAINING = ["NMSparsity", "WeightCompander", "PSKD"]
+TEST_TIME = ["BatchNormAdapt", "Tent", "ETA", "EATA", "SAR", "DeYO", "CoTTA", "ROID", "FisherEstimator"]
+METHODS = {
+    "quickstart": TRAINING,
+    "language/nm_minilm_reviews": TRAINING,
+    "vision/eata_cifar10": TEST_TIME,
+    "vision/eata_cifar10_vit": TEST_TIME[1:],
+    "vision/eata_groceries": TEST_TIME,
+    "language/eata_reviews": [name for name in TEST_TIME if name not in ("BatchNormAdapt", "DeYO", "CoTTA")],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +60,7 @@ def _one_thread(tmp_path, monkeypatch):
 
 
 def test_the_recipes_of_the_readme_are_there() -> None:
-    assert {"quickstart", "language/nm_minilm_reviews"} <= set(RECIPES)
+    assert set(METHODS) <= set(RECIPES)
     assert set(SHORT) == set(RECIPES), "a new recipe needs a line in SHORT"
 
 
@@ -47,8 +73,9 @@ def test_every_recipe_says_what_it_needs_and_parses(name) -> None:
     assert set(recipe.needs) <= set(EXTRAS)
     assert recipe.online, "the header names the usual online source"
     assert recipe.monitor.startswith("test/")
-    assert methods_in(recipe, []) == ["NMSparsity", "WeightCompander", "PSKD"]
-    without = parse(recipe, SHORT[name], ["NMSparsity", "WeightCompander", "PSKD"])
+    assert recipe.command == ("run" if METHODS[name] is TRAINING else "adapt")
+    assert methods_in(recipe, []) == METHODS[name]
+    without = parse(recipe, SHORT[name], METHODS[name])
     assert without.config.trainer.callbacks == []
 
 
@@ -56,13 +83,18 @@ def test_every_recipe_says_what_it_needs_and_parses(name) -> None:
 @pytest.mark.filterwarnings(r"ignore:[\s\S]*(deprecated in v4|only one Jsonargparse):DeprecationWarning")
 def test_a_recipe_without_pretrained_weights_is_built_offline_and_has_a_plan(name) -> None:
     cli = launch(find(name), [*SHORT[name], *OFFLINE[name], "--trainer.logger", "false"])
-    rows = plan(cli.model, cli.trainer.callbacks).rows
-    assert [row.name for row in rows] == ["weight_compander", "nm_sparsity", "pskd"]
+    methods = list(methods_of(cli.trainer.callbacks))
+    if METHODS[name] is TRAINING:
+        assert [row.name for row in plan(cli.model, methods).rows] == ["weight_compander", "nm_sparsity", "pskd"]
+        return
+    for method in methods:  # run one at a time
+        assert [row.name for row in plan(cli.model, [method]).rows] == [method.name]
+    assert len(cli.datamodule.shifts()) == 15
 
 
 @pytest.mark.network
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if METHODS[name] is TRAINING])
 def test_every_recipe_runs_from_pretrained_weights_to_a_proven_report(name, tmp_path, capsys) -> None:
     out = tmp_path / "out"
     arguments = ["run", name, "--out", str(out), "--json", "--trainer.max_epochs", "2", *SHORT[name]]
