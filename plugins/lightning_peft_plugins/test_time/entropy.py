@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import closing
-from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_peft.attach.batches import detached, join, separable, take
+from lightning_peft.attach.batches import separable, take
 from lightning_peft.attach.evaluation import Call
 from lightning_peft.compose.run import Run
 from lightning_peft_plugins.test_time.batch_statistics import BatchNorm, FrozenStatistics
 from lightning_peft_plugins.test_time.costs import Costs, Way, candidates
 from lightning_peft_plugins.test_time.functional import softmax_entropy
 from lightning_peft_plugins.test_time.loop import DescentMethod
+from lightning_peft_plugins.test_time.walks import Walk, Walker
+from lightning_peft_plugins.test_time.ways import Ways
 from lightning_peft_plugins.test_time.window import Window
-from lightning_peft_plugins.test_time.workers import Workers, fits
+from lightning_peft_plugins.test_time.workers import fits
 
 Backward: TypeAlias = Literal["auto", "whole", "chunks", "workers", "second-pass", "frozen"]
 BACKWARDS = ("auto", "whole", "chunks", "workers", "second-pass", "frozen")
-
-
-@dataclass(slots=True)
-class Walk:
-    """A walk back through a graph: sum of the weighted entropies, its gradients, and the probabilities that were chosen."""
-
-    loss: Tensor
-    gradients: Sequence[Tensor | None]
-    chosen: Tensor
 
 
 class EntropyMethod(DescentMethod):
@@ -81,15 +71,7 @@ class EntropyMethod(DescentMethod):
         self._window = Window(window) if window else None
         self._costs = Costs([])
         self._costs_hold_for: Any = None
-        self._workers: Workers | None = None
-        self._frozen_statistics = FrozenStatistics(())
-        self._ways = {
-            "whole": self._whole,
-            "chunks": self._chunks,
-            "workers": self._side_by_side,
-            "second-pass": self._second_pass,
-            "frozen": self._frozen,
-        }
+        self._ways: Ways | None = None
 
     # What an author overrides.
 
@@ -142,23 +124,24 @@ class EntropyMethod(DescentMethod):
     def adapt_start(self, run: Run) -> None:
         super().adapt_start(run)
         self._choices: list[Way] | None = None
-        if self.coupled and self.backward == "frozen":
-            self._frozen_statistics = FrozenStatistics(m for m in run.network.modules() if isinstance(m, BatchNorm))
+        frozen = self.coupled and self.backward == "frozen"
+        statistics = FrozenStatistics(m for m in run.network.modules() if frozen and isinstance(m, BatchNorm))
+        self._ways = Ways(Walker(self.predictions, self._weights, list(self.parameters.values()), self.coupled), statistics)
 
     def release(self) -> None:
-        self._frozen_statistics.restore()
-        if self._workers is not None:
-            self._workers.close()
-            self._workers = None
+        if self._ways is not None:
+            self._ways.close()
+            self._ways = None
         super().release()
 
     def walk(self, call: Call) -> tuple[Any, int]:
         """Run the network and leave the gradients of the weighted mean entropy; return its output and how many were chosen."""
+        assert self._ways is not None
         way = self.way = self._way(call)
         self._chosen: list[Tensor] = []
         self._loss = torch.zeros(())
         with self._costs.timed(way, call.size) as timing:
-            output = self._ways[way.name](call, way.chunk_size)
+            output = self._ways.take(way, call, self._keep)
             count = sum(len(part) for part in self._chosen)
             timing.chosen = min(count, call.size)
             loss = float(self._loss) / max(1, count)
@@ -193,88 +176,6 @@ class EntropyMethod(DescentMethod):
             self._costs, self._costs_hold_for = Costs(list(choices)), key
         return choices
 
-    def _whole(self, call: Call, chunk_size: int) -> Any:
-        output, walk = self._there_and_back(call)
-        self._keep(walk)
-        return output
-
-    def _chunks(self, call: Call, chunk_size: int) -> Any:
-        return self._collect(map(self._there_and_back, _split(call, chunk_size)), call.size, chunk_size)
-
-    def _side_by_side(self, call: Call, chunk_size: int) -> Any:
-        if not fits(call):  # hooks come and go
-            return self._chunks(call, chunk_size)
-        with closing(self._threads().run(self._there_and_back, _split(call, chunk_size))) as parts:
-            return self._collect(parts, call.size, chunk_size)
-
-    def _threads(self) -> Workers:
-        if self._workers is None:
-            self._workers = Workers()
-        return self._workers
-
-    def _collect(self, parts: Iterable[tuple[Any, Walk | None]], size: int, chunk_size: int) -> Any:
-        outputs = []
-        for output, walk in parts:
-            outputs.append(output)
-            self._keep(walk)
-        return join(outputs, [min(chunk_size, size - start) for start in range(0, size, chunk_size)])
-
-    def _second_pass(self, call: Call, chunk_size: int) -> Any:
-        if chunk_size and fits(call):
-            return self._second_pass_side_by_side(call, chunk_size)
-        output = call()
-        self._keep(self._again(call, self._weights(call, self.predictions(output))))
-        return output
-
-    def _second_pass_side_by_side(self, call: Call, chunk_size: int) -> Any:
-        threads, parts = self._threads(), _split(call, chunk_size)
-        output = join(list(threads.run(Call.__call__, parts)), [part.size for part in parts])
-        weights = self._weights(call, self.predictions(output))
-        rows = _chosen_rows(weights)
-        if len(rows):
-            size = -(-len(rows) // threads.count)
-            for walk in threads.run(self._again, _split(call.take(rows), size), weights[rows].split(size)):
-                self._keep(walk)
-        return output
-
-    def _frozen(self, call: Call, chunk_size: int) -> Any:
-        with self._frozen_statistics.recording():
-            output = call()
-        weights = self._weights(call, self.predictions(output))
-        with self._frozen_statistics.frozen():
-            self._keep(self._again(call, weights))
-        return output
-
-    def _there_and_back(self, call: Call) -> tuple[Any, Walk | None]:
-        """Run the network with a graph, and walk back if a prediction is chosen; leaves the method as it is, and no graph."""
-        with torch.enable_grad():
-            output = call()
-            logits = self.predictions(output)
-        weights = self._weights(call, logits.detach())
-        if not self.coupled and not bool(logits.isfinite().all()):
-            return detached(output), self._again(call, weights)  # backwards, 0 times NaN is NaN
-        return detached(output), self._walk_back(logits, weights)
-
-    def _again(self, call: Call, weights: Tensor) -> Walk | None:
-        """Run the samples with a chosen prediction again, with a graph, and walk back."""
-        rows = _chosen_rows(weights)
-        if not len(rows):
-            return None
-        with torch.enable_grad():
-            logits = self.predictions(call.take(rows)())
-        return self._walk_back(logits, weights[rows])
-
-    def _walk_back(self, logits: Tensor, weights: Tensor) -> Walk | None:
-        chosen = weights > 0
-        if not bool(chosen.any()):
-            return None
-        with torch.enable_grad():
-            picked = logits[chosen]
-            loss = (weights[chosen] * softmax_entropy(picked)).sum()
-        gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
-        dtype = torch.promote_types(picked.dtype, torch.float32)
-        return Walk(loss.detach(), gradients, picked.detach().softmax(-1, dtype=dtype))
-
     def _keep(self, walk: Walk | None) -> None:
         """Add what a walk brought to that of the walks before."""
         if walk is None:
@@ -298,12 +199,3 @@ class EntropyMethod(DescentMethod):
         logits = self.logits(output)
         logits = logits.movedim(self.class_dim, -1)
         return logits.flatten(1, -2) if logits.ndim > 2 else logits[:, None]
-
-
-def _split(call: Call, chunk_size: int) -> list[Call]:
-    return [call.take(slice(start, start + chunk_size)) for start in range(0, call.size, chunk_size)]
-
-
-def _chosen_rows(weights: Tensor) -> Tensor:
-    """Samples with a chosen prediction."""
-    return (weights > 0).any(-1).nonzero().squeeze(-1)
