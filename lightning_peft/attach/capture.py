@@ -32,7 +32,7 @@ class Captured:
 
 
 class Tap:
-    """Remembers the calls of one module while it is open.
+    """Remembers the calls of one module while it is open; calls made within such a call are not its own.
 
     The module's ``forward`` is shadowed rather than hooked: hooks registered after a first compiled call never fire
     (pytorch#117758).
@@ -46,7 +46,7 @@ class Tap:
         self.name = name
         self.calls: list[Captured] = []
         self._module = module
-        self._open = False
+        self._open = self._inside = False
         self._shim: Shim | None = None
 
     def install(self) -> None:
@@ -84,7 +84,13 @@ class Tap:
         return self.calls[-1]
 
     def _record(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        output = inner(*args, **kwargs)
-        if self._open and len(self.calls) < MAX_CALLS:
+        if not self._open or self._inside:  # what a call of the module makes of it, such as a method's further passes
+            return inner(*args, **kwargs)
+        self._inside = True
+        try:
+            output = inner(*args, **kwargs)
+        finally:
+            self._inside = False
+        if len(self.calls) < MAX_CALLS:
             self.calls.append(Captured(args, kwargs, output))
         return output

@@ -7,7 +7,6 @@ loss and in the original order, that of ``torchvision.datasets.CIFAR10``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -15,14 +14,12 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning import LightningDataModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft.assets import cache_dir, derived, open_member
 from lightning_peft_recipes.assets import CIFAR10
-from lightning_peft_recipes.corruptions import CORRUPTIONS, NOTE, SEVERITIES, cached_corruption
+from lightning_peft_recipes.image_data import Batch, ImageDataModule, Prepare
 from lightning_peft_recipes.subsets import stratified, subset_count
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -33,10 +30,8 @@ STD = (0.2470, 0.2435, 0.2616)
 HELD_OUT = 0.1  # of the training images: CIFAR-10 comes without validation images
 SIDE = 32
 
-Batch = tuple[Tensor, Tensor]
 
-
-class CIFAR10DataModule(LightningDataModule):
+class CIFAR10DataModule(ImageDataModule):
     """CIFAR-10 as ``(image, label)`` batches: 45,000 images for training, 5,000 for validation, 10,000 for test.
 
     Packaged images are decoded once into the asset cache. Batches are float, shape ``[batch, 3, 32, 32]``, each channel with
@@ -59,7 +54,7 @@ class CIFAR10DataModule(LightningDataModule):
     """
 
     num_classes = len(CLASSES)
-    shift_note = NOTE
+    asset = CIFAR10
 
     def __init__(
         self,
@@ -73,85 +68,29 @@ class CIFAR10DataModule(LightningDataModule):
         corruption_seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, eval_batch_size, corruption_seed, num_workers)
         if source not in ("packaged", "torchvision"):
             raise MisconfigurationException(f'source={source!r} must be "packaged" or "torchvision"')
-        self.source, self.augment, self.num_workers = source, augment, num_workers
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.corruption_seed = corruption_seed
+        self.source, self.augment = source, augment
         self.sizes = {"train": train_size, "val": val_size, "test": test_size}
         for size in self.sizes.values():
             subset_count(size, 1)  # refuse a bad value now, not after the download
-        self._splits: dict[str, TensorDataset] = {}
-        self._test_indices: list[int] = []
 
     def prepare_data(self) -> None:
         """Fetch the images, and decode the packaged ones, into the asset cache."""
         for part in ("train", "test"):
             _torchvision(part, download=True) if self.source == "torchvision" else _decoded(part)
 
-    def setup(self, stage: str | None = None) -> None:
-        """Load the splits that ``stage`` (``fit``, ``validate``, ``test``, ``predict``; ``None`` for all) needs."""
-        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
-        for split in wanted.get(stage or "", ("train", "val", "test")):
-            if split not in self._splits:
-                images, labels, chosen = self._load(split)
-                self._splits[split] = TensorDataset(images, labels)
-                if split == "test":
-                    self._test_indices = chosen
+    def preparation(self, split: str) -> Prepare:
+        """Scaling; random crops before it in training."""
+        return training_images if self.augment and split == "train" else normalise
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled training images."""
-        return self._loader("train", random_crops if self.augment else None, shuffle=True)
+    def test_name(self) -> str:
+        """Data set and source."""
+        return f"cifar10-{self.source}"
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Validation images as they are."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """Test images as they are."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        """Test images as they are."""
-        return self._loader("test")
-
-    def shifts(self) -> dict[str, tuple[int, ...]]:
-        """The 15 common corruptions, each at severities 1 to 5."""
-        return dict.fromkeys(CORRUPTIONS, SEVERITIES)
-
-    def shifted(self, shift: str, severity: int) -> TensorDataset:
-        """The test images under a corruption, in the same order; generated once, then read from the asset cache.
-
-        Args:
-            shift: A corruption, also one of the four extra ones.
-            severity: 1 to 5.
-
-        Raises:
-            MisconfigurationException: The optional package is missing, or an argument is out of range.
-        """
-        images, labels = self._splits["test"].tensors
-        subset = f"cifar10-{self.source}-{SIDE}px-test-{len(images)}"
-        corrupted = cached_corruption(
-            CIFAR10, subset, images, shift, severity, seed=self.corruption_seed, indices=self._test_indices
-        )
-        return TensorDataset(corrupted, labels)
-
-    def _loader(
-        self, split: str, augment: Callable[[Tensor], Tensor] | None = None, shuffle: bool = False
-    ) -> DataLoader[Batch]:
-        data = self._splits[split]
-        return DataLoader(
-            data,
-            batch_size=self.batch_size if split == "train" else self.eval_batch_size or self.batch_size,
-            shuffle=shuffle,
-            drop_last=shuffle and len(data) >= self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=partial(_collate, augment=augment),
-        )
-
-    def _load(self, split: str) -> tuple[Tensor, Tensor, list[int]]:
+    def load(self, split: str) -> tuple[Tensor, Tensor, list[int]]:
+        """The chosen images of a split."""
         part = "test" if split == "test" else "train"
         if self.source == "torchvision":
             images, labels = _torchvision(part)
@@ -184,16 +123,15 @@ def random_crops(images: Tensor) -> Tensor:
     return padded[(*planes, rows[:, None, :, None], columns[:, None, None, :])]
 
 
+def training_images(images: Tensor) -> Tensor:
+    """:func:`random_crops`, scaled."""
+    return normalise(random_crops(images))
+
+
 def normalise(images: Tensor) -> Tensor:
     """Scale uint8 pixels so that each channel has mean 0 and deviation 1 over CIFAR-10's training images."""
     mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (MEAN, STD))
     return images.float().sub_(mean).div_(std)
-
-
-def _collate(samples: list[Batch], augment: Callable[[Tensor], Tensor] | None) -> Batch:
-    images, labels = zip(*samples, strict=True)
-    stacked = torch.stack(images)
-    return normalise(augment(stacked) if augment else stacked), torch.stack(labels)
 
 
 def _torchvision(part: str, download: bool = False) -> Batch:

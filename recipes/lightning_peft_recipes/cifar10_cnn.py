@@ -8,19 +8,19 @@ from typing import Literal
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_peft.assets import open_member
 from lightning_peft_recipes.assets import CIFAR10_CNN
 from lightning_peft_recipes.cifar10 import MEAN, STD
-from lightning_peft_recipes.classification import Classifier
+from lightning_peft_recipes.classification import ImageClassifier
 
 MEMBER = "cifar_10_model/trained_models/cnn_model.h5"
 CHANNELS = (64, 64, 128, 128, 64, 64)
 FEATURES = (64, 1024, 512)
 
 
-class CIFAR10CNN(Classifier):
+class CIFAR10CNN(ImageClassifier):
     """Six convolutions with BatchNorm and three linear layers on ``(image, label)`` batches of normalised CIFAR-10 images.
 
     As packaged it is right on 80.14 % of the 10,000 test images. It takes images as
@@ -56,15 +56,6 @@ class CIFAR10CNN(Classifier):
         self.model: nn.Sequential = cnn(num_classes)
         if weights == "packaged":
             load_packaged(self.model)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits, shape ``[batch, classes]``, of images, shape ``[batch, 3, 32, 32]``."""
-        return self.model(images)
-
-    def logits_and_labels(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits and labels of an ``(image, label)`` batch."""
-        images, labels = batch
-        return self(images), labels
 
     def head(self) -> nn.Module:
         """The last linear layer."""

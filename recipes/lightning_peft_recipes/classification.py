@@ -114,6 +114,19 @@ class Classifier(LightningModule):
         self.log_dict(metrics, batch_size=len(labels), prog_bar=stage == "val")
 
 
+class ImageClassifier(Classifier):
+    """A classifier of ``(image, label)`` batches."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, shape ``[batch, classes]``, of images, shape ``[batch, 3, height, width]``."""
+        return self.model(images)
+
+    def logits_and_labels(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits and labels of an ``(image, label)`` batch."""
+        images, labels = batch
+        return self(images), labels
+
+
 def warmup_cosine(step: int, total: int, warmup: float) -> float:
     """Learning-rate factor: linear to 1 over the first ``warmup`` share of ``total`` steps, then half a cosine to 0.
 

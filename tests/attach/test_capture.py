@@ -144,3 +144,19 @@ def test_a_feature_path_that_does_not_exist_leaves_the_module_clean():
     with pytest.raises(MisconfigurationException, match=r"'model\.17' is no submodule of Plain\. Did you mean model\."):
         fit([Wrong()], module=module)
     assert_clean(module, "a wrong feature path")
+
+
+def test_calls_within_a_call_are_not_remembered():
+    class Twice(nn.Module):
+        def forward(self, x, again=True):
+            return self(x + 1, again=False) if again else x
+
+    net = Twice()
+    tap = Tap(net, "net")
+    tap.install()
+    tap.open()
+    x = torch.ones(1, 2)
+    y = net(x)
+    assert len(tap.calls) == 1
+    assert tap.calls[0].args[0] is x
+    assert tap.calls[0].output is y

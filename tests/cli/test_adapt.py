@@ -20,6 +20,8 @@ trainer:
       init_args: {lr: 0.05}
     - class_path: lightning_peft.EATA
       init_args: {lr: 0.05, d_margin: 0.9, fisher_alpha: 1.0}
+    - class_path: lightning_peft.CoTTA
+      init_args: {lr: 0.05, threshold: 0.0}
 model:
   class_path: adapt_toys.BlobModule
 data:
@@ -42,9 +44,9 @@ def test_all_protocols_are_run_reported_and_not_repeated(cli, blobs, tmp_path) -
     assert status == 0, error
     assert list(data["protocols"]) == protocols
     for numbers in data["protocols"].values():
-        assert list(numbers) == ["source", "batch_norm_adapt", "tent", "eata"]
-        assert [numbers[name]["forward"]["mean"] for name in numbers] == [1.0] * 4
-        assert [numbers[name]["backward"]["mean"] > 0 for name in numbers] == [False, False, True, True]
+        assert list(numbers) == ["source", "batch_norm_adapt", "tent", "eata", "co_tta"]
+        assert [numbers[name]["forward"]["mean"] for name in numbers] == [1.0] * 4 + [3.0]
+        assert [numbers[name]["backward"]["mean"] > 0 for name in numbers] == [False, False, True, True, True]
         assert all(0 <= numbers[name]["error"]["mean"] <= 1 for name in numbers)
     # Normalised with batches of one class each, the network has nothing to tell classes by.
     errors = {protocol: data["protocols"][protocol]["batch_norm_adapt"]["error"]["mean"] for protocol in protocols}
@@ -53,7 +55,7 @@ def test_all_protocols_are_run_reported_and_not_repeated(cli, blobs, tmp_path) -
         p.name for p in out.iterdir()
     }
     times = {path: path.stat().st_mtime_ns for path in out.rglob("episodes/**/*.json")}
-    assert len(times) == 4 * (2 + 1 + 1 + 1 + 1)
+    assert len(times) == 5 * (2 + 1 + 1 + 1 + 1)
     status, more, _ = cli(*arguments, "--seeds", "2")
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     assert len(more["records"]) == 2 * len(data["records"])
