@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_peft.cli.adapt_source import Source
 from lightning_peft.export.report_adaptation import SOURCE, error
-from lightning_peft.method import Method
+from lightning_peft.method import Method, snake_case
 from lightning_peft.shifts.data import CLEAN, Part, ShiftedData
 from lightning_peft.shifts.loader import labels_in, stream_loader
 from lightning_peft.shifts.record import EpisodeRecord, StreamRecorder
@@ -67,15 +67,12 @@ class Trials:
                 for method in rows:
                     found = []
                     for episode in many:
-                        name = SOURCE if method is None else method.name
-                        progress.update(bar, description=f"seed {seed} {protocol} {name}")
+                        progress.update(bar, description=f"seed {seed} {protocol} {label(method)}")
                         found.append(self._one(method, protocol, seed, episode))
                         progress.advance(bar, len(episode.segments))
-                    seconds = sum(record.seconds for record in found)
-                    self.console.print(
-                        f"  seed {seed} {protocol} [bold]{name}[/]  error {100 * error(found):.1f} %  [dim]{seconds:.1f} s[/]",
-                        highlight=False,
-                    )
+                    took = f"[dim]{sum(record.seconds for record in found):.1f} s[/]"
+                    line = f"  seed {seed} {protocol} [bold]{label(method)}[/]  error {100 * error(found):.1f} %  {took}"
+                    self.console.print(line, highlight=False)
                     records += found
         return records
 
@@ -91,7 +88,7 @@ class Trials:
         self._labels: dict[Part, Tensor] = {part: labels_in(self._template, data) for part, data in self._sets.items()}
 
     def _one(self, method: Method | None, protocol: str, seed: int, episode: Episode) -> EpisodeRecord:
-        name = SOURCE if method is None else method.name
+        name = label(method)
         place = re.sub(r"[^\w.-]+", "-", episode.name)
         path = self.folder / f"{protocol}-seed-{seed}" / place / f"{name}.json"
         if path.is_file():
@@ -124,3 +121,11 @@ class Trials:
             TimeRemainingColumn(),
         )
         return Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+
+
+def label(method: Method | None) -> str:
+    """What a report calls a method: its class, or the name it was given."""
+    if method is None:
+        return SOURCE
+    own = type(method).__name__
+    return own if method.name == snake_case(own) else method.name

@@ -44,12 +44,12 @@ def test_all_protocols_are_run_reported_and_not_repeated(cli, blobs, tmp_path) -
     assert status == 0, error
     assert list(data["protocols"]) == protocols
     for numbers in data["protocols"].values():
-        assert list(numbers) == ["source", "batch_norm_adapt", "tent", "eata", "co_tta"]
+        assert list(numbers) == ["source", "BatchNormAdapt", "Tent", "EATA", "CoTTA"]
         assert [numbers[name]["forward"]["mean"] for name in numbers] == [1.0] * 4 + [3.0]
         assert [numbers[name]["backward"]["mean"] > 0 for name in numbers] == [False, False, True, True, True]
         assert all(0 <= numbers[name]["error"]["mean"] <= 1 for name in numbers)
     # Normalised with batches of one class each, the network has nothing to tell classes by.
-    errors = {protocol: data["protocols"][protocol]["batch_norm_adapt"]["error"]["mean"] for protocol in protocols}
+    errors = {protocol: data["protocols"][protocol]["BatchNormAdapt"]["error"]["mean"] for protocol in protocols}
     assert errors["correlated"] > errors["continual"] + 0.2
     assert {f"{kind}-{protocol}.png" for kind in ("stream", "error") for protocol in protocols} <= {
         p.name for p in out.iterdir()
@@ -64,8 +64,8 @@ def test_all_protocols_are_run_reported_and_not_repeated(cli, blobs, tmp_path) -
 
 def test_another_choice_of_shifts_is_another_stream(cli, blobs, tmp_path) -> None:
     arguments = ["adapt", blobs, "--out", tmp_path / "out", "--json", "--seeds", "1", "--methods", "Tent"]
-    both = cli(*arguments)[1]["protocols"]["continual"]["tent"]
-    one = cli(*arguments, "--shifts", "scaled", "--severities", "1", "--clean", "10")[1]["protocols"]["continual"]["tent"]
+    both = cli(*arguments)[1]["protocols"]["continual"]["Tent"]
+    one = cli(*arguments, "--shifts", "scaled", "--severities", "1", "--clean", "10")[1]["protocols"]["continual"]["Tent"]
     assert list(both["parts"]) == ["scaled 3", "moved"]
     assert list(one["parts"]) == ["scaled 1"]
 
