@@ -213,6 +213,8 @@ def compare(model: str, name: str, share: float, args: argparse.Namespace, devic
     way = clock.way
     if way.name == "workers":  # the hooks that count see one thread; the workers hold as much each
         ours.backward, ours.chunk_size = "chunks", way.chunk_size
+    elif way.name == "second-pass":  # its parts together hold what one second pass holds
+        ours.backward = "second-pass"
     with graph_bytes() as peak:
         trainer = Trainer(
             accelerator=device, devices=1, callbacks=[ours], logger=False, enable_progress_bar=False, limit_test_batches=1
