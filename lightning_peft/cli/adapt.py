@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from lightning_peft import registry
 from lightning_peft.cli.adapt_source import Source
 from lightning_peft.cli.adapt_trials import Trials
 from lightning_peft.cli.console import Outcome, facts, grid
-from lightning_peft.cli.recipes import UsageError, find
+from lightning_peft.cli.recipes import UsageError, check_seeds, find
 from lightning_peft.export.report_adaptation import Study, adaptation_report, cost_table, method_table, part_table
 from lightning_peft.shifts.data import ShiftedData, choose_parts
-from lightning_peft.shifts.streams import PROTOCOLS
+from lightning_peft.shifts.streams import PROTOCOLS, check_protocol
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Choice:
     methods: Sequence[str] = ()
     shifts: Sequence[str] = ()
     severities: Sequence[int] = ()
-    protocols: Sequence[str] = field(default=("continual",))
+    protocols: Sequence[str] = ("continual",)
     seeds: int = 3
     clean: int | None = None
 
@@ -62,13 +61,12 @@ def adapt(
         checkpoint: Take the source from this checkpoint instead of training it.
 
     Raises:
-        UsageError: No such recipe, method, shift or protocol, data without shifts, or a folder used with other settings.
+        UsageError: No such recipe or method, data without shifts, or a folder used with other settings.
+        MisconfigurationException: No such shift, severity or protocol.
     """
-    if choice.seeds < 1:
-        raise UsageError(f"--seeds {choice.seeds}: at least one seed is needed.")
+    check_seeds(choice.seeds)
     for protocol in choice.protocols:
-        if protocol not in PROTOCOLS:
-            raise UsageError(f"There is no protocol {protocol!r}.{registry.suggest(protocol, list(PROTOCOLS))}")
+        check_protocol(protocol)
     recipe = find(name)
     out = out or Path("runs") / "adapt" / recipe.name
     console.print(f"[bold]{recipe.name}[/]  {recipe.summary}", highlight=False)

@@ -17,6 +17,7 @@ from lightning_peft.cli.trial import Job, check_config, train
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.export.bake import baked, read_checkpoint
 from lightning_peft.export.report_trial import show
+from lightning_peft.files import whole
 from lightning_peft.method import Method, methods_of
 
 CHECKPOINT = "source.ckpt"
@@ -120,9 +121,8 @@ class Source:
         if checkpoint is not None:
             _load(checkpoint, cli.model, methods_of(cli.trainer.callbacks))  # type: ignore[attr-defined]
         cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
-        part = path.with_name(path.name + ".part")
-        cli.trainer.save_checkpoint(part)
-        part.replace(path)
+        with whole(path) as part:
+            cli.trainer.save_checkpoint(part)
 
 
 def _load(path: Path, model: LightningModule, methods: Iterable[Method]) -> None:

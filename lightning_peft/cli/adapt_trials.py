@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Sized
+from functools import partial
 from pathlib import Path
 
 from lightning import seed_everything
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
+from torch.utils.data import Subset
 
 from lightning_peft.cli.adapt_source import Source
+from lightning_peft.cli.launch import interruptible
 from lightning_peft.export.report_adaptation import SOURCE, error
 from lightning_peft.method import Method, snake_case
 from lightning_peft.shifts.data import CLEAN, Part, ShiftedData
@@ -59,17 +61,17 @@ class Trials:
             for protocol in protocols
         }
         rows: list[Method | None] = [None, *self.methods]
-        total = len(rows) * sum(len(part.segments) for many in plan.values() for part in many)
+        total = len(rows) * sum(len(episode.order()) for many in plan.values() for episode in many)
         records = []
         with self._progress() as progress:
             bar = progress.add_task("", total=total)
+            advance = partial(progress.advance, bar)
             for (seed, protocol), many in plan.items():
                 for method in rows:
                     found = []
                     for episode in many:
                         progress.update(bar, description=f"seed {seed} {protocol} {label(method)}")
-                        found.append(self._one(method, protocol, seed, episode))
-                        progress.advance(bar, len(episode.segments))
+                        found.append(self._one(method, protocol, seed, episode, advance))
                     took = f"[dim]{sum(record.seconds for record in found):.1f} s[/]"
                     line = f"  seed {seed} {protocol} [bold]{label(method)}[/]  error {100 * error(found):.1f} %  {took}"
                     self.console.print(line, highlight=False)
@@ -85,29 +87,30 @@ class Trials:
         self._template = self.data.test_dataloader()
         self._sets = {CLEAN: self._template.dataset}
         self._sets |= {part: self.data.shifted(part.shift, part.severity) for part in needed}
-        self._labels: dict[Part, Tensor] = {part: labels_in(self._template, data) for part, data in self._sets.items()}
+        labels_in(self._template, Subset(self._sets[CLEAN], range(1)))  # refuses data without labels before anything is run
+        # Reading labels makes every sample of a set. Only one protocol orders by them; to the others a set's size is enough.
+        self._labels: dict[Part, Sized] = {**self._sets}  # type: ignore[dict-item]
+        if "correlated" in protocols:
+            self._labels |= {part: labels_in(self._template, self._sets[part]) for part in self.parts}
 
-    def _one(self, method: Method | None, protocol: str, seed: int, episode: Episode) -> EpisodeRecord:
+    def _one(
+        self, method: Method | None, protocol: str, seed: int, episode: Episode, advance: Callable[[int], None]
+    ) -> EpisodeRecord:
         name = label(method)
         place = re.sub(r"[^\w.-]+", "-", episode.name)
         path = self.folder / f"{protocol}-seed-{seed}" / place / f"{name}.json"
         if path.is_file():
             record = EpisodeRecord.read(path)
             if record.stream == episode.digest():
+                advance(record.samples)
                 return record
         seed_everything(seed, verbose=False)
-        recorder = StreamRecorder()
+        recorder = StreamRecorder(advance)
         callbacks = [recorder, *self.source.companions, *([] if method is None else [method])]
         trainer = self.source.trainer(callbacks)
         loader = stream_loader(self._template, self._sets, episode)
-        try:
+        with interruptible(trainer):
             trainer.test(self.source.model, loader, verbose=False)
-        except SystemExit:  # how Lightning ends a process that was interrupted
-            if trainer.interrupted:
-                raise KeyboardInterrupt from None
-            raise
-        if trainer.interrupted:
-            raise KeyboardInterrupt
         record = recorder.record(episode, name, protocol, seed)
         record.write(path)
         return record
@@ -117,6 +120,7 @@ class Trials:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
+            TextColumn("samples"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )

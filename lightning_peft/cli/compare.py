@@ -11,7 +11,7 @@ from rich.console import Console
 from lightning_peft import registry
 from lightning_peft.cli.console import Outcome, grid
 from lightning_peft.cli.launch import methods_in
-from lightning_peft.cli.recipes import Recipe, UsageError, find_for
+from lightning_peft.cli.recipes import Recipe, UsageError, check_seeds, find_for
 from lightning_peft.cli.trial import Job, train
 from lightning_peft.export.report_comparison import Comparison, comparison_report, cost_table, metric_table
 from lightning_peft.export.report_trial import Trial
@@ -45,8 +45,7 @@ def compare(
     Raises:
         UsageError: No such recipe or method, nothing to compare, or a folder used with other settings.
     """
-    if seeds < 1:
-        raise UsageError(f"--seeds {seeds}: at least one seed is needed.")
+    check_seeds(seeds)
     recipe = find_for("run", name)
     plans = variants(methods_in(recipe, overrides), without, each=each, dense=dense)
     out = out or Path("runs") / "compare" / recipe.name

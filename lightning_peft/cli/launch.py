@@ -72,6 +72,23 @@ def quiet_lightning() -> None:
         logging.getLogger(f"lightning.{part}").setLevel(logging.WARNING)
 
 
+@contextlib.contextmanager
+def interruptible(trainer: Trainer) -> Iterator[None]:
+    """Turn the ways in which Lightning ends an interrupted fit or test into one.
+
+    Raises:
+        KeyboardInterrupt: The user stopped the Trainer.
+    """
+    try:
+        yield
+    except SystemExit:  # how Lightning ends a process that was interrupted
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+
+
 def class_name(entry: Namespace) -> str:
     """Return the class name in a parsed callback entry."""
     return str(entry.get("class_path", "")).rsplit(".", 1)[-1]

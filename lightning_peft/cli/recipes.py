@@ -176,6 +176,16 @@ def find_for(command: str, name: str) -> Recipe:
     return recipe
 
 
+def check_seeds(seeds: int) -> None:
+    """Refuse a number of seeds that leaves nothing to run.
+
+    Raises:
+        UsageError: It is less than one.
+    """
+    if seeds < 1:
+        raise UsageError(f"--seeds {seeds}: at least one seed is needed.")
+
+
 def check_extras(recipe: Recipe) -> None:
     """Refuse a recipe whose extras are not installed.
 

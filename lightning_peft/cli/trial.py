@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 
 from lightning_peft.attach.confidence import ConfidenceRecorder, reliability_bins
-from lightning_peft.cli.launch import RecipeCLI, launch, parse, quiet_lightning
+from lightning_peft.cli.launch import RecipeCLI, interruptible, launch, parse, quiet_lightning
 from lightning_peft.cli.recipes import Recipe, UsageError
 from lightning_peft.cli.watch import EpochLines, RandomState, Stopwatch
 from lightning_peft.compose.plan import plan
@@ -112,14 +112,8 @@ def train(job: Job, console: Console) -> Trial:
 
 def _fit(cli: RecipeCLI, job: Job) -> None:
     last = job.checkpoint if job.checkpoint.is_file() else None
-    try:
+    with interruptible(cli.trainer):
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last, weights_only=True)
-    except SystemExit:  # how Lightning ends a process that was interrupted
-        if cli.trainer.interrupted:
-            raise KeyboardInterrupt from None
-        raise
-    if cli.trainer.interrupted:
-        raise KeyboardInterrupt
 
 
 def _last_checkpoint(path: Path) -> ModelCheckpoint:

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from lightning_peft.files import whole
 from lightning_peft.structure import checkpoint as files
 from lightning_peft.weights.maps import detach_maps
 
@@ -98,9 +99,8 @@ def bake_checkpoint(source: str | Path, target: str | Path) -> Path:
         CheckpointError: See :func:`read_checkpoint` and :func:`baked`.
     """
     target = Path(target)
-    part = target.with_name(target.name + ".part")
-    torch.save(baked(read_checkpoint(source)), part)
-    part.replace(target)
+    with whole(target) as part:
+        torch.save(baked(read_checkpoint(source)), part)
     return target
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_peft.attach.confidence import Bins
 from lightning_peft.export.report import number
+from lightning_peft.files import whole
 
 LOWER_IS_BETTER = ("loss", "ece", "error", "perplexity")
 SHARES = ("accuracy", "acc", "ece", "f1", "auroc", "precision", "recall", "error")
@@ -47,9 +48,8 @@ class Trial:
     def write(self, path: Path) -> None:
         """Write it whole or not at all, so that a file found later is a finished trial."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(asdict(self), indent=2))
-        part.replace(path)
+        with whole(path) as part:
+            part.write_text(json.dumps(asdict(self), indent=2))
 
     @classmethod
     def read(cls, path: Path) -> Trial:

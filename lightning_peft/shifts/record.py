@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_peft.attach.confidence import ConfidenceRecorder, reliability_bins
 from lightning_peft.attach.hub import passes_of
+from lightning_peft.files import whole
 from lightning_peft.shifts.data import CLEAN
 from lightning_peft.shifts.streams import Episode
 
@@ -79,9 +80,8 @@ class EpisodeRecord:
     def write(self, path: Path) -> None:
         """Write it whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(asdict(self)))
-        part.replace(path)
+        with whole(path) as part:
+            part.write_text(json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, path: Path) -> EpisodeRecord:
@@ -97,7 +97,7 @@ class StreamRecorder(ConfidenceRecorder):
     """Records a ``trainer.test`` on the loader of an episode; leave a Trainer's other callbacks as they are.
 
     Args:
-        advance: Called after every batch with the number of its samples so far, for a progress bar.
+        advance: Called after every batch with the number of its samples, for a progress bar.
     """
 
     def __init__(self, advance: Callable[[int], None] | None = None) -> None:
@@ -115,9 +115,10 @@ class StreamRecorder(ConfidenceRecorder):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Take logits and labels of this batch."""
+        before = len(self.correct)
         super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
         if self._advance is not None:
-            self._advance(len(self.correct))
+            self._advance(len(self.correct) - before)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""

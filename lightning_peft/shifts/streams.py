@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_peft.registry import suggest
 from lightning_peft.shifts.data import CLEAN, Part
 
 PROTOCOLS = {
@@ -51,7 +52,7 @@ class Episode:
 def episodes(
     protocol: str,
     parts: Sequence[Part],
-    labels: Mapping[Part, Tensor],
+    labels: Mapping[Part, Sized],
     *,
     seed: int = 0,
     clean: int | None = None,
@@ -67,7 +68,8 @@ def episodes(
         protocol: One of :data:`PROTOCOLS`. ``"gradual"`` divides each test set among the severities 1, ..., s, ..., 1, so that
             all protocols see equally many samples; CoTTA's shows the whole set at each.
         parts: The shifted test sets, in order.
-        labels: Class indices of each test set used, the clean one and the lower severities of ``"gradual"`` included.
+        labels: Class indices of each test set used, the clean one and the lower severities of ``"gradual"`` included. Only
+            ``"correlated"`` looks at them, at those of ``parts``; else anything as long will do, such as the test set itself.
         seed: Seed of the order; two calls with one seed give one order.
         clean: Clean samples at the end; ``None`` for all, 0 for none.
         concentration: Of ``"correlated"``: parameter of the Dirichlet distribution by which each class is dealt out over time.
@@ -75,8 +77,7 @@ def episodes(
     Raises:
         MisconfigurationException: Unknown protocol, or no part.
     """
-    if protocol not in PROTOCOLS:
-        raise MisconfigurationException(f"There is no protocol {protocol!r}: it is one of {', '.join(PROTOCOLS)}.")
+    check_protocol(protocol)
     if not parts:
         raise MisconfigurationException("There is no shift to evaluate under.")
     draw = torch.Generator().manual_seed(seed)
@@ -92,7 +93,7 @@ def episodes(
     whole = []
     for part in parts:
         if protocol == "correlated":
-            order = correlated(labels[part], concentration, draw)
+            order = correlated(torch.as_tensor(labels[part]), concentration, draw)
         else:
             order = torch.randperm(len(labels[part]), generator=draw)
         whole.append(order)
@@ -103,6 +104,16 @@ def episodes(
         together = torch.cat(segments)
         segments = [together[torch.randperm(len(together), generator=draw)]]
     return [_closed("all", tuple(parts), segments, end)]
+
+
+def check_protocol(protocol: str) -> None:
+    """Refuse a protocol that does not exist.
+
+    Raises:
+        MisconfigurationException: Names the nearest, or all.
+    """
+    if protocol not in PROTOCOLS:
+        raise MisconfigurationException(f"There is no protocol {protocol!r}.{suggest(protocol, list(PROTOCOLS))}")
 
 
 def rising_and_falling(part: Part) -> list[Part]:

@@ -144,6 +144,38 @@ def test_an_interrupted_study_goes_on(cli, blobs, tmp_path, monkeypatch) -> None
     assert [_timeless(record) for record in resumed["records"]] == [_timeless(record) for record in whole["records"]]
 
 
+def test_the_bar_moves_with_every_batch_and_at_once_over_what_is_done(cli, blobs, tmp_path, monkeypatch) -> None:
+    from rich.progress import Progress
+
+    moves, advance = [], Progress.advance
+
+    def spy(self, task_id, steps):
+        advance(self, task_id, steps)
+        task = self.tasks[task_id]
+        moves.append((steps, task.completed, task.total))
+
+    monkeypatch.setattr(Progress, "advance", spy)
+    arguments = ["adapt", blobs, "--out", tmp_path / "out", "--json", "--seeds", "1", "--methods", "Tent", "--clean", "10"]
+    for size in ([16] * 5 + [10]) * 2 + [10], [190]:  # two shifts of 90 samples, then clean ones
+        moves.clear()
+        assert cli(*arguments)[0] == 0
+        assert [steps for steps, _, _ in moves] == size * 2, "the source, then Tent"
+        assert moves[-1][1:] == (380, 380)
+
+
+def test_labels_are_read_only_for_the_protocol_that_orders_by_them(cli, blobs, tmp_path, monkeypatch) -> None:
+    from lightning_peft.cli import adapt_trials
+
+    read, labels_in = [], adapt_trials.labels_in
+    monkeypatch.setattr(adapt_trials, "labels_in", lambda loader, data: read.append(len(data)) or labels_in(loader, data))
+    arguments = ["adapt", blobs, "--out", tmp_path / "out", "--json", "--seeds", "1", "--methods", "Tent", "--protocols"]
+    assert cli(*arguments, "reset", "continual", "mixed", "gradual")[0] == 0
+    assert read == [1], "whether there are any is asked of one sample"
+    read.clear()
+    assert cli(*arguments, "gradual", "correlated")[0] == 0
+    assert read == [1, 90, 90]
+
+
 def _timeless(record):
     return json.dumps({key: value for key, value in record.items() if key != "seconds"})
 

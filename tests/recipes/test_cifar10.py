@@ -5,29 +5,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lightning import Trainer, seed_everything
+from lightning import seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from recipe_helpers import needs, quick_trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_peft.assets import Asset, AssetError, fetch
 from lightning_peft_recipes.assets import CIFAR10, CIFAR10_CNN
 from lightning_peft_recipes.cifar10 import MEAN, STD, CIFAR10DataModule, normalise, random_crops
 
 pytest.importorskip("PIL")
-
-
-def needs(*assets: Asset) -> None:
-    try:
-        for asset in assets:
-            fetch(asset, progress=False)
-    except AssetError as error:
-        pytest.skip(str(error))
-
-
-def quick_trainer(tmp_path) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    return Trainer(default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, num_sanity_val_steps=0, **quiet)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +185,7 @@ def test_the_small_transformer_trains_and_has_no_batch_norm(small, tmp_path):
     kinds = {type(layer).__name__ for layer in module.modules()}
     assert "LayerNorm" in kinds
     assert not any("BatchNorm" in kind for kind in kinds)
-    trainer = quick_trainer(tmp_path)
+    trainer = quick_trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
     trainer.fit(module, small)
     assert trainer.global_step == 3
     (tested,) = trainer.test(module, small, verbose=False)

