@@ -16,6 +16,7 @@ from lightning_peft.export.bake import bake_checkpoint as bake_checkpoint
 from lightning_peft.export.bake import load_from_checkpoint as load_from_checkpoint
 from lightning_peft.method import Method as Method
 from lightning_peft.weights.maps import WeightMap as WeightMap
+from lightning_peft_plugins.growth.layer_growth import LayerGrowth as LayerGrowth
 from lightning_peft_plugins.regularizers.pskd import PSKD as PSKD
 from lightning_peft_plugins.regularizers.weight_compander import WeightCompander as WeightCompander
 from lightning_peft_plugins.sparsity.nm_sparsity import NMSparsity as NMSparsity

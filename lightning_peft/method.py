@@ -17,14 +17,18 @@ from lightning_peft.attach.targets import TargetSpec, select
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Loss, Step
 from lightning_peft.compose.run import Run
+from lightning_peft.strategies import adaptive
 from lightning_peft.structure.plain import not_plain
-from lightning_peft.weights.maps import WeightMap, attach_map
+from lightning_peft.weights.maps import WeightMap, attach_map, attached_map
 
 if TYPE_CHECKING:
     from lightning_peft.attach.evaluation import Call
     from lightning_peft.attach.hub import Hub
+    from lightning_peft.structure.edits import Change, Growth
 
 STATE_FORMAT = 1
+
+adaptive.register()  # whoever has a method can name the strategy
 
 
 class Method(Callback):
@@ -111,7 +115,28 @@ class Method(Callback):
         return [f"{name}.weight" for name in self.select(module)]
 
     def attach(self, module: LightningModule) -> None:
-        """Change the module before optimizers exist; must be deterministic."""
+        """Change the module before optimizers exist; must be deterministic.
+
+        Called again when the module has grown; :meth:`map_weight` leaves tensors alone that carry the method's map already.
+        """
+
+    def first_edit(self, module: LightningModule) -> Growth | None:
+        """Ask for another structure to train with from the start; only lane ``STRUCTURE`` is asked, in a new fit."""
+        return None
+
+    def next_edit(self, run: Run) -> Growth | None:
+        """Ask for a change of structure; only methods of lane ``STRUCTURE`` are asked, before a step, until all say ``None``.
+
+        Never within an accumulation window, and not while a tuner runs its trial fit.
+        """
+        return None
+
+    def structure_changed(self, change: Change) -> None:
+        """Learn what was edited, to carry over what is kept by name; :meth:`attach` was called again before, if wanted."""
+
+    def lr_factor(self) -> float:
+        """Return what the learning rates of the next optimizer step are multiplied with, beside any scheduler."""
+        return 1.0
 
     def start(self, run: Run) -> None:
         """Prepare for training; a restored checkpoint is already in place."""
@@ -158,9 +183,10 @@ class Method(Callback):
     # What an author calls.
 
     def map_weight(self, module: nn.Module, name: str, weight_map: WeightMap) -> WeightMap:
-        """Attach a map to the tensor called ``name`` (``"model.fc1.weight"``) and return it."""
+        """Attach a map to the tensor called ``name`` (``"model.fc1.weight"``) and return it, or the one it carries already."""
         weight_map.owner = type(self).__name__
-        return attach_map(module, name, weight_map).maps[-1]
+        present = attached_map(module, name, weight_map)
+        return attach_map(module, name, weight_map).maps[-1] if present is None else present
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments as plain data."""

@@ -1,11 +1,27 @@
-"""Averaged copies of the module (EMA, SWA) that Lightning made before weight maps were attached."""
+"""Averaged copies of the module (EMA, SWA), which Lightning makes once and pairs with the module by position."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import Tensor, nn
+
+from lightning_peft.structure.edits import Change
+from lightning_peft.weights.maps import plain_values, set_plain_values
+
+
+def _averaging(trainer: Trainer) -> Iterator[Any]:
+    return (
+        callback
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging))
+    )
 
 
 def rebuild(trainer: Trainer, module: LightningModule) -> None:
@@ -14,9 +30,74 @@ def rebuild(trainer: Trainer, module: LightningModule) -> None:
     Both callbacks copy in their ``setup``, which runs before the module is complete, and later pair parameters by position:
     a copy without the maps would be averaged with the wrong tensors, silently.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
-            with warnings.catch_warnings():
-                # Said once already by the callback's own setup, when it applies.
-                warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback")
-                callback.setup(trainer, module, "fit")
+    for callback in _averaging(trainer):
+        _copy_again(callback, trainer, module)
+
+
+def _copy_again(callback: Any, trainer: Trainer, module: LightningModule) -> None:
+    with warnings.catch_warnings():
+        # Said once already by the callback's own setup, when it applies.
+        warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback")
+        callback.setup(trainer, module, "fit")
+
+
+@dataclass(frozen=True)
+class Average:
+    """What an averaging callback holds before an edit of the module."""
+
+    callback: Any
+    tensors: Mapping[str, Tensor]
+    plain: Mapping[str, Tensor]
+    counters: Mapping[str, Tensor]
+
+
+def averages(trainer: Trainer) -> list[Average]:
+    """Take down every averaged copy of the module, tensors by name."""
+    found = []
+    for callback in _averaging(trainer):
+        outer = callback._average_model
+        if outer is None:
+            continue
+        inner = _inner(outer)
+        counters = {} if inner is outer else {key: value for key, value in outer.state_dict().items() if "." not in key}
+        found.append(Average(callback, dict(inner.state_dict()), plain_values(inner), counters))
+    return found
+
+
+def _inner(outer: nn.Module) -> nn.Module:
+    return outer.module if isinstance(outer, torch.optim.swa_utils.AveragedModel) else outer
+
+
+@torch.no_grad()
+def carry(
+    taken: list[Average],
+    trainer: Trainer,
+    module: LightningModule,
+    change: Change,
+    values: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+) -> None:
+    """Copy the edited module for every average and fill in what was averaged so far.
+
+    A new tensor's average is what the same edit makes of the old averages, so the averaged network grows as the trained one.
+
+    Args:
+        taken: What :func:`averages` gave before the edit.
+        trainer: The Trainer.
+        module: The module, edited.
+        change: What the edit did.
+        values: Plain values after the edit from plain values before it.
+    """
+    for average in taken:
+        device = next(iter(average.tensors.values())).device
+        _copy_again(average.callback, trainer, module)
+        outer = average.callback._average_model
+        outer.to(device)
+        inner = _inner(outer)
+        now = inner.state_dict()
+        for name, tensor in average.tensors.items():
+            target = now.get(change.new_name(name) or "")
+            if target is not None and target.shape == tensor.shape:
+                target.copy_(tensor)
+        set_plain_values(inner, values(average.plain))
+        for name, value in average.counters.items():
+            outer.state_dict()[name].copy_(value)

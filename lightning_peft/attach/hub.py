@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,10 +18,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.attach import averaging
+from lightning_peft.attach.editing import edit_training
 from lightning_peft.attach.evaluation import EvaluationShim, Passes
 from lightning_peft.attach.network import resolve_network
 from lightning_peft.attach.sampling import SampleRecorder
-from lightning_peft.attach.saving import CheckpointHooks, method_record
+from lightning_peft.attach.saving import CheckpointHooks, method_record, structure_record
 from lightning_peft.attach.shim import Shim
 from lightning_peft.attach.steps import StepTerms
 from lightning_peft.compose.lanes import Lane, Resource
@@ -29,11 +31,17 @@ from lightning_peft.compose.run import Run
 from lightning_peft.method import Method, methods_of, ordered
 from lightning_peft.strategies.support import check_strategy
 from lightning_peft.structure import checkpoint as files
+from lightning_peft.structure import journal
+from lightning_peft.structure.carry import group_names, regroup
+from lightning_peft.structure.edits import Edit
 from lightning_peft.structure.optimizers import place_parameters
+from lightning_peft.structure.schedulers import FreshSchedule
 from lightning_peft.weights import stash
 from lightning_peft.weights.maps import detach_maps, forget_pristine, mapped_tensors
 
 _HUBS: weakref.WeakKeyDictionary[nn.Module, Hub] = weakref.WeakKeyDictionary()
+_GROUPS: weakref.WeakKeyDictionary[nn.Module, list[list[list[str]]]] = weakref.WeakKeyDictionary()
+"""Names in the optimizers of the last fit of a grown module, as they were with its maps on."""
 
 
 def network_of(methods: Iterable[Method], module: nn.Module) -> tuple[str, nn.Module]:
@@ -89,8 +97,11 @@ def apply_terms(module: LightningModule, loss: Tensor) -> Tensor:
 
 def complete_checkpoint(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Give a checkpoint saved after a fit the training-time tensors, which left the module when the fit ended."""
-    stashed = {} if module in _HUBS or files.KEY in checkpoint else stash.peek(module)
-    if not stashed:
+    if module in _HUBS or files.KEY in checkpoint:
+        return
+    stashed = stash.peek(module)
+    edits = journal.journal_of(module)
+    if not stashed and not edits:
         return
     state = checkpoint["state_dict"]
     for name, tensor in stashed.items():
@@ -98,6 +109,8 @@ def complete_checkpoint(trainer: Trainer, module: LightningModule, checkpoint: d
     methods = ordered(methods_of(trainer.callbacks))  # type: ignore[attr-defined]
     records = {name: tensor.records for name, tensor in stashed.items()}
     checkpoint[files.KEY] = files.section(records, [method_record(method) for method in methods])
+    if edits:
+        checkpoint[files.KEY] |= structure_record(module, _GROUPS.get(module, []))
 
 
 class Hub:
@@ -123,6 +136,11 @@ class Hub:
         self._terms: StepTerms | None = None
         self._adapter: Method | None = None
         self._evaluation: EvaluationShim | None = None
+        self._saving: CheckpointHooks | None = None
+        self._first: list[Edit] = []
+        self._schedules: list[FreshSchedule] = []
+        self._unscaled: list[tuple[dict[str, Any], Any]] = []
+        self._gradients_pending = False
         self._attached = self._moved = False
 
     @property
@@ -158,6 +176,8 @@ class Hub:
         if self._attached:
             return
         module = self.run.module
+        if self._fitting:
+            self._first_edits()
         self.run.network_name, self.run.network = network_of(self.methods, module)
         plan = resolve(self.methods, module, self.run.network_name)
         stashed = stash.peek(module)
@@ -166,17 +186,25 @@ class Hub:
             method.attach(module)
         stash.restore(module, stashed)
         if self._fitting:
-            if any(True for _ in mapped_tensors(module)):
+            if self._first or any(True for _ in mapped_tensors(module)):
                 averaging.rebuild(self.run.trainer, module)
             self._terms = StepTerms(self.run, self.methods, lambda: self.active)
             self._shadow(module, "training_step", self._terms.training_step)
         self._adapter = next((method for method in self.methods if method.lane == Lane.ADAPT), None)
         if self._adapter is not None and not self._fitting:
             self._evaluation = EvaluationShim(self.run.network, self._adapter.adapt).install()
-        saving = CheckpointHooks(module, self.methods, fitting=self._fitting)
-        self._shadow(module, "on_save_checkpoint", saving.save)
-        self._shadow(module, "on_load_checkpoint", saving.load)
+        self._saving = CheckpointHooks(self.run, self.methods, fitting=self._fitting)
+        self._shadow(module, "on_save_checkpoint", self._saving.save)
+        self._shadow(module, "on_load_checkpoint", self._saving.load)
         rank_zero_info(str(plan))
+
+    def _first_edits(self) -> None:
+        """Let methods train another structure from the start, unless the module has been through an edit already."""
+        module = self.run.module
+        if journal.journal_of(module):
+            return
+        growths = (method.first_edit(module) for method in self.methods if method.lane == Lane.STRUCTURE)
+        self._first = [journal.edit(module, growth.edit).edit for growth in growths if growth is not None]
 
     # Training.
 
@@ -188,11 +216,31 @@ class Hub:
             for weight_map in mapped.maps:
                 parameters = list(weight_map.parameters())
                 place_parameters(trainer.optimizers, schedulers, parameters, mapped.stored, weight_map.optimizer_overrides)
+        if self._saving is not None and self._saving.groups is not None:
+            regroup(self.run.module, trainer.optimizers, schedulers, self._saving.groups)
+        if any(method.lane == Lane.STRUCTURE for method in self.methods):
+            self._schedules = [FreshSchedule.of(scheduler) for scheduler in schedulers]
         for index, optimizer in enumerate(trainer.optimizers):
+            self._handles.append(optimizer.register_step_pre_hook(self._scale_hook()))
             self._handles.append(optimizer.register_step_post_hook(self._step_hook(index)))
+
+    def _scale_hook(self) -> Callable[..., None]:
+        """Multiply learning rates for one step only, so that schedulers, which compute from the last one, never see it."""
+
+        def scale(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            factor = math.prod(method.lr_factor() for method in self.methods) if self.active and self.run.started else 1.0
+            if factor != 1.0:
+                self._unscaled = [(group, group["lr"]) for group in optimizer.param_groups]
+                for group, lr in self._unscaled:
+                    group["lr"] = lr * factor
+
+        return scale
 
     def _step_hook(self, index: int) -> Callable[..., None]:
         def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            for group, lr in self._unscaled:
+                group["lr"] = lr
+            self._unscaled = []
             if not self.active:
                 return
             if not self._moved:
@@ -200,6 +248,7 @@ class Hub:
                 forget_pristine(self.run.module)
             if index == 0:
                 self.run.step += 1
+                self._gradients_pending = False
             for method in self.methods:
                 method.steps = self.run.step
                 method.after_step(self.run)
@@ -235,14 +284,25 @@ class Hub:
         self.run.late_epoch = None
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
-        """Note the batch a step will see."""
+        """Note the batch a step will see; between two optimizer steps, give the module the structure methods ask for."""
+        if not self._gradients_pending:
+            self._edit()
+        self._gradients_pending = True
         if self._terms is not None:
             self._terms.batch = (batch, batch_idx)
         if self.run.samples is not None:
             self.run.samples.advance()
 
+    def _edit(self) -> None:
+        for method in self.methods:
+            if method.lane == Lane.STRUCTURE:
+                while (growth := method.next_edit(self.run)) is not None:
+                    edit_training(self.run.trainer, self.run.module, self.methods, growth, self._schedules)
+
     def end_epoch(self) -> None:
         """Tell every method that an epoch is over."""
+        if self.run.module.automatic_optimization:  # the next epoch begins with cleared gradients
+            self._gradients_pending = False
         for method in self.methods:
             method.epoch_end(self.run)
             method._epochs_ended = self.run.epoch + 1
@@ -311,7 +371,12 @@ class Hub:
 
     def _strip(self, failed: bool) -> None:
         module = self.run.module
+        if self._fitting and self.run.started and journal.journal_of(module):
+            _GROUPS[module] = group_names(module, self.run.trainer.optimizers)
         if self._fitting:
             stash.fill(module)
         detach_maps(module, "baked" if self._fitting and not failed else "pristine")
+        if failed and not self._moved and journal.journal_of(module) == self._first:
+            for _ in self._first:
+                journal.take_back(module)
         stash.seal(module)

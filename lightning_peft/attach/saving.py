@@ -8,10 +8,15 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from lightning_peft.attach import averaging
+from lightning_peft.attach.editing import follow
 from lightning_peft.compose.lanes import Lane
+from lightning_peft.compose.run import Run
 from lightning_peft.method import Method
 from lightning_peft.structure import checkpoint as files
-from lightning_peft.weights.maps import mapped_tensors
+from lightning_peft.structure import journal
+from lightning_peft.structure.carry import group_names
+from lightning_peft.weights.maps import mapped_tensors, plain_tensors
 
 
 def method_record(method: Method) -> dict[str, Any]:
@@ -19,17 +24,28 @@ def method_record(method: Method) -> dict[str, Any]:
     return {"method": type(method).__name__, "name": method.name, "config": method.config(), "steps": method.steps}
 
 
+def structure_record(module: LightningModule, groups: list[list[list[str]]]) -> dict[str, Any]:
+    """Describe what a module has become, and in which order its optimizers hold its parameters, for a checkpoint."""
+    return {"journal": journal.write(journal.journal_of(module)), "groups": groups}
+
+
 class CheckpointHooks:
     """Handlers that stand in front of a module's ``on_save_checkpoint`` and ``on_load_checkpoint``.
 
     Args:
-        module: The user's module, methods attached.
+        run: The run; its module has its methods attached.
         methods: All methods, in plan order.
         fitting: Whether the Trainer fits, so that an optimizer would be restored too.
+
+    Attributes:
+        groups: Names of the parameters in each group of each optimizer when the loaded checkpoint was saved, if that differs
+            from what ``configure_optimizers`` would list.
     """
 
-    def __init__(self, module: LightningModule, methods: Sequence[Method], *, fitting: bool) -> None:
-        self._module = module
+    def __init__(self, run: Run, methods: Sequence[Method], *, fitting: bool) -> None:
+        self.groups: list[list[list[str]]] | None = None
+        self._trainer = run.trainer
+        self._module = run.module
         self._methods = methods
         self._fitting = fitting
 
@@ -37,6 +53,9 @@ class CheckpointHooks:
         """Write the section."""
         inner(checkpoint)
         checkpoint[files.KEY] = files.describe(self._module, [method_record(method) for method in self._methods])
+        if journal.journal_of(self._module):
+            groups = group_names(self._module, self._trainer.optimizers) if self._fitting else []
+            checkpoint[files.KEY] |= structure_record(self._module, groups)
 
     def load(self, inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         """Check the file, and translate weights that were saved under other maps.
@@ -45,6 +64,7 @@ class CheckpointHooks:
             CheckpointError: The file is damaged, or its optimizer state belongs to other maps.
         """
         section = files.read(checkpoint)
+        self._restructure(checkpoint, section)
         tensors = list(mapped_tensors(self._module))
         files.check_tensors(checkpoint["state_dict"], self._module)
         if section is None or files.difference(section, tensors):
@@ -52,6 +72,18 @@ class CheckpointHooks:
         if not self._fitting:
             self._restore_methods(checkpoint)
         inner(checkpoint)
+
+    def _restructure(self, checkpoint: dict[str, Any], section: dict[str, Any] | None) -> None:
+        """Give the module the structure of the file, so that its weights load strictly and its optimizers by position."""
+        edits = journal.read(section)
+        old = {id(tensor) for tensor in plain_tensors(self._module).values()}
+        if journal.replay(self._module, edits, checkpoint["state_dict"]):
+            if not edits or any(edit.get("follow") for edit in edits):
+                follow(self._trainer, self._module, self._methods, old)
+            if self._fitting:
+                averaging.rebuild(self._trainer, self._module)
+        if edits and section is not None and checkpoint.get("optimizer_states"):
+            self.groups = files.read_groups(section)
 
     def _restore_methods(self, checkpoint: dict[str, Any]) -> None:
         """Give methods the state they saved; Lightning restores callbacks for a fit only."""

@@ -34,6 +34,7 @@ class Resource(Enum):
     WEIGHT_MAP = "weight map"
     DELTA = "low-rank delta"
     MASK = "mask"
+    STRUCTURE = "structure"
 
 
 ONE_WRITER = frozenset({Resource.LOSS_SCALE, Resource.PREDICTIONS})

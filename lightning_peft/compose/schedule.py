@@ -2,7 +2,7 @@
 
 The clock is the number of optimizer steps taken by the first optimizer. A point on it is written as
 
-* an ``int``, or a whole ``float`` above 1: that many optimizer steps (``1000``, ``1e3``);
+* an ``int``, or a whole ``float`` above 1: that many optimizer steps (``1000``, ``1e3``, ``"step:1000"``);
 * a ``float`` from 0 to 1: a fraction of all optimizer steps (``0.3``). Note that ``1`` is one step and ``1.0`` the end;
 * ``"30%"``: the same fraction, spelled out;
 * ``"3ep"`` or ``"epoch:3"``: epochs, fractions of an epoch allowed (``"2.5ep"``).
@@ -96,6 +96,8 @@ def _parse_text(spec: str) -> Point:
             return Point(float(match[1]) / 100, "fraction")
     elif match := re.fullmatch(rf"{number}\s*ep|epoch:\s*{number}", text):
         return Point(float(match[1] or match[2]), "epoch")
+    elif match := re.fullmatch(rf"step:\s*{number}", text):
+        return Point(round(float(match[1])), "step")
     elif match := re.fullmatch(number, text):
         return parse_point(int(text) if text.isdigit() else float(text))
     raise _bad_point(spec)

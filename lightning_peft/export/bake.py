@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_peft.files import whole
 from lightning_peft.structure import checkpoint as files
+from lightning_peft.structure import journal
 from lightning_peft.weights.maps import detach_maps
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -82,6 +83,8 @@ def baked(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     if section is None:
         return {**kept, "state_dict": state}
     history = {"version": section["version"], "methods": section["methods"], "weights": {}}
+    if edits := journal.read(section):
+        history["journal"] = journal.write(edits)
     return {**kept, "state_dict": files.bake_state_dict(state, section), files.KEY: history}
 
 
@@ -90,7 +93,8 @@ def bake_checkpoint(source: str | Path, target: str | Path) -> Path:
 
     Args:
         source: Checkpoint written during or after training.
-        target: File to write; ``ModelClass.load_from_checkpoint(target)`` works without this library.
+        target: File to write; ``ModelClass.load_from_checkpoint(target)`` works without this library, if its arguments build
+            the network the training ended with.
 
     Returns:
         ``target``.
@@ -105,7 +109,7 @@ def bake_checkpoint(source: str | Path, target: str | Path) -> Path:
 
 
 def load_from_checkpoint(cls: type[LightningT], path: str | Path, **kwargs: Any) -> LightningT:
-    """Load a LightningModule from any checkpoint of a run with methods, baked.
+    """Load a LightningModule from any checkpoint of a run with methods, baked, and grown if it was.
 
     Args:
         cls: The user's class.
@@ -118,7 +122,21 @@ def load_from_checkpoint(cls: type[LightningT], path: str | Path, **kwargs: Any)
     Raises:
         CheckpointError: See :func:`read_checkpoint` and :func:`baked`.
     """
+    checkpoint = baked(read_checkpoint(path))
+    edits = journal.read(checkpoint.get(files.KEY))
     buffer = io.BytesIO()
-    torch.save(baked(read_checkpoint(path)), buffer)
+    torch.save(checkpoint, buffer)
     buffer.seek(0)
-    return cls.load_from_checkpoint(buffer, weights_only=True, **kwargs)
+    if not edits:
+        return cls.load_from_checkpoint(buffer, weights_only=True, **kwargs)
+
+    def on_load_checkpoint(self: LightningT, checkpoint: dict[str, Any]) -> None:
+        journal.replay(self, edits, checkpoint["state_dict"])
+        cls.on_load_checkpoint(self, checkpoint)
+
+    # The one moment between building and loading is the module's own hook; a subclass leaves the user's class alone.
+    hooks = {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__}
+    grown: type[LightningT] = type(cls.__name__, (cls,), hooks)
+    module: LightningT = grown.load_from_checkpoint(buffer, weights_only=True, **kwargs)
+    module.__class__ = cls
+    return module

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import (
 )
 
 from lightning_peft.method import Method
+from lightning_peft.strategies.adaptive import rewrap_ddp
 
 
 def strategy_kind(strategy: Strategy) -> str:
@@ -43,3 +44,9 @@ def check_strategy(trainer: Trainer, methods: Iterable[Method]) -> None:
                 f"{method.name} does not work under the {kind} strategy ({type(trainer.strategy).__name__}), which shards or "
                 f"moves the tensors it acts on. Use Trainer(strategy=...) with one of: {', '.join(sorted(method.strategies))}."
             )
+
+
+def rewrap(trainer: Trainer) -> None:
+    """Let the strategy see that the module has other parameters than before."""
+    if isinstance(trainer.strategy, DDPStrategy):
+        rewrap_ddp(trainer.strategy)

@@ -10,20 +10,16 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_peft import registry
+from lightning_peft.structure.errors import CheckpointError as CheckpointError
 from lightning_peft.weights.maps import MappedTensor, WeightMap, mapped_tensors, split_name
 
 KEY = "lightning_peft"
 FORMAT = 1
 
 MapRecord = dict[str, Any]
-
-
-class CheckpointError(MisconfigurationException):
-    """A checkpoint cannot be read, does not fit the methods in use, or is not plain data."""
 
 
 def describe(module: nn.Module, methods: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -62,6 +58,25 @@ def read(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
         if not well_formed:
             raise CheckpointError(f'checkpoint["{KEY}"]["weights"][{name!r}] is malformed: it must list weight maps.')
     return section
+
+
+def read_groups(section: Mapping[str, Any]) -> list[list[list[str]]]:
+    """Return the names of the parameters in each group of each optimizer.
+
+    Raises:
+        CheckpointError: They are missing or malformed.
+    """
+    groups = section.get("groups")
+
+    def lists(value: object) -> bool:
+        return isinstance(value, list)
+
+    if not isinstance(groups, list) or not all(
+        lists(optimizer) and all(lists(group) and all(isinstance(name, str) for name in group) for group in optimizer)
+        for optimizer in groups
+    ):
+        raise CheckpointError(f'checkpoint["{KEY}"]["groups"] is malformed: it must list names by optimizer and group.')
+    return groups
 
 
 def _is_record(item: object) -> bool:

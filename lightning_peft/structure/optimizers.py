@@ -123,7 +123,7 @@ def move_to_group(
 def place_parameters(
     optimizers: Sequence[Optimizer],
     schedulers: Sequence[Any],
-    parameters: Iterable[nn.Parameter],
+    parameters: Iterable[nn.Parameter] | Mapping[str, nn.Parameter],
     sibling: nn.Parameter,
     overrides: Mapping[str, Any],
 ) -> None:
@@ -144,13 +144,15 @@ def place_parameters(
         [(2, 0.01), (1, 0.0)]
     """
     home = owner(optimizers, sibling)
-    for parameter in parameters:
+    names, members = _with_names(parameters)
+    for parameter in members:
         current = owner(optimizers, parameter)
         place = current or home
         if place is None or (current is not None and not overrides):
             continue
         like = home[1] if home is not None and home[0] == place[0] else None
-        move_to_group(optimizers[place[0]], [parameter], schedulers, like=like, **overrides)
+        one = {names[parameter]: parameter} if parameter in names else [parameter]
+        move_to_group(optimizers[place[0]], one, schedulers, like=like, **overrides)
 
 
 def _with_names(
@@ -254,12 +256,13 @@ def _move(optimizer: Optimizer, parameter: nn.Parameter, target: int, name: str 
     if "param_names" in new:
         new["param_names"].append(name)
     new["params"].append(parameter)
-    if isinstance(optimizer, torch.optim.Adagrad) and not optimizer.state[parameter]:
-        _init_adagrad(optimizer, parameter, new)
+    init_late_state(optimizer, parameter, new)
 
 
-def _init_adagrad(optimizer: Optimizer, parameter: nn.Parameter, group: Mapping[str, Any]) -> None:
-    """State of a parameter that joins late; older Adagrads make state in their constructor only."""
+def init_late_state(optimizer: Optimizer, parameter: nn.Parameter, group: Mapping[str, Any]) -> None:
+    """Make the state of a parameter that joins late where an optimizer would not: Adagrad makes it in its constructor only."""
+    if not isinstance(optimizer, torch.optim.Adagrad) or optimizer.state.get(parameter):
+        return
     start = group["initial_accumulator_value"]
     fill = complex(start, start) if parameter.is_complex() else start
     step = torch.zeros((), dtype=torch.float32, device=parameter.device if group.get("fused") else "cpu")

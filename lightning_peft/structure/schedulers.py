@@ -1,9 +1,11 @@
-"""What learning-rate schedulers keep per parameter group, so that groups can be added under them."""
+"""What learning-rate schedulers keep: lists per parameter group, so that groups can be added under them, and how to restart."""
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -33,6 +35,43 @@ def group_lists(schedulers: Iterable[Any], optimizer: Optimizer) -> GroupLists:
     """
     found = (entry for scheduler in _attached(schedulers, optimizer, set()) for entry in _lists_of(scheduler, optimizer))
     return {id(values): (name, values) for name, values in found}
+
+
+@dataclass(frozen=True)
+class FreshSchedule:
+    """A scheduler as it was before its first step, with the hyperparameters it sets in its optimizer's groups."""
+
+    scheduler: Any
+    state: dict[str, Any]
+    groups: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, scheduler: Any) -> FreshSchedule:
+        """Note a scheduler that has taken no step and was restored from no checkpoint."""
+        groups = scheduler.optimizer.param_groups
+        return cls(scheduler, copy.deepcopy(scheduler.state_dict()), [_hyperparameters(group) for group in groups])
+
+    def restart(self) -> None:
+        """Let the schedule begin again; groups added since then go on like the last one it knew."""
+        groups = self.scheduler.optimizer.param_groups
+        state = copy.deepcopy(self.state)
+        lists = {name: len(values) for name, values in _lists_of(self.scheduler, self.scheduler.optimizer)}
+        for name, length in lists.items():
+            if isinstance(state.get(name), list):
+                state[name] += [copy.deepcopy(state[name][-1]) for _ in range(length - len(state[name]))]
+        self.scheduler.load_state_dict(state)
+        for group, fresh in zip(groups, self.groups, strict=False):
+            for key, value in fresh.items():
+                if isinstance(group.get(key), Tensor):
+                    group[key].fill_(value)  # a compiled step holds on to the tensor
+                else:
+                    group[key] = copy.deepcopy(value)
+
+
+def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    """What schedulers move: learning rates and momenta."""
+    moved = {key: value for key, value in group.items() if is_learning_rate(key) or key in ("momentum", "betas")}
+    return {key: float(value) if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in moved.items()}
 
 
 def is_learning_rate(name: str) -> bool:

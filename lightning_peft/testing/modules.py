@@ -231,9 +231,42 @@ class HuggingFace(Plain):
     def build(self) -> None:
         self.model = HuggingFaceNet()
 
+    def forward(self, inputs: Tensor) -> Any:
+        return self.model(input_values=inputs)
+
     def logits(self, inputs: Tensor) -> Tensor:
-        output: Tensor = self.model(input_values=inputs).logits
+        output: Tensor = self(inputs).logits
         return output
+
+
+class ResidualBlock(nn.Module):
+    """A pre-norm block, ``(batch, 16) -> (batch, 16)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fc1, self.fc2 = nn.LayerNorm(FEATURES), nn.Linear(FEATURES, 16), nn.Linear(16, FEATURES)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output: Tensor = inputs + self.fc2(self.fc1(self.norm(inputs)).relu())
+        return output
+
+
+def deepened(style: type[Plain], blocks: int = 4) -> type[Plain]:
+    """The same style of module with a list of equal blocks in front, for methods that change depth.
+
+    Example:
+        >>> len(deepened(Plain)().blocks)
+        4
+    """
+
+    def build(self: Any) -> None:
+        style.build(self)
+        self.blocks = nn.Sequential(*(ResidualBlock() for _ in range(blocks)))
+
+    def forward(self: Any, inputs: Tensor) -> Any:
+        return style.forward(self, self.blocks(inputs))
+
+    return type(f"Deep{style.__name__}", (style,), {"build": build, "forward": forward, "__module__": __name__})
 
 
 STYLES: tuple[type[Plain], ...] = (

@@ -6,7 +6,7 @@ On one tensor they are applied in lane order: stored value, reparametrisation, l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -93,6 +93,14 @@ class MappedTensor:
             value = below(value)
         return value.detach()
 
+    def unmasked(self) -> Tensor:
+        """The value that enters the masks, without a graph."""
+        value: Tensor = self.stored.detach()
+        for weight_map in self.maps:
+            if weight_map.lane < Lane.MASK:
+                value = weight_map(value)
+        return value.detach()
+
     def baked(self) -> Tensor:
         """The value this tensor has in an ordinary module."""
         value: Tensor = self.stored.detach()
@@ -111,10 +119,68 @@ def mapped_tensors(module: nn.Module) -> Iterator[MappedTensor]:
                 yield MappedTensor(f"{prefix}.{attribute}" if prefix else attribute, layer, attribute)
 
 
+def plain_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by the name they have without weight maps: what is stored, maps' own tensors left out.
+
+    A tied tensor appears under each of its names.
+
+    Example:
+        >>> list(plain_tensors(nn.Linear(2, 1)))
+        ['weight', 'bias']
+    """
+    state: dict[str, Tensor] = module.state_dict(keep_vars=True)
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    for mapped in mapped_tensors(module):
+        path, attribute = split_name(mapped.name)
+        prefix = f"{path}.parametrizations.{attribute}." if path else f"parametrizations.{attribute}."
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+        tensors[mapped.name] = mapped.stored
+    return tensors
+
+
+def plain_values(module: nn.Module) -> dict[str, Tensor]:
+    """The same names, with the value that enters the masks: what an ordinary module would hold, still dense."""
+    values = {name: tensor.detach() for name, tensor in plain_tensors(module).items()}
+    return values | {mapped.name: mapped.unmasked() for mapped in mapped_tensors(module)}
+
+
+@torch.no_grad()
+def set_plain_values(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Write values that :func:`plain_values` would then return; maps keep their own parameters.
+
+    Raises:
+        MisconfigurationException: A map below the masks cannot be inverted.
+    """
+    tensors = plain_tensors(module)
+    mapped = {entry.name: entry for entry in mapped_tensors(module)}
+    for name, value in values.items():
+        for weight_map in reversed(mapped[name].maps if name in mapped else []):
+            if weight_map.lane >= Lane.MASK:
+                continue
+            inverse = getattr(weight_map, "right_inverse", None)
+            if inverse is None:
+                raise MisconfigurationException(
+                    f"{name} is under the weight map {weight_map.kind!r} of {weight_map.owner}, which cannot be inverted, so "
+                    "its value cannot be set. Leave the layer out of that method with exclude=."
+                )
+            value = inverse(value)
+        tensors[name].copy_(value)
+
+
 def split_name(name: str) -> tuple[str, str]:
     """Split ``"model.fc.weight"`` into ``("model.fc", "weight")``."""
     path, _, attribute = name.rpartition(".")
     return path, attribute
+
+
+def attached_map(module: nn.Module, name: str, like: WeightMap) -> WeightMap | None:
+    """Return the map of the same owner and kind that the tensor called ``name`` carries already, if it does."""
+    path, attribute = split_name(name)
+    layer = module.get_submodule(path)
+    if not parametrize.is_parametrized(layer, attribute):
+        return None
+    maps = (entry for entry in MappedTensor(name, layer, attribute).chain if isinstance(entry, WeightMap))
+    return next((entry for entry in maps if (entry.owner, entry.kind) == (like.owner, like.kind)), None)
 
 
 def attach_map(module: nn.Module, name: str, weight_map: WeightMap) -> MappedTensor:
@@ -170,7 +236,7 @@ def forget_pristine(module: nn.Module) -> None:
         mapped.chain.__dict__["peft_pristine"] = None
 
 
-Leave = Literal["baked", "live", "pristine"]
+Leave = Literal["baked", "live", "pristine", "unmasked"]
 
 
 @torch.no_grad()
@@ -179,8 +245,9 @@ def detach_maps(module: nn.Module, leave: Leave = "baked") -> None:
 
     Args:
         module: The module.
-        leave: Value the tensors keep: ``"baked"``, what the layers saw last (``"live"``), or the value they had before the
-            maps came (``"pristine"``; tensors loaded or trained since then keep their live value).
+        leave: Value the tensors keep: ``"baked"``, what the layers saw last (``"live"``), the same without masks
+            (``"unmasked"``), or the value they had before the maps came (``"pristine"``; tensors loaded or trained since then
+            keep their live value).
     """
     tensors = list(mapped_tensors(module))
     values: dict[int, Tensor] = {}
@@ -219,6 +286,8 @@ def _strip(layer: nn.Module, attribute: str) -> None:
 def _final_value(mapped: MappedTensor, leave: Leave) -> Tensor:
     if leave == "baked":
         return mapped.baked()
+    if leave == "unmasked":
+        return mapped.unmasked()
     if leave == "pristine" and mapped.stored._version == mapped.chain.__dict__["peft_version"]:
         pristine: Tensor | None = mapped.chain.__dict__["peft_pristine"]
         return mapped.stored.detach() if pristine is None else pristine

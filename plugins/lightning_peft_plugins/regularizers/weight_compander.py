@@ -123,7 +123,7 @@ class WeightCompander(Method):
         self._mapped = list(self.claims(module))
         for tensor in self._mapped:
             layer = tensor.rpartition(".")[0]
-            weight = module.get_parameter(tensor)
+            weight: Tensor = module.get_submodule(layer).weight  # type: ignore[assignment]
             if not weight.is_floating_point():
                 raise MisconfigurationException(
                     f"{tensor} holds {weight.dtype}, which has no compander. Leave the layer out with exclude=[{layer!r}]."

@@ -150,7 +150,6 @@ class NMSparsity(Method):
     def attach(self, module: LightningModule) -> None:
         """Put one map on every target, all dense until training starts or a checkpoint says otherwise."""
         layers = self.select(module)
-        self._rules = {}
         for name, (n, m) in self._layer_patterns(module, layers).items():
             rule = self._rules.setdefault((n, m), MaskRule(n, m))
             kind = HeldNMMap if self.holds_masks else NMMap

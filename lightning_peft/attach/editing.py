@@ -1,0 +1,151 @@
+"""Edits of a module in training: weights, optimizers, averages, other methods and the strategy follow, or nothing changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_peft.attach import averaging
+from lightning_peft.method import Method
+from lightning_peft.strategies.support import rewrap
+from lightning_peft.structure import carry, journal, width_state
+from lightning_peft.structure.edits import Change, Edit, Growth
+from lightning_peft.structure.optimizers import place_parameters
+from lightning_peft.structure.schedulers import FreshSchedule
+from lightning_peft.weights.maps import mapped_tensors, plain_tensors, plain_values, set_plain_values
+
+
+def edit_training(
+    trainer: Trainer,
+    module: LightningModule,
+    methods: Sequence[Method],
+    growth: Growth,
+    schedules: Sequence[FreshSchedule] = (),
+) -> Change:
+    """Apply an edit between two optimizer steps.
+
+    Args:
+        trainer: The Trainer; its gradients must not be needed any more.
+        module: The module.
+        methods: All methods, in plan order.
+        growth: The edit, and what becomes of values and optimizer state.
+        schedules: The schedulers as they began.
+
+    Returns:
+        What changed.
+
+    Raises:
+        CheckpointError: The edit does not fit; nothing is changed then.
+    """
+    growth = replace(growth, edit=trainer.strategy.broadcast(growth.edit))  # rank 0 decides for all
+    before = {} if growth.operator is None else plain_values(module)
+    old = plain_tensors(module)
+    taken = averaging.averages(trainer)
+    change = journal.edit(module, growth.edit)
+    if growth.operator is not None:
+        set_plain_values(module, growth.operator(before, growth.edit, generator(growth.edit)))
+    for parameter in module.parameters():
+        parameter.grad = None  # of shapes, and in DDP in buckets, that are gone
+    _carry_optimizers(trainer, module, change, growth, old)
+    if growth.restart_schedulers:
+        for schedule in schedules:
+            schedule.restart()
+    if change.edit.get("follow"):
+        follow(trainer, module, methods, {id(tensor) for tensor in old.values()})
+
+    def values(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        copies = {name: plain[source] for name in plain_tensors(module) if (source := change.source(name)) is not None}
+        return copies | ({} if growth.operator is None else dict(growth.operator(plain, growth.edit, generator(growth.edit))))
+
+    averaging.carry(taken, trainer, module, change, values)
+    rewrap(trainer)
+    for method in methods:
+        method.structure_changed(change)
+    rank_zero_info(describe(module, growth.edit))
+    return change
+
+
+def generator(edit: Edit) -> torch.Generator:
+    """The random numbers of an edit: the same on every rank, and for every copy of the module."""
+    return torch.Generator().manual_seed(int(edit.get("seed", 0)))
+
+
+def _carry_optimizers(
+    trainer: Trainer, module: LightningModule, change: Change, growth: Growth, old: Mapping[str, Tensor]
+) -> None:
+    optimizers = trainer.optimizers
+    pairs = _new_parameters(module, change, old)
+    carry.join(optimizers, [config.scheduler for config in trainer.lr_scheduler_configs], pairs)
+    if growth.optimizer_state == "reset":
+        carry.reset_states([optimizer for optimizer in optimizers if _touches(optimizer, pairs, change, module)])
+    elif change.edit["op"] == "resize":  # growth.optimizer_state is "copy" or "pad"
+        _resize_states(optimizers, module, change.edit, growth.optimizer_state)
+    elif growth.optimizer_state == "copy":
+        carry.copy_states(optimizers, pairs, restart_steps=growth.restart_steps)
+
+
+def _new_parameters(
+    module: LightningModule, change: Change, old: Mapping[str, Tensor]
+) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """New parameters with the parameter each was copied from, by name."""
+    pairs = {}
+    for name, tensor in plain_tensors(module).items():
+        source = change.source(name)
+        if source is not None and isinstance(tensor, nn.Parameter):
+            pairs[name] = (tensor, old[source])
+    return pairs  # type: ignore[return-value]
+
+
+def _touches(
+    optimizer: Optimizer,
+    pairs: Mapping[str, tuple[nn.Parameter, nn.Parameter]],
+    change: Change,
+    module: LightningModule,
+) -> bool:
+    """Whether an optimizer trains anything an edit changed: an adversary's does not start anew when the network grows."""
+    tensors = plain_tensors(module)
+    changed = {id(new) for new, _ in pairs.values()} | {id(tensors[name]) for name in change.edit.get("tensors", ())}
+    return any(id(parameter) in changed for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _resize_states(optimizers: Sequence[Optimizer], module: LightningModule, edit: Edit, rule: Literal["copy", "pad"]) -> None:
+    tensors = plain_tensors(module)
+    for name in edit["tensors"]:
+        for optimizer in optimizers:
+            if (state := optimizer.state.get(tensors[name])) is not None:
+                width_state.carry_optimizer_state(state, edit, name, rule)
+
+
+def follow(trainer: Trainer, module: LightningModule, methods: Sequence[Method], old: set[int]) -> None:
+    """Let the other methods attach to new layers, and their parameters join the optimizers.
+
+    Args:
+        trainer: The Trainer; optimizers may not exist yet.
+        module: The module, edited.
+        methods: All methods, in plan order.
+        old: Identities of the stored tensors there were before.
+    """
+    for method in methods:
+        if method.weight_maps:
+            method.attach(module)
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    for mapped in mapped_tensors(module):
+        if id(mapped.stored) not in old:
+            for weight_map in mapped.maps:
+                parameters = dict(weight_map.named_parameters(f"{mapped.name}.{weight_map.kind}"))
+                place_parameters(trainer.optimizers, schedulers, parameters, mapped.stored, weight_map.optimizer_overrides)
+
+
+def describe(module: nn.Module, edit: Edit) -> str:
+    """Say what an edit did, for the log."""
+    size = sum(parameter.numel() for parameter in module.parameters()) / 1e6
+    if edit["op"] == "blocks":
+        return f"lightning_peft: {edit['path']} {edit['from']} -> {len(edit['sources'])} blocks, now {size:.2f} M parameters"
+    return f"lightning_peft: {edit['path'] or type(module).__name__} resized, now {size:.2f} M parameters"

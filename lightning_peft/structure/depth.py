@@ -1,0 +1,161 @@
+"""Depth edits: which blocks a list of equal blocks holds.
+
+The new list is written as the old position of every block: ``[0, 1, 0, 1]`` stacks two blocks, ``[0, 0, 1, 1]`` interpolates,
+``[0]`` drops the second. The first block that names an old position is that block itself, later ones are copies.
+"""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from lightning_peft.structure import depth_settings as settings
+from lightning_peft.structure.errors import CheckpointError
+from lightning_peft.weights.maps import detach_maps, plain_tensors
+
+Blocks: TypeAlias = "nn.ModuleList | nn.Sequential"
+
+
+def blocks_at(module: nn.Module, path: str) -> Blocks:
+    """Return the list of blocks called ``path``.
+
+    Raises:
+        CheckpointError: There is none, or its blocks are not numbered.
+    """
+    try:
+        found = module.get_submodule(path)
+    except AttributeError:
+        raise CheckpointError(f"{type(module).__name__} has no submodule {path!r}, whose blocks are to be changed.") from None
+    if not isinstance(found, (nn.ModuleList, nn.Sequential)) or list(found._modules) != [str(i) for i in range(len(found))]:
+        raise CheckpointError(f"{path} is a {type(found).__name__}; blocks are changed in a ModuleList or Sequential only.")
+    return found
+
+
+def signature(block: nn.Module) -> str:
+    """Name the class of a block and its tensors with their shapes, in a few characters; weight maps do not count.
+
+    Example:
+        >>> signature(nn.Linear(2, 3)) == signature(nn.Linear(2, 3)) != signature(nn.Linear(2, 4))
+        True
+    """
+    shapes = ",".join(f"{name}{tuple(tensor.shape)}" for name, tensor in sorted(plain_tensors(block).items()))
+    cls = type(block).__bases__[0] if parametrize.is_parametrized(block) else type(block)
+    return f"{cls.__name__}:{zlib.crc32(shapes.encode()):08x}"
+
+
+def blocks_edit(
+    module: nn.Module, path: str, sources: Sequence[int], *, rates: Mapping[str, Sequence[float]] | None = None
+) -> dict[str, Any]:
+    """Describe a new list of blocks.
+
+    Args:
+        module: The module.
+        path: Qualified name of the list.
+        sources: Old position of every new block.
+        rates: Stochastic-depth rates of the new blocks, by the name of the layer in the block; by default the line of the old
+            ones is drawn through the new ones.
+
+    Returns:
+        The edit, plain data.
+    """
+    blocks = blocks_at(module, path)
+    old_rates = settings.drop_rates(list(blocks))
+    if rates is None:
+        rates = {name: settings.redrawn(values, len(sources)) or [] for name, values in old_rates.items()}
+    return {
+        "op": "blocks",
+        "path": path,
+        "from": len(blocks),
+        "sources": [int(source) for source in sources],
+        "block": sorted({signature(block) for block in blocks}),
+        "rates": {name: [float(rate) for rate in values] for name, values in rates.items() if len(values)},
+        "old_rates": old_rates,
+    }
+
+
+def check_blocks(module: nn.Module, edit: Mapping[str, Any]) -> None:
+    """Refuse an edit that does not fit.
+
+    Raises:
+        CheckpointError: Malformed, or made on another list.
+    """
+    path, count, sources, kinds = (edit.get(key) for key in ("path", "from", "sources", "block"))
+    if not isinstance(path, str) or type(count) is not int or not isinstance(sources, list) or not isinstance(kinds, list):
+        raise CheckpointError("A recorded change of blocks is malformed: it needs 'path', 'from', 'sources' and 'block'.")
+    if not sources or not all(type(source) is int and 0 <= source < count for source in sources):
+        raise CheckpointError(f"A recorded change of {path} names blocks {sources} of {count}; they count from 0.")
+    settings.check_rates(edit)
+    blocks = blocks_at(module, path)
+    now = sorted({signature(block) for block in blocks})
+    if len(blocks) != count or now != kinds:
+        raise CheckpointError(
+            f"A change of {path} was made on {count} blocks of {_kinds(kinds)}; this {type(module).__name__} has {len(blocks)} "
+            f"of {_kinds(now)}. Build the model with the arguments it was trained with, from the same version of its class."
+        )
+
+
+def _kinds(kinds: Sequence[str]) -> str:
+    return " and ".join(f"{name} (shapes {digest})" for name, _, digest in (str(kind).partition(":") for kind in kinds))
+
+
+def set_blocks(module: nn.Module, edit: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str], dict[str, nn.Module]]:
+    """Put the new list in place.
+
+    Returns:
+        Old to new prefix of blocks that moved, new prefix of copies to the old prefix of their source, and blocks that left, by
+        old prefix.
+    """
+    path, sources = edit["path"], edit["sources"]
+    blocks = blocks_at(module, path)
+    old = list(blocks)
+    first = {source: place for place, source in reversed(list(enumerate(sources)))}
+    masked = not edit.get("follow")
+    new = [
+        old[source] if first[source] == place or edit.get("shared") else copied(old[source], masked=masked)
+        for place, source in enumerate(sources)
+    ]
+    _fill(blocks, new)
+    settings.settle(module, path, sources, edit["from"], edit["rates"])
+    renamed = {f"{path}.{source}": f"{path}.{place}" for source, place in first.items() if source != place}
+    copies = {f"{path}.{place}": f"{path}.{source}" for place, source in enumerate(sources) if first[source] != place}
+    removed = {f"{path}.{place}": block for place, block in enumerate(old) if place not in first}
+    return renamed, {} if edit.get("shared") else copies, removed
+
+
+def undo_blocks(module: nn.Module, edit: Mapping[str, Any], removed: Mapping[str, nn.Module]) -> None:
+    """Put the old list back; removed blocks that are not at hand become copies."""
+    path, sources = edit["path"], edit["sources"]
+    blocks = blocks_at(module, path)
+    now = list(blocks)
+    first = {source: place for place, source in reversed(list(enumerate(sources)))}
+    back = [first.get(place, 0) for place in range(edit["from"])]
+    old = [
+        now[first[place]] if place in first else removed.get(f"{path}.{place}") or copied(now[0], masked=False)
+        for place in range(edit["from"])
+    ]
+    _fill(blocks, old)
+    settings.settle(module, path, back, len(sources), edit["old_rates"])
+
+
+def copied(block: nn.Module, *, masked: bool) -> nn.Module:
+    """Copy a block without its weight maps; what the block is configured with stays shared.
+
+    Args:
+        block: The block.
+        masked: Whether its weights keep what masks have set to zero.
+    """
+    shared = [vars(layer)["config"] for layer in block.modules() if "config" in vars(layer)]  # transformers change it later
+    twin = copy.deepcopy(block, {id(config): config for config in shared})
+    detach_maps(twin, "live" if masked else "unmasked")
+    return twin
+
+
+def _fill(blocks: Blocks, new: Sequence[nn.Module]) -> None:
+    blocks._modules.clear()
+    for place, block in enumerate(new):
+        blocks._modules[str(place)] = block

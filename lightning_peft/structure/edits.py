@@ -1,0 +1,133 @@
+"""Edits: changes of a module's structure as plain data, applied live, replayed on resume, and undone.
+
+An edit describes structure only: which blocks a list holds, which sizes tensors have. Values come from an operator when it is
+applied live and from the checkpoint when it is replayed, so both lead to the same module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.structure import depth, width
+from lightning_peft.structure.errors import CheckpointError
+
+Edit: TypeAlias = dict[str, Any]
+"""``{"op": "blocks" | "resize", "path": ..., ...}``: strings, numbers, lists and dicts only.
+
+With ``"follow": True`` the other methods act on new layers too.
+"""
+
+Operator: TypeAlias = Callable[[Mapping[str, Tensor], Edit, torch.Generator], Mapping[str, Tensor]]
+"""Plain values before an edit, by qualified name, to values after it; what is not returned stays as the edit left it."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """An edit a method asks for, and what is to become of values and optimizer.
+
+    Attributes:
+        edit: The edit.
+        operator: Gives new tensors their values; ``None`` keeps what the edit copied.
+        optimizer_state: ``"reset"``: every parameter starts anew; ``"copy"``: new coordinates get the state of their source;
+            ``"pad"``: new coordinates start from zero, old ones keep their state.
+        restart_steps: Set the step counts of copied states to 0.
+        restart_schedulers: Let every scheduler begin again.
+    """
+
+    edit: Edit
+    operator: Operator | None = None
+    optimizer_state: Literal["reset", "copy", "pad"] = "pad"
+    restart_steps: bool = False
+    restart_schedulers: bool = False
+
+
+@dataclass
+class Change:
+    """What an edit did to a module, by plain qualified name.
+
+    Attributes:
+        edit: The edit.
+        renamed: Old prefix of a moved block to its new prefix.
+        copied: Prefix of a new block to the old prefix of the block it was copied from.
+        removed: Blocks that left the list, by old prefix; they keep their tensors, so that the edit can be undone.
+    """
+
+    edit: Edit
+    renamed: dict[str, str] = field(default_factory=dict)
+    copied: dict[str, str] = field(default_factory=dict)
+    removed: dict[str, nn.Module] = field(default_factory=dict)
+
+    def new_name(self, name: str) -> str | None:
+        """Return what a tensor is called now; ``None`` when it was removed."""
+        prefix, rest = split_block(self.edit, name)
+        if rest is None or prefix in self.renamed:
+            return name if rest is None else f"{self.renamed[prefix]}.{rest}"
+        return None if prefix in self.removed else name
+
+    def source(self, name: str) -> str | None:
+        """Return the old name of the tensor that a new one was copied from; ``None`` when it is not new."""
+        prefix, rest = split_block(self.edit, name)
+        return f"{self.copied[prefix]}.{rest}" if rest is not None and prefix in self.copied else None
+
+
+def split_block(edit: Edit, name: str) -> tuple[str, str | None]:
+    """Split a tensor's name into the prefix of its block and the rest, which is ``None`` outside the edited blocks.
+
+    Example:
+        >>> split_block({"op": "blocks", "path": "model.h"}, "model.h.3.attn.weight")
+        ('model.h.3', 'attn.weight')
+    """
+    start = f"{edit['path']}."
+    if edit["op"] != "blocks" or not name.startswith(start):
+        return "", None
+    index, _, rest = name.removeprefix(start).partition(".")
+    return f"{start}{index}", rest or None
+
+
+def check(module: nn.Module, edit: Edit) -> None:
+    """Refuse an edit that does not fit a module, before anything is touched.
+
+    Raises:
+        CheckpointError: The edit is malformed or was made on another structure.
+    """
+    op = edit.get("op") if isinstance(edit, dict) else None
+    if op == "blocks":
+        depth.check_blocks(module, edit)
+    elif op == "resize":
+        width.check_resize(module, edit)
+    else:
+        raise CheckpointError(
+            f"A recorded change of structure has the operation {op!r}, which this version of lightning-peft does not know. "
+            "Upgrade it, or bake the checkpoint with the version that wrote it."
+        )
+
+
+def apply(module: nn.Module, edit: Edit) -> Change:
+    """Change a module's structure in place.
+
+    New blocks are copies of their sources, in values too; resized tensors keep their ``nn.Parameter`` object and are zero.
+
+    Raises:
+        CheckpointError: See :func:`check`.
+    """
+    check(module, edit)
+    if edit["op"] == "resize":
+        width.resize(module, edit)
+        return Change(edit)
+    return Change(edit, *depth.set_blocks(module, edit))
+
+
+def undo(module: nn.Module, change: Change) -> None:
+    """Give a module the structure it had before an edit; blocks that were removed come back as they were.
+
+    A change made in another process has no removed blocks at hand: copies take their place, for a checkpoint to fill.
+    """
+    if change.edit["op"] == "resize":
+        width.undo_resize(module, change.edit)
+    else:
+        depth.undo_blocks(module, change.edit, change.removed)
