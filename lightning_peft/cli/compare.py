@@ -12,8 +12,10 @@ from lightning_peft import registry
 from lightning_peft.cli.console import Outcome, grid
 from lightning_peft.cli.launch import methods_in
 from lightning_peft.cli.recipes import Recipe, UsageError, check_seeds, find_for
-from lightning_peft.cli.trial import Job, train
+from lightning_peft.cli.trial import CURVES, Job, train
 from lightning_peft.export.report_comparison import Comparison, comparison_report, cost_table, metric_table
+from lightning_peft.export.report_curves import Curves, read_curves
+from lightning_peft.export.report_reach import reach_tables
 from lightning_peft.export.report_trial import Trial
 
 FULL, DENSE = "full", "dense"
@@ -51,15 +53,21 @@ def compare(
     out = out or Path("runs") / "compare" / recipe.name
     console.print(f"[bold]{recipe.name}[/]  {len(plans)} variants x {seeds} seeds in {out}", highlight=False)
     trials: dict[str, list[Trial]] = {}
+    curves: dict[str, list[Curves]] = {}
     for seed in range(seeds):  # seeds outside, so that an early look at the results is a fair one
         for label, left_out in plans.items():
-            trials.setdefault(label, []).append(_one(recipe, overrides, out, label, left_out, seed, console))
-    comparison = Comparison(recipe.name, recipe.monitor, trials, _command(name, overrides, without, each, dense, seeds))
+            job = _job(recipe, overrides, out, label, left_out, seed)
+            trials.setdefault(label, []).append(_one(job, console))
+            curves.setdefault(label, []).append(read_curves(job.folder / CURVES))
+    command = _command(name, overrides, without, each, dense, seeds)
+    comparison = Comparison(recipe.name, recipe.monitor, trials, command, curves)
+    reach = comparison.reach()
     report = comparison_report(comparison)
     files = report.save(out)
 
     def show(console: Console) -> None:
-        for table in (*(metric_table(comparison, metric) for metric in comparison.metrics()), cost_table(comparison)):
+        scores = (metric_table(comparison, metric) for metric in comparison.metrics())
+        for table in (*scores, cost_table(comparison), *(reach_tables(reach) if reach else ())):
             console.print()
             console.print(grid(table))
         console.print(f"\nReport [bold]{out / 'report.html'}[/]", soft_wrap=True)
@@ -96,11 +104,12 @@ def variants(
     return found
 
 
-def _one(
-    recipe: Recipe, overrides: Sequence[str], out: Path, label: str, left_out: Sequence[str], seed: int, console: Console
-) -> Trial:
+def _job(recipe: Recipe, overrides: Sequence[str], out: Path, label: str, left_out: Sequence[str], seed: int) -> Job:
     folder = out / label.replace(" ", "-").replace(",", "") / f"seed-{seed}"
-    job = Job(recipe, overrides, folder, folder / "model.ckpt", f"{label} seed {seed}", left_out, seed)
+    return Job(recipe, overrides, folder, folder / "model.ckpt", f"{label} seed {seed}", left_out, seed)
+
+
+def _one(job: Job, console: Console) -> Trial:
     if job.finished:
         console.print(f"  [dim]{job.name}: done already[/]", highlight=False)
     trial = train(job, console)

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 
 from lightning_peft.attach.confidence import ConfidenceRecorder, reliability_bins
+from lightning_peft.attach.flop_meter import FlopMeter
 from lightning_peft.cli.launch import RecipeCLI, interruptible, launch, parse, quiet_lightning
 from lightning_peft.cli.recipes import Recipe, UsageError
 from lightning_peft.cli.watch import EpochLines, RandomState, Stopwatch
@@ -66,9 +67,9 @@ def train(job: Job, console: Console) -> Trial:
         UsageError: The folder holds a run with other settings.
         KeyboardInterrupt: The user stopped it; the last checkpoint is in place.
     """
-    stopwatch, confidence = Stopwatch(), ConfidenceRecorder()
+    stopwatch, meter, confidence = Stopwatch(), FlopMeter(), ConfidenceRecorder()
     lines = EpochLines(console, job.name, stopwatch)
-    own: list[Callback] = [stopwatch, RandomState(), confidence, lines, _last_checkpoint(job.checkpoint)]
+    own: list[Callback] = [stopwatch, meter, RandomState(), confidence, lines, _last_checkpoint(job.checkpoint)]
     if console.is_terminal:
         own.append(RichProgressBar(leave=False))
 
@@ -100,6 +101,7 @@ def train(job: Job, console: Console) -> Trial:
         plan=printed,
         metrics={name: float(value) for result in results for name, value in result.items()},
         seconds=stopwatch.total(),
+        flops=float(meter.total),
         epochs=cli.trainer.current_epoch,
         steps=cli.trainer.global_step,
         parameters=sum(parameter.numel() for parameter in parameters),

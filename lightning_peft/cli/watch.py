@@ -11,11 +11,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
+from lightning_peft.attach.flop_meter import SECONDS, in_training
 from lightning_peft.export.report_trial import duration, show
 
 
 class Stopwatch(Callback):
-    """Seconds spent in ``fit``, summed over the sessions of a resumed run."""
+    """Seconds spent in ``fit``, summed over the sessions of a resumed run, and logged beside the validation metrics."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -24,6 +25,11 @@ class Stopwatch(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin."""
         self._since = time.perf_counter()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the time so far, in the row of the validation metrics."""
+        if in_training(trainer):
+            pl_module.log(SECONDS, self.total(), sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End."""

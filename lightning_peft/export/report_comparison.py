@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 from lightning_peft.export import report_plots as plots
 from lightning_peft.export.report import Cell, Fact, Figure, Report, Section, Table
-from lightning_peft.export.report_trial import Trial, duration, is_share, lower_is_better, show, show_difference
+from lightning_peft.export.report_curves import Curves
+from lightning_peft.export.report_reach import Reach, reach_data, reach_section
+from lightning_peft.export.report_trial import Trial, duration, flop_text, is_share, lower_is_better, show, show_difference
+from lightning_peft.export.spread import Spread as Spread
 
 Row = tuple[str | None, ...]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and spread of one number over seeds.
-
-    Attributes:
-        mean: Mean.
-        std: Standard deviation of the sample; 0 for one seed.
-        low: Lowest.
-        high: Highest.
-    """
-
-    mean: float
-    std: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Summarise values.
-
-        Example:
-            >>> Spread.of([1.0, 3.0])
-            Spread(mean=2.0, std=1.414..., low=1.0, high=3.0)
-        """
-        std = statistics.stdev(values) if len(values) > 1 else 0.0
-        return cls(statistics.fmean(values), std, min(values), max(values))
 
 
 @dataclass(frozen=True)
@@ -52,12 +26,14 @@ class Comparison:
         monitor: The test metric it is about.
         trials: Trials of each variant, in the order of seeds.
         command: Command that made it.
+        curves: What each trial logged, in the same order.
     """
 
     name: str
     monitor: str
     trials: Mapping[str, Sequence[Trial]]
     command: str = ""
+    curves: Mapping[str, Sequence[Curves]] = field(default_factory=dict)
 
     def values(self, variant: str, metric: str) -> list[float]:
         """Return a metric of a variant for each seed that has it."""
@@ -74,10 +50,15 @@ class Comparison:
         reference = self.values(next(iter(self.trials)), metric)
         return Spread.of([b - a for a, b in zip(reference, self.values(variant, metric), strict=True)])
 
+    def reach(self) -> Reach | None:
+        """Return what each variant spent to reach that without methods, else the first; ``None`` where it is not known."""
+        plain = (label for label, trials in self.trials.items() if not any(trial.methods for trial in trials))
+        return Reach.of(self.curves, next(plain, next(iter(self.trials))), self.monitor)
+
 
 def comparison_report(comparison: Comparison) -> Report:
     """Write the report of an ablation."""
-    metrics = comparison.metrics()
+    metrics, reach = comparison.metrics(), comparison.reach()
     seeds = len(next(iter(comparison.trials.values())))
     text = (
         f"{seeds} seed{'s' if seeds != 1 else ''} for each variant: mean, standard deviation, lowest, highest. Differences to "
@@ -100,12 +81,14 @@ def comparison_report(comparison: Comparison) -> Report:
             )
             for metric in metrics
         ),
+        *([reach_section(reach)] if reach else []),
         Section("Every training", (), (_every(comparison, metrics),)),
     )
     data = {
         "recipe": comparison.name,
         "monitor": comparison.monitor,
         "variants": {label: _summary(comparison, label, metrics) for label in comparison.trials},
+        **({"reach": reach_data(reach)} if reach else {}),
     }
     facts = _facts(comparison, metrics)
     return Report(f"{comparison.name}: ablation", "", facts, sections, data, comparison.command)
@@ -122,12 +105,18 @@ def metric_table(comparison: Comparison, metric: str) -> Table:
 
 
 def cost_table(comparison: Comparison) -> Table:
-    """Return what each variant leaves non-zero and how long it trains, a variant a row."""
+    """Return what each variant leaves non-zero, how long it trains and with how many FLOPs, a variant a row."""
+    known = any(trial.flops for trials in comparison.trials.values() for trial in trials)
     rows = tuple(
-        (label, _density(trials), duration(Spread.of([trial.seconds for trial in trials]).mean))
+        (
+            label,
+            _density(trials),
+            duration(Spread.of([trial.seconds for trial in trials]).mean),
+            *([_flops(trials)] if known else []),
+        )
         for label, trials in comparison.trials.items()
     )
-    return Table(("variant", "non-zero parameters", "training, mean"), rows)
+    return Table(("variant", "non-zero parameters", "training, mean", *(["training FLOPs, mean"] if known else [])), rows)
 
 
 def _mean(metric: str, spread: Spread) -> str:
@@ -145,6 +134,12 @@ def _difference(metric: str, spread: Spread) -> str:
 def _density(trials: Sequence[Trial]) -> str:
     kept, total = sum(trial.nonzero for trial in trials), sum(trial.parameters for trial in trials)
     return f"{100 * kept / max(total, 1):.1f} %"
+
+
+def _flops(trials: Sequence[Trial]) -> str:
+    """A trial from before they were counted has none."""
+    known = [trial.flops for trial in trials if trial.flops]
+    return flop_text(Spread.of(known).mean) if known else ""
 
 
 def _scaled(comparison: Comparison, metric: str) -> dict[str, list[float]]:

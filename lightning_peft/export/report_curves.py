@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 Curve = tuple[list[float], list[float]]
 
@@ -60,6 +62,60 @@ def over_epochs(curves: Curves, name: str) -> Curve | None:
     """Return a metric over epochs, counted from 1; ``None`` when it was not logged with an epoch."""
     points = [point for point in curves.get(name, []) if point.epoch is not None]
     return ([(point.epoch or 0) + 1 for point in points], [point.value for point in points]) if points else None
+
+
+def over_cost(curves: Curves, name: str, cost: str) -> Curve | None:
+    """Return a metric over a second one that was logged at the same steps; ``None`` when there is no such step.
+
+    Example:
+        >>> curves = {"flops": [Point(1, 0, 5.0), Point(2, 0, 9.0)], "loss": [Point(0, 0, 3.0), Point(2, 0, 1.0)]}
+        >>> over_cost(curves, "loss", "flops")
+        ([9.0], [1.0])
+    """
+    spent = {point.step: point.value for point in curves.get(cost, [])}
+    points = [(spent[point.step], point.value) for point in curves.get(name, []) if point.step in spent]
+    return ([x for x, _ in points], [y for _, y in points]) if points else None
+
+
+def flops_to_reach(curve: Curve, level: float) -> float | None:
+    """Return where a falling curve first comes down to a level, on straight lines between its points.
+
+    Args:
+        curve: FLOPs (or seconds, or whatever was spent) and the loss there; points that are not finite are left out.
+        level: The loss to reach.
+
+    Returns:
+        What was spent until then, ``None`` when it never was. A curve that starts below the level was there by its first
+        point: what happened before is not known.
+
+    Example:
+        >>> flops_to_reach(([1.0, 2.0, 3.0], [4.0, 2.0, 1.0]), 3.0)
+        1.5
+        >>> flops_to_reach(([1.0, 2.0, 3.0], [4.0, math.nan, 1.0]), 2.5), flops_to_reach(([1.0], [2.0]), 2.0)
+        (2.0, 1.0)
+        >>> print(flops_to_reach(([1.0, 2.0], [4.0, 2.0]), 1.0), flops_to_reach(([1.0], [2.0]), math.nan))
+        None None
+    """
+    before: tuple[float, float] | None = None
+    for x, y in zip(*curve, strict=True):
+        if not (math.isfinite(x) and math.isfinite(y)):
+            continue
+        if y <= level:
+            return x if before is None else before[0] + (x - before[0]) * (before[1] - level) / (before[1] - y)
+        before = (x, y)
+    return None
+
+
+def mean_curve(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Curve:
+    """Average curves point by point, up to the end of the shortest: the first validation of each seed, the second, ...
+
+    Example:
+        >>> mean_curve([([1.0, 2.0], [4.0, 2.0]), ([3.0], [2.0])])
+        ([2.0], [3.0])
+    """
+    points = [list(zip(x, y, strict=True)) for x, y in curves]
+    pairs = [tuple(map(fmean, zip(*at, strict=True))) for at in zip(*points, strict=False)]
+    return [x for x, _ in pairs], [y for _, y in pairs]
 
 
 def first_logged(curves: Iterable[Curves], candidates: Iterable[str]) -> str | None:

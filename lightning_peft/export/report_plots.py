@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+from lightning_peft.export.report_curves import mean_curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,6 +116,47 @@ def lines(panels: Mapping[str, Mapping[str, Curve]], xlabel: str, *, integer: bo
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend()
     return figure
+
+
+def races(panels: Mapping[str, tuple[float, Mapping[str, Sequence[Curve]]]], ylabel: str, level: float) -> Canvas:
+    """Draw the same metric over several costs side by side: thin lines for seeds, a bold one for their mean.
+
+    Args:
+        panels: By label of the horizontal axis, how many one unit of it is, and the curves of each seed by label. The first
+            label is the reference and drawn in grey.
+        ylabel: Label of the vertical axis.
+        level: A value to mark, that which the reference reached.
+    """
+    figure, axes = canvas(len(panels), height=3.9)
+    for axis, (xlabel, (unit, rows)) in zip(axes, panels.items(), strict=True):
+        axis.axhline(level, color="gray", linewidth=1, linestyle=(0, (1.5, 2.5)))
+        for index, (label, seeds) in enumerate(rows.items()):
+            color = "gray" if index == 0 else f"C{(index - 1) % 6}"
+            dashes = "-" if index <= 6 else (0, (4, 1.5))
+            scaled = [([value / unit for value in x], y) for x, y in seeds]
+            for x, y in scaled if len(scaled) > 1 else []:
+                axis.plot(x, y, color=color, linewidth=0.8, alpha=0.4)
+            x, y = mean_curve(scaled)
+            mark = "o" if len(x) <= 30 else None
+            axis.plot(x, y, label=label, color=color, linestyle=dashes, linewidth=2.4, marker=mark, markersize=3.8)
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+        axis.set_xlim(left=0)
+        curves = [curve for seeds in rows.values() for curve in seeds]
+        low, high = _settled(curves, level)
+        room = 0.05 * (high - low) or 0.1
+        axis.set_ylim(low - room, high + room)
+    for axis in axes[1:]:
+        axis.sharey(axes[0])
+        axis.label_outer()
+    axes[-1].legend()
+    return figure
+
+
+def _settled(curves: Sequence[Curve], level: float) -> tuple[float, float]:
+    """Return the range of curves and a level, without the first twentieth: there a loss falls from where it hides the rest."""
+    end = max(x[-1] for x, _ in curves)
+    late = [value for x, y in curves for at, value in zip(x, y, strict=True) if at >= end / 20 and math.isfinite(value)]
+    return min([level, *late]), max([level, *late])
 
 
 def reliability(models: Mapping[str, Sequence[tuple[float, float, float]]]) -> Canvas:

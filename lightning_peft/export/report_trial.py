@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ class Trial:
         plan: The printed plan.
         metrics: Test metrics.
         seconds: Time in ``fit``, validation included, summed over the sessions of a resumed run.
+        flops: Floating point operations of the training steps in one process, as
+            :class:`~lightning_peft.attach.flop_meter.FlopMeter` counts them; 0 when they are not known.
         epochs: Epochs trained.
         steps: Optimizer steps taken.
         parameters: Trainable and frozen values of the module.
@@ -39,6 +42,7 @@ class Trial:
     plan: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    flops: float = 0.0
     epochs: int = 0
     steps: int = 0
     parameters: int = 0
@@ -112,3 +116,29 @@ def duration(seconds: float) -> str:
     """
     minutes, rest = divmod(round(seconds), 60)
     return f"{seconds:.1f} s" if seconds < 100 else f"{minutes} min {rest:02d} s"
+
+
+def flop_text(flops: float) -> str:
+    """Write a number of floating point operations for people; nothing when it is not known.
+
+    Example:
+        >>> flop_text(1.234e15), flop_text(61440), flop_text(999.9e6), flop_text(0)
+        ('1.23 PFLOP', '61.4 kFLOP', '1.00 GFLOP', '')
+    """
+    if flops <= 0:
+        return ""
+    scale, unit = flop_unit(float(f"{flops:.3g}"))
+    digits = 2 - math.floor(math.log10(float(f"{flops:.3g}") / scale) + 1e-9)
+    return f"{flops / scale:.{max(0, digits)}f} {unit}"
+
+
+def flop_unit(flops: float) -> tuple[float, str]:
+    """Return the unit that suits a number of floating point operations, and how many of them it is.
+
+    Example:
+        >>> flop_unit(3.2e16), flop_unit(5.0)
+        ((1000000000000000.0, 'PFLOP'), (1.0, 'FLOP'))
+    """
+    prefixes = ("", "k", "M", "G", "T", "P", "E", "Z")
+    power = min(max(0, math.floor(math.log10(flops) / 3 + 1e-9)), len(prefixes) - 1) if flops > 0 else 0
+    return 1000.0**power, f"{prefixes[power]}FLOP"

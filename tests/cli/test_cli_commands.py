@@ -97,6 +97,38 @@ def test_compare_repeats_nothing_and_reports_the_spread(cli, toy, tmp_path) -> N
     assert "without ToyMask" in (out / "report.md").read_text()
 
 
+def test_compare_shows_what_it_took_to_reach_the_dense_run(cli, toy, tmp_path) -> None:
+    out = tmp_path / "out"
+    status, data, _ = cli("compare", toy, "--dense", "--out", out, "--json", "--seeds", "2", "--trainer.max_epochs", "2")
+    assert status == 0
+    flops = 2 * 4 * 2 * 16 * (2 * 8 * 16 + 3 * 16 * 3)  # epochs, batches, a product and a sum, samples, both layers
+    assert [trial["flops"] for trials in data["variants"].values() for trial in trials["trials"]] == [flops] * 4
+    reach = data["reach"]
+    assert (reach["metric"], reach["reference"], list(reach["variants"])) == ("val/loss", "dense", ["dense", "full"])
+    assert reach["variants"]["dense"]["flops"]["ratio"] == {"mean": 1.0, "std": 0.0, "low": 1.0, "high": 1.0}
+    for label, costs in reach["variants"].items():
+        for seed, (curve, timed) in enumerate(zip(costs["flops"]["curves"], costs["seconds"]["curves"], strict=True)):
+            assert curve["flops"] == [flops / 2, flops]
+            assert curve["val/loss"] == timed["val/loss"]
+            assert 0 < timed["seconds"][0] < timed["seconds"][1] <= data["variants"][label]["trials"][seed]["seconds"]
+    assert reach["levels"] == [min(curve["val/loss"]) for curve in reach["variants"]["dense"]["flops"]["curves"]]
+    assert (out / "compare-flops.png").is_file()
+    text = (out / "report.md").read_text()
+    assert "## Loss against FLOPs" in text
+    assert "| dense | 2 of 2 |" in text
+    assert "training FLOPs, mean" in text
+    shown = cli("compare", toy, "--dense", "--out", out, "--seeds", "2", "--trainer.max_epochs", "2")[1]
+    assert "seeds that reach it" in shown
+    # Trials of a version that did not count are read, and there is nothing to show of them.
+    for path in out.rglob("trial.json"):
+        path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "flops"}))
+    for path in out.rglob("metrics.csv"):
+        path.write_text(path.read_text().replace("peft/flops", "other"))
+    _, data, _ = cli("compare", toy, "--dense", "--out", out, "--json", "--seeds", "2", "--trainer.max_epochs", "2")
+    assert "reach" not in data
+    assert "FLOPs" not in (out / "report.md").read_text()
+
+
 def test_compare_refuses_what_makes_no_sense(cli, toy) -> None:
     assert "Did you mean ToyMask" in cli("compare", toy, "--without", "ToyMsk")[2]
     assert "--each" in cli("compare", toy)[2]

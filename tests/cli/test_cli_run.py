@@ -75,6 +75,7 @@ def test_a_killed_run_resumes_bit_exactly_and_skips_what_is_finished(cli, toy, t
     states = [torch.load(folder / "baked.ckpt", weights_only=True)["state_dict"] for folder in (whole, killed)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert data["composed"]["metrics"] == json.loads((whole / "report.json").read_text())["composed"]["metrics"]
+    assert data["composed"]["flops"] == json.loads((whole / "report.json").read_text())["composed"]["flops"] > 0
     # The curve has the steps of both sessions, each once.
     from lightning_peft.export.report_curves import read_curves
 

@@ -16,7 +16,7 @@ from lightning_peft.export import report_plots
 from lightning_peft.export.report import Fact, Figure, Report, Section, Table, is_numeric
 from lightning_peft.export.report_checkpoint import checkpoint_report
 from lightning_peft.export.report_comparison import Comparison, comparison_report
-from lightning_peft.export.report_curves import over_epochs, over_steps, read_curves
+from lightning_peft.export.report_curves import Point, over_epochs, over_steps, read_curves
 from lightning_peft.export.report_run import RunEvidence, run_report
 from lightning_peft.export.report_trial import Trial
 from lightning_peft.export.report_weights import size_estimate, weigh
@@ -176,3 +176,76 @@ def test_differences_are_paired_by_seed(tmp_path) -> None:
     assert difference["std"] == pytest.approx(0, abs=1e-9)  # though each variant spreads by 0.14
     report.save(tmp_path)
     assert "70.0 ± 14.1 %" in (tmp_path / "report.md").read_text()
+
+
+def logged(
+    losses: list[float], *, flops: float = 1e12, seconds: float = 10.0, name: str = "val/loss"
+) -> dict[str, list[Point]]:
+    """A run that was validated after equal shares of what it cost in all."""
+    share = [(place + 1) / len(losses) for place in range(len(losses))]
+    columns = {name: losses, "peft/flops": [flops * x for x in share], "peft/seconds": [seconds * x for x in share]}
+    return {column: [Point(step, None, value) for step, value in enumerate(values)] for column, values in columns.items()}
+
+
+def grown(curves: dict[str, list[dict[str, list[Point]]]], monitor: str = "test/accuracy") -> Comparison:
+    trials = {label: [trial(label, seed, 0.5) for seed in range(len(seeds))] for label, seeds in curves.items()}
+    for label, mine in trials.items():
+        for one in mine:
+            one.methods = [] if label == "dense" else [{"method": "Growth", "name": "growth", "config": {}}]
+            one.flops = 2.5e15
+    return Comparison("r", monitor, trials, curves=curves)
+
+
+def test_what_each_variant_spent_until_it_was_as_good_as_the_dense_run(tmp_path) -> None:
+    curves = {
+        "full": [logged([4, 2, 1], flops=9e11, seconds=6), logged([4, 3, 2], flops=9e11, seconds=6)],
+        "without Growth": [logged([4, math.nan, 1]), logged([5, 4, 3.5])],
+        "without Other": [logged([9, 8]), logged([9, 8])],
+        "dense": [logged([4, 3, 2]), logged([4, 2, 3])],
+    }
+    report = comparison_report(grown(curves))
+    reach = report.data["reach"]
+    assert (reach["reference"], reach["levels"]) == ("dense", [2, 2])  # the best it had, not the last
+    flops = {label: costs["flops"] for label, costs in reach["variants"].items()}
+    assert list(flops) == ["dense", "full", "without Growth", "without Other"]
+    assert flops["dense"]["to_reach"] == pytest.approx([1e12, 2e12 / 3])
+    assert flops["full"]["to_reach"] == pytest.approx([6e11, 9e11])
+    assert flops["full"]["ratio"]["low"] == pytest.approx(0.6)
+    assert flops["full"]["ratio"]["mean"] == pytest.approx((0.6 + 1.35) / 2)
+    assert flops["without Growth"]["to_reach"] == [pytest.approx(1e12 * (1 / 3 + 2 / 3 * 2 / 3)), None]
+    assert flops["without Other"] == {**flops["without Other"], "to_reach": [None, None], "ratio": None}
+    assert reach["variants"]["full"]["seconds"]["to_reach"] == pytest.approx([4, 6])
+    report.save(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| full | 2 of 2 | 750 GFLOP | 0.98 | 0.60 to 1.35 |" in text
+    assert "| without Growth | 1 of 2 |" in text
+    assert "| without Other | never |" in text
+    assert "| full | 2 of 2 | 5.0 s | 0.65 | 0.40 to 0.90 |" in text
+    assert "2.50 PFLOP" in text
+    assert (
+        json.loads((tmp_path / "report.json").read_text())["reach"]["variants"]["without Growth"]["flops"]["to_reach"][1]
+        is None
+    )
+
+
+def test_a_metric_that_rises_is_reached_from_below() -> None:
+    name = "val/accuracy"
+    curves = {"full": [logged([0.5, 0.9], name=name)], "without A": [logged([0.2, 0.6], name=name)]}
+    reach = grown(curves).reach()
+    assert reach is not None
+    assert (reach.metric, reach.reference, reach.levels()) == (name, "full", [0.9])  # no run without methods: the first
+    assert reach.spent("without A", "peft/flops") == [None]
+    assert "Accuracy against FLOPs" in [section.title for section in comparison_report(grown(curves)).sections]
+
+
+def test_without_curves_of_two_variants_there_is_nothing_to_reach() -> None:
+    assert grown({"full": [logged([3, 2])], "dense": [{}]}).reach() is None
+    assert grown({"full": [{}], "dense": [logged([3, 2])]}).reach() is None
+    assert grown({"full": [logged([3, 2])], "dense": [logged([math.nan])]}).reach() is None
+    assert grown({"full": [logged([3, 2], name="val/other")], "dense": [logged([3, 2], name="val/other")]}).reach() is None
+    assert comparison_report(Comparison("r", "test/accuracy", {"full": [trial("full", 0, 0.7)]})).data.get("reach") is None
+    # A seed that was trained before FLOPs were counted is left out.
+    reach = grown({"full": [{}, logged([3, 1])], "dense": [logged([3, 2]), logged([3, 2])]}).reach()
+    assert reach is not None
+    assert reach.spent("full", "peft/flops") == [None, 7.5e11]
+    assert reach.ratios("full", "peft/flops") == [0.75]
