@@ -127,14 +127,17 @@ class ImageClassifier(Classifier):
         return self(images), labels
 
 
-def warmup_cosine(step: int, total: int, warmup: float) -> float:
-    """Learning-rate factor: linear to 1 over the first ``warmup`` share of ``total`` steps, then half a cosine to 0.
+def warmup_cosine(step: int, total: int, warmup: float, floor: float = 0.0) -> float:
+    """Learning-rate factor: linear to 1 over the first ``warmup`` share of ``total`` steps, then half a cosine to ``floor``.
 
     Example:
         >>> [round(warmup_cosine(step, total=10, warmup=0.2), 2) for step in (0, 1, 2, 6, 10)]
         [0.5, 1.0, 1.0, 0.5, 0.0]
+        >>> round(warmup_cosine(10, total=10, warmup=0.2, floor=0.1), 2)
+        0.1
     """
     rising = round(warmup * total)
     if step < rising:
         return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, total - rising))))
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, total - rising))))
+    return floor + (1 - floor) * cosine

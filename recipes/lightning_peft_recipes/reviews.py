@@ -91,9 +91,8 @@ class ReviewsDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Load the splits that ``stage`` (``fit``, ``validate``, ``test``, ``predict``; ``None`` for all) needs."""
-        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
         tokenizer, self._padding = load_tokenizer(self.tokenizer, self.max_length)
-        for split in wanted.get(stage or "", tuple(SPLITS)):
+        for split in splits_for(stage):
             if split not in self._splits:
                 self._splits[split] = _Reviews(self._tokenised(split, tokenizer))
 
@@ -184,6 +183,19 @@ def read_reviews(source: str) -> tuple[list[str], list[int]]:
     return [text for text, _ in reviews], [label for _, label in reviews]
 
 
+def read_split(source: str, split: str) -> tuple[list[str], list[int]]:
+    """Texts and labels of one split of a source, in the order of their hashes."""
+    texts, labels = read_reviews(source)
+    first, last = (round(share * len(texts)) for share in SPLITS[split])
+    return texts[first:last], labels[first:last]
+
+
+def splits_for(stage: str | None) -> tuple[str, ...]:
+    """Splits that a stage of the Trainer reads; all for ``None``."""
+    wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+    return wanted.get(stage or "", tuple(SPLITS))
+
+
 def load_tokenizer(name: str, max_length: int) -> tuple[Tokenizer, int]:
     """The pinned MiniLM tokenizer (``"packaged"``) or a hub tokenizer, cutting to ``max_length``, and its padding id."""
     try:
@@ -203,9 +215,7 @@ def load_tokenizer(name: str, max_length: int) -> tuple[Tokenizer, int]:
 
 
 def _tokenise(path: Path, source: str, split: str, size: float | None, tokenizer: Tokenizer) -> None:
-    texts, labels = read_reviews(source)
-    first, last = (round(share * len(texts)) for share in SPLITS[split])
-    texts, labels = texts[first:last], labels[first:last]
+    texts, labels = read_split(source, split)
     chosen = stratified(torch.tensor(labels), subset_count(size, len(labels))).tolist()
     ids = [encoding.ids for encoding in tokenizer.encode_batch([texts[index] for index in chosen])]
     np.savez(

@@ -31,13 +31,25 @@ SHORT = {
         *("--data.max_length", "24", "--data.batch_size", "8"),
         *("--data.train_size", "32", "--data.val_size", "16", "--data.test_size", "16"),
     ],
+    "language/grow_llama_reviews": [
+        *("--data.source", "rotten_tomatoes", "--data.context", "16"),
+        *("--data.train_size", "8000", "--data.val_size", "1000", "--data.test_size", "1000"),
+        *("--model.hidden_size", "16", "--model.heads", "2", "--model.ffn", "32"),
+    ],
+    "vision/grow_vit_cifar10": [
+        *("--data.train_size", "60", "--data.val_size", "20", "--data.test_size", "20", "--data.batch_size", "10"),
+        *("--model.dim", "16", "--trainer.max_epochs", "2"),
+    ],
 }
 OFFLINE = {
     "quickstart": ["--model.weights", "null"],
     "vision/eata_cifar10": ["--model.weights", "null"],
     "vision/eata_cifar10_vit": [],
     "vision/eata_groceries": ["--model.weights", "null"],
+    "language/grow_llama_reviews": [],
+    "vision/grow_vit_cifar10": [],
 }
+GROWTH = ["LayerGrowth"]
 TRAINING = ["NMSparsity", "WeightCompander", "PSKD"]
 TEST_TIME = ["BatchNormAdapt", "Tent", "ETA", "EATA", "SAR", "DeYO", "CoTTA", "ROID", "FisherEstimator"]
 METHODS = {
@@ -47,6 +59,8 @@ METHODS = {
     "vision/eata_cifar10_vit": TEST_TIME[1:],
     "vision/eata_groceries": TEST_TIME,
     "language/eata_reviews": [name for name in TEST_TIME if name not in ("BatchNormAdapt", "DeYO", "CoTTA")],
+    "language/grow_llama_reviews": GROWTH,
+    "vision/grow_vit_cifar10": GROWTH,
 }
 
 
@@ -73,7 +87,7 @@ def test_every_recipe_says_what_it_needs_and_parses(name) -> None:
     assert set(recipe.needs) <= set(EXTRAS)
     assert recipe.online, "the header names the usual online source"
     assert recipe.monitor.startswith("test/")
-    assert recipe.command == ("run" if METHODS[name] is TRAINING else "adapt")
+    assert recipe.command == ("run" if METHODS[name] in (TRAINING, GROWTH) else "adapt")
     assert methods_in(recipe, []) == METHODS[name]
     without = parse(recipe, SHORT[name], METHODS[name])
     assert without.config.trainer.callbacks == []
@@ -86,6 +100,9 @@ def test_a_recipe_without_pretrained_weights_is_built_offline_and_has_a_plan(nam
     methods = list(methods_of(cli.trainer.callbacks))
     if METHODS[name] is TRAINING:
         assert [row.name for row in plan(cli.model, methods).rows] == ["weight_compander", "nm_sparsity", "pskd"]
+        return
+    if METHODS[name] is GROWTH:
+        assert [row.name for row in plan(cli.model, methods).rows] == ["layer_growth"]
         return
     for method in methods:  # run one at a time
         assert [row.name for row in plan(cli.model, [method]).rows] == [method.name]
