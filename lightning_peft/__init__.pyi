@@ -17,6 +17,8 @@ from lightning_peft.export.bake import load_from_checkpoint as load_from_checkpo
 from lightning_peft.method import Method as Method
 from lightning_peft.weights.maps import WeightMap as WeightMap
 from lightning_peft_plugins.growth.layer_growth import LayerGrowth as LayerGrowth
+from lightning_peft_plugins.growth.mixture_growth import MixtureGrowth as MixtureGrowth
+from lightning_peft_plugins.growth.stage_sharing import StageSharing as StageSharing
 from lightning_peft_plugins.regularizers.pskd import PSKD as PSKD
 from lightning_peft_plugins.regularizers.weight_compander import WeightCompander as WeightCompander
 from lightning_peft_plugins.sparsity.nm_sparsity import NMSparsity as NMSparsity

@@ -131,7 +131,7 @@ class Method(Callback):
         """
         return None
 
-    def structure_changed(self, change: Change) -> None:
+    def structure_changed(self, module: LightningModule, change: Change) -> None:
         """Learn what was edited, to carry over what is kept by name; :meth:`attach` was called again before, if wanted."""
 
     def lr_factor(self) -> float:
@@ -152,7 +152,10 @@ class Method(Callback):
         """Act after a training epoch, on every rank."""
 
     def adapt_start(self, run: Run) -> None:
-        """Prepare for an evaluation on its own; a checkpoint it loads is already in place."""
+        """Prepare for an evaluation on its own; a checkpoint it loads is already in place.
+
+        Called for methods of lane ``STRUCTURE``, and for all when one of lane ``ADAPT`` is among them.
+        """
 
     def adapt(self, call: Call) -> Any:
         """Answer a call of the network during such an evaluation; only methods of lane ``ADAPT`` are asked.

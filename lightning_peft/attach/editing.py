@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 from lightning_peft.attach import averaging
 from lightning_peft.method import Method
 from lightning_peft.strategies.support import rewrap
-from lightning_peft.structure import carry, journal, width_state
+from lightning_peft.structure import carry, journal
 from lightning_peft.structure.edits import Change, Edit, Growth
 from lightning_peft.structure.optimizers import place_parameters
 from lightning_peft.structure.schedulers import FreshSchedule
+from lightning_peft.structure.width_state import carry_optimizer_state
 from lightning_peft.weights.maps import mapped_tensors, plain_tensors, plain_values, set_plain_values
 
 
@@ -48,11 +49,14 @@ def edit_training(
     before = {} if growth.operator is None else plain_values(module)
     old = plain_tensors(module)
     taken = averaging.averages(trainer)
+    states = _resized_states(trainer.optimizers, old, growth)
     change = journal.edit(module, growth.edit)
     if growth.operator is not None:
         set_plain_values(module, growth.operator(before, growth.edit, generator(growth.edit)))
     for parameter in module.parameters():
         parameter.grad = None  # of shapes, and in DDP in buckets, that are gone
+    for state, resized in states:
+        state.update(resized)
     _carry_optimizers(trainer, module, change, growth, old)
     if growth.restart_schedulers:
         for schedule in schedules:
@@ -64,10 +68,10 @@ def edit_training(
         copies = {name: plain[source] for name in plain_tensors(module) if (source := change.source(name)) is not None}
         return copies | ({} if growth.operator is None else dict(growth.operator(plain, growth.edit, generator(growth.edit))))
 
-    averaging.carry(taken, trainer, module, change, values)
-    rewrap(trainer)
     for method in methods:
-        method.structure_changed(change)
+        method.structure_changed(module, change)
+    averaging.carry(taken, trainer, module, change, values)  # copies what methods have just put on the module
+    rewrap(trainer)
     rank_zero_info(describe(module, growth.edit))
     return change
 
@@ -85,8 +89,6 @@ def _carry_optimizers(
     carry.join(optimizers, [config.scheduler for config in trainer.lr_scheduler_configs], pairs)
     if growth.optimizer_state == "reset":
         carry.reset_states([optimizer for optimizer in optimizers if _touches(optimizer, pairs, change, module)])
-    elif change.edit["op"] == "resize":  # growth.optimizer_state is "copy" or "pad"
-        _resize_states(optimizers, module, change.edit, growth.optimizer_state)
     elif growth.optimizer_state == "copy":
         carry.copy_states(optimizers, pairs, restart_steps=growth.restart_steps)
 
@@ -115,12 +117,20 @@ def _touches(
     return any(id(parameter) in changed for group in optimizer.param_groups for parameter in group["params"])
 
 
-def _resize_states(optimizers: Sequence[Optimizer], module: LightningModule, edit: Edit, rule: Literal["copy", "pad"]) -> None:
-    tensors = plain_tensors(module)
-    for name in edit["tensors"]:
+def _resized_states(
+    optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor], growth: Growth
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Optimizer states with what they become when the module is resized; made first, because not every state can follow."""
+    if growth.edit.get("op") != "resize" or growth.optimizer_state == "reset":
+        return []
+    found = []
+    for name in growth.edit["tensors"]:
         for optimizer in optimizers:
             if (state := optimizer.state.get(tensors[name])) is not None:
-                width_state.carry_optimizer_state(state, edit, name, rule)
+                resized = dict(state)
+                carry_optimizer_state(resized, growth.edit, name, growth.optimizer_state)
+                found.append((state, resized))
+    return found
 
 
 def follow(trainer: Trainer, module: LightningModule, methods: Sequence[Method], old: set[int]) -> None:
@@ -148,4 +158,5 @@ def describe(module: nn.Module, edit: Edit) -> str:
     size = sum(parameter.numel() for parameter in module.parameters()) / 1e6
     if edit["op"] == "blocks":
         return f"lightning_peft: {edit['path']} {edit['from']} -> {len(edit['sources'])} blocks, now {size:.2f} M parameters"
-    return f"lightning_peft: {edit['path'] or type(module).__name__} resized, now {size:.2f} M parameters"
+    axes = ", ".join(f"{axis} {old} -> {new}" for axis, (old, new) in edit["axes"].items() if old != new)
+    return f"lightning_peft: {edit['path'] or type(module).__name__} {axes}, now {size:.2f} M parameters"

@@ -319,13 +319,16 @@ class Hub:
     # Evaluation on its own; the validation within a fit shows the module as it is.
 
     def start_evaluation(self) -> None:
-        """Start every method that adapts."""
-        if self._evaluation is not None and not self.run.started:
-            self.run.started = True
-            # What a method keeps must not be made in the loop's inference mode, or it could never be changed in place.
-            with torch.inference_mode(False), torch.no_grad():
-                for method in self.methods:
+        """Start every method that adapts, or changes what the network is."""
+        if self.run.started or self._fitting:
+            return
+        self.run.started = True
+        # What a method keeps must not be made in the loop's inference mode, or it could never be changed in place.
+        with torch.inference_mode(False), torch.no_grad():
+            for method in self.methods:
+                if self._evaluation is not None or method.lane == Lane.STRUCTURE:
                     method.adapt_start(self.run)
+        if self._evaluation is not None:
             self._evaluation.active = True
 
     def begin_evaluation_batch(self, batch_idx: int, dataloader_idx: int) -> None:

@@ -65,7 +65,7 @@ class CheckpointHooks:
         """
         section = files.read(checkpoint)
         self._restructure(checkpoint, section)
-        tensors = list(mapped_tensors(self._module))
+        tensors = list(mapped_tensors(self._module, every_name=True))
         files.check_tensors(checkpoint["state_dict"], self._module)
         if section is None or files.difference(section, tensors):
             self._adopt(checkpoint, section)
@@ -89,12 +89,12 @@ class CheckpointHooks:
         """Give methods the state they saved; Lightning restores callbacks for a fit only."""
         saved = checkpoint.get("callbacks") or {}
         for method in self._methods:
-            if method.lane == Lane.REPORT and method.state_key in saved:
+            if method.lane in (Lane.STRUCTURE, Lane.REPORT) and method.state_key in saved:
                 method.load_state_dict(saved[method.state_key])
 
     def _adopt(self, checkpoint: dict[str, Any], section: dict[str, Any] | None) -> None:
         """Load weights that were trained under other maps: allowed for evaluation, not for resuming an optimizer."""
-        tensors = list(mapped_tensors(self._module))
+        tensors = list(mapped_tensors(self._module, every_name=True))
         if self._fitting and (tensors or section) and checkpoint.get("optimizer_states"):
             reason = files.difference(section or {"weights": {}}, tensors)
             if reason is not None:

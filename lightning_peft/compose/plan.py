@@ -116,13 +116,18 @@ def _check_ties(methods: Iterable[Method], claims: dict[str, list[str]], module:
     for method in methods:
         claimed = set(claims[method.name])
         for tensor in claims[method.name]:
-            others = [name for name in aliases.get(tensor, ()) if name != tensor]
+            others = [name for name in aliases.get(tensor, ()) if _layer(module, name) is not _layer(module, tensor)]
             if others:
                 raise MisconfigurationException(
                     f"{method.name} targets {tensor}, which is the same parameter as {', '.join(others)}"
                     f"{'' if claimed.isdisjoint(others) else ' (also targeted)'}: mapping one view would change the other. "
                     f"Leave it out with exclude=[{tensor.rpartition('.')[0]!r}], or untie the layers."
                 )
+
+
+def _layer(module: nn.Module, tensor: str) -> nn.Module:
+    """The layer that owns a tensor; one that stands in several places is one layer, which sees one value everywhere."""
+    return module.get_submodule(tensor.rpartition(".")[0])
 
 
 def plan(module: nn.Module, callbacks: Iterable[object]) -> Plan:

@@ -24,9 +24,8 @@ MapRecord = dict[str, Any]
 
 def describe(module: nn.Module, methods: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Describe a module under weight maps as plain data for ``checkpoint["lightning_peft"]``."""
-    return section(
-        {mapped.name: [weight_map.record() for weight_map in mapped.maps] for mapped in mapped_tensors(module)}, methods
-    )
+    tensors = mapped_tensors(module, every_name=True)
+    return section({mapped.name: [weight_map.record() for weight_map in mapped.maps] for mapped in tensors}, methods)
 
 
 def section(weights: Mapping[str, list[MapRecord]], methods: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -162,7 +161,7 @@ def mount_state_dict(state: MutableMapping[str, Tensor], module: nn.Module) -> N
 
     Values go through the ``right_inverse`` of their maps, which keep their present parameters.
     """
-    for mapped in mapped_tensors(module):
+    for mapped in mapped_tensors(module, every_name=True):
         if mapped.name not in state:
             continue
         value = state.pop(mapped.name)

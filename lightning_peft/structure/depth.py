@@ -1,7 +1,9 @@
 """Depth edits: which blocks a list of equal blocks holds.
 
 The new list is written as the old position of every block: ``[0, 1, 0, 1]`` stacks two blocks, ``[0, 0, 1, 1]`` interpolates,
-``[0]`` drops the second. The first block that names an old position is that block itself, later ones are copies.
+``[0]`` drops the second. The first block that names an old position is that block itself, later ones are copies, unless the
+edit is ``"shared"``: then every one of them is the block itself, with one set of tensors. A later edit that is not shared gives
+each position a block of its own again.
 """
 
 from __future__ import annotations
@@ -48,8 +50,25 @@ def signature(block: nn.Module) -> str:
     return f"{cls.__name__}:{zlib.crc32(shapes.encode()):08x}"
 
 
+def ties(blocks: Blocks) -> list[int]:
+    """Return, for every position, the first one that holds the same block.
+
+    Example:
+        >>> block = nn.Linear(2, 2)
+        >>> ties(nn.Sequential(nn.Linear(2, 2), block, block))
+        [0, 1, 1]
+    """
+    first: dict[int, int] = {}
+    return [first.setdefault(id(block), place) for place, block in enumerate(blocks)]
+
+
 def blocks_edit(
-    module: nn.Module, path: str, sources: Sequence[int], *, rates: Mapping[str, Sequence[float]] | None = None
+    module: nn.Module,
+    path: str,
+    sources: Sequence[int],
+    *,
+    rates: Mapping[str, Sequence[float]] | None = None,
+    shared: bool = False,
 ) -> dict[str, Any]:
     """Describe a new list of blocks.
 
@@ -59,11 +78,13 @@ def blocks_edit(
         sources: Old position of every new block.
         rates: Stochastic-depth rates of the new blocks, by the name of the layer in the block; by default the line of the old
             ones is drawn through the new ones.
+        shared: Whether positions with one source hold one block.
 
     Returns:
         The edit, plain data.
     """
     blocks = blocks_at(module, path)
+    kin = ties(blocks)
     old_rates = settings.drop_rates(list(blocks))
     if rates is None:
         rates = {name: settings.redrawn(values, len(sources)) or [] for name, values in old_rates.items()}
@@ -71,10 +92,12 @@ def blocks_edit(
         "op": "blocks",
         "path": path,
         "from": len(blocks),
-        "sources": [int(source) for source in sources],
+        "sources": [kin[source] for source in sources],
         "block": sorted({signature(block) for block in blocks}),
         "rates": {name: [float(rate) for rate in values] for name, values in rates.items() if len(values)},
         "old_rates": old_rates,
+        **({"shared": True} if shared else {}),
+        **({"tied": kin} if kin != list(range(len(kin))) else {}),
     }
 
 
@@ -97,6 +120,11 @@ def check_blocks(module: nn.Module, edit: Mapping[str, Any]) -> None:
             f"A change of {path} was made on {count} blocks of {_kinds(kinds)}; this {type(module).__name__} has {len(blocks)} "
             f"of {_kinds(now)}. Build the model with the arguments it was trained with, from the same version of its class."
         )
+    if edit.get("tied", list(range(count))) != ties(blocks):
+        raise CheckpointError(
+            f"A change of {path} was made on a list in which other blocks are the same one: {edit.get('tied')} against "
+            f"{ties(blocks)}. The record is damaged, or the model's class shares blocks and did not then."
+        )
 
 
 def _kinds(kinds: Sequence[str]) -> str:
@@ -112,8 +140,8 @@ def set_blocks(module: nn.Module, edit: Mapping[str, Any]) -> tuple[dict[str, st
     """
     path, sources = edit["path"], edit["sources"]
     blocks = blocks_at(module, path)
-    old = list(blocks)
-    first = {source: place for place, source in reversed(list(enumerate(sources)))}
+    old, kin = list(blocks), ties(blocks)
+    first = _first_places(sources)
     masked = not edit.get("follow")
     new = [
         old[source] if first[source] == place or edit.get("shared") else copied(old[source], masked=masked)
@@ -121,24 +149,29 @@ def set_blocks(module: nn.Module, edit: Mapping[str, Any]) -> tuple[dict[str, st
     ]
     _fill(blocks, new)
     settings.settle(module, path, sources, edit["from"], edit["rates"])
-    renamed = {f"{path}.{source}": f"{path}.{place}" for source, place in first.items() if source != place}
+    moved = {place: first[source] for place, source in enumerate(kin) if source in first}
+    renamed = {f"{path}.{place}": f"{path}.{now}" for place, now in moved.items() if place != now}
     copies = {f"{path}.{place}": f"{path}.{source}" for place, source in enumerate(sources) if first[source] != place}
-    removed = {f"{path}.{place}": block for place, block in enumerate(old) if place not in first}
+    removed = {f"{path}.{place}": block for place, block in enumerate(old) if place not in moved}
     return renamed, {} if edit.get("shared") else copies, removed
+
+
+def _first_places(sources: Sequence[int]) -> dict[int, int]:
+    return {source: place for place, source in reversed(list(enumerate(sources)))}
 
 
 def undo_blocks(module: nn.Module, edit: Mapping[str, Any], removed: Mapping[str, nn.Module]) -> None:
     """Put the old list back; removed blocks that are not at hand become copies."""
     path, sources = edit["path"], edit["sources"]
     blocks = blocks_at(module, path)
-    now = list(blocks)
-    first = {source: place for place, source in reversed(list(enumerate(sources)))}
-    back = [first.get(place, 0) for place in range(edit["from"])]
-    old = [
-        now[first[place]] if place in first else removed.get(f"{path}.{place}") or copied(now[0], masked=False)
-        for place in range(edit["from"])
-    ]
-    _fill(blocks, old)
+    now, first = list(blocks), _first_places(sources)
+    kin = edit.get("tied", list(range(edit["from"])))
+    back = [first.get(place, 0) for place in kin]
+    old = {
+        place: now[first[place]] if place in first else removed.get(f"{path}.{place}") or copied(now[0], masked=False)
+        for place in set(kin)
+    }
+    _fill(blocks, [old[place] for place in kin])
     settings.settle(module, path, back, len(sources), edit["old_rates"])
 
 

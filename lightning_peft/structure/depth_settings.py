@@ -81,9 +81,12 @@ def settle(module: nn.Module, path: str, sources: Sequence[int], before: int, ra
         before: Length of the old list.
         rates: Stochastic-depth rates, by the name of the layer in the block.
     """
-    blocks = list(module.get_submodule(path).children())
-    for place, (block, source) in enumerate(zip(module.get_submodule(path)._modules.values(), sources, strict=True)):
-        _number(block, source, place)
+    blocks: list[nn.Module] = list(module.get_submodule(path)._modules.values())  # type: ignore[arg-type]
+    numbered: set[int] = set()
+    for place, (block, source) in enumerate(zip(blocks, sources, strict=True)):
+        if id(block) not in numbered:  # a block that stands in several places keeps the number of the first
+            _number(block, source, place)
+            numbered.add(id(block))
     for name, values in rates.items():
         _set_rates(blocks, name, values)
     owners = list(_ancestors(module, path))
@@ -102,8 +105,8 @@ def _ancestors(module: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
         yield module.get_submodule(".".join(parts[:length])), ".".join(parts[length:])
 
 
-def _number(block: nn.Module | None, source: int, place: int) -> None:
-    for layer in block.modules() if block is not None else ():
+def _number(block: nn.Module, source: int, place: int) -> None:
+    for layer in block.modules():
         for attribute in _INDICES:
             if vars(layer).get(attribute) == source and source != place:
                 setattr(layer, attribute, place)

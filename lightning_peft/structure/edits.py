@@ -6,7 +6,7 @@ applied live and from the checkpoint when it is replayed, so both lead to the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -19,7 +19,7 @@ from lightning_peft.structure.errors import CheckpointError
 Edit: TypeAlias = dict[str, Any]
 """``{"op": "blocks" | "resize", "path": ..., ...}``: strings, numbers, lists and dicts only.
 
-With ``"follow": True`` the other methods act on new layers too.
+With ``"follow": True`` the other methods act on new layers too; with ``"shared": True`` blocks of one source are one block.
 """
 
 Operator: TypeAlias = Callable[[Mapping[str, Tensor], Edit, torch.Generator], Mapping[str, Tensor]]
@@ -52,7 +52,7 @@ class Change:
 
     Attributes:
         edit: The edit.
-        renamed: Old prefix of a moved block to its new prefix.
+        renamed: Old prefix of a moved block to its new prefix, for each of the prefixes it had.
         copied: Prefix of a new block to the old prefix of the block it was copied from.
         removed: Blocks that left the list, by old prefix; they keep their tensors, so that the edit can be undone.
     """
@@ -120,6 +120,37 @@ def apply(module: nn.Module, edit: Edit) -> Change:
         width.resize(module, edit)
         return Change(edit)
     return Change(edit, *depth.set_blocks(module, edit))
+
+
+def adopt(module: nn.Module, journal: Sequence[Edit]) -> list[Change]:
+    """Take a module that its class built with the structure a journal leads to as one that went through it.
+
+    It gets the numbers its class cannot know: LEMON scales the epsilon of norms, and copies of blocks inherit that.
+    """
+    numbers: dict[tuple[str, str], list[float]] = {}
+    for edit in journal:
+        if edit["op"] == "blocks":
+            numbers = {(path, key): pair for (old, key), pair in numbers.items() for path in _places(edit, old)}
+            continue
+        for path, changes in edit["attributes"].items():
+            for key, (old, new) in changes.items():
+                if isinstance(new, float):
+                    numbers[path, key] = [numbers.get((path, key), [old])[0], new]
+    for (path, key), (old, new) in numbers.items():
+        layer = module.get_submodule(path)
+        if getattr(layer, key, None) == old:
+            setattr(layer, key, new)
+    return [Change(edit) for edit in journal]
+
+
+def _places(edit: Edit, path: str) -> list[str]:
+    """Where the layers are, after an edit of blocks, that were one layer before."""
+    prefix, rest = split_block(edit, f"{path}.")
+    if rest is None and not prefix:
+        return [path]
+    index = prefix.removeprefix(f"{edit['path']}.")
+    tail = path.removeprefix(prefix)
+    return [f"{edit['path']}.{place}{tail}" for place, source in enumerate(edit["sources"]) if str(source) == index]
 
 
 def undo(module: nn.Module, change: Change) -> None:

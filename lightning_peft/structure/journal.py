@@ -93,7 +93,7 @@ def replay(module: nn.Module, journal: Sequence[Edit], state: Mapping[str, Any])
     if len(own) == len(journal) == common:
         return False
     if not own and journal and _has_structure(module, journal, state):
-        _JOURNALS[module] = [Change(what) for what in journal]
+        _JOURNALS[module] = edits.adopt(module, journal)
         return False
     if len(own) > common:
         _rehearse(module, common, journal)

@@ -64,7 +64,7 @@ def width_edit(network: nn.Module, prefix: str, width_map: WidthMap, to: Mapping
     for path, layer, kind in _declared(network, width_map):
         if isinstance(kind, Layer) and kind.input:
             edit["inputs"][_join(prefix, path)] = kind.input
-        elif isinstance(kind, Norm) and own_parameters(layer):
+        elif isinstance(kind, Norm) and (own_parameters(layer) or hasattr(layer, "normalized_shape")):
             edit["norms"][_join(prefix, path)] = _norm(layer, kind)
     if {getattr(vars(network).get("config"), width_map.eps_config, None)} == {
         n["eps"][1] for n in edit["norms"].values() if "eps" in n

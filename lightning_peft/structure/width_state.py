@@ -32,7 +32,7 @@ def carry_state(state: Tensor, entry: Mapping[str, Any], axes: Axes, rule: Rule,
 
     Example:
         >>> entry = {"dims": ["width", "3"], "from": [2, 3], "to": [4, 3]}
-        >>> carry_state(torch.tensor([[1.0], [2.0]]), entry, {"width": [2, 4]}, "copy").flatten()
+        >>> carry_state(Tensor([[1.0], [2.0]]), entry, {"width": [2, 4]}, "copy").flatten()
         tensor([1., 2., 1., 2.])
     """
     old, dims = entry["from"], list(entry["dims"])
@@ -67,4 +67,10 @@ def carry_optimizer_state(state: MutableMapping[str, Any], edit: Mapping[str, An
         MisconfigurationException: A state has a shape that is not known (see :func:`carry_state`).
     """
     entry, axes = edit["tensors"][name], edit["axes"]
+    for key, value in state.items():
+        if isinstance(value, (list, tuple, dict)) and value:
+            raise MisconfigurationException(
+                f"The optimizer keeps a {type(value).__name__} {key!r} for {name}, which cannot be carried over a change of "
+                'width. Use optimizer_state="reset".'
+            )
     state.update({key: carry_state(value, entry, axes, rule, key) for key, value in state.items() if isinstance(value, Tensor)})

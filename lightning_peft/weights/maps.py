@@ -109,9 +109,15 @@ class MappedTensor:
         return value.detach()
 
 
-def mapped_tensors(module: nn.Module) -> Iterator[MappedTensor]:
-    """Yield every tensor of a module that carries weight maps, in module order."""
-    for prefix, layer in module.named_modules():
+def mapped_tensors(module: nn.Module, *, every_name: bool = False) -> Iterator[MappedTensor]:
+    """Yield every tensor of a module that carries weight maps, in module order.
+
+    Args:
+        module: The module.
+        every_name: Yield what stands in several places of the module (one layer used twice) under each of its names, as a
+            state dict does; by default it comes once, under the first.
+    """
+    for prefix, layer in module.named_modules(remove_duplicate=not every_name):
         if not parametrize.is_parametrized(layer):
             continue
         for attribute, chain in layer.parametrizations.items():
@@ -130,7 +136,7 @@ def plain_tensors(module: nn.Module) -> dict[str, Tensor]:
     """
     state: dict[str, Tensor] = module.state_dict(keep_vars=True)
     tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-    for mapped in mapped_tensors(module):
+    for mapped in mapped_tensors(module, every_name=True):
         path, attribute = split_name(mapped.name)
         prefix = f"{path}.parametrizations.{attribute}." if path else f"parametrizations.{attribute}."
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
@@ -141,7 +147,7 @@ def plain_tensors(module: nn.Module) -> dict[str, Tensor]:
 def plain_values(module: nn.Module) -> dict[str, Tensor]:
     """The same names, with the value that enters the masks: what an ordinary module would hold, still dense."""
     values = {name: tensor.detach() for name, tensor in plain_tensors(module).items()}
-    return values | {mapped.name: mapped.unmasked() for mapped in mapped_tensors(module)}
+    return values | {mapped.name: mapped.unmasked() for mapped in mapped_tensors(module, every_name=True)}
 
 
 @torch.no_grad()
@@ -152,7 +158,7 @@ def set_plain_values(module: nn.Module, values: Mapping[str, Tensor]) -> None:
         MisconfigurationException: A map below the masks cannot be inverted.
     """
     tensors = plain_tensors(module)
-    mapped = {entry.name: entry for entry in mapped_tensors(module)}
+    mapped = {entry.name: entry for entry in mapped_tensors(module, every_name=True)}
     for name, value in values.items():
         for weight_map in reversed(mapped[name].maps if name in mapped else []):
             if weight_map.lane >= Lane.MASK:

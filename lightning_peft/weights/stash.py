@@ -31,14 +31,16 @@ _STASHES: weakref.WeakKeyDictionary[nn.Module, dict[str, StashedTensor]] = weakr
 
 def fill(module: nn.Module) -> None:
     """Remember the stored values of a module; call before its maps are taken off."""
-    stash = {
-        mapped.name: StashedTensor(
-            mapped.stored.detach().clone(),
-            [weight_map.record() for weight_map in mapped.maps],
-            [{k: v.detach().clone() for k, v in weight_map.state_dict().items()} for weight_map in mapped.maps],
-        )
-        for mapped in mapped_tensors(module)
-    }
+    stash: dict[str, StashedTensor] = {}
+    places: dict[int, StashedTensor] = {}  # a layer that stands in several places is kept once
+    for mapped in mapped_tensors(module, every_name=True):
+        if id(mapped.chain) not in places:
+            places[id(mapped.chain)] = StashedTensor(
+                mapped.stored.detach().clone(),
+                [weight_map.record() for weight_map in mapped.maps],
+                [{k: v.detach().clone() for k, v in weight_map.state_dict().items()} for weight_map in mapped.maps],
+            )
+        stash[mapped.name] = places[id(mapped.chain)]
     if stash:
         _STASHES[module] = stash
     else:

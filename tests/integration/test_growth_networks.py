@@ -1,4 +1,4 @@
-"""Growth of real architectures: the grown network is the one its class builds at that depth, and some operators change nothing."""
+"""Growth of real architectures: grown is what the class builds at that depth, and some operators change nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_peft.structure import edits
 from lightning_peft.structure.depth import blocks_edit
 from lightning_peft.weights.maps import plain_values, set_plain_values
 from lightning_peft_plugins.growth.block_lists import block_lists, check_equal, find_blocks
-from lightning_peft_plugins.growth.depth_operators import DEPTH_OPERATORS
+from lightning_peft_plugins.growth.operators import OPERATORS
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
 
@@ -64,12 +64,12 @@ def outputs(network: nn.Module) -> Tensor:
 
 def deepen(network: nn.Module, path: str, operator: str, to: int) -> edits.Change:
     blocks = list(network.get_submodule(path).children())
-    chosen = DEPTH_OPERATORS[operator]
+    chosen = OPERATORS[operator]
     edit = blocks_edit(network, path, chosen.sources(len(blocks), to)) | chosen.settings(blocks[0], [])
     before = plain_values(network)
     change = edits.apply(network, edit)
-    if chosen.values is not None:
-        set_plain_values(network, chosen.values(before, edit, torch.Generator()))
+    if chosen.blocks is not None:
+        set_plain_values(network, chosen.blocks(before, edit, torch.Generator()))
     return change
 
 

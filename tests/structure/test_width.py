@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
+from width_toys import LAYERS, NET, Net, edit_of
 
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.structure.errors import CheckpointError
@@ -13,7 +14,6 @@ from lightning_peft.structure.width import check_resize, resize, undo_resize
 from lightning_peft.structure.width_edit import width_edit
 from lightning_peft.structure.width_map import Layer, Norm, WidthMap
 from lightning_peft.weights.maps import WeightMap, attach_map, plain_tensors
-from width_toys import LAYERS, NET, Net, edit_of
 
 
 class Holder(nn.Module):

@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from width_toys import LAYERS, NET, Net, edit_of
 
 from lightning_peft.structure.width import resize
 from lightning_peft.structure.width_edit import width_edit
 from lightning_peft.structure.width_map import WidthMap
 from lightning_peft.structure.width_state import carry_optimizer_state, carry_state
-from width_toys import LAYERS, NET, Net, edit_of
 
 
 def grown(optimizer, net, to, rule):

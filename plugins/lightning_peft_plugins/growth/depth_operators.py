@@ -5,15 +5,12 @@ An operator is written as the old position of every block of the grown list; the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
-
-from lightning_peft_plugins.growth.block_lists import residual_writers
+from torch import Tensor
 
 Edit = dict[str, Any]
 
@@ -87,41 +84,13 @@ def zeroed(values: Mapping[str, Tensor], edit: Edit, generator: torch.Generator)
     }
 
 
-@dataclass(frozen=True)
-class DepthOperator:
-    """A way to deepen a network.
-
-    Attributes:
-        sources: ``(blocks now, blocks then)`` to the old position of every block.
-        zeroes: Whether new blocks begin as the identity.
-        optimizer_state: What the official code does with the optimizer.
-        restart_steps: Whether it counts Adam's steps from 0 again.
-        lr: What it does with the learning rate, in a word.
-    """
-
-    sources: Callable[[int, int], list[int]]
-    zeroes: bool = False
-    optimizer_state: str = "reset"
-    restart_steps: bool = False
-    lr: str = "continue"
-
-    def settings(self, block: nn.Module, outputs: list[str]) -> dict[str, Any]:
-        """What an edit must say for :func:`zeroed`."""
-        return {"zeroed": residual_writers(block, outputs)} if self.zeroes else {}
-
-    @property
-    def values(self) -> Callable[..., dict[str, Tensor]] | None:
-        """What gives new blocks other values than those of their source."""
-        return zeroed if self.zeroes else None
-
-
-DEPTH_OPERATORS = {
-    "stack": DepthOperator(stacked, lr="rewarm:1%"),
-    "interpolate": DepthOperator(interpolated, lr="rewarm:1%"),
-    "last-k": DepthOperator(last_repeated, optimizer_state="pad"),
-    "zero": DepthOperator(stacked, zeroes=True, optimizer_state="pad"),
-    "stackedbert": DepthOperator(stacked, optimizer_state="copy", restart_steps=True),
-    "net2net": DepthOperator(stacked, zeroes=True),
-    "aki": DepthOperator(last_repeated),
-    "lemon": DepthOperator(paired, zeroes=True),
-}
+def drawn(values: Mapping[str, Tensor], edit: Edit, generator: torch.Generator) -> dict[str, Tensor]:
+    """New blocks from N(0, 0.02), norms and biases as in their source: what MSG's mask then lets in by and by."""
+    found = {}
+    for place in new_places(edit["sources"]):
+        source = f"{edit['path']}.{edit['sources'][place]}."
+        for name, value in values.items():
+            if name.startswith(source) and value.ndim > 1:
+                noise = torch.randn(value.shape, generator=generator) * 0.02
+                found[f"{edit['path']}.{place}.{name.removeprefix(source)}"] = noise.to(value)
+    return found

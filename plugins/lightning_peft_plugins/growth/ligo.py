@@ -3,8 +3,8 @@
 arXiv 2303.00980. A new weight is ``sum_i w[l, i] B_out W_i B_in^T`` over the old layers ``i``: one matrix ``B`` for each axis,
 shared by all that reads or writes it (the official code has one each for queries, keys and values, here they share one), and
 one row of depth coefficients for each new layer and kind of tensor. In the official parametrisation old units stay, ``B = [I;
-extra]``. No target preserves the function: LiGO's grown network is the start of a short training of the matrices, which is not
-here.
+extra]``. No target preserves the function: LiGO's grown network is the start of a short training of the matrices, which is in
+``ligo_training``.
 """
 
 from __future__ import annotations

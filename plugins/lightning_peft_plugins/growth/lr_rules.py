@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_peft.compose.run import Run
 from lightning_peft.compose.schedule import Point, parse_point
 
 
@@ -22,6 +23,25 @@ class LRRule:
     restart: bool = False
     length: Point | None = None
     peak: float = 1.0
+
+    def warmup(self, run: Run) -> int:
+        """Return the optimizer steps of the warm-up in a training; 0 for none."""
+        return 0 if self.length is None else max(1, self.length.resolve(run.total_steps, run.steps_per_epoch))
+
+    def factor(self, since: int | None, steps: int, warmup: int) -> float:
+        """Return what the scheduled rate of the next step is multiplied with.
+
+        Args:
+            since: Step at which the network grew; ``None`` before.
+            steps: Steps done.
+            warmup: From :meth:`warmup`.
+
+        Example:
+            >>> rule = parse_lr_rule("rewarm:4@0.5")
+            >>> [rule.factor(10, steps, 4) for steps in (10, 11, 13, 99)], rule.factor(None, 5, 4)
+            ([0.125, 0.25, 0.5, 0.5], 1.0)
+        """
+        return 1.0 if since is None or warmup == 0 else self.peak * min(1.0, (steps - since + 1) / warmup)
 
 
 def parse_lr_rule(spec: str) -> LRRule:

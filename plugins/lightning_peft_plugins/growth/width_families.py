@@ -199,6 +199,6 @@ def find_width_map(network: nn.Module) -> WidthMap:
                 ) from error
     raise MisconfigurationException(
         f"How a {type(network).__name__} gets wider is not known; only {', '.join(FAMILIES)} are. Give "
-        "width_map=WidthMap(sizes=..., layers=...) from lightning_peft.structure.width_map, in which every layer says which axes "
-        "it reads and writes."
+        "width_map=WidthMap(sizes=..., layers=...) from lightning_peft.structure.width_map, in which every layer says which "
+        "axes it reads and writes."
     )

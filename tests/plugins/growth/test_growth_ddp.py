@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from growth_toys import Deep, grow, values
+from growth_toys import grow, values
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
@@ -15,7 +14,7 @@ from lightning_peft import LayerGrowth
 from lightning_peft.structure.journal import journal_of
 from lightning_peft.testing import run_ddp
 from lightning_peft.testing.callbacks import every_epoch
-from lightning_peft.testing.modules import loader, trainer
+from lightning_peft.testing.modules import trainer
 from lightning_peft.testing.trace import difference
 
 HERE = str(Path(__file__))
@@ -64,26 +63,3 @@ def test_sharded_strategies_are_refused_with_the_reason() -> None:
         MisconfigurationException, match=r"layer_growth does not work under the fsdp strategy.*shards.*ddp, single"
     ):
         check_strategy(runner, [LayerGrowth(start=2)])
-
-
-def test_gradients_of_all_ranks_reach_new_blocks(tmp_path: Path) -> None:
-    """Two ranks of batch 4 are one process of batch 8, before and after growth."""
-    assert tmp_path.is_dir()
-    ranks = run_ddp(f"{HERE}:train_sgd", {})
-    torch.manual_seed(0)
-    alone = grow([LayerGrowth("stack", at="step:2", start=2)], module=Deep("sgd"), data=loader(32, 8), max_epochs=1)
-    for name, value in alone.module.state_dict().items():
-        assert torch.allclose(value, ranks[0][name], atol=1e-5), name
-
-
-def train_sgd() -> dict[str, Any]:
-    torch.manual_seed(0)
-    run = grow(
-        [LayerGrowth("stack", at="step:2", start=2)],
-        module=Deep("sgd"),
-        data=loader(32, 4),
-        max_epochs=1,
-        devices=2,
-        strategy="adaptive_ddp",
-    )
-    return values(run.module)

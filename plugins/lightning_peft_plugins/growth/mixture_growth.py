@@ -1,0 +1,252 @@
+"""Two networks of half the width, fused into one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_peft.attach.network import resolve_network
+from lightning_peft.attach.targets import TargetSpec
+from lightning_peft.compose.lanes import Lane, Resource
+from lightning_peft.compose.run import Run
+from lightning_peft.method import Method, methods_of
+from lightning_peft.weights.maps import MappedTensor, WeightMap, mapped_tensors
+from lightning_peft_plugins.growth.halves import head_layers, inner_layers
+from lightning_peft_plugins.growth.lr_rules import parse_lr_rule
+from lightning_peft_plugins.growth.mixture import CROSS_RULES, cross_coefficients, mix_templates, of_its_member, own_shares
+from lightning_peft_plugins.growth.moments import Moment
+
+
+class MixtureMap(WeightMap):
+    """The weight of a layer, combined from the four templates it stores by :func:`mix_templates`.
+
+    A plain weight that comes in is stored as it is, with coefficients that give it back bit for bit.
+
+    Attributes:
+        fused: Whether the coefficients of blocks off the diagonal are trained too; before, they are zero and stay so.
+    """
+
+    kind = "mixture"
+    lane = Lane.REPARAM
+    optimizer_overrides = {"weight_decay": 0.0}
+    coefficients: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coefficients = nn.Parameter(_plain())
+        self.fused = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether the stored tensor is the weight itself: nothing was split into members yet."""
+        return torch.equal(self.coefficients, _plain().to(self.coefficients))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        shares = self.coefficients
+        if not self.fused:
+            shares = torch.where(own_shares(shares), shares, shares.detach())
+        return mix_templates(weight, shares.to(weight.dtype))
+
+    @torch.no_grad()
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Take a plain weight."""
+        self.coefficients.data = _plain().to(weight.device, self.coefficients.dtype)
+        return weight
+
+
+def _plain() -> Tensor:
+    return torch.eye(2).repeat(2, 1, 1)
+
+
+class MixtureGrowth(Method):
+    """Trains two members of half the width in one network, then fuses them by combining their weights anew.
+
+    Before the fusion the weight of every layer between the first and the last is block-diagonal, a block a member, so that the
+    network is two networks side by side. In training each sample of a batch is answered by one member alone, in turns, which
+    makes the module's own loss the mean of the two members' own losses. At the fusion the blocks off the diagonal become new
+    linear combinations of the members' templates, and all is trained as one network. Its weights end as ordinary ones.
+
+    Args:
+        at: When to fuse: ``"step:5000"``, ``"epoch:2"``, ``"30%"``, ``"tokens:1e9"`` or ``"plateau"``.
+        coefficients: Of the new blocks: ``"orthogonal"`` to those the member was trained with, ``"copy"`` of them with noise,
+            ``"zero"`` (the network computes what it did) or ``"random"``.
+        noise: Length of the orthogonal vector or of the noise; largest random coefficient.
+        lr: ``"continue"`` or ``"rewarm:<length>@<peak>"``, from the fusion on; see ``LayerGrowth``.
+        stem: Layers that read the network's input; the first one when not given.
+        head: Layers that write the network's output; found when not given.
+        monitor: Metric that ``"plateau"`` watches, by default the first logged one with "val" and "loss" in its name.
+        patience: Looks at it without progress that make a plateau.
+        min_delta: Relative fall that counts as progress.
+        seed: Seed of the coefficients.
+        network: Qualified name of the network when the module has several candidates.
+        name: Name in logs and checkpoints.
+
+    Raises:
+        MisconfigurationException: A layer computes its two halves from one another, or cannot be halved.
+
+    Example:
+        >>> MixtureGrowth(at="epoch:400")
+        MixtureGrowth(at='epoch:400', coefficients='orthogonal', noise=1.0, ...)
+    """
+
+    lane = Lane.REPARAM
+    writes = frozenset({Resource.WEIGHT_MAP})
+    weight_maps = (MixtureMap,)
+    paper = "Pham et al., MixtureGrowth: Growing Neural Networks by Recombining Learned Parameters, WACV 2024, arXiv 2311.04251"
+
+    def __init__(
+        self,
+        at: str | float = "90%",
+        coefficients: str = "orthogonal",
+        noise: float = 1.0,
+        *,
+        lr: str = "continue",
+        stem: TargetSpec | None = None,
+        head: TargetSpec | None = None,
+        monitor: str | None = None,
+        patience: int = 3,
+        min_delta: float = 0.01,
+        seed: int = 0,
+        network: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(network=network, name=name)
+        if coefficients not in CROSS_RULES:
+            raise MisconfigurationException(f"coefficients={coefficients!r} must be one of {', '.join(CROSS_RULES)}.")
+        self.moment = Moment(at, monitor, patience, min_delta)
+        self.rule, self.noise, self.seed = coefficients, float(noise), seed
+        self.lr_rule = parse_lr_rule(lr)
+        if self.lr_rule.restart:
+            raise MisconfigurationException('lr="restart" is not offered here; write "rewarm:<length>@<peak>" or "continue".')
+        self.stem, self.head = stem, head
+        self._warmup = 0
+        self._fused_at: int | None = None
+        self._turns = {"on": False, "offset": 0}
+        self._handles: list[RemovableHandle] = []
+
+    def select(self, module: nn.Module) -> dict[str, nn.Module]:
+        """Return the layers between stem and head."""
+        name, network = resolve_network(module, self.network)
+        inner = inner_layers(network, self.stem, self.head)
+        return {f"{name}.{layer}" if name else layer: found for layer, found in inner.items()}
+
+    def attach(self, module: LightningModule) -> None:
+        """Put a map on every layer between stem and head; the network computes what it did until training starts."""
+        for tensor in self.claims(module):
+            self.map_weight(module, tensor, MixtureMap())
+
+    def _maps(self, module: nn.Module) -> list[tuple[MappedTensor, MixtureMap]]:
+        return [(mapped, entry) for mapped in mapped_tensors(module) for entry in mapped.maps if isinstance(entry, MixtureMap)]
+
+    def start(self, run: Run) -> None:
+        """Split the network into members, unless it is two members or one network already.
+
+        Raises:
+            MisconfigurationException: A method that changes structure trains with it.
+        """
+        for other in methods_of(run.trainer.callbacks):  # type: ignore[attr-defined]
+            if other.lane == Lane.STRUCTURE:
+                raise MisconfigurationException(
+                    f"{self.name} cannot tell which member the new layers of {other.name} would be. Remove one of them."
+                )
+        maps = self._maps(run.module)
+        if all(weight_map.plain for _, weight_map in maps):
+            self._fused_at = None
+            self.moment.reset()
+            self._split(maps)
+        elif self._fused_at is None and any((m.coefficients * ~own_shares(m.coefficients)).any() for _, m in maps):
+            self._fused_at = 0  # by an earlier fit
+        self.moment.start(run)
+        self._warmup = self.lr_rule.warmup(run)
+        self._take_turns(run.module)
+        _, network = resolve_network(run.module, self.network)
+        for layer in head_layers(network, self.head).values():
+            self._handles.append(layer.register_forward_pre_hook(_turn(self._turns)))
+
+    @torch.no_grad()
+    def _split(self, maps: list[tuple[MappedTensor, MixtureMap]]) -> None:
+        """Store templates whose combinations are the blocks on the diagonal, and cut the members apart."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for mapped, weight_map in maps:
+            turned = torch.linalg.qr(torch.randn(2, 2, 2, generator=generator)).Q.to(weight_map.coefficients)
+            # Half the inputs need weights that are larger by the root of two. `.data`, because a failure before the first step
+            # must find the version of the tensor as it was, and bring the plain weight back.
+            mapped.stored.data.copy_(mix_templates(mapped.stored.data * 2**0.5, turned.transpose(1, 2).to(mapped.stored.dtype)))
+            weight_map.coefficients.copy_(turned * own_shares(turned))
+
+    def _take_turns(self, module: nn.Module) -> None:
+        for _, weight_map in self._maps(module):
+            weight_map.fused = self._fused_at is not None
+        self._turns["on"] = self._fused_at is None
+        self._turns["offset"] = self.steps % 2  # else a batch of one sample would always be the first member's
+
+    def after_step(self, run: Run) -> None:
+        """Fuse the members when the moment has come."""
+        if self._fused_at is None and self.moment.come(self.steps):
+            self._fused_at = self.steps
+            self._fuse(run.module)
+        self._take_turns(run.module)
+
+    @torch.no_grad()
+    def _fuse(self, module: nn.Module) -> None:
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        for _, weight_map in self._maps(module):
+            shares = weight_map.coefficients.cpu()
+            for member in (0, 1):
+                new = cross_coefficients(shares[member, member], self.rule, self.noise, generator)
+                weight_map.coefficients[member, 1 - member] = new.to(weight_map.coefficients)
+
+    def lr_factor(self) -> float:
+        """Warm up after the fusion."""
+        return self.lr_rule.factor(self._fused_at, self.steps, self._warmup)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count tokens."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self.moment.count(trainer, batch)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the metric a plateau is made of."""
+        self.moment.look(trainer)
+
+    def finish(self, run: Run) -> None:
+        """Let every sample have all features again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def describe(self, module: nn.Module) -> str:
+        """Say what is mixed and when."""
+        return f"2 members in {len(self.select(module))} layers, fused at {self._arguments['at']}"
+
+    @torch.no_grad()
+    def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
+        """Whether the members are fused, and the mean size of coefficients off the diagonal."""
+        shares = [weight_map.coefficients for _, weight_map in self._maps(run.module)]
+        cross = torch.stack([(entry * ~own_shares(entry)).abs().sum() / 4 for entry in shares]).mean()
+        return {"fused": float(self._fused_at is not None), "cross": cross, "lr_factor": self.lr_factor()}
+
+    def state(self) -> dict[str, Any]:
+        """Whether the members are fused, and what the trigger has seen."""
+        return {"fused_at": self._fused_at, "moment": self.moment.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._fused_at = state["fused_at"]
+        self.moment.load_state(state["moment"])
+
+
+def _turn(turns: dict[str, Any]) -> Callable[[nn.Module, Any], Any]:
+    """A hook on the head that lets members answer in turns; a plain function, so that copies of the module share it."""
+
+    def hook(layer: nn.Module, args: Any) -> Any:
+        if not (turns["on"] and layer.training):
+            return None
+        return (of_its_member(args[0], -1 if isinstance(layer, nn.Linear) else 1, turns["offset"]), *args[1:])
+
+    return hook
