@@ -203,8 +203,16 @@ class Hub:
         module = self.run.module
         if journal.journal_of(module):
             return
-        growths = (method.first_edit(module) for method in self.methods if method.lane == Lane.STRUCTURE)
-        self._first = [journal.edit(module, growth.edit).edit for growth in growths if growth is not None]
+        for method in self.methods:
+            growth = method.first_edit(module) if method.lane == Lane.STRUCTURE else None
+            if growth is not None:
+                self._first.append(journal.edit(module, growth.edit).edit)
+
+    def _undo_first_edits(self) -> None:
+        """Give the module its own structure back, as long as nothing was trained or loaded in another."""
+        if not self._moved and journal.journal_of(self.run.module) == self._first:
+            for _ in self._first:
+                journal.take_back(self.run.module)
 
     # Training.
 
@@ -371,6 +379,8 @@ class Hub:
         finally:
             if self._attached:
                 self._strip(failed)
+            else:
+                self._undo_first_edits()
 
     def _strip(self, failed: bool) -> None:
         module = self.run.module
@@ -379,7 +389,6 @@ class Hub:
         if self._fitting:
             stash.fill(module)
         detach_maps(module, "baked" if self._fitting and not failed else "pristine")
-        if failed and not self._moved and journal.journal_of(module) == self._first:
-            for _ in self._first:
-                journal.take_back(module)
+        if failed:
+            self._undo_first_edits()
         stash.seal(module)

@@ -184,6 +184,20 @@ def test_resuming_without_the_method_goes_on_with_the_grown_network(folder: Path
         fit([NMSparsity("2:4", targets="model.2", exclude=())], style=Short, max_epochs=3, resume=folder / "epoch=1.ckpt")
 
 
+def test_a_conflict_of_other_methods_leaves_the_module_as_built() -> None:
+    module = Deep()
+    before = values(module)
+    blocks = list(module.blocks)
+    masks = [NMSparsity("2:4", targets="blocks.0.fc1", exclude=(), name=name) for name in ("one", "two")]
+    with pytest.raises(MisconfigurationException, match="both put a mask"):
+        fit([LayerGrowth(at="step:2", start=2), *masks], module=module)
+    with pytest.raises(MisconfigurationException, match="cannot grow"):
+        fit([LayerGrowth(at="step:2", start=2), LayerGrowth(at="step:2", to=2, name="other")], module=module)
+    assert all(now is then for now, then in zip(module.blocks, blocks, strict=True))
+    assert difference(before, values(module)) is None
+    assert journal.journal_of(module) == []
+
+
 def test_an_edit_is_all_or_nothing() -> None:
     module = Short()
     what = blocks_edit(module, "blocks", [0, 1, 0])
