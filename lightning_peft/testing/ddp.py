@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 _PORT_TAKEN = ("address already in use", "eaddrinuse")
 
@@ -122,3 +123,14 @@ def main() -> None:
     arguments = torch.load(folder / "arguments", weights_only=True)
     result = getattr(load_module(source), name)(**arguments)
     torch.save(result, folder / f"{os.environ['RANK']}.out")
+    _leave()
+
+
+def _leave() -> None:
+    """End this rank: Lightning leaves a gloo group open, whose threads can abort a process that the interpreter leaves."""
+    if dist.is_initialized():
+        dist.barrier()  # rank 0 keeps the store that the others still need to leave
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
