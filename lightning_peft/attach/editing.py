@@ -88,7 +88,10 @@ def _carry_optimizers(
     pairs = _new_parameters(module, change, old)
     carry.join(optimizers, [config.scheduler for config in trainer.lr_scheduler_configs], pairs)
     if growth.optimizer_state == "reset":
-        carry.reset_states([optimizer for optimizer in optimizers if _touches(optimizer, pairs, change, module)])
+        tensors = plain_tensors(module)
+        changed = {id(new) for new, _ in pairs.values()} | {id(tensors[name]) for name in change.edit.get("tensors", ())}
+        # An adversary's optimizer does not start anew when the network grows.
+        carry.reset_states([optimizer for optimizer in optimizers if _trains(optimizer, changed)])
     elif growth.optimizer_state == "copy":
         carry.copy_states(optimizers, pairs, restart_steps=growth.restart_steps)
 
@@ -105,16 +108,9 @@ def _new_parameters(
     return pairs  # type: ignore[return-value]
 
 
-def _touches(
-    optimizer: Optimizer,
-    pairs: Mapping[str, tuple[nn.Parameter, nn.Parameter]],
-    change: Change,
-    module: LightningModule,
-) -> bool:
-    """Whether an optimizer trains anything an edit changed: an adversary's does not start anew when the network grows."""
-    tensors = plain_tensors(module)
-    changed = {id(new) for new, _ in pairs.values()} | {id(tensors[name]) for name in change.edit.get("tensors", ())}
-    return any(id(parameter) in changed for group in optimizer.param_groups for parameter in group["params"])
+def _trains(optimizer: Optimizer, parameters: set[int]) -> bool:
+    """Whether an optimizer trains any of these parameters, given by identity."""
+    return any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"])
 
 
 def _resized_states(

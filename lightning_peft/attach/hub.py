@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -228,15 +228,17 @@ class Hub:
             regroup(self.run.module, trainer.optimizers, schedulers, self._saving.groups)
         if any(method.lane == Lane.STRUCTURE for method in self.methods):
             self._schedules = [FreshSchedule.of(scheduler) for scheduler in schedulers]
+        scaling = [method for method in self.methods if type(method).lr_factor is not Method.lr_factor]
         for index, optimizer in enumerate(trainer.optimizers):
-            self._handles.append(optimizer.register_step_pre_hook(self._scale_hook()))
+            if scaling:
+                self._handles.append(optimizer.register_step_pre_hook(self._scale_hook(scaling)))
             self._handles.append(optimizer.register_step_post_hook(self._step_hook(index)))
 
-    def _scale_hook(self) -> Callable[..., None]:
+    def _scale_hook(self, methods: Sequence[Method]) -> Callable[..., None]:
         """Multiply learning rates for one step only, so that schedulers, which compute from the last one, never see it."""
 
         def scale(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            factor = math.prod(method.lr_factor() for method in self.methods) if self.active and self.run.started else 1.0
+            factor = math.prod(method.lr_factor() for method in methods) if self.active and self.run.started else 1.0
             if factor != 1.0:
                 self._unscaled = [(group, group["lr"]) for group in optimizer.param_groups]
                 for group, lr in self._unscaled:

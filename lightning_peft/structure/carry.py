@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.structure.optimizers import init_late_state, named_groups, owner, place_parameters
+from lightning_peft.structure.optimizers import init_late_state, named_groups, place_parameters
 from lightning_peft.structure.schedulers import group_lists
 
 RULES = ("reset", "copy", "pad")
@@ -46,12 +46,9 @@ def copy_states(
         restart_steps: Count the steps of every parameter of these optimizers from 0 again, as StackedBERT's official code does.
     """
     for new, source in pairs.values():
-        home = owner(optimizers, source)
-        if home is None:
-            continue
-        optimizer = optimizers[home[0]]
-        if source in optimizer.state:
-            optimizer.state[new] = {key: _twin(value) for key, value in optimizer.state[source].items()}
+        for optimizer in optimizers:
+            if source in optimizer.state:
+                optimizer.state[new] = {key: _twin(value) for key, value in optimizer.state[source].items()}
     if restart_steps:
         for optimizer in optimizers:
             for state in optimizer.state.values():

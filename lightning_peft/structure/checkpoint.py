@@ -66,16 +66,14 @@ def read_groups(section: Mapping[str, Any]) -> list[list[list[str]]]:
         CheckpointError: They are missing or malformed.
     """
     groups = section.get("groups")
-
-    def lists(value: object) -> bool:
-        return isinstance(value, list)
-
-    if not isinstance(groups, list) or not all(
-        lists(optimizer) and all(lists(group) and all(isinstance(name, str) for name in group) for group in optimizer)
-        for optimizer in groups
-    ):
+    if not _is_nest(groups, depth=3):
         raise CheckpointError(f'checkpoint["{KEY}"]["groups"] is malformed: it must list names by optimizer and group.')
-    return groups
+    return groups  # type: ignore[return-value]
+
+
+def _is_nest(value: object, depth: int) -> bool:
+    """Whether a value is lists of lists of strings, so many deep."""
+    return isinstance(value, list) and all(isinstance(v, str) if depth == 1 else _is_nest(v, depth - 1) for v in value)
 
 
 def _is_record(item: object) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_peft.structure.depth import blocks_edit
+from lightning_peft.structure.depth import blocks_at, blocks_edit
 from lightning_peft.structure.depth_settings import drop_rates, redrawn
 from lightning_peft.structure.edits import Edit, Operator
 from lightning_peft.structure.width_edit import width_edit
@@ -79,7 +79,7 @@ class GrowthPlan:
     def _find_blocks(self, module: nn.Module, start: int | None) -> None:
         self.path = find_blocks(module, self.blocks, self._network)
         check_equal(module, self.path)
-        blocks = list(module.get_submodule(self.path).children())
+        blocks = list(blocks_at(module, self.path))
         self._built = len(blocks)
         rates = drop_rates(blocks)
         self._ends = {name: (values[0], values[-1]) for name, values in rates.items() if redrawn(values, 2)}
@@ -146,7 +146,7 @@ class GrowthPlan:
         return {**self.operator.prepare(edit), "follow": self.follow}
 
     def _depth_edit(self, module: nn.Module, depth: int) -> Edit:
-        blocks = list(module.get_submodule(self.path).children())
+        blocks = list(blocks_at(module, self.path))
         self._check_deeper(len(blocks), depth)
         rates = {name: redrawn(ends, depth) or [] for name, ends in self._ends.items()}
         edit = blocks_edit(module, self.path, self.operator.sources(len(blocks), depth), rates=rates or None)
@@ -154,12 +154,12 @@ class GrowthPlan:
 
     def blocks_now(self, module: nn.Module) -> int:
         """Count the blocks."""
-        return len(list(module.get_submodule(self.path).children()))
+        return len(blocks_at(module, self.path))
 
     def describe(self, module: nn.Module) -> str:
         """Name what grows, and to which sizes."""
         path = self.path or (find_blocks(module, self.blocks, self._network) if self._deepens else "")
-        count = len(list(module.get_submodule(path).children())) if path else 0
+        count = len(blocks_at(module, path)) if path else 0
         begin = f"{self.start} of {count}" if self.start is not None and not self.found else f"{count}"
         now = f"{path}: {begin} blocks, " if path else ""
         return f"{now}{self.kind} -> {' -> '.join(self._shown(size) for size in self.sizes)}"
