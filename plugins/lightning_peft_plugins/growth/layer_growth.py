@@ -7,13 +7,12 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_peft.attach.network import resolve_network
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
-from lightning_peft.method import Method
 from lightning_peft.registry import suggest
 from lightning_peft.structure.carry import RULES
 from lightning_peft.structure.edits import Change, Growth
@@ -21,15 +20,14 @@ from lightning_peft.structure.journal import journal_of
 from lightning_peft.structure.width_map import WidthMap
 from lightning_peft_plugins.growth.growth_plan import GrowthPlan
 from lightning_peft_plugins.growth.ligo_growth import LearntOperator
-from lightning_peft_plugins.growth.lr_rules import parse_lr_rule
 from lightning_peft_plugins.growth.masking import Masks
-from lightning_peft_plugins.growth.moments import Moment
 from lightning_peft_plugins.growth.msg import mask_at
 from lightning_peft_plugins.growth.operators import OPERATORS
 from lightning_peft_plugins.growth.sizes import To, read_sizes
+from lightning_peft_plugins.growth.timed import TimedMethod
 
 
-class LayerGrowth(Method):
+class LayerGrowth(TimedMethod):
     """Trains a small network first and grows it in the same fit, with optimizer, schedulers and averages carried over.
 
     The module is either built as it shall end, and begins with ``start`` of its blocks, or built small and grown to ``to``.
@@ -101,44 +99,33 @@ class LayerGrowth(Method):
         operator_steps: int = 100,
         operator_lr: float = 0.01,
         follow: str = "new",
-        monitor: str | None = None,
-        patience: int = 3,
-        min_delta: float = 0.01,
         seed: int = 0,
-        network: str | None = None,
-        name: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(network=network, name=name)
         if operator not in OPERATORS:
             raise MisconfigurationException(f"There is no operator {operator!r}.{suggest(operator, list(OPERATORS))}")
+        super().__init__(at=at, lr=lr or OPERATORS[operator].lr, **kwargs)
         if optimizer_state not in (None, *RULES):
             raise MisconfigurationException(f"optimizer_state={optimizer_state!r} must be one of {', '.join(RULES)}.")
         if follow not in ("new", "none"):
             raise MisconfigurationException(f'follow={follow!r} must be "new" or "none".')
         self.operator = OPERATORS[operator]
-        events = [at] if isinstance(at, (str, int, float)) else at
-        self.moments = [Moment(event, monitor, patience, min_delta) for event in events]
         self.plan = GrowthPlan(
             operator, read_sizes(to, len(self.moments), start), start, blocks, list(outputs), width_map, follow == "new"
         )
         self.optimizer_state: Any = optimizer_state or self.operator.optimizer_state
-        self.lr_rule = parse_lr_rule(lr or self.operator.lr)
         self.seed, self.grow_time = seed, grow_time
         self.operator_steps, self.operator_lr = operator_steps, operator_lr
-        self._warmup = 0
         self._masks: list[Masks] = []
-        self._forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Stand before the first growth."""
-        self._done, self._parts = 0, 0
-        self._grown_at: int | None = None
-        for moment in self.moments:
-            moment.reset()
+        super().forget()
+        self._parts = 0
 
     def first_edit(self, module: LightningModule) -> Growth | None:
         """Begin with the first blocks, if asked to."""
-        self._forget()
+        self.forget()
         self.plan.find(module, self._network_name(module))
         edit = self.plan.first_edit(module)
         return None if edit is None else Growth(edit | {"by": self.name, "step": 0})
@@ -157,27 +144,23 @@ class LayerGrowth(Method):
         Raises:
             MisconfigurationException: The module cannot grow any more.
         """
-        for moment in self.moments:
-            moment.start(run)
-        self._warmup = self.lr_rule.warmup(run)
+        super().start(run)
         if not self.plan.found:
             self.plan.find(run.module, self._network_name(run.module), grown=True)
-        self.plan.check_next(run.module, self._done, self._parts)
+        self.plan.check_next(run.module, self.done, self._parts)
         self._mask_again(run.module)
 
     def next_edit(self, run: Run) -> Growth | None:
         """Grow when the time of the next event has come: first wider, then deeper."""
-        if self._done == len(self.moments):
+        if self._parts == 0 and (self._masks or not self.due):
             return None
-        if self._parts == 0 and (self._masks or not self.moments[self._done].come(self.steps)):
-            return None
-        edit, operator, last = self.plan.edit(run.module, self._done, self._parts)
-        edit |= {"by": self.name, "event": self._done, "step": self.steps, "seed": self.seed + self._done}
+        edit, operator, last = self.plan.edit(run.module, self.done, self._parts)
+        edit |= {"by": self.name, "event": self.done, "step": self.steps, "seed": self.seed + self.done}
         if self.operator.learnt:
             operator = LearntOperator(run, self.operator_steps, self.operator_lr)
         restart = self._parts == 0 and self.lr_rule.restart
-        self._grown_at = self.steps
-        self._done, self._parts = (self._done + 1, 0) if last else (self._done, self._parts + 1)
+        self._parts = 0 if last else self._parts + 1
+        self.mark_done(last)
         return Growth(
             edit,
             operator,
@@ -193,11 +176,11 @@ class LayerGrowth(Method):
 
     def _mask_again(self, module: LightningModule) -> None:
         """Put the mask of the last growth back, in another run."""
-        if not self.operator.masked or self._grown_at is None or self.steps - self._grown_at >= self.grow_time:
+        if not self.operator.masked or self.changed_at is None or self.steps - self.changed_at >= self.grow_time:
             return
-        edits, mask = journal_of(module), mask_at(self.steps - self._grown_at, self.grow_time)
+        edits, mask = journal_of(module), mask_at(self.steps - self.changed_at, self.grow_time)
         for place, edit in enumerate(edits):
-            if edit.get("by") == self.name and edit.get("event") == self._done - (self._parts == 0):
+            if edit.get("by") == self.name and edit.get("event") == self.done - (self._parts == 0):
                 self._masks.append(Masks.install(module, edit, mask, edits[place + 1 :]))
 
     def adapt_start(self, run: Run) -> None:
@@ -207,9 +190,9 @@ class LayerGrowth(Method):
 
     def after_step(self, run: Run) -> None:
         """Open the mask of the last growth a little."""
-        if self._masks and self._grown_at is not None:
+        if self._masks and self.changed_at is not None:
             for mask in self._masks:
-                mask.set(mask_at(self.steps - self._grown_at, self.grow_time))
+                mask.set(mask_at(self.steps - self.changed_at, self.grow_time))
             if self._masks[0].full:
                 self._unmask()
 
@@ -227,21 +210,6 @@ class LayerGrowth(Method):
             mask.remove()
         self._masks = []
 
-    def lr_factor(self) -> float:
-        """Warm up after growth."""
-        return self.lr_rule.factor(self._grown_at, self.steps, self._warmup)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count tokens, after the batch had its chance to be the first of a larger network."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        for moment in self.moments:
-            moment.count(trainer, batch)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the metric that the next plateau is made of."""
-        if self._done < len(self.moments):
-            self.moments[self._done].look(trainer)
-
     def describe(self, module: nn.Module) -> str:
         """Name what grows, how, and when."""
         return f"{self.plan.describe(module)} at {self._arguments['at']}"
@@ -254,14 +222,8 @@ class LayerGrowth(Method):
 
     def state(self) -> dict[str, Any]:
         """How far growth has come."""
-        return {
-            "done": self._done,
-            "parts": self._parts,
-            "grown_at": self._grown_at,
-            "moments": [moment.state() for moment in self.moments],
-        }
+        return super().state() | {"parts": self._parts}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._done, self._parts, self._grown_at = state["done"], state["parts"], state["grown_at"]
-        for moment, seen in zip(self.moments, state["moments"], strict=True):
-            moment.load_state(seen)
+        super().load_state(state)
+        self._parts = state["parts"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -15,12 +15,11 @@ from lightning_peft.attach.network import resolve_network
 from lightning_peft.attach.targets import TargetSpec
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
-from lightning_peft.method import Method, methods_of
+from lightning_peft.method import methods_of
 from lightning_peft.weights.maps import MappedTensor, WeightMap, mapped_tensors
 from lightning_peft_plugins.growth.halves import head_layers, inner_layers
-from lightning_peft_plugins.growth.lr_rules import parse_lr_rule
 from lightning_peft_plugins.growth.mixture import CROSS_RULES, cross_coefficients, mix_templates, of_its_member, own_shares
-from lightning_peft_plugins.growth.moments import Moment
+from lightning_peft_plugins.growth.timed import TimedMethod
 
 
 class MixtureMap(WeightMap):
@@ -64,7 +63,7 @@ def _plain() -> Tensor:
     return torch.eye(2).repeat(2, 1, 1)
 
 
-class MixtureGrowth(Method):
+class MixtureGrowth(TimedMethod):
     """Trains two members of half the width in one network, then fuses them by combining their weights anew.
 
     Before the fusion the weight of every layer between the first and the last is block-diagonal, a block a member, so that the
@@ -109,24 +108,16 @@ class MixtureGrowth(Method):
         lr: str = "continue",
         stem: TargetSpec | None = None,
         head: TargetSpec | None = None,
-        monitor: str | None = None,
-        patience: int = 3,
-        min_delta: float = 0.01,
         seed: int = 0,
-        network: str | None = None,
-        name: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(network=network, name=name)
+        super().__init__(at=at, lr=lr, **kwargs)
         if coefficients not in CROSS_RULES:
             raise MisconfigurationException(f"coefficients={coefficients!r} must be one of {', '.join(CROSS_RULES)}.")
-        self.moment = Moment(at, monitor, patience, min_delta)
         self.rule, self.noise, self.seed = coefficients, float(noise), seed
-        self.lr_rule = parse_lr_rule(lr)
         if self.lr_rule.restart:
             raise MisconfigurationException('lr="restart" is not offered here; write "rewarm:<length>@<peak>" or "continue".')
         self.stem, self.head = stem, head
-        self._warmup = 0
-        self._fused_at: int | None = None
         self._turns = {"on": False, "offset": 0}
         self._handles: list[RemovableHandle] = []
 
@@ -157,13 +148,11 @@ class MixtureGrowth(Method):
                 )
         maps = self._maps(run.module)
         if all(weight_map.plain for _, weight_map in maps):
-            self._fused_at = None
-            self.moment.reset()
+            self.forget()
             self._split(maps)
-        elif self._fused_at is None and any((m.coefficients * ~own_shares(m.coefficients)).any() for _, m in maps):
-            self._fused_at = 0  # by an earlier fit
-        self.moment.start(run)
-        self._warmup = self.lr_rule.warmup(run)
+        elif not self.done and any((m.coefficients * ~own_shares(m.coefficients)).any() for _, m in maps):
+            self.mark_done()  # by an earlier fit
+        super().start(run)
         self._take_turns(run.module)
         _, network = resolve_network(run.module, self.network)
         for layer in head_layers(network, self.head).values():
@@ -182,14 +171,14 @@ class MixtureGrowth(Method):
 
     def _take_turns(self, module: nn.Module) -> None:
         for _, weight_map in self._maps(module):
-            weight_map.fused = self._fused_at is not None
-        self._turns["on"] = self._fused_at is None
+            weight_map.fused = bool(self.done)
+        self._turns["on"] = not self.done
         self._turns["offset"] = self.steps % 2  # else a batch of one sample would always be the first member's
 
     def after_step(self, run: Run) -> None:
         """Fuse the members when the moment has come."""
-        if self._fused_at is None and self.moment.come(self.steps):
-            self._fused_at = self.steps
+        if self.due:
+            self.mark_done()
             self._fuse(run.module)
         self._take_turns(run.module)
 
@@ -201,19 +190,6 @@ class MixtureGrowth(Method):
             for member in (0, 1):
                 new = cross_coefficients(shares[member, member], self.rule, self.noise, generator)
                 weight_map.coefficients[member, 1 - member] = new.to(weight_map.coefficients)
-
-    def lr_factor(self) -> float:
-        """Warm up after the fusion."""
-        return self.lr_rule.factor(self._fused_at, self.steps, self._warmup)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count tokens."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self.moment.count(trainer, batch)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the metric a plateau is made of."""
-        self.moment.look(trainer)
 
     def finish(self, run: Run) -> None:
         """Let every sample have all features again."""
@@ -230,15 +206,7 @@ class MixtureGrowth(Method):
         """Whether the members are fused, and the mean size of coefficients off the diagonal."""
         shares = [weight_map.coefficients for _, weight_map in self._maps(run.module)]
         cross = torch.stack([(entry * ~own_shares(entry)).abs().sum() / 4 for entry in shares]).mean()
-        return {"fused": float(self._fused_at is not None), "cross": cross, "lr_factor": self.lr_factor()}
-
-    def state(self) -> dict[str, Any]:
-        """Whether the members are fused, and what the trigger has seen."""
-        return {"fused_at": self._fused_at, "moment": self.moment.state()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self._fused_at = state["fused_at"]
-        self.moment.load_state(state["moment"])
+        return {"fused": float(self.done), "cross": cross, "lr_factor": self.lr_factor()}
 
 
 def _turn(turns: dict[str, Any]) -> Callable[[nn.Module, Any], Any]:

@@ -6,25 +6,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_peft.attach.network import resolve_network
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
-from lightning_peft.method import Method, methods_of
+from lightning_peft.method import methods_of
 from lightning_peft.structure.carry import RULES
 from lightning_peft.structure.depth import blocks_at, blocks_edit, ties
 from lightning_peft.structure.depth_settings import drop_rates, redrawn
 from lightning_peft.structure.edits import Edit, Growth
 from lightning_peft.structure.journal import journal_of
 from lightning_peft_plugins.growth.block_lists import check_equal, find_blocks
-from lightning_peft_plugins.growth.lr_rules import parse_lr_rule
-from lightning_peft_plugins.growth.moments import Moment
 from lightning_peft_plugins.growth.stages import middles, spread, stage_means, stage_of_block
+from lightning_peft_plugins.growth.timed import TimedMethod
 
 
-class StageSharing(Method):
+class StageSharing(TimedMethod):
     """Trains a network whose blocks share one set of weights per stage, then expands it into one of any depth (Learngene SWS).
 
     The module is built as usual. While stages share, the list of blocks holds one block per stage, each at several positions in
@@ -72,30 +71,21 @@ class StageSharing(Method):
         optimizer_state: str = "reset",
         lr: str = "continue",
         blocks: str | None = None,
-        monitor: str | None = None,
-        patience: int = 3,
-        min_delta: float = 0.01,
-        network: str | None = None,
-        name: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(network=network, name=name)
+        super().__init__(at=at, lr=lr, **kwargs)
         if optimizer_state not in RULES:
             raise MisconfigurationException(f"optimizer_state={optimizer_state!r} must be one of {', '.join(RULES)}.")
         self.count = stages if isinstance(stages, int) else len(stages)
         self.lengths = None if isinstance(stages, int) else list(stages)
         self.to = to if to is None or isinstance(to, int) else list(to)
         _check_lengths(self.count, self.lengths, self.to)
-        self.moment = Moment(at, monitor, patience, min_delta)
-        self.optimizer_state, self.lr_rule, self.blocks = optimizer_state, parse_lr_rule(lr), blocks
+        self.optimizer_state, self.blocks = optimizer_state, blocks
         self._path = ""
-        self._warmup = 0
-        self._expanded_at: int | None = None
-        self._done = False
 
     def first_edit(self, module: LightningModule) -> Growth | None:
         """Let the positions of each stage hold one block."""
-        self._done, self._expanded_at = False, None
-        self.moment.reset()
+        self.forget()
         self._find(module)
         blocks = list(blocks_at(module, self._path))
         lengths = self._lengths(len(blocks))
@@ -141,10 +131,9 @@ class StageSharing(Method):
         for other in methods_of(run.trainer.callbacks):  # type: ignore[attr-defined]
             if other.lane == Lane.STRUCTURE and other is not self:
                 raise MisconfigurationException(f"{self.name} and {other.name} both change structure. Remove one of them.")
-        self.moment.start(run)
-        self._warmup = self.lr_rule.warmup(run)
+        super().start(run)
         self._path = self._path or self._list_in(run.module)
-        if not self._done and self._shared(run.module) is None:
+        if not self.done and self._shared(run.module) is None:
             raise MisconfigurationException(
                 f"The blocks of {self._path} are not shared by stages: this module, or the checkpoint, comes from a training "
                 "without StageSharing or from after its expansion. Begin with a new module, or leave StageSharing out."
@@ -157,7 +146,7 @@ class StageSharing(Method):
 
     def next_edit(self, run: Run) -> Growth | None:
         """Give every position a block of its own when the moment has come."""
-        if self._done or not self.moment.come(self.steps):
+        if not self.due:
             return None
         shared: Edit = self._shared(run.module)  # type: ignore[assignment]
         kin = ties(blocks_at(run.module, self._path))
@@ -166,7 +155,7 @@ class StageSharing(Method):
         ends = {name: [rates[0], rates[-1]] for name, rates in shared["old_rates"].items() if redrawn(rates, 2)}
         rates = {name: redrawn(line, len(stages)) or [] for name, line in ends.items()}
         edit = blocks_edit(run.module, self._path, [firsts[stage] for stage in stages], rates=rates)
-        self._done, self._expanded_at = True, self.steps
+        self.mark_done()
         return Growth(
             {**edit, "follow": True, "by": self.name, "step": self.steps},
             optimizer_state=self.optimizer_state,  # type: ignore[arg-type]
@@ -180,19 +169,6 @@ class StageSharing(Method):
         to = self.to or built
         return lengths if to == sum(lengths) else spread(to, len(lengths))
 
-    def lr_factor(self) -> float:
-        """Warm up after the expansion."""
-        return self.lr_rule.factor(self._expanded_at, self.steps, self._warmup)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count tokens, after the batch had its chance to be the first of the expanded network."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self.moment.count(trainer, batch)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the metric a plateau is made of."""
-        self.moment.look(trainer)
-
     def describe(self, module: nn.Module) -> str:
         """Name the list, its stages and what becomes of them."""
         shown = self.lengths or f"{self.count} stages"
@@ -202,14 +178,6 @@ class StageSharing(Method):
         """Positions, blocks of their own, and what learning rates are multiplied with."""
         kin = ties(blocks_at(run.module, self._path))
         return {"blocks": float(len(kin)), "own_blocks": float(len(set(kin))), "lr_factor": self.lr_factor()}
-
-    def state(self) -> dict[str, Any]:
-        """Whether the blocks are their own by now, and what the trigger has seen."""
-        return {"done": self._done, "expanded_at": self._expanded_at, "moment": self.moment.state()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self._done, self._expanded_at = state["done"], state["expanded_at"]
-        self.moment.load_state(state["moment"])
 
 
 def _check_lengths(count: int, lengths: list[int] | None, to: int | list[int] | None) -> None:

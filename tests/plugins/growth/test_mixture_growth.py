@@ -247,7 +247,7 @@ def test_resumes(at: str, averaged: bool, tmp_path: Path) -> None:
         return grow([MixtureGrowth(at=at, patience=1, lr="rewarm:2")], style=Tokens, before=before, **more)
 
     whole = run(after=[every_epoch(tmp_path)])
-    assert whole.methods[0].state()["fused_at"] is not None
+    assert whole.methods[0].state()["changed_at"] is not None
     for epoch in range(2):
         resumed = run(seed=epoch + 9, resume=tmp_path / f"epoch={epoch}.ckpt")
         assert_same(whole, resumed, f"uninterrupted against resumed after epoch {epoch}")
@@ -261,9 +261,9 @@ def test_masks_lie_over_mixtures() -> None:
 def test_members_stay_members_in_the_next_fit() -> None:
     first = grow([MixtureGrowth(at="step:100")], style=Residual, max_epochs=1)
     again = grow([method := MixtureGrowth(at="step:2")], module=first.module, max_epochs=1)
-    assert method.state()["fused_at"] == 2
+    assert method.state()["changed_at"] == 2
     third = grow([method := MixtureGrowth(at="step:2")], module=again.module, max_epochs=1)
-    assert method.state()["fused_at"] == 0, "what was fused by an earlier fit is not split again"
+    assert method.state()["changed_at"] == 0, "what was fused by an earlier fit is not split again"
     assert (third.module.hidden.weight != 0).all()
 
 
