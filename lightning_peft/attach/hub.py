@@ -22,7 +22,7 @@ from lightning_peft.attach.editing import edit_training
 from lightning_peft.attach.evaluation import EvaluationShim, Passes
 from lightning_peft.attach.network import resolve_network
 from lightning_peft.attach.sampling import SampleRecorder
-from lightning_peft.attach.saving import CheckpointHooks, method_record, structure_record
+from lightning_peft.attach.saving import CheckpointHooks, JournalShim, method_record, structure_record
 from lightning_peft.attach.shim import Shim
 from lightning_peft.attach.steps import StepTerms
 from lightning_peft.compose.lanes import Lane, Resource
@@ -383,6 +383,7 @@ class Hub:
                 self._strip(failed)
             else:
                 self._undo_first_edits()
+            JournalShim.keep(module)
 
     def _strip(self, failed: bool) -> None:
         module = self.run.module

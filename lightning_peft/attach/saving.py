@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from lightning_peft.attach import averaging
 from lightning_peft.attach.editing import follow
+from lightning_peft.attach.shim import Shim
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.compose.run import Run
 from lightning_peft.method import Method
@@ -27,6 +30,39 @@ def method_record(method: Method) -> dict[str, Any]:
 def structure_record(module: LightningModule, groups: list[list[list[str]]]) -> dict[str, Any]:
     """Describe what a module has become, and in which order its optimizers hold its parameters, for a checkpoint."""
     return {"journal": journal.write(journal.journal_of(module)), "groups": groups}
+
+
+class JournalShim(Shim):
+    """Goes on writing the journal of an edited module into its checkpoints when no run of the library does.
+
+    Unlike other shims it stays on the module, which is no longer what its class builds, and on copies of it; pickles are clean.
+
+    Args:
+        module: The edited module.
+    """
+
+    def __init__(self, module: LightningModule) -> None:
+        self._module = weakref.ref(module)
+        super().__init__(module, "on_save_checkpoint", self._save)
+
+    @classmethod
+    def keep(cls, module: LightningModule) -> None:
+        """Install it, if the module was edited and has none yet."""
+        if journal.journal_of(module) and not isinstance(vars(module).get("on_save_checkpoint"), cls):
+            cls(module).install()
+
+    def _save(self, inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+        inner(checkpoint)
+        module = self._module()
+        if module is None or files.KEY in checkpoint or not journal.journal_of(module):
+            return
+        optimizers = module.trainer.optimizers if checkpoint.get("optimizer_states") else []
+        checkpoint[files.KEY] = files.describe(module, []) | structure_record(module, group_names(module, optimizers))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> JournalShim:
+        twin: LightningModule = copy.deepcopy(self._module(), memo)  # type: ignore[assignment]
+        journal.hand_on(self._module(), twin)  # type: ignore[arg-type]
+        return JournalShim(twin)
 
 
 class CheckpointHooks:

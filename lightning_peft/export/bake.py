@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from lightning_peft.attach.saving import JournalShim
 from lightning_peft.files import whole
 from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure import journal
@@ -139,4 +140,5 @@ def load_from_checkpoint(cls: type[LightningT], path: str | Path, **kwargs: Any)
     grown: type[LightningT] = type(cls.__name__, (cls,), hooks)
     module: LightningT = grown.load_from_checkpoint(buffer, weights_only=True, **kwargs)
     module.__class__ = cls
+    JournalShim.keep(module)
     return module

@@ -71,6 +71,11 @@ def take_back(module: nn.Module) -> Change:
     return change
 
 
+def hand_on(module: nn.Module, twin: nn.Module) -> None:
+    """Let a copy of a module have been through the same edits; it cannot undo them."""
+    _JOURNALS[twin] = [Change(what) for what in journal_of(module)]
+
+
 def replay(module: nn.Module, journal: Sequence[Edit], state: Mapping[str, Any]) -> bool:
     """Give a module the structure a checkpoint was saved with.
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.attach.saving import JournalShim
+
 _HOOKS = (
     "_forward_pre_hooks",
     "_forward_hooks",
@@ -34,13 +36,18 @@ def trace(module: nn.Module) -> dict[str, Any]:
     parts = dict(module.named_modules())
     return {
         "classes": {name: type(part).__qualname__ for name, part in parts.items()},
-        "attributes": {name: dict.fromkeys(sorted(vars(part))) for name, part in parts.items()},
+        "attributes": {name: dict.fromkeys(_attributes(part)) for name, part in parts.items()},
         "hooks": {name: {hooks: len(getattr(part, hooks)) for hooks in _HOOKS} for name, part in parts.items()},
         "training": {name: part.training for name, part in parts.items()},
         "parameters": {name: parameter.requires_grad for name, parameter in module.named_parameters()},
         "parameter order": [name for name, _ in module.named_parameters()],
         "state": list(module.state_dict()),
     }
+
+
+def _attributes(part: nn.Module) -> list[str]:
+    """Names of a module's attributes, but for what an edited one keeps so that its checkpoints tell of the edits."""
+    return sorted(name for name, value in vars(part).items() if not isinstance(value, JournalShim))
 
 
 def difference(a: Any, b: Any, path: str = "") -> str | None:

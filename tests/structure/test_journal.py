@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -246,3 +247,52 @@ def test_sizes_and_names_are_checked_before_anything_is_touched(arguments: dict[
 def test_arguments_are_checked_at_once(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         LayerGrowth(**arguments)
+
+
+def loads_as(module: Any, folder: Path, blocks: int) -> None:
+    """A checkpoint that a Trainer without methods writes of a module is enough to build it again."""
+    runner = trainer(max_epochs=1)
+    runner.fit(module, loader(), loader(8))
+    for light in (True, False):
+        runner.save_checkpoint(folder / "plain.ckpt", weights_only=light)
+        again = lightning_peft.load_from_checkpoint(Short, folder / "plain.ckpt")
+        assert len(again.blocks) == blocks
+        assert difference(values(module), values(again)) is None
+
+
+@pytest.mark.parametrize("light", [True, False], ids=["weights", "whole"])
+def test_a_checkpoint_saved_after_the_fit_knows_what_was_grown(light: bool, tmp_path: Path) -> None:
+    run = grown()
+    run.trainer.save_checkpoint(tmp_path / "after.ckpt", weights_only=light)
+    assert len(lightning_peft.load_from_checkpoint(Short, tmp_path / "after.ckpt").blocks) == 4
+
+
+def test_a_grown_module_says_so_whoever_saves_it(folder: Path, tmp_path: Path) -> None:
+    module = grown().module
+    twin = copy.deepcopy(module)
+    loads_as(module, tmp_path, 4)
+    loads_as(twin, tmp_path, 4)
+    loads_as(lightning_peft.load_from_checkpoint(Short, folder / "epoch=1.ckpt"), tmp_path, 4)
+    loads_as(Short(), tmp_path, 2)
+
+
+def test_training_resumes_from_a_file_of_a_trainer_without_methods(tmp_path: Path) -> None:
+    module = grown().module
+    runner = trainer(max_epochs=1)
+    runner.fit(module, loader(), loader(8))
+    runner.save_checkpoint(tmp_path / "plain.ckpt")
+    resumed = fit([LayerGrowth(at="step:2", to=6)], style=Short, max_epochs=2, resume=tmp_path / "plain.ckpt")
+    assert len(resumed.module.blocks) == 6
+
+
+class Named(Short):
+    """A class that pickle finds."""
+
+
+def test_a_pickled_module_needs_nothing_of_this_library() -> None:
+    module = fit([LayerGrowth(at="step:6", to=4)], style=Named, max_epochs=3).module
+    assert "on_save_checkpoint" in vars(module)
+    data = pickle.dumps(module)
+    assert b"lightning_peft.attach" not in data
+    again = pickle.loads(data)
+    assert difference(values(module), values(again)) is None
