@@ -15,8 +15,14 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 
+from lightning_peft.compose.lanes import Lane
 from lightning_peft.method import Method
 from lightning_peft.strategies.adaptive import rewrap_ddp
+
+_GROW_FIRST = (
+    " Shards are laid out before training begins, so structure cannot change after it: change it in a fit under one of these, "
+    "then lightning_peft.load_from_checkpoint the result and shard that in configure_model."
+)
 
 
 def strategy_kind(strategy: Strategy) -> str:
@@ -43,6 +49,7 @@ def check_strategy(trainer: Trainer, methods: Iterable[Method]) -> None:
             raise MisconfigurationException(
                 f"{method.name} does not work under the {kind} strategy ({type(trainer.strategy).__name__}), which shards or "
                 f"moves the tensors it acts on. Use Trainer(strategy=...) with one of: {', '.join(sorted(method.strategies))}."
+                + (_GROW_FIRST if method.lane == Lane.STRUCTURE else "")
             )
 
 
