@@ -1,6 +1,7 @@
 """What a method costs: the ratio of a training step with it to a plain Lightning step, measured side by side in one run.
 
     python benchmarks/overhead.py --output docs/evidence/overhead
+    python benchmarks/overhead.py --set pruning --output docs/evidence/pruning_overhead
 
 Every variant is a `Trainer.fit` in a process of its own, and all of them are in flight at once: a baton goes round, and each
 variant takes one step when it holds it. The ratio is taken to the plain step of the same round, a second or so away, so that a
@@ -27,13 +28,14 @@ from typing import Any
 import timm
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelPruning
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import PSKD, Lane, Method, NMSparsity, WeightCompander
+from lightning_peft import GBLM, PSKD, Lane, MaskedPruning, Method, NMSparsity, WeightCompander
 
 BARS = {"hub": 1.01, "PSKD": 1.05, "WeightCompander": 1.10, "NMSparsity": 1.10, "all three": 1.20}
 MODELS = {"vit_tiny": ("vit_tiny_patch16_224", "all-linear"), "efficientnet_lite0": ("tf_efficientnet_lite0", "pointwise")}
@@ -104,6 +106,24 @@ def variants(targets: str) -> dict[str, Callable[[], list[Callback]]]:
     }
 
 
+def pruning(targets: str) -> dict[str, Callable[[], list[Callback]]]:
+    """Masks of half of all weights, beside Lightning's own, and a score that watches every input and gradient."""
+    whole = {"targets": targets, "exclude": ()}
+    theirs = {"use_global_unstructured": True, "make_pruning_permanent": False, "parameter_names": ["weight"]}
+    return {
+        "plain": list,
+        "MaskedPruning": lambda: [MaskedPruning(0.5, **whole)],
+        "GBLM, watching": lambda: [GBLM(0.5, start=100_000, every=100_000, **whole)],
+        # After the first epoch, which is the warm-up.
+        "Lightning ModelPruning": lambda: [
+            ModelPruning("l1_unstructured", amount=0.5, apply_pruning=lambda epoch: epoch == 0, **theirs)
+        ],
+    }
+
+
+SETS = {"methods": variants, "pruning": pruning}
+
+
 def fit(name: str, variant: str, pipe: Connection, args: argparse.Namespace, device: str) -> None:
     """Train in this process, a step at a time."""
     quiet()
@@ -118,7 +138,7 @@ def fit(name: str, variant: str, pipe: Connection, args: argparse.Namespace, dev
         max_epochs=2 + args.rounds // args.warmup,
         accelerator=device,
         devices=1,
-        callbacks=[baton, *variants(targets)[variant]()],
+        callbacks=[baton, *SETS[args.set](targets)[variant]()],
         precision=args.precision,
         logger=False,
         enable_checkpointing=False,
@@ -164,7 +184,7 @@ def median_interval(values: list[float]) -> tuple[float, float]:
 
 def measure(name: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
     """Measure all variants of one model side by side."""
-    seconds = interleave(name, list(variants(MODELS[name][1])), args, device)
+    seconds = interleave(name, list(SETS[args.set](MODELS[name][1])), args, device)
     rows = {}
     for variant, times in seconds.items():
         ratios = [time / plain for time, plain in zip(times, seconds["plain"], strict=True)]
@@ -194,6 +214,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--set", choices=SETS, default="methods", help="what is compared with the plain step")
     parser.add_argument("--rounds", type=int, default=40, help="counted steps of every variant")
     parser.add_argument("--warmup", type=int, default=5, help="steps of every variant before, and the length of an epoch")
     parser.add_argument("--batch-size", type=int, default=16)

@@ -19,6 +19,12 @@ from lightning_peft.weights.maps import WeightMap as WeightMap
 from lightning_peft_plugins.growth.layer_growth import LayerGrowth as LayerGrowth
 from lightning_peft_plugins.growth.mixture_growth import MixtureGrowth as MixtureGrowth
 from lightning_peft_plugins.growth.stage_sharing import StageSharing as StageSharing
+from lightning_peft_plugins.pruning.gblm import GBLM as GBLM
+from lightning_peft_plugins.pruning.issp import ISSP as ISSP
+from lightning_peft_plugins.pruning.magnitude_pruning import MagnitudePruning as MagnitudePruning
+from lightning_peft_plugins.pruning.masked_pruning import MaskedPruning as MaskedPruning
+from lightning_peft_plugins.pruning.sap import SAP as SAP
+from lightning_peft_plugins.pruning.wanda import Wanda as Wanda
 from lightning_peft_plugins.regularizers.pskd import PSKD as PSKD
 from lightning_peft_plugins.regularizers.weight_compander import WeightCompander as WeightCompander
 from lightning_peft_plugins.sparsity.nm_sparsity import NMSparsity as NMSparsity

@@ -24,6 +24,8 @@ _HOMES = {
     "nm_mask": "weights.nm",
     "nm_violations": "weights.nm",
     "ste_prune": "weights.nm_prune",
+    "pq_index": "weights.sparsity_index",
+    "pq_pruned": "weights.sparsity_index",
     "stepwise_frames": "weights.nm_pattern",
     "taylor": "weights.importance",
 }

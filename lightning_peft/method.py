@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_peft import registry
 from lightning_peft.attach.targets import TargetSpec, select
@@ -40,7 +41,8 @@ class Method(Callback):
     - :meth:`attach` once the module is complete and before optimizers exist: weight maps, structure;
     - :meth:`start` when training is about to begin, after a checkpoint was restored;
     - :meth:`loss` inside every ``training_step``;
-    - :meth:`after_step` after every real optimizer step, :meth:`epoch_end` after every training epoch;
+    - :meth:`before_step` before and :meth:`after_step` after every real optimizer step;
+    - :meth:`epoch_end` after every training epoch;
     - :meth:`adapt_start` and :meth:`adapt` (lane ``ADAPT``) to answer the network's calls in ``test`` and its like;
     - :meth:`metrics` for numbers worth a curve, :meth:`state` and :meth:`load_state` for what must survive a crash.
 
@@ -58,6 +60,7 @@ class Method(Callback):
         weight_maps: Weight maps it may attach, so that its checkpoints can be baked without the model's class.
         paper: Source, "Authors, venue year, link".
         features: Qualified names of submodules whose calls :meth:`loss` reads from ``step.features``.
+        restarts: Whether it lets learning-rate schedules begin again (``run.schedules``).
     """
 
     lane: ClassVar[Lane]
@@ -98,6 +101,7 @@ class Method(Callback):
         self.name = name or snake_case(type(self).__name__)
         self.steps = 0
         self.restored = False
+        self.restarts = False
         self._epochs_ended = 0
 
     # What an author overrides.
@@ -144,6 +148,9 @@ class Method(Callback):
     def loss(self, step: Step) -> Loss | Tensor | None:
         """Return a term for the optimised loss; called inside ``training_step``, before accumulation and AMP scale it."""
         return None
+
+    def before_step(self, run: Run, optimizer: Optimizer) -> None:
+        """Look at the gradients of a real optimizer step: accumulated, unscaled, not yet clipped."""
 
     def after_step(self, run: Run) -> None:
         """Act after a real optimizer step of any optimizer."""
@@ -263,6 +270,10 @@ class Method(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note which batch comes."""
         self._drive("begin_batch", batch, batch_idx)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """The gradients of a step are complete."""
+        self._drive("before_step", optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

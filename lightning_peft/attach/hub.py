@@ -138,7 +138,6 @@ class Hub:
         self._evaluation: EvaluationShim | None = None
         self._saving: CheckpointHooks | None = None
         self._first: list[Edit] = []
-        self._schedules: list[FreshSchedule] = []
         self._unscaled: list[tuple[dict[str, Any], Any]] = []
         self._gradients_pending = False
         self._attached = self._moved = False
@@ -226,8 +225,8 @@ class Hub:
                 place_parameters(trainer.optimizers, schedulers, parameters, mapped.stored, weight_map.optimizer_overrides)
         if self._saving is not None and self._saving.groups is not None:
             regroup(self.run.module, trainer.optimizers, schedulers, self._saving.groups)
-        if any(method.lane == Lane.STRUCTURE for method in self.methods):
-            self._schedules = [FreshSchedule.of(scheduler) for scheduler in schedulers]
+        if any(method.lane == Lane.STRUCTURE or method.restarts for method in self.methods):
+            self.run.schedules = [FreshSchedule.of(scheduler) for scheduler in schedulers]
         scaling = [method for method in self.methods if type(method).lr_factor is not Method.lr_factor]
         for index, optimizer in enumerate(trainer.optimizers):
             if scaling:
@@ -264,6 +263,12 @@ class Hub:
                 method.after_step(self.run)
 
         return stepped
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Show every method the gradients of a step."""
+        if self.active and self.run.started:
+            for method in self.methods:
+                method.before_step(self.run, optimizer)
 
     def start(self) -> None:
         """Start every method, once, when weights, optimizers and loops are restored."""
@@ -307,7 +312,7 @@ class Hub:
         for method in self.methods:
             if method.lane == Lane.STRUCTURE:
                 while (growth := method.next_edit(self.run)) is not None:
-                    edit_training(self.run.trainer, self.run.module, self.methods, growth, self._schedules)
+                    edit_training(self.run.trainer, self.run.module, self.methods, growth, self.run.schedules)
 
     def end_epoch(self) -> None:
         """Tell every method that an epoch is over."""

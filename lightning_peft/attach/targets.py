@@ -172,6 +172,9 @@ def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
     return names
 
 
+SENSITIVE = ("first", "head", "depthwise", "embedding")
+"""What sparsity leaves dense by default: few weights, much harm."""
+
 PRESETS: dict[str, Callable[[nn.Module], bool]] = {
     "all-linear": is_linear,
     "all-conv": is_conv,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lightning_peft.attach.sampling import SampleRecorder
+from lightning_peft.structure.schedulers import FreshSchedule
 
 
 @dataclass(slots=True)
@@ -24,6 +25,7 @@ class Run:
             the steps of every optimizer under manual optimization, so it is no clock.
         samples: Follows the training loader when a method reads the sample index.
         started: Whether the methods are started, so that their state is in force.
+        schedules: Learning-rate schedulers as they began, for methods that let them begin again.
         late_epoch: Set while an epoch that ended before the checkpoint is ended for the methods.
     """
 
@@ -35,6 +37,7 @@ class Run:
     samples: SampleRecorder | None = None
     started: bool = False
     late_epoch: int | None = None
+    schedules: list[FreshSchedule] = field(default_factory=list)
 
     @property
     def epoch(self) -> int:

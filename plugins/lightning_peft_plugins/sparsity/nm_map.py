@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.compose.lanes import Lane
+from lightning_peft.weights.held import HeldMask
 from lightning_peft.weights.maps import WeightMap
 from lightning_peft.weights.nm import nm_mask
 from lightning_peft.weights.nm_prune import ste_prune
@@ -90,37 +91,19 @@ class NMMap(WeightMap):
         return f"{self.n}:{self.m}, dim={self.dim}"
 
 
-class HeldNMMap(NMMap):
-    """An :class:`NMMap` that keeps its mask between refreshes; the mask is part of the state dict, but no buffer."""
+class HeldNMMap(HeldMask, NMMap):
+    """An :class:`NMMap` that keeps its mask between refreshes."""
 
     kind = "nm-held"
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.held = torch.empty(0, dtype=torch.bool)
 
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> None:
         """Choose the mask anew."""
-        mask = nm_mask(weight, self.rule.n, self.rule.m, self.dim)
-        if self.held.shape == mask.shape:
-            self.held.copy_(mask)  # the same tensor, so that a compiled step stays valid
-        else:
-            self.held = mask
+        self.hold(nm_mask(weight, self.rule.n, self.rule.m, self.dim))
 
     def mask(self, weight: Tensor) -> Tensor:
-        return self.held if self.held.shape == weight.shape else super().mask(weight)
+        return self.held if self.holds(weight) else super().mask(weight)
 
     def bake(self, weight: Tensor) -> Tensor:
         """Apply the held mask; before there is one, choose it from the weight."""
-        if self.held.shape != weight.shape:
-            return super().bake(weight)
-        return torch.where(self.held, weight, 0.0)
-
-    def get_extra_state(self) -> Tensor:
-        return self.held
-
-    def set_extra_state(self, state: Tensor) -> None:
-        if not isinstance(state, Tensor) or state.dtype != torch.bool:
-            raise ValueError("the saved mask is not a boolean tensor")
-        self.held = state.to(self.held.device).clone()
+        return torch.where(self.held, weight, 0.0) if self.holds(weight) else super().bake(weight)

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_peft.attach.targets import PRESETS, TargetSpec, select
+from lightning_peft.attach.targets import PRESETS, SENSITIVE, TargetSpec, select
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.compose.schedule import parse_point
@@ -20,8 +20,6 @@ from lightning_peft.weights.nm_layout import input_dim
 from lightning_peft.weights.nm_pattern import parse_pattern
 from lightning_peft_plugins.sparsity.nm_map import HeldNMMap, MaskRule, NMMap
 from lightning_peft_plugins.sparsity.nm_schedule import RECIPES, Recipe, Timeline, phase_at
-
-DEFAULT_EXCLUDE = ("first", "head", "depthwise", "embedding")
 
 
 class NMSparsity(Method):
@@ -73,7 +71,7 @@ class NMSparsity(Method):
         pattern: str = "2:4",
         recipe: Recipe = "mdgf-exponential",
         targets: TargetSpec = "all-linear",
-        exclude: TargetSpec = DEFAULT_EXCLUDE,
+        exclude: TargetSpec = SENSITIVE,
         patterns: Mapping[str, str] | None = None,
         *,
         dense: int | str = 0,
@@ -185,7 +183,7 @@ class NMSparsity(Method):
         for mapped in mapped_tensors(module):
             for weight_map in mapped.maps:
                 if isinstance(weight_map, HeldNMMap) and weight_map.owner == type(self).__name__:
-                    exists = weight_map.held.shape == mapped.stored.shape
+                    exists = weight_map.holds(mapped.stored)
                     if not weight_map.rule.dense and not (fresh_only and exists):
                         weight_map.refresh(mapped.entering(weight_map))
 

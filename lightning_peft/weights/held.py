@@ -1,0 +1,41 @@
+"""A mask that is chosen now and then and holds in between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_peft.weights.maps import WeightMap
+
+
+class HeldMask(WeightMap):
+    """Base of weight maps that keep their mask; it is part of the state dict, but no buffer.
+
+    Attributes:
+        held: The mask, ``True`` = kept; empty before the first choice.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.held = torch.empty(0, dtype=torch.bool)
+
+    def hold(self, mask: Tensor) -> None:
+        """Keep a mask from now on."""
+        if self.held.shape == mask.shape:
+            self.held.copy_(mask)  # the same tensor, so that a compiled step stays valid
+        else:
+            self.held = mask
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether there is a mask for this weight."""
+        return self.held.shape == weight.shape
+
+    def get_extra_state(self) -> Tensor:
+        return self.held
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if not isinstance(state, Tensor) or state.dtype != torch.bool:
+            raise ValueError("the saved mask is not a boolean tensor")
+        self.held = state.to(self.held.device).clone()

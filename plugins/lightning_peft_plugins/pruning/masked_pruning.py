@@ -1,0 +1,347 @@
+"""Pruning by masks: any score, any group, any schedule, and what becomes of what is pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_peft.attach.capture import forward_attribute
+from lightning_peft.attach.shim import Shim
+from lightning_peft.attach.targets import SENSITIVE, TargetSpec
+from lightning_peft.compose.lanes import Lane, Resource
+from lightning_peft.compose.run import Run
+from lightning_peft.compose.schedule import Schedule, Shape, parse_point
+from lightning_peft.method import Method, methods_of
+from lightning_peft.registry import suggest
+from lightning_peft.structure.edits import Change
+from lightning_peft.weights.choose import SCOPES, Scope, keep_largest
+from lightning_peft.weights.groups import Grouping, parse_grouping
+from lightning_peft.weights.maps import MappedTensor, mapped_tensors
+from lightning_peft.weights.nm import nm_mask
+from lightning_peft.weights.nm_layout import input_dim
+from lightning_peft.weights.nm_pattern import parse_pattern
+from lightning_peft_plugins.pruning.mask_map import MaskMap, PruneRule
+from lightning_peft_plugins.pruning.rewind import Rewind
+from lightning_peft_plugins.pruning.scores import SCORES
+from lightning_peft_plugins.pruning.statistics import Statistics
+from lightning_peft_plugins.pruning.timeline import Timeline
+
+Rule = Literal["zero", "ste", "shrink"]
+RULES = get_args(Rule)
+
+
+class MaskedPruning(Method):
+    """Sets the weights that matter least to zero while the network trains, and keeps them there.
+
+    Four choices make a pruning method, and each can be combined with every other: the ``score`` that ranks weights, the
+    ``pattern`` of weights that go together, the schedule (``start``, ``end``, ``shape``, ``every``), and the ``rule`` for what
+    is pruned. ``MagnitudePruning``, ``Wanda``, ``GBLM``, ``ISSP``, ``SAP`` are such choices under the names of their papers.
+
+    Scores: ``"magnitude"``; means over the ``every`` steps before each choice of the absolute ``"gradient"``, of ``"taylor"``
+    (``|w g|``), of ``"fisher"`` (``w^2 g^2``); ``"wanda"`` (magnitude times norm of the input) and ``"gblm"`` (plus magnitude
+    times gradient).
+
+    Args:
+        amount: Share of the targets' weights to prune; not with an N:M pattern, which says it.
+        score: What ranks weights.
+        pattern: ``"unstructured"``, ``"N:M"``, ``"block:RxC"``, ``"channel"`` (all weights of an output) or ``"head:SIZE"``
+            (consecutive inputs of the layer that reads attention heads).
+        scope: What is ranked together: all layers (``"global"``), each ``"layer"``, or each output (``"row"``).
+        targets: Layers to prune; Linear, Conv1d/2d/3d and HF ``Conv1D`` are possible.
+        exclude: Layers to leave dense; by default the first layer, the head, depthwise convolutions, and what is tied to an
+            embedding. Pass ``()`` for none.
+        start: First choice: steps, ``"25%"`` or ``"3ep"``; for scores that need data not before ``every`` steps.
+        end: Last choice, with the whole amount; by default there is one choice only. ``start="25%", end="75%"`` is what Jin
+            et al. (ICLR 2025) found best for training a sparse language model from scratch.
+        shape: How the amount grows in between; ``"cubic"`` is the gradual pruning of Zhu & Gupta (2017).
+        every: Length between choices, same units.
+        rule: ``"zero"``: what is pruned stays pruned and gets no gradient; ``"ste"``: it gets the gradient, and may come back
+            at the next choice; ``"shrink"``: it is multiplied by ``alpha`` after every step until ``end``, and is zero from
+            then on.
+        alpha: Factor of the rule ``"shrink"``.
+        rewind: Step whose weights, buffers and schedule the training goes back to after each choice, 0 for the first (lottery
+            tickets); ``None`` to train on.
+        name: Name in logs and checkpoints.
+
+    Raises:
+        MisconfigurationException: An unknown score, pattern, scope or rule; an amount out of range; targets that match nothing.
+
+    Example:
+        >>> MaskedPruning(0.8, score="taylor", start="25%", end="75%")
+        MaskedPruning(amount=0.8, score='taylor', ... start='25%', end='75%', ...)
+    """
+
+    lane = Lane.MASK
+    writes = frozenset({Resource.MASK})
+    weight_maps = (MaskMap,)
+    paper = (
+        "Zhu & Gupta, To prune, or not to prune: exploring the efficacy of pruning for model compression, 2017, "
+        "arXiv 1710.01878"
+    )
+
+    def __init__(
+        self,
+        amount: float | None = None,
+        score: str = "magnitude",
+        pattern: str = "unstructured",
+        scope: Scope = "global",
+        targets: TargetSpec = "all-weights",
+        exclude: TargetSpec = SENSITIVE,
+        *,
+        start: int | float | str = 0,
+        end: int | float | str | None = None,
+        shape: Shape = "cubic",
+        every: int | float | str = "1%",
+        rule: Rule = "zero",
+        alpha: float = 0.95,
+        rewind: int | float | str | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(targets=targets, exclude=exclude or None, name=name)
+        if score not in SCORES:
+            raise MisconfigurationException(f"There is no score {score!r}.{suggest(score, list(SCORES))}")
+        if scope not in SCOPES:
+            raise MisconfigurationException(f"scope={scope!r} is unknown; choose one of {', '.join(SCOPES)}.")
+        if rule not in RULES:
+            raise MisconfigurationException(f"rule={rule!r} is unknown; choose one of {', '.join(RULES)}.")
+        if not 0.0 <= alpha <= 1.0:
+            raise MisconfigurationException(f"alpha={alpha} is what pruned weights are multiplied by, from 0 to 1.")
+        self.nm = parse_pattern(pattern) if ":" in pattern and pattern[0].isdigit() else None
+        self.grouping = Grouping() if self.nm else parse_grouping(pattern)
+        self.amount = self._read_amount(amount, pattern)
+        self.score, self.scope = SCORES[score], scope
+        if scope == "row" and not self.grouping.single:
+            raise MisconfigurationException(
+                f'scope="row" ranks single weights, pattern={pattern!r} prunes groups: use "layer".'
+            )
+        last = start if end is None else end
+        self.schedule = Schedule(start, last, "constant" if end is None else shape, (0.0, self.amount))
+        self.every = parse_point(every)
+        self.rule = PruneRule(masked=rule != "shrink", regrow=rule == "ste")
+        self.shrinks, self.alpha = rule == "shrink", alpha
+        self.timeline: Timeline | None = None
+        self._seen: dict[str, Statistics] = {}
+        self._chosen_at: int | None = None
+        self._shrunk_at: int | None = None
+        self.rewind_to = None if rewind is None else parse_point(rewind)
+        self.restarts = self.rewind_to is not None
+        self._rewind, self._rewind_at, self._rewind_due = Rewind(), 0, False
+        self._again = 0  # step of a further choice, for layers that came later
+        self._shims: list[Shim] = []
+
+    def _read_amount(self, amount: float | None, pattern: str) -> float:
+        if self.nm is not None:
+            if amount is not None:
+                raise MisconfigurationException(f"pattern={pattern!r} says how much is pruned: leave amount= out.")
+            return 1.0 - self.nm[0] / self.nm[1]
+        amount = 0.5 if amount is None else amount
+        if isinstance(amount, bool) or not 0.0 < amount < 1.0:
+            raise MisconfigurationException(f"amount={amount!r} is the share of weights to prune, between 0 and 1.")
+        return float(amount)
+
+    def select(self, module: nn.Module) -> dict[str, nn.Module]:
+        """Refuse layers whose inputs cannot be told apart, for scores that read inputs."""
+        found = super().select(module)
+        for name, layer in found.items():
+            input_dim(layer)
+            if "x^2" in self.score.reads and getattr(layer, "groups", 1) > 1:
+                raise MisconfigurationException(
+                    f"{name} is a grouped convolution, and score={self._arguments['score']!r} reads one norm per input of a "
+                    f"weight. Leave it out with exclude=[{name!r}], or take another score."
+                )
+        return found
+
+    def attach(self, module: LightningModule) -> None:
+        """Put one map on every target; without a mask it changes nothing."""
+        for tensor in self.claims(module):
+            self.map_weight(module, tensor, MaskMap(self.rule))
+
+    def _maps(self, module: nn.Module) -> Iterator[tuple[MappedTensor, MaskMap]]:
+        for mapped in mapped_tensors(module):
+            for entry in mapped.maps:
+                if isinstance(entry, MaskMap) and entry.owner == type(self).__name__:
+                    yield mapped, entry
+
+    def start(self, run: Run) -> None:
+        """Place the choices in this training, and make the first if it is due and needs no data."""
+        total, epoch = run.total_steps, run.steps_per_epoch
+        amounts, every = self.schedule.resolve(total, epoch), max(1, self.every.resolve(total, epoch))
+        if self.score.reads:
+            first = max(every, amounts.start)
+            amounts = replace(amounts, start=first, end=max(first, amounts.end))
+        self.timeline = Timeline(amounts, every)
+        if self.rewind_to is not None:
+            self._prepare_rewind(run)
+        if self.score.reads:
+            self._watch(run.module)
+        elif self.timeline.due(self.steps) and self._chosen_at is None:
+            self._choose(run)
+
+    def _prepare_rewind(self, run: Run) -> None:
+        assert self.rewind_to is not None
+        assert self.timeline is not None
+        self._rewind_at = self.rewind_to.resolve(run.total_steps, run.steps_per_epoch)
+        if self._rewind_at >= self.timeline.amounts.start:
+            raise MisconfigurationException(
+                f"rewind= goes back to step {self._rewind_at}, but masks are chosen from step {self.timeline.amounts.start} "
+                "on. Choose later with start=."
+            )
+        for other in methods_of(run.trainer.callbacks):  # type: ignore[attr-defined]
+            if other.lane == Lane.STRUCTURE:
+                raise MisconfigurationException(
+                    f"{self.name} cannot rewind a network that {other.name} grows. Leave rewind= out."
+                )
+        if self.steps == self._rewind_at and not self._rewind.values:
+            self._rewind.take(run.module)
+
+    def _watch(self, module: nn.Module) -> None:
+        """See what scores are made of."""
+        for mapped, _ in self._maps(module):
+            seen = self._seen.setdefault(mapped.name, Statistics(self.score.reads))
+            if "x^2" in self.score.reads:
+                layer = mapped.layer
+                self._shims.append(Shim(layer, forward_attribute(layer), self._see(layer, seen)).install())
+
+    def _see(self, layer: nn.Module, seen: Statistics) -> Callable[..., Any]:
+        def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if layer.training and self._watching:
+                seen.see_inputs(layer, args[0] if args else next(iter(kwargs.values())))
+            return inner(*args, **kwargs)
+
+        return forward
+
+    @property
+    def _watching(self) -> bool:
+        return self.timeline is not None and (self.timeline.watched(self.steps) or self.steps < self._again)
+
+    def structure_changed(self, module: LightningModule, change: Change) -> None:
+        """Choose once more for the new layers, as soon as there is something to choose by."""
+        if self._chosen_at is not None and self.timeline is not None:
+            self._again = self.steps + (self.timeline.every if self.score.reads else 1)
+        self._seen = {name: seen for name, seen in self._seen.items() if change.new_name(name) == name}
+        if self.score.reads:
+            self.finish(None)
+            self._watch(module)
+
+    def before_step(self, run: Run, optimizer: Optimizer) -> None:
+        """See the gradients of a step."""
+        if not self.score.reads or not self._watching:
+            return
+        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for mapped, _ in self._maps(run.module):
+            stored = mapped.stored
+            if id(stored) in owned and stored.grad is not None:
+                self._seen[mapped.name].see_gradient(stored.detach(), stored.grad)
+
+    def after_step(self, run: Run) -> None:
+        """Choose masks when the time has come."""
+        due = self.timeline is not None and (self.timeline.due(self.steps) or self.steps == self._again)
+        if due and self._chosen_at != self.steps:
+            self._choose(run)
+        if self.rewind_to is not None and self.steps == self._rewind_at and not self._rewind.values:
+            self._rewind.take(run.module)
+        if self.shrinks and self.timeline is not None:
+            self.rule.masked = self.steps >= self.timeline.amounts.end
+            if not self.rule.masked and self._shrunk_at != self.steps:
+                self._shrink(run.module)
+
+    @torch.no_grad()
+    def _shrink(self, module: nn.Module) -> None:
+        for mapped, mask in self._maps(module):
+            if mask.holds(mapped.stored):
+                mapped.stored.mul_(torch.where(mask.held, 1.0, self.alpha))
+        self._shrunk_at = self.steps
+
+    @torch.no_grad()
+    def _choose(self, run: Run) -> None:
+        assert self.timeline is not None
+        maps = list(self._maps(run.module))
+        scores, sizes = {}, {}
+        for mapped, mask in maps:
+            seen = self._seen.get(mapped.name, Statistics(()))
+            if not seen.ready:
+                raise MisconfigurationException(
+                    f"{mapped.name} cannot be scored by {self._arguments['score']!r}: its layer was not called, or got no "
+                    f"gradient, in the {self.timeline.every} steps before step {self.steps}. Leave it out with exclude=, or "
+                    "raise every=."
+                )
+            seen.reduce(run.trainer.strategy)
+            dim = input_dim(mapped.layer)
+            weight = mapped.entering(mask)
+            value = self.score.value(weight, seen, dim)
+            if self.nm is not None:
+                mask.hold(nm_mask(value.contiguous(), *self.nm, dim))
+                continue
+            if self.rule.masked and not self.rule.regrow and mask.holds(weight):
+                value = value.masked_fill(~mask.held, -torch.inf)
+            scores[mapped.name] = self.grouping.scores(value, dim)
+            sizes[mapped.name] = self.grouping.sizes(weight.shape, dim)
+            seen.clear()
+        if self.nm is None:
+            kept = self.keep(scores, sizes)
+            for mapped, mask in maps:
+                mask.hold(self.grouping.mask(kept[mapped.name], mapped.stored.shape, input_dim(mapped.layer)))
+        self._chosen_at = self.steps
+        self._rewind_due = self.rewind_to is not None
+
+    def keep(self, scores: Mapping[str, Tensor], sizes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Decide which groups stay, from their scores and the number of their weights by tensor."""
+        assert self.timeline is not None
+        amount = self.timeline.amounts.value(self.steps)
+        return keep_largest(scores, amount, self.scope, None if self.grouping.single else sizes)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Go back after a choice; not at once, so that a validation in between sees what was pruned, trained."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._rewind_due and self._hub is not None:
+            self._rewind_due = False
+            self._rewind.restore(self._hub.run)
+
+    def finish(self, run: Run | None) -> None:
+        """Stop looking at inputs."""
+        for shim in self._shims:
+            shim.remove()
+        self._shims = []
+
+    def describe(self, module: nn.Module) -> str:
+        """Name what is pruned by what, and when."""
+        given = self._arguments
+        much = given["pattern"] if self.nm else f"{self.amount:.0%} {given['pattern']}"
+        when = f"at {given['start']}" if given["end"] is None else f"{given['start']} to {given['end']}"
+        return f"{much} by {given['score']}, {self.scope}, {when}, in {len(self.select(module))} layers"
+
+    @torch.no_grad()
+    def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
+        """Share of weights kept in the targets."""
+        kept = total = 0
+        for mapped, mask in self._maps(run.module):
+            total += mapped.stored.numel()
+            kept += mask.held.count_nonzero() if mask.holds(mapped.stored) else mapped.stored.numel()
+        return {"density": kept / max(total, 1)}
+
+    def state(self) -> dict[str, Any]:
+        """What was seen since the last choice; the masks themselves are in the module's state."""
+        seen = {name: seen.state() for name, seen in self._seen.items()}
+        return {
+            "chosen_at": self._chosen_at,
+            "shrunk_at": self._shrunk_at,
+            "again": self._again,
+            "masked": self.rule.masked,
+            "rewind": self._rewind.state(),
+            "rewind_due": self._rewind_due,
+            "seen": seen,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._chosen_at, self._shrunk_at, self._again = state["chosen_at"], state["shrunk_at"], state["again"]
+        self.rule.masked = state["masked"]
+        self._rewind.values, self._rewind_due = dict(state["rewind"]), state["rewind_due"]
+        for name, seen in state["seen"].items():
+            self._seen.setdefault(name, Statistics(self.score.reads)).load_state(seen)

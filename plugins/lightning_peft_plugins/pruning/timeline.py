@@ -1,0 +1,41 @@
+"""When masks are chosen, and how much is pruned by then."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_peft.compose.schedule import ResolvedSchedule
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Moments of choice, in optimizer steps.
+
+    Attributes:
+        amounts: Share of pruned weights by step.
+        every: Steps between choices from the start of ``amounts`` to its end, which is always one.
+    """
+
+    amounts: ResolvedSchedule
+    every: int
+
+    def due(self, step: int) -> bool:
+        """Whether masks are chosen after so many steps.
+
+        Example:
+            >>> line = Timeline(ResolvedSchedule(10, 25, "cubic", (0.0, 0.5)), every=10)
+            >>> [step for step in range(40) if line.due(step)]
+            [10, 20, 25]
+        """
+        first, last = self.amounts.start, self.amounts.end
+        return step == last or (first <= step < last and (step - first) % self.every == 0)
+
+    def watched(self, step: int) -> bool:
+        """Whether what happens in the step after so many bears on a choice: the ``every`` steps before each of them do.
+
+        Example:
+            >>> line = Timeline(ResolvedSchedule(10, 10, "constant", (0.0, 0.5)), every=4)
+            >>> [step for step in range(40) if line.watched(step)]
+            [6, 7, 8, 9]
+        """
+        return self.amounts.start - self.every <= step < self.amounts.end
