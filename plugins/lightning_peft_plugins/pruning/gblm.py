@@ -22,7 +22,7 @@ class GBLM(MaskedPruning):
 
     Example:
         >>> GBLM(0.5, every=128)
-        GBLM(amount=0.5, score='gblm', scope='row', ... every=128, ...)
+        GBLM(amount=0.5, score='gblm', ... scope='row', ... every=128, ...)
     """
 
     paper = "Das et al., Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models, 2023, arXiv 2311.04902"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_peft.compose.schedule import Shape
 from lightning_peft.weights.choose import Scope
 from lightning_peft_plugins.pruning.masked_pruning import MaskedPruning, Rule
 
@@ -20,12 +21,13 @@ class ISSP(MaskedPruning):
         end: When pruned weights become zero.
         every: Length between choices.
         scope: What is ranked together.
+        shape: How the amount grows until ``end``.
         rule: What becomes of what is pruned.
         **kwargs: Those of :class:`~lightning_peft_plugins.pruning.masked_pruning.MaskedPruning`.
 
     Example:
         >>> ISSP(0.9, end="60%")
-        ISSP(amount=0.9, alpha=0.95, end='60%', ...)
+        ISSP(amount=0.9, ... alpha=0.95, end='60%', ...)
     """
 
     paper = "Wang et al., Iterative Soft Shrinkage Learning for Efficient Image Super-Resolution, ICCV 2023, arXiv 2303.09650"
@@ -38,7 +40,8 @@ class ISSP(MaskedPruning):
         end: int | float | str | None = "50%",
         every: int | float | str = 1,
         scope: Scope = "layer",
+        shape: Shape = "constant",
         rule: Rule = "shrink",
         **kwargs: Any,
     ) -> None:
-        super().__init__(amount, alpha=alpha, end=end, every=every, scope=scope, rule=rule, shape="constant", **kwargs)
+        super().__init__(amount, alpha=alpha, end=end, every=every, scope=scope, shape=shape, rule=rule, **kwargs)

@@ -21,7 +21,7 @@ class MagnitudePruning(MaskedPruning):
 
     Example:
         >>> MagnitudePruning(0.9, end="75%")
-        MagnitudePruning(amount=0.9, start=0, end='75%', ...)
+        MagnitudePruning(amount=0.9, ... start=0, end='75%', ...)
     """
 
     def __init__(

@@ -22,7 +22,7 @@ class Wanda(MaskedPruning):
 
     Example:
         >>> Wanda(pattern="2:4", every=32)
-        Wanda(score='wanda', scope='row', ... every=32, ...)
+        Wanda(score='wanda', pattern='2:4', ... scope='row', ... every=32, ...)
     """
 
     paper = "Sun et al., A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024, arXiv 2306.11695"
