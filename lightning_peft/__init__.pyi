@@ -20,6 +20,7 @@ from lightning_peft_plugins.growth.layer_growth import LayerGrowth as LayerGrowt
 from lightning_peft_plugins.growth.mixture_growth import MixtureGrowth as MixtureGrowth
 from lightning_peft_plugins.growth.stage_sharing import StageSharing as StageSharing
 from lightning_peft_plugins.pruning.gblm import GBLM as GBLM
+from lightning_peft_plugins.pruning.group_envelope import GroupEnvelope as GroupEnvelope
 from lightning_peft_plugins.pruning.issp import ISSP as ISSP
 from lightning_peft_plugins.pruning.magnitude_pruning import MagnitudePruning as MagnitudePruning
 from lightning_peft_plugins.pruning.masked_pruning import MaskedPruning as MaskedPruning

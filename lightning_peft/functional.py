@@ -19,6 +19,8 @@ _HOMES = {
     "diagonal_fisher": "weights.fisher",
     "geometric_frames": "weights.nm_pattern",
     "gradient": "weights.importance",
+    "group_envelope": "weights.envelope",
+    "group_envelope_scale": "weights.envelope",
     "is_nm": "weights.nm",
     "magnitude": "weights.importance",
     "nm_mask": "weights.nm",

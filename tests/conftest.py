@@ -2,11 +2,16 @@ from __future__ import annotations
 
 import logging
 
+import hypothesis
 import pytest
 import torch
 
 # Doctests are collected from every module; two conftest.py would meet as modules of one name.
 collect_ignore_glob = ["conftest.py", "*/conftest.py"]
+
+# A machine that does something else beside must not make a property look false.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 @pytest.fixture(autouse=True, scope="session")

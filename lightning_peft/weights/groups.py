@@ -60,24 +60,24 @@ class Grouping:
         sums = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns, positions).sum((1, 3))
         return sums.sum(2, keepdim=True) if self.whole_kernels else sums
 
-    def mask(self, kept: Tensor, shape: torch.Size, dim: int) -> Tensor:
-        """Spread a decision over the weights it is about.
+    def spread(self, values: Tensor, shape: torch.Size, dim: int) -> Tensor:
+        """Give every weight what its group has: a decision, or a factor.
 
         Args:
-            kept: Boolean, in the shape of :meth:`scores`.
+            values: One a group, in the shape of :meth:`scores`.
             shape: Shape of the weight.
             dim: Dimension of its inputs.
 
         Returns:
-            Boolean mask of the weight's shape, ``True`` = kept.
+            One a weight, of the weight's shape.
 
         Example:
-            >>> Grouping(rows=0, columns=2).mask(torch.tensor([[[True], [False]]]), torch.Size([1, 3]), dim=1)
+            >>> Grouping(rows=0, columns=2).spread(torch.tensor([[[True], [False]]]), torch.Size([1, 3]), dim=1)
             tensor([[ True,  True, False]])
         """
         moved = torch.empty(shape, device="meta").movedim(dim, 1).shape
         rows, columns = self.rows or moved[0], self.columns or moved[1]
-        spread = kept.repeat_interleave(rows, 0)[: moved[0]].repeat_interleave(columns, 1)[:, : moved[1]]
+        spread = values.repeat_interleave(rows, 0)[: moved[0]].repeat_interleave(columns, 1)[:, : moved[1]]
         return spread.expand(-1, -1, moved[2:].numel()).reshape(moved).movedim(1, dim).contiguous()
 
 

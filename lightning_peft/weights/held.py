@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_peft.weights.hard_mask import mask_words
 from lightning_peft.weights.maps import WeightMap
 
 
@@ -20,9 +21,11 @@ class HeldMask(WeightMap):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.held = torch.empty(0, dtype=torch.bool)
+        self._words: Tensor | None = None
 
     def hold(self, mask: Tensor) -> None:
         """Keep a mask from now on."""
+        self._words = None
         if self.held.shape == mask.shape:
             self.held.copy_(mask)  # the same tensor, so that a compiled step stays valid
         else:
@@ -32,10 +35,19 @@ class HeldMask(WeightMap):
         """Whether there is a mask for this weight."""
         return self.held.shape == weight.shape
 
+    def words(self, weight: Tensor) -> Tensor | None:
+        """The mask as :func:`~lightning_peft.weights.hard_mask.mask_words` for this weight, where they are faster."""
+        if weight.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        if self._words is None or self._words.element_size() != weight.element_size():
+            with torch.inference_mode(False):  # a first use in validation must not spoil them for training
+                self._words = mask_words(self.held, weight.dtype)
+        return self._words
+
     def get_extra_state(self) -> Tensor:
         return self.held
 
     def set_extra_state(self, state: Tensor) -> None:
         if not isinstance(state, Tensor) or state.dtype != torch.bool:
             raise ValueError("the saved mask is not a boolean tensor")
-        self.held = state.to(self.held.device).clone()
+        self.held, self._words = state.to(self.held.device).clone(), None

@@ -27,7 +27,7 @@ def test_every_weight_is_in_one_group(pattern: str, layer: nn.Module) -> None:
     for place in range(sizes.numel()):
         one = torch.zeros(sizes.numel(), dtype=torch.bool)
         one[place] = True
-        mask = grouping.mask(one.view(sizes.shape), weight.shape, dim)
+        mask = grouping.spread(one.view(sizes.shape), weight.shape, dim)
         assert mask.shape == weight.shape
         assert mask.is_contiguous()
         assert mask.sum() == sizes.flatten()[place]
@@ -40,15 +40,15 @@ def test_every_weight_is_in_one_group(pattern: str, layer: nn.Module) -> None:
 def test_what_is_spread_comes_back(rows: int, columns: int, whole: bool) -> None:
     grouping, shape = Grouping(rows, columns, whole), torch.Size([7, 9, 2])
     kept = torch.rand(grouping.sizes(shape, 1).shape, generator=torch.Generator().manual_seed(rows + 7 * columns)) > 0.5
-    mask = grouping.mask(kept, shape, 1)
+    mask = grouping.spread(kept, shape, 1)
     assert torch.equal(grouping.scores(mask.float(), 1) > 0.5, kept)
 
 
 def test_channels_of_every_layout() -> None:
     kept = torch.tensor([True, False]).view(2, 1, 1)
     channel = parse_grouping("channel")
-    assert channel.mask(kept, torch.Size([2, 3]), 1).tolist() == [[True] * 3, [False] * 3]
-    assert channel.mask(kept, torch.Size([3, 2]), 0).tolist() == [[True, False]] * 3, (
+    assert channel.spread(kept, torch.Size([2, 3]), 1).tolist() == [[True] * 3, [False] * 3]
+    assert channel.spread(kept, torch.Size([3, 2]), 0).tolist() == [[True, False]] * 3, (
         "transformers' Conv1D stores its transpose"
     )
 

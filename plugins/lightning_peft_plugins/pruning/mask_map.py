@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lightning_peft.compose.lanes import Lane
+from lightning_peft.weights.hard_mask import hard_mask
 from lightning_peft.weights.held import HeldMask
-from lightning_peft.weights.nm_prune import ste_prune
 
 
 class PruneRule:
@@ -39,7 +39,7 @@ class MaskMap(HeldMask):
     def forward(self, weight: Tensor) -> Tensor:
         if not self.rule.masked or not self.holds(weight):
             return weight
-        return ste_prune(weight, self.held, masked_grad=not self.rule.regrow)
+        return hard_mask(weight, self.held, self.words(weight), regrow=self.rule.regrow)
 
     def bake(self, weight: Tensor) -> Tensor:
         """Apply the mask, whatever is in force."""

@@ -44,9 +44,9 @@ class MaskedPruning(Method):
     ``pattern`` of weights that go together, the schedule (``start``, ``end``, ``shape``, ``every``), and the ``rule`` for what
     is pruned. ``MagnitudePruning``, ``Wanda``, ``GBLM``, ``ISSP``, ``SAP`` are such choices under the names of their papers.
 
-    Scores: ``"magnitude"``; means over the ``every`` steps before each choice of the absolute ``"gradient"``, of ``"taylor"``
-    (``|w g|``), of ``"fisher"`` (``w^2 g^2``); ``"wanda"`` (magnitude times norm of the input) and ``"gblm"`` (plus magnitude
-    times gradient).
+    Scores: ``"magnitude"`` and its square, ``"energy"``; means over the ``every`` steps before each choice of the absolute
+    ``"gradient"``, of ``"taylor"`` (``|w g|``), of ``"fisher"`` (``w^2 g^2``); ``"wanda"`` (magnitude times norm of the input)
+    and ``"gblm"`` (plus magnitude times gradient).
 
     Args:
         amount: Share of the targets' weights to prune; not with an N:M pattern, which says it.
@@ -163,7 +163,8 @@ class MaskedPruning(Method):
         for tensor in self.claims(module):
             self.map_weight(module, tensor, MaskMap(self.rule))
 
-    def _maps(self, module: nn.Module) -> Iterator[tuple[MappedTensor, MaskMap]]:
+    def masks(self, module: nn.Module) -> Iterator[tuple[MappedTensor, MaskMap]]:
+        """Yield the targets with their masks, in module order."""
         for mapped in mapped_tensors(module):
             for entry in mapped.maps:
                 if isinstance(entry, MaskMap) and entry.owner == type(self).__name__:
@@ -203,7 +204,7 @@ class MaskedPruning(Method):
 
     def _watch(self, module: nn.Module) -> None:
         """See what scores are made of."""
-        for mapped, _ in self._maps(module):
+        for mapped, _ in self.masks(module):
             seen = self._seen.setdefault(mapped.name, Statistics(self.score.reads))
             if "x^2" in self.score.reads:
                 layer = mapped.layer
@@ -235,7 +236,7 @@ class MaskedPruning(Method):
         if not self.score.reads or not self._watching:
             return
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for mapped, _ in self._maps(run.module):
+        for mapped, _ in self.masks(run.module):
             stored = mapped.stored
             if id(stored) in owned and stored.grad is not None:
                 self._seen[mapped.name].see_gradient(stored.detach(), stored.grad)
@@ -250,19 +251,21 @@ class MaskedPruning(Method):
         if self.shrinks and self.timeline is not None:
             self.rule.masked = self.steps >= self.timeline.amounts.end
             if not self.rule.masked and self._shrunk_at != self.steps:
-                self._shrink(run.module)
+                with torch.no_grad():
+                    for mapped, factor in self.shrinkage(run):
+                        mapped.stored.mul_(factor)
+                self._shrunk_at = self.steps
 
-    @torch.no_grad()
-    def _shrink(self, module: nn.Module) -> None:
-        for mapped, mask in self._maps(module):
+    def shrinkage(self, run: Run) -> Iterator[tuple[MappedTensor, Tensor]]:
+        """What the rule ``"shrink"`` multiplies weights by after a step."""
+        for mapped, mask in self.masks(run.module):
             if mask.holds(mapped.stored):
-                mapped.stored.mul_(torch.where(mask.held, 1.0, self.alpha))
-        self._shrunk_at = self.steps
+                yield mapped, torch.where(mask.held, 1.0, self.alpha)
 
     @torch.no_grad()
     def _choose(self, run: Run) -> None:
         assert self.timeline is not None
-        maps = list(self._maps(run.module))
+        maps = list(self.masks(run.module))
         scores, sizes = {}, {}
         for mapped, mask in maps:
             seen = self._seen.get(mapped.name, Statistics(()))
@@ -287,7 +290,7 @@ class MaskedPruning(Method):
         if self.nm is None:
             kept = self.keep(scores, sizes)
             for mapped, mask in maps:
-                mask.hold(self.grouping.mask(kept[mapped.name], mapped.stored.shape, input_dim(mapped.layer)))
+                mask.hold(self.grouping.spread(kept[mapped.name], mapped.stored.shape, input_dim(mapped.layer)))
         self._chosen_at = self.steps
         self._rewind_due = self.rewind_to is not None
 
@@ -321,7 +324,7 @@ class MaskedPruning(Method):
     def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
         """Share of weights kept in the targets."""
         kept = total = 0
-        for mapped, mask in self._maps(run.module):
+        for mapped, mask in self.masks(run.module):
             total += mapped.stored.numel()
             kept += mask.held.count_nonzero() if mask.holds(mapped.stored) else mapped.stored.numel()
         return {"density": kept / max(total, 1)}

@@ -50,6 +50,7 @@ GBLM_ALPHA = 100.0  # the official code multiplies gradients by 100 before it ad
 
 SCORES: dict[str, Score] = {
     "magnitude": Score(frozenset(), lambda weight, seen, dim: magnitude(weight)),
+    "energy": Score(frozenset(), lambda weight, seen, dim: weight.detach().square()),
     "gradient": Score(frozenset({"|g|"}), lambda weight, seen, dim: seen.mean("|g|")),
     "taylor": Score(frozenset({"|wg|"}), lambda weight, seen, dim: seen.mean("|wg|")),
     "fisher": Score(frozenset({"g^2"}), lambda weight, seen, dim: weight.detach().square() * seen.mean("g^2")),
