@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -12,8 +12,6 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.attach.capture import forward_attribute
-from lightning_peft.attach.shim import Shim
 from lightning_peft.attach.targets import SENSITIVE, TargetSpec
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
@@ -30,8 +28,8 @@ from lightning_peft.weights.nm_pattern import parse_pattern
 from lightning_peft_plugins.pruning.mask_map import MaskMap, PruneRule
 from lightning_peft_plugins.pruning.rewind import Rewind
 from lightning_peft_plugins.pruning.scores import SCORES
-from lightning_peft_plugins.pruning.statistics import Statistics
 from lightning_peft_plugins.pruning.timeline import Timeline
+from lightning_peft_plugins.pruning.watch import Watch
 
 Rule = Literal["zero", "ste", "shrink"]
 RULES = get_args(Rule)
@@ -127,14 +125,13 @@ class MaskedPruning(Method):
         self.rule = PruneRule(masked=rule != "shrink", regrow=rule == "ste")
         self.shrinks, self.alpha = rule == "shrink", alpha
         self.timeline: Timeline | None = None
-        self._seen: dict[str, Statistics] = {}
+        self.watch = Watch(self.score.reads, self._watches)
         self._chosen_at: int | None = None
         self._shrunk_at: int | None = None
         self.rewind_to = None if rewind is None else parse_point(rewind)
         self.restarts = self.rewind_to is not None
         self._rewind, self._rewind_at, self._rewind_due = Rewind(), 0, False
         self._again = 0  # step of a further choice, for layers that came later
-        self._shims: list[Shim] = []
 
     def _read_amount(self, amount: float | None, pattern: str) -> float:
         if self.nm is not None:
@@ -181,7 +178,7 @@ class MaskedPruning(Method):
         if self.rewind_to is not None:
             self._prepare_rewind(run)
         if self.score.reads:
-            self._watch(run.module)
+            self.watch.open(mapped for mapped, _ in self.masks(run.module))
         elif self.timeline.due(self.steps) and self._chosen_at is None:
             self._choose(run)
 
@@ -202,44 +199,21 @@ class MaskedPruning(Method):
         if self.steps == self._rewind_at and not self._rewind.values:
             self._rewind.take(run.module)
 
-    def _watch(self, module: nn.Module) -> None:
-        """See what scores are made of."""
-        for mapped, _ in self.masks(module):
-            seen = self._seen.setdefault(mapped.name, Statistics(self.score.reads))
-            if "x^2" in self.score.reads:
-                layer = mapped.layer
-                self._shims.append(Shim(layer, forward_attribute(layer), self._see(layer, seen)).install())
-
-    def _see(self, layer: nn.Module, seen: Statistics) -> Callable[..., Any]:
-        def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if layer.training and self._watching:
-                seen.see_inputs(layer, args[0] if args else next(iter(kwargs.values())))
-            return inner(*args, **kwargs)
-
-        return forward
-
-    @property
-    def _watching(self) -> bool:
+    def _watches(self) -> bool:
         return self.timeline is not None and (self.timeline.watched(self.steps) or self.steps < self._again)
 
     def structure_changed(self, module: LightningModule, change: Change) -> None:
         """Choose once more for the new layers, as soon as there is something to choose by."""
         if self._chosen_at is not None and self.timeline is not None:
             self._again = self.steps + (self.timeline.every if self.score.reads else 1)
-        self._seen = {name: seen for name, seen in self._seen.items() if change.new_name(name) == name}
+        self.watch.forget(change)
         if self.score.reads:
-            self.finish(None)
-            self._watch(module)
+            self.watch.open(mapped for mapped, _ in self.masks(module))
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """See the gradients of a step."""
-        if not self.score.reads or not self._watching:
-            return
-        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for mapped, _ in self.masks(run.module):
-            stored = mapped.stored
-            if id(stored) in owned and stored.grad is not None:
-                self._seen[mapped.name].see_gradient(stored.detach(), stored.grad)
+        if self.score.reads:
+            self.watch.see_gradients((mapped for mapped, _ in self.masks(run.module)), optimizer)
 
     def after_step(self, run: Run) -> None:
         """Choose masks when the time has come."""
@@ -268,7 +242,7 @@ class MaskedPruning(Method):
         maps = list(self.masks(run.module))
         scores, sizes = {}, {}
         for mapped, mask in maps:
-            seen = self._seen.get(mapped.name, Statistics(()))
+            seen = self.watch.of(mapped.name)
             if not seen.ready:
                 raise MisconfigurationException(
                     f"{mapped.name} cannot be scored by {self._arguments['score']!r}: its layer was not called, or got no "
@@ -307,11 +281,9 @@ class MaskedPruning(Method):
             self._rewind_due = False
             self._rewind.restore(self._hub.run)
 
-    def finish(self, run: Run | None) -> None:
+    def finish(self, run: Run) -> None:
         """Stop looking at inputs."""
-        for shim in self._shims:
-            shim.remove()
-        self._shims = []
+        self.watch.close()
 
     def describe(self, module: nn.Module) -> str:
         """Name what is pruned by what, and when."""
@@ -331,7 +303,6 @@ class MaskedPruning(Method):
 
     def state(self) -> dict[str, Any]:
         """What was seen since the last choice; the masks themselves are in the module's state."""
-        seen = {name: seen.state() for name, seen in self._seen.items()}
         return {
             "chosen_at": self._chosen_at,
             "shrunk_at": self._shrunk_at,
@@ -339,12 +310,11 @@ class MaskedPruning(Method):
             "masked": self.rule.masked,
             "rewind": self._rewind.state(),
             "rewind_due": self._rewind_due,
-            "seen": seen,
+            "seen": self.watch.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._chosen_at, self._shrunk_at, self._again = state["chosen_at"], state["shrunk_at"], state["again"]
         self.rule.masked = state["masked"]
         self._rewind.values, self._rewind_due = dict(state["rewind"]), state["rewind_due"]
-        for name, seen in state["seen"].items():
-            self._seen.setdefault(name, Statistics(self.score.reads)).load_state(seen)
+        self.watch.load_state(state["seen"])

@@ -1,0 +1,79 @@
+"""Watches the layers of a training for what scores are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_peft.attach.capture import forward_attribute
+from lightning_peft.attach.shim import Shim
+from lightning_peft.structure.edits import Change
+from lightning_peft.weights.maps import MappedTensor
+from lightning_peft_plugins.pruning.statistics import Quantity, Statistics
+
+
+class Watch:
+    """Keeps the statistics of every target.
+
+    Args:
+        reads: What is to be seen; nothing is watched for an empty set.
+        wanted: Whether what happens now bears on a choice.
+    """
+
+    def __init__(self, reads: frozenset[Quantity], wanted: Callable[[], bool]) -> None:
+        self.reads, self.wanted = reads, wanted
+        self.seen: dict[str, Statistics] = {}
+        self._shims: list[Shim] = []
+
+    def of(self, name: str) -> Statistics:
+        """Return the statistics of a tensor."""
+        return self.seen.setdefault(name, Statistics(self.reads))
+
+    def open(self, targets: Iterable[MappedTensor]) -> None:
+        """Begin to see what layers are given."""
+        self.close()
+        if "x^2" not in self.reads:
+            return
+        for mapped in targets:
+            handler = self._see(mapped.layer, self.of(mapped.name))
+            self._shims.append(Shim(mapped.layer, forward_attribute(mapped.layer), handler).install())
+
+    def _see(self, layer: nn.Module, seen: Statistics) -> Callable[..., Any]:
+        def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if layer.training and self.wanted():
+                seen.see_inputs(layer, args[0] if args else next(iter(kwargs.values())))
+            return inner(*args, **kwargs)
+
+        return forward
+
+    def see_gradients(self, targets: Iterable[MappedTensor], optimizer: Optimizer) -> None:
+        """See the gradients of the tensors that an optimizer is about to move."""
+        if not self.reads or not self.wanted():
+            return
+        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for mapped in targets:
+            stored = mapped.stored
+            if id(stored) in owned and stored.grad is not None:
+                self.of(mapped.name).see_gradient(stored.detach(), stored.grad)
+
+    def forget(self, change: Change) -> None:
+        """Let go of what was seen of tensors that an edit moved."""
+        self.seen = {name: seen for name, seen in self.seen.items() if change.new_name(name) == name}
+
+    def close(self) -> None:
+        """Stop looking at layers."""
+        for shim in self._shims:
+            shim.remove()
+        self._shims = []
+
+    def state(self) -> dict[str, Any]:
+        """What was seen, as plain data."""
+        return {name: seen.state() for name, seen in self.seen.items()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state` gave."""
+        for name, seen in state.items():
+            self.of(name).load_state(seen)
