@@ -11,17 +11,11 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from lightning_peft import GroupEnvelope
-from lightning_peft.testing import MethodTester
 from lightning_peft.testing.modules import Plain
 from lightning_peft.testing.runs import fit
 from lightning_peft.weights.envelope import group_envelope_scale
 
 EVERYTHING: Any = ()
-
-
-class TestGroupEnvelope(MethodTester):
-    methods = [lambda: GroupEnvelope(0.5, strength=1.0, pattern="block:4x4", exclude=EVERYTHING, end="50%")]
-    no_exact_bake = "while groups fade, the module computes with them; what it bakes is without them"
 
 
 class Descent(Plain):

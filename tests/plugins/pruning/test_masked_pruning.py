@@ -16,7 +16,18 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import lightning_peft
-from lightning_peft import GBLM, ISSP, SAP, LayerGrowth, MagnitudePruning, MaskedPruning, NMSparsity, Wanda, WeightCompander
+from lightning_peft import (
+    GBLM,
+    ISSP,
+    SAP,
+    GroupEnvelope,
+    LayerGrowth,
+    MagnitudePruning,
+    MaskedPruning,
+    NMSparsity,
+    Wanda,
+    WeightCompander,
+)
 from lightning_peft.functional import pq_pruned
 from lightning_peft.testing import MethodTester, run_ddp
 from lightning_peft.testing.callbacks import every_epoch
@@ -34,36 +45,26 @@ def pruned(module: nn.Module) -> dict[str, float]:
 
 
 class TestMaskedPruning(MethodTester):
+    """Compositions in one class, because two processes are started once a class."""
+
     methods = [
         lambda: MaskedPruning(0.5, exclude=EVERYTHING),
         lambda: MaskedPruning(0.7, "taylor", exclude=EVERYTHING, start="25%", end="75%", every=2),
         lambda: MaskedPruning(0.5, "gradient", "block:4x4", "layer", exclude=EVERYTHING, end="60%", every=3, rule="ste"),
+        lambda: MaskedPruning(0.6, exclude=EVERYTHING, start=4, end=9, every=5, rewind=2),
+        lambda: MagnitudePruning(0.8, exclude=EVERYTHING),
+        lambda: Wanda(pattern="2:4", exclude=EVERYTHING, end="50%", every=2),
+        lambda: GBLM(0.5, exclude=EVERYTHING, every=4),
+        lambda: SAP(exclude=EVERYTHING, scope="row", start="40%", every="30%", end="70%"),
     ]
 
 
-class TestMagnitudePruning(MethodTester):
-    methods = [lambda: MagnitudePruning(0.8, exclude=EVERYTHING)]
-
-
-class TestWanda(MethodTester):
-    methods = [lambda: Wanda(pattern="2:4", exclude=EVERYTHING, end="50%", every=2)]
-
-
-class TestGBLM(MethodTester):
-    methods = [lambda: GBLM(0.5, exclude=EVERYTHING, every=4)]
-
-
-class TestISSP(MethodTester):
-    methods = [lambda: ISSP(0.6, exclude=EVERYTHING)]
+class TestShrinkage(MethodTester):
+    methods = [
+        lambda: ISSP(0.6, exclude=EVERYTHING),
+        lambda: GroupEnvelope(0.5, strength=1.0, pattern="block:4x4", exclude=EVERYTHING, end="50%"),
+    ]
     no_exact_bake = "while weights shrink, the module computes with them; what it bakes is without them"
-
-
-class TestSAP(MethodTester):
-    methods = [lambda: SAP(exclude=EVERYTHING, scope="row", start="40%", every="30%", end="70%")]
-
-
-class TestLotteryTickets(MethodTester):
-    methods = [lambda: MaskedPruning(0.6, exclude=EVERYTHING, start=4, end=9, every=5, rewind=2)]
 
 
 class Densities(Callback):
