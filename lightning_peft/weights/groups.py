@@ -44,16 +44,17 @@ class Grouping:
             >>> Grouping(rows=1, columns=2).scores(torch.tensor([[1.0, 3.0, 5.0]]), dim=1).flatten()
             tensor([2., 5.])
         """
-        matrix = _matrix(values, dim)
-        if self.single:
-            return matrix
-        return self._sums(matrix) / self.sizes(values.shape, dim).to(matrix)
+        return self.sums(values, dim) if self.single else self.sums(values, dim) / self.sizes(values.shape, dim).to(values)
 
     def sizes(self, shape: torch.Size, dim: int) -> Tensor:
         """Count the weights of each group, in the shape of :meth:`scores`."""
-        return self._sums(_matrix(torch.ones(shape), dim)).long()
+        return self.sums(torch.ones(shape), dim).long()
 
-    def _sums(self, matrix: Tensor) -> Tensor:
+    def sums(self, values: Tensor, dim: int) -> Tensor:
+        """Sum over each group, in the shape of :meth:`scores`."""
+        matrix = _matrix(values, dim)
+        if self.single:
+            return matrix
         outputs, inputs, positions = matrix.shape
         rows, columns = self.rows or outputs, self.columns or inputs
         padded = F.pad(matrix, (0, 0, 0, -inputs % columns, 0, -outputs % rows))

@@ -67,7 +67,7 @@ class GroupEnvelope(MaskedPruning):
         """Apply the proximal operator, a factor a group, to all targets together."""
         targets = [(mapped, input_dim(mapped.layer), self._rate(run, mapped)) for mapped, _ in self.masks(run.module)]
         targets = [target for target in targets if target[2] > 0]
-        norms = [self._norms(mapped.stored.detach(), dim) for mapped, dim, _ in targets]
+        norms = [self.grouping.sums(mapped.stored.detach().square(), dim).sqrt() for mapped, dim, _ in targets]
         if not norms:
             return
         flat = torch.cat([values.flatten() for values in norms])
@@ -78,9 +78,6 @@ class GroupEnvelope(MaskedPruning):
         parts = torch.split(group_envelope_scale(flat, free, self.strength * rates), [values.numel() for values in norms])
         for (mapped, dim, _), values, part in zip(targets, norms, parts, strict=True):
             yield mapped, self.grouping.spread(part.view_as(values), mapped.stored.shape, dim)
-
-    def _norms(self, weight: Tensor, dim: int) -> Tensor:
-        return (self.grouping.scores(weight.square(), dim) * self.grouping.sizes(weight.shape, dim).to(weight)).sqrt()
 
     def _rate(self, run: Run, mapped: MappedTensor) -> float:
         """Learning rate of the step a tensor has just taken."""
