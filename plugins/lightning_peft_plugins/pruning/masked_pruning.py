@@ -253,6 +253,7 @@ class MaskedPruning(Method):
             dim = input_dim(mapped.layer)
             weight = mapped.entering(mask)
             value = self.score.value(weight, seen, dim)
+            seen.clear()
             if self.nm is not None:
                 mask.hold(nm_mask(value.contiguous(), *self.nm, dim))
                 continue
@@ -260,7 +261,6 @@ class MaskedPruning(Method):
                 value = value.masked_fill(~mask.held, -torch.inf)
             scores[mapped.name] = self.grouping.scores(value, dim)
             sizes[mapped.name] = self.grouping.sizes(weight.shape, dim)
-            seen.clear()
         if self.nm is None:
             kept = self.keep(scores, sizes)
             for mapped, mask in maps:

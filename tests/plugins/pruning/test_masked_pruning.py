@@ -295,6 +295,13 @@ def test_groups_go_together(pattern: str) -> None:
     assert any(share > 0 for share in pruned(module).values())
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+def test_each_choice_sees_only_the_steps_before_it(pattern: str) -> None:
+    method = GBLM(pattern=pattern, scope="layer", exclude=EVERYTHING, start=4, end=8, every=4)
+    fit([method], max_epochs=2)
+    assert {seen.steps for seen in method.watch.seen.values()} == {0}, "the last choice was after the last step"
+
+
 def test_nothing_is_dead_however_much_is_pruned() -> None:
     module = fit([MaskedPruning(0.99, pattern="channel", exclude=EVERYTHING)], max_epochs=1).module
     assert all(share < 1 for share in pruned(module).values())
