@@ -146,7 +146,8 @@ def follow(trainer: Trainer, module: LightningModule, methods: Sequence[Method],
         if id(mapped.stored) not in old:
             for weight_map in mapped.maps:
                 parameters = dict(weight_map.named_parameters(f"{mapped.name}.{weight_map.kind}"))
-                place_parameters(trainer.optimizers, schedulers, parameters, mapped.stored, weight_map.optimizer_overrides)
+                settings = (weight_map.optimizer_overrides, weight_map.lr_scale)
+                place_parameters(trainer.optimizers, schedulers, parameters, mapped.stored, *settings)
 
 
 def describe(module: nn.Module, edit: Edit) -> str:

@@ -222,7 +222,8 @@ class Hub:
         for mapped in mapped_tensors(self.run.module):
             for weight_map in mapped.maps:
                 parameters = list(weight_map.parameters())
-                place_parameters(trainer.optimizers, schedulers, parameters, mapped.stored, weight_map.optimizer_overrides)
+                settings = (weight_map.optimizer_overrides, weight_map.lr_scale)
+                place_parameters(trainer.optimizers, schedulers, parameters, mapped.stored, *settings)
         if self._saving is not None and self._saving.groups is not None:
             regroup(self.run.module, trainer.optimizers, schedulers, self._saving.groups)
         if any(method.lane == Lane.STRUCTURE or method.restarts for method in self.methods):

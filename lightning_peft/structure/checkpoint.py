@@ -96,7 +96,8 @@ def stored_key(name: str) -> str:
     return f"{path}.parametrizations.{attribute}.original" if path else f"parametrizations.{attribute}.original"
 
 
-def _map_prefix(name: str, position: int) -> str:
+def map_prefix(name: str, position: int) -> str:
+    """Return what the state-dict keys of the map at a position of a mapped tensor begin with."""
     return f"{stored_key(name).removesuffix('original')}{position}."
 
 
@@ -139,7 +140,7 @@ def bake_state_dict(state: Mapping[str, Tensor], section: Mapping[str, Any]) -> 
         shape = value.shape
         for position, item in enumerate(records):
             weight_map = rebuild_map(item)
-            prefix = _map_prefix(name, position)
+            prefix = map_prefix(name, position)
             own = {key.removeprefix(prefix): plain.pop(key) for key in list(plain) if key.startswith(prefix)}
             try:
                 weight_map.load_state_dict(own)
@@ -168,7 +169,7 @@ def mount_state_dict(state: MutableMapping[str, Tensor], module: nn.Module) -> N
         state[stored_key(mapped.name)] = value if inverse is None else inverse(value)
         for position, weight_map in enumerate(mapped.maps):
             for key, tensor in weight_map.state_dict().items():
-                state[_map_prefix(mapped.name, position) + key] = tensor
+                state[map_prefix(mapped.name, position) + key] = tensor
 
 
 def training_state(state: MutableMapping[str, Tensor], name: str, value: Tensor, states: Sequence[dict[str, Tensor]]) -> None:
@@ -177,7 +178,7 @@ def training_state(state: MutableMapping[str, Tensor], name: str, value: Tensor,
     state[stored_key(name)] = value
     for position, tensors in enumerate(states):
         for key, tensor in tensors.items():
-            state[_map_prefix(name, position) + key] = tensor
+            state[map_prefix(name, position) + key] = tensor
 
 
 def check_tensors(state: object, module: nn.Module) -> None:

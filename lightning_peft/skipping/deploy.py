@@ -1,0 +1,142 @@
+"""Building a network that skips, proving it against the one that masks, and calibrating it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_peft.attach.channel_units import ChannelUnit, channel_units
+from lightning_peft.attach.flop_count import FlopCount
+from lightning_peft.skipping.build import build
+from lightning_peft.skipping.calibrate import calibrate_layers
+from lightning_peft.skipping.clock import Paired, paired_times
+from lightning_peft.skipping.fold import fold_norms
+from lightning_peft.skipping.layers import SelectiveLayer
+from lightning_peft.skipping.predictor import ChannelPredictor
+from lightning_peft.skipping.prove import masked_outputs, masked_units
+from lightning_peft.skipping.selection import Selection
+from lightning_peft.weights.maps import detach_maps
+
+_CALIBRATION = 16  # samples to measure on
+
+
+@dataclass
+class Deployed:
+    """A network that computes what each input needs, and what that is worth.
+
+    Attributes:
+        network: The network: an ordinary module whose layers keep their names; it needs neither a Trainer nor the method.
+        dense: The same network with every channel computed and none masked, norms folded, in the faster memory layout.
+        flops: Operations for one sample that the network really executes, averaged over the calibration inputs, as a share
+            of the dense network's.
+        times: Seconds for one sample, dense and skipping, measured in turns.
+        masked: Units that are computed whole and masked, with the reason.
+        dropped: Units that are computed whole and not masked, because they cost more time than they saved.
+        ways: How each layer computes.
+    """
+
+    network: nn.Module
+    dense: nn.Module
+    flops: float
+    times: Paired
+    masked: dict[str, str] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    ways: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def speedup(self) -> float:
+        """Median time of the dense network over that of this one, for one sample."""
+        return self.times.ratio
+
+    def __str__(self) -> str:
+        achieved, possible = self.speedup, 1.0 / self.flops
+        return (
+            f"{self.flops:.1%} of the dense operations: {possible:.2f}x if time followed them, {achieved:.2f}x measured "
+            f"({self.times.low:.2f} to {self.times.high:.2f}), {self.times.first * 1e3:.2f} ms dense, "
+            f"{self.times.second * 1e3:.2f} ms skipping, {len(self.masked)} units masked only, {len(self.dropped)} dropped"
+        )
+
+
+@torch.no_grad()
+def deploy(
+    network: nn.Module,
+    units: Sequence[ChannelUnit],
+    predictors: Mapping[str, ChannelPredictor],
+    inputs: Tensor,
+    *,
+    tokens: bool = False,
+    calibrate: bool = True,
+    keep_masks: bool = True,
+) -> Deployed:
+    """Turn a trained network and its predictors into one that computes only the channels chosen.
+
+    The result is proved on the inputs: it must give what the masked network gives. Units for which it does not, or whose
+    ``forward`` cannot work on a part of the channels, are computed whole and masked.
+
+    Args:
+        network: The trained network; it stays as it is.
+        units: The gated units.
+        predictors: Trained predictor by the unit's producer.
+        inputs: Real inputs, shape ``(samples, ...)``.
+        tokens: Whether each token of a linear unit is judged on its own.
+        calibrate: Measure which way of computing is fastest for each layer.
+        keep_masks: Compute what the masked network computes. Otherwise units that cost more time than they save lose their
+            predictor and their mask, so that outputs differ a little: check the accuracy.
+
+    Raises:
+        MisconfigurationException: There are no inputs.
+    """
+    if not len(inputs):
+        raise MisconfigurationException("deploy() needs at least one real input to prove and calibrate the network on.")
+    device = next(network.parameters()).device
+    inputs = inputs.to(device)
+    dense = copy.deepcopy(network).eval().to(memory_format=torch.contiguous_format)
+    detach_maps(dense, "baked")
+    fold_norms(dense, channel_units(dense))
+    predictors = {name: copy.deepcopy(predictor).to(device).eval() for name, predictor in predictors.items()}
+    reference = masked_outputs(dense, units, predictors, tokens, inputs)
+    masked = masked_units(dense, units, predictors, tokens, inputs, reference)
+    skipping = build(dense, units, predictors, masked, tokens)
+    samples = inputs[:_CALIBRATION].split(1)  # type: ignore[no-untyped-call]
+    dropped: list[str] = []
+    if calibrate:
+        gains = calibrate_layers(skipping, samples)
+        if not keep_masks:
+            dropped = [unit.producer for unit in units if gains.get(_selection(skipping, unit), 1.0) <= 0.0]
+            units = [unit for unit in units if unit.producer not in dropped]
+            skipping = build(dense, units, predictors, masked, tokens)
+            calibrate_layers(skipping, samples)
+    flops = _flops(skipping, samples) / max(_flops(dense, samples), 1)
+    dense = _in_fastest_layout(dense, samples[0])
+    times = paired_times(lambda i: dense(samples[i % len(samples)]), lambda i: skipping(samples[i % len(samples)]))
+    ways = {name: str(layer.way) for name, layer in skipping.named_modules() if isinstance(layer, SelectiveLayer)}
+    return Deployed(skipping, dense, flops, times, masked, dropped, ways)
+
+
+def _selection(network: nn.Module, unit: ChannelUnit) -> Selection:
+    layer: Any = network.get_submodule(unit.producer)
+    layer = layer[0] if isinstance(layer, nn.Sequential) else layer
+    selection: Selection = layer.writes
+    return selection
+
+
+def _in_fastest_layout(dense: nn.Module, sample: Tensor) -> nn.Module:
+    """The network to compare with must not lose for its memory layout."""
+    if sample.ndim != 4:
+        return dense
+    other = copy.deepcopy(dense).to(memory_format=torch.channels_last)
+    swapped = sample.contiguous(memory_format=torch.channels_last)
+    return other if paired_times(lambda i: dense(sample), lambda i: other(swapped), pairs=5).ratio > 1.0 else dense
+
+
+def _flops(network: nn.Module, samples: Sequence[Tensor]) -> float:
+    with FlopCount() as count:
+        for sample in samples:
+            network(sample)
+    return float(count.total / len(samples))

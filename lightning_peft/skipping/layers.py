@@ -1,0 +1,181 @@
+"""Layers that compute selected output channels from selected input channels."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.attach.layers import is_conv
+from lightning_peft.skipping.selection import Selection, UnitPredictor, spread
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a layer computes what is selected; every way gives the same numbers.
+
+    Attributes:
+        rows: Gather the weight's rows; otherwise all outputs are computed and the selected ones taken.
+        columns: Gather the weight's columns; otherwise inputs are put back among zeros.
+        product: Multiply matrices instead of calling the convolution kernel, which prepares itself anew for each new size.
+    """
+
+    rows: bool = True
+    columns: bool = True
+    product: bool = False
+
+    def __str__(self) -> str:
+        sides = [name for name, used in (("rows", self.rows), ("columns", self.columns)) if used]
+        return f"{'+'.join(sides) or 'dense'}{' by product' if self.product else ''}"
+
+
+class SelectiveLayer(nn.Module):
+    """A convolution or linear layer between two selections.
+
+    Args:
+        layer: The layer, its norm folded into it; its weight is shared.
+        reads: Selection its input is reduced to, if it may be.
+        writes: Selection its output is reduced to, if it is.
+        predictor: Chooses ``writes`` from the input.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    transposed: Tensor | None
+    predictor: UnitPredictor | None
+
+    def __init__(self, layer: Any, reads: Selection | None, writes: Selection | None, predictor: UnitPredictor | None) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.convolution = is_conv(layer)
+        self._shell = _Shell(layer)
+        # Columns of a matrix are gathered as rows of its transpose, in long runs.
+        pointwise = reads is not None and self._can_multiply() and self.weight[0, 0].numel() == 1
+        self.register_buffer("transposed", self.weight.detach().flatten(1).t().contiguous() if pointwise else None, False)
+        self.reads, self.writes, self.predictor = reads, writes, predictor
+        self.way = Way()
+        self.dense = False
+
+    def ways(self) -> Iterator[Way]:
+        """Yield every way there is for this layer."""
+        reads, writes = self.reads is not None, self.writes is not None and not self.dense
+        products = (False, True) if self._can_multiply() else (False,)
+        for rows, columns, product in itertools.product((True, False)[: 1 + writes], (True, False)[: 1 + reads], products):
+            yield Way(rows and writes, columns and reads, product)
+
+    def settle(self, way: Way) -> None:
+        """Compute in one way from now on, and free what only others need."""
+        self.way = way
+        if way.rows or not way.columns or not way.product:
+            self.transposed = None
+
+    def _can_multiply(self) -> bool:
+        layer = self._shell.layer
+        plain = type(layer).forward is nn.Conv2d.forward and layer.padding_mode == "zeros"
+        return plain and not isinstance(layer.padding, str)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Choose, gather and compute."""
+        if self.predictor is not None and self.writes is not None:
+            self.writes.choose(self.predictor(inputs, self.reads), dense=self.dense)
+        return self.compute(inputs, self.way)
+
+    def compute(self, inputs: Tensor, way: Way) -> Tensor:
+        """Compute the selected channels in one of :meth:`ways`."""
+        dim = 1 if self.convolution else -1
+        weight, bias = self.weight, self.bias
+        rows = None if self.writes is None else self.writes.index
+        if rows is not None and way.rows:
+            assert self.writes is not None
+            weight, bias = _rows(weight, self.writes), None if bias is None else _rows(bias, self.writes)
+        if self.reads is not None and self.reads.index is not None:
+            if way.columns and way.product and not way.rows and self.transposed is not None:
+                weight = self.transposed.index_select(0, self.reads.index).t()
+                weight = weight.view(*weight.shape, *[1] * (self.weight.ndim - 2))
+            elif way.columns:
+                weight = weight.index_select(1, self.reads.index)
+            else:
+                inputs = spread(inputs, self.reads, dim)
+        output = self._multiply(inputs, weight, bias) if way.product else self._shell(inputs, weight, bias)
+        if rows is not None and not way.rows:
+            assert self.writes is not None
+            output = output.index_select(dim, rows)
+            output.narrow(dim, self.writes.count, len(rows) - self.writes.count).zero_()
+        return output
+
+    def _multiply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Convolve in two dimensions as a product with the unfolded input."""
+        layer, kernel = self._shell.layer, weight.shape[2:]
+        stride, padding, dilation = layer.stride, layer.padding, layer.dilation
+        places = [
+            (size + 2 * pad - gap * (width - 1) - 1) // step + 1
+            for size, width, step, pad, gap in zip(inputs.shape[2:], kernel, stride, padding, dilation, strict=True)
+        ]
+        if kernel.numel() == 1 and not any(padding):
+            columns = inputs[:, :, :: stride[0], :: stride[1]].flatten(2)
+        else:
+            columns = nn.functional.unfold(inputs, tuple(kernel), dilation, padding, stride)
+        matrix = weight.flatten(1) if kernel.numel() > 1 else weight[:, :, 0, 0]
+        if len(columns) == 1:
+            product = matrix @ columns[0] if bias is None else torch.addmm(bias[:, None], matrix, columns[0])
+        else:
+            product = matrix @ columns if bias is None else matrix @ columns + bias[:, None]
+        return product.view(len(inputs), -1, *places)
+
+
+class SelectiveFilter(nn.Module):
+    """A depthwise convolution on the channels of a selection.
+
+    Args:
+        layer: The convolution, its norm folded into it; its weight is shared.
+        selection: The channels it is given.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: Any, selection: Selection) -> None:
+        super().__init__()
+        self.weight, self.bias, self.selection = layer.weight, layer.bias, selection
+        self._shell = _Shell(layer)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Filter the channels at hand."""
+        return self.compute(inputs, self.selection)
+
+    def compute(self, inputs: Tensor, selection: Selection) -> Tensor:
+        """Filter inputs that are reduced to a selection, or whole."""
+        if selection.index is None:
+            return self._shell(inputs, self.weight, self.bias, self.weight.shape[0])
+        weight = _rows(self.weight, selection)
+        bias = None if self.bias is None else _rows(self.bias, selection)
+        return self._shell(inputs, weight, bias, len(weight))
+
+
+class _Shell:
+    """A layer's own ``forward``, whatever its class makes of it, with another weight."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer: Any = copy.copy(layer)
+        self.layer.__dict__ = {**layer.__dict__, "_parameters": {}, "weight": None, "bias": None}
+
+    def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
+        own = self.layer.__dict__  # a module looks twice at what is set on it
+        own["weight"], own["bias"], own["groups"] = weight, bias, groups
+        result: Tensor = self.layer.forward(inputs)
+        own["weight"] = own["bias"] = None
+        return result
+
+
+def _rows(value: Tensor, selection: Selection) -> Tensor:
+    """Rows of the selected channels; those that only round the number up are zero."""
+    assert selection.index is not None
+    rows = value.index_select(0, selection.index)
+    if selection.count < len(selection.index):
+        rows[selection.count :] = 0
+    return rows

@@ -1,0 +1,128 @@
+"""Which channels of a unit the input at hand needs: written by the layer that computes them, read by all that follow."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.skipping.predictor import ChannelPredictor, channel_means, chosen, normalised
+
+
+class Selection:
+    """The channels of one unit for one call.
+
+    For one sample these are the channels its predictor chooses; for several, the channels any of them needs, and a mask that
+    takes from each sample what the others need. Their number is rounded up with channels that stay zero, because kernels are
+    prepared anew for each size.
+
+    Args:
+        channels: Channels of the unit.
+        step: What the number is rounded up to a multiple of.
+
+    Attributes:
+        index: Positions of the channels, the rounding included, shape ``(k,)``; ``None`` when all are computed.
+        count: How many of them are chosen; the rest stays zero.
+        mask: What each sample needs of all channels, shape ``(..., channels)``; ``None`` for a single sample.
+    """
+
+    def __init__(self, channels: int, step: int) -> None:
+        self.channels, self.step = channels, step
+        self.index: Tensor | None = None
+        self.count = channels
+        self.mask: Tensor | None = None
+
+    def choose(self, logits: Tensor, *, dense: bool) -> None:
+        """Choose channels for the samples at hand.
+
+        Args:
+            logits: What the predictor says, shape ``(..., channels)``.
+            dense: Compute every channel all the same, and mask.
+        """
+        single = logits.shape[:-1].numel() == 1
+        if single and not dense and logits.device.type == "cpu":
+            self._choose_quickly(logits)
+            return
+        mask = chosen(logits)
+        active = None if dense else (mask.flatten() if single else mask.flatten(0, -2).any(0)).nonzero().flatten()
+        if active is None or (size := self._rounded(len(active))) == self.channels:
+            self.index, self.count, self.mask = None, self.channels, mask
+            return
+        self.index, self.count = nn.functional.pad(active, (0, size - len(active))), len(active)
+        self.mask = None if single else mask
+
+    def _choose_quickly(self, logits: Tensor) -> None:
+        """The same for one sample on the CPU, where a call of NumPy costs a tenth of one of PyTorch."""
+        values = logits.detach().numpy().reshape(-1)
+        active = np.flatnonzero(values > 0)
+        if not len(active):
+            active = np.argmax(values, keepdims=True)
+        size = self._rounded(len(active))
+        if size == self.channels:
+            self.index, self.count, self.mask = None, self.channels, chosen(logits)
+            return
+        index = np.zeros(size, np.int64)
+        index[: len(active)] = active
+        self.index, self.count, self.mask = torch.from_numpy(index), len(active), None
+
+    def _rounded(self, count: int) -> int:
+        return min(-(-count // self.step) * self.step, self.channels)
+
+
+class UnitPredictor(nn.Module):
+    """A trained predictor that reads the input of its unit, whole or already reduced to the channels of the unit before.
+
+    Args:
+        predictor: The trained predictor.
+        convolution: Whether the unit is convolutional.
+        tokens: Whether each token is judged on its own.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, predictor: ChannelPredictor, *, convolution: bool, tokens: bool) -> None:
+        super().__init__()
+        self.convolution, self.tokens, self.normalise = convolution, tokens, predictor.normalise
+        self.register_buffer("weight", predictor.weight.detach().float())
+        self.register_buffer("bias", predictor.bias.detach().float())
+
+    def forward(self, inputs: Tensor, reads: Selection | None) -> Tensor:
+        """Predict from inputs whose channels are those of a selection, or all."""
+        means = channel_means(inputs, convolution=self.convolution, tokens=self.tokens)
+        if reads is not None and reads.index is not None:
+            means = spread(means, reads, -1)
+        return nn.functional.linear(normalised(means.float(), self.normalise), self.weight, self.bias)
+
+
+def spread(value: Tensor, selection: Selection, dim: int) -> Tensor:
+    """Put selected channels back in their places, with zeros in between."""
+    assert selection.index is not None
+    shape = list(value.shape)
+    shape[dim] = selection.channels
+    whole = value.new_zeros(shape)
+    return whole.index_copy_(dim, selection.index[: selection.count], value.narrow(dim, 0, selection.count))
+
+
+class SelectionGate(nn.Module):
+    """Ends the part of a unit in which channels must be set to zero; puts them back in place where all are read.
+
+    Args:
+        selection: Channels of the unit.
+        dim: Dimension of the channels.
+        opens: Whether what follows reads all channels.
+    """
+
+    def __init__(self, selection: Selection, dim: int, *, opens: bool) -> None:
+        super().__init__()
+        self.selection, self.dim, self.opens = selection, dim, opens
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Mask and spread."""
+        selection = self.selection
+        if selection.mask is not None:
+            mask = selection.mask if selection.index is None else selection.mask.index_select(-1, selection.index)
+            places = inputs.ndim - mask.ndim
+            shape = (*mask.shape, *[1] * places) if self.dim == 1 else (*mask.shape[:-1], *[1] * places, mask.shape[-1])
+            inputs = inputs * mask.view(shape).to(inputs.dtype)
+        return spread(inputs, selection, self.dim) if self.opens and selection.index is not None else inputs

@@ -1,0 +1,194 @@
+"""FTWT in training: against the official rule and a training step by hand, and what its predictors come to know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+
+from lightning_peft import FTWT
+from lightning_peft.functional import active_channels
+from lightning_peft.testing import MethodTester
+from lightning_peft.testing.modules import Plain, loader
+from lightning_peft.testing.runs import fit
+from lightning_peft_plugins.pruning import ftwt
+
+
+class TestFTWT(MethodTester):
+    methods = [lambda: FTWT(0.8, tokens="sample", strength=0.1)]
+    no_exact_bake = "the module keeps all its channels; deploy() gives the network that leaves some out"
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [(0.4, [1, 0, 0, 0]), (0.7, [1, 1, 0, 0]), (0.75, [1, 1, 0, 0]), (0.9, [1, 1, 1, 0]), (1.0, [1, 1, 1, 1])],
+)
+def test_official_vectors(keep: float, expected: list[int]) -> None:
+    assert active_channels(torch.tensor([4.0, 3.0, 2.0, 1.0]), keep).tolist() == list(map(bool, expected))
+
+
+def test_channels_without_activity_go_even_when_all_is_kept() -> None:
+    assert active_channels(torch.tensor([1.0, 0.0, 2.0]), 1.0).tolist() == [True, False, True]
+
+
+@given(
+    st.lists(st.floats(0, 10, width=32), min_size=1, max_size=12), st.floats(0.01, 1.0), st.sampled_from(["mass", "uniform"])
+)
+def test_largest_channels_are_kept(strength: list[float], keep: float, criterion: Any) -> None:
+    values = torch.tensor(strength)
+    mask = active_channels(values, keep, criterion)
+    assert mask.any()
+    if not mask.all():
+        assert values[mask].min() >= values[~mask].max()
+    if criterion == "mass" and mask.sum() > 1:
+        assert values[mask].sum() <= (keep + 1e-4) * values.sum()
+    torch.testing.assert_close(active_channels(torch.stack([values, values]), keep, criterion), torch.stack([mask, mask]))
+
+
+class Picture(Plain):
+    """Two convolutions with norms on a 4x4 image of one channel."""
+
+    def build(self) -> None:
+        layers = [nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3, padding=1), nn.ReLU()]
+        self.model = nn.Sequential(nn.Unflatten(1, (1, 4, 4)), *layers, nn.Flatten(), nn.Linear(80, 3))
+
+
+class PictureSGD(Picture):
+    def configure_optimizers(self) -> Any:
+        added = [p for name, p in self.named_parameters() if "extra" in name]
+        own = [p for name, p in self.named_parameters() if "extra" not in name]
+        groups = [{"params": own}] + ([{"params": added, "lr": 0.2, "weight_decay": 0.0}] if added else [])
+        return torch.optim.SGD(groups, lr=0.05, momentum=0.9, weight_decay=0.01)
+
+
+class ByHand(PictureSGD):
+    """One gate, on the second convolution, in plain PyTorch."""
+
+    def build(self) -> None:
+        super().build()
+        self.extra = nn.ParameterList([torch.zeros(5, 6), torch.ones(5)])
+
+    def base_loss(self, batch: Any) -> Tensor:
+        hidden = self.model[:4](batch[0])
+        logits = hidden.detach().mean((2, 3)).softmax(-1) @ self.extra[0].T + self.extra[1]
+        output = self.model[5](self.model[4](hidden))
+        strength = output.detach().abs().amax((2, 3))
+        share, order = (strength / strength.sum(1, keepdim=True)).sort(1, descending=True)
+        kept = torch.zeros_like(strength).scatter(1, order, (share.cumsum(1) <= 0.6 + 1e-5).float())
+        kept.scatter_(1, order[:, :1], 1.0)
+        loss = cross_entropy(self.model[6:](output * (logits.detach() > 0)[:, :, None, None]), batch[1])
+        self.log("loss", loss)
+        return loss + 0.5 * binary_cross_entropy_with_logits(logits, kept, reduction="none").sum(1).mean()
+
+
+def test_training_by_hand() -> None:
+    method = FTWT(0.6, strength=0.5, cooldown=None, lr_scale=4.0, exclude=["model.1"])
+    mine = fit([method], style=PictureSGD, max_epochs=3)
+    theirs = fit([], style=ByHand, max_epochs=3)
+    torch.testing.assert_close(mine.losses, theirs.losses, rtol=1e-4, atol=1e-5)
+    for name, value in mine.module.state_dict().items():
+        torch.testing.assert_close(value, theirs.module.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+class Watch(Callback):
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+        self.predictors: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        keys = ("active", "agreement", "cost")
+        metrics = trainer.callback_metrics
+        self.seen.append({key: float(metrics[f"peft/ftwt/{key}"]) for key in keys if f"peft/ftwt/{key}" in metrics})
+        self.predictors.append(
+            torch.cat([p.detach().flatten() for n, p in pl_module.named_parameters() if "predictor" in n]).clone()
+        )
+
+
+def test_predictors_learn_and_then_stay() -> None:
+    watch = Watch()
+    method = FTWT(0.7, normalise="standard", cooldown="50%", lr_scale=2.0)
+    fit([method], after=[watch], style=Picture, max_epochs=30, log_every_n_steps=1)
+    half = len(watch.predictors) // 2
+    assert torch.equal(watch.predictors[half], watch.predictors[-1])
+    assert not torch.equal(watch.predictors[half - 2], watch.predictors[half - 1])
+    first, last = watch.seen[0], watch.seen[-1]
+    assert first["active"] == 1.0
+    assert last["active"] < 0.95
+    assert last["agreement"] > max(0.7, first["agreement"])
+    assert last["cost"] < 1.0
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_only_the_joint_loss_reaches_the_layers_below(decoupled: bool) -> None:
+    class OnlyPredictors(Picture):
+        def base_loss(self, batch: Any) -> Tensor:
+            return 0.0 * super().base_loss(batch)
+
+    before = fit([], style=OnlyPredictors, max_epochs=1).module.model[1].weight
+    method = FTWT(0.6, cooldown=None, decoupled=decoupled, normalise="standard", exclude=["model.1"])
+    after = fit([method], style=OnlyPredictors, max_epochs=1).module.model[1].weight
+    assert torch.equal(before, after) == decoupled
+
+
+def test_a_frozen_network_learns_predictors() -> None:
+    class Frozen(Picture):
+        def build(self) -> None:
+            super().build()
+            self.model[1].requires_grad_(False)
+
+    watch = Watch()
+    fit([FTWT(0.7)], after=[watch], style=Frozen, max_epochs=2)
+    assert not torch.equal(watch.predictors[0], watch.predictors[3])
+
+
+def test_savings_are_announced_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[str, int]] = []
+    method = FTWT(0.5)
+    monkeypatch.setattr(ftwt, "rank_zero_info", lambda text: said.append((text, method.steps)))
+    fit([method], style=Picture, max_epochs=1)
+    ((text, steps),) = said
+    assert "keeping 50% by mass" in text
+    assert "0.0 MFLOPs a sample" in text
+    assert steps == 0
+
+
+def test_arguments_are_checked() -> None:
+    for wrong, message in [
+        ({"mass": 0.0}, "mass=0.0 is the share"),
+        ({"mass": 1.5}, "above 0 and at most 1"),
+        ({"criterion": "best"}, "criterion='best' is unknown"),
+        ({"normalise": "none"}, "normalise='none' is unknown"),
+        ({"tokens": "all"}, "tokens='all' is unknown"),
+        ({"strength": 0.0}, "must be positive"),
+    ]:
+        with pytest.raises(MisconfigurationException, match=message):
+            FTWT(**wrong)
+
+
+def test_networks_without_units_are_refused() -> None:
+    with pytest.raises(MisconfigurationException, match="linear layers are gated with tokens="):
+        fit([FTWT()], data=loader())
+
+
+def test_layers_that_are_not_called_are_named() -> None:
+    class Unused(Picture):
+        def build(self) -> None:
+            super().build()
+            self.model.add_module("spare", nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1)))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            output: Tensor = self.model[:-1](inputs) if float(inputs[0, 0]) > -1e9 else self.model(inputs)
+            return output
+
+        def logits(self, inputs: Tensor) -> Tensor:
+            return self(inputs)
+
+    with pytest.raises(MisconfigurationException, match=r"model\.spare\.0 was not called in this training step"):
+        fit([FTWT()], style=Unused)
