@@ -22,6 +22,7 @@ _HOMES = {
     "apply_terms": "attach.hub",
     "bake": "export.bake",
     "bake_checkpoint": "export.bake",
+    "compare_deployments": "export.deployment",
     "load_baked": "export.baked_folder",
     "load_from_checkpoint": "export.bake",
     "plan": "compose.plan",

@@ -16,6 +16,7 @@ from lightning_peft.export.bake import bake_checkpoint as bake_checkpoint
 from lightning_peft.export.bake import load_from_checkpoint as load_from_checkpoint
 from lightning_peft.export.baked_folder import load_baked as load_baked
 from lightning_peft.export.baked_folder import save_baked as save_baked
+from lightning_peft.export.deployment import compare_deployments as compare_deployments
 from lightning_peft.export.portable import to_exported as to_exported
 from lightning_peft.export.portable import to_onnx as to_onnx
 from lightning_peft.export.semi_structured import semi_structured as semi_structured
