@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from lightning_peft.export.deployment_clock import Latency
 from lightning_peft.export.report_plots import canvas
 from lightning_peft.export.report_trial import flop_unit
 
@@ -33,29 +34,35 @@ def layer_flops(rows: Sequence[tuple[str, float, float]], names: tuple[str, str]
     return figure
 
 
-def latencies(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Canvas:
+def latencies(panels: Mapping[str, Mapping[str, Latency]]) -> Canvas:
     """Draw every timed call as a dot, with a box from quartile to quartile and a bar at the median.
 
-    Args:
-        panels: Milliseconds of the calls by label, by panel title; the first label is drawn in grey.
-    """
-    import statistics
+    Calls far outside of their box, which waited for something else on the machine, are only counted, at the right edge.
 
+    Args:
+        panels: Calls by label, by panel title; the first label is drawn in grey.
+    """
     figure, axes = canvas(len(panels), height=2.5)
     for axis, (title, rows) in zip(axes, panels.items(), strict=True):
-        for place, (index, values) in zip(range(len(rows))[::-1], enumerate(rows.values()), strict=True):
+        limit = 1.1e3 * min(max(map(_whisker, rows.values())), max(max(latency.seconds) for latency in rows.values()))
+        for place, (index, latency) in zip(range(len(rows))[::-1], enumerate(rows.values()), strict=True):
             color = "gray" if index == 0 else f"C{index - 1}"
-            low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+            values = [1e3 * seconds for seconds in latency.seconds]
             heights = [place + 0.26 * ((7 * call % 11) / 5 - 1) for call in range(len(values))]  # apart, but not at random
+            low, high = (1e3 * seconds for seconds in latency.quartiles)
             axis.barh(place, high - low, 0.62, left=low, color=color, alpha=0.25)
             axis.plot(values, heights, "o", color=color, markersize=3, alpha=0.65, markeredgewidth=0)
-            axis.plot([statistics.median(values)] * 2, [place - 0.36, place + 0.36], color=color, linewidth=2.6)
-        middle = sorted(value for values in rows.values() for value in values)
-        # A call that waited for the rest of the machine would press all others to the edge.
-        axis.set_xlim(0, 1.25 * middle[min(len(middle) - 1, int(0.95 * len(middle)))])
+            axis.plot([1e3 * latency.median] * 2, [place - 0.36, place + 0.36], color=color, linewidth=2.6)
+            if outside := sum(value > limit for value in values):
+                axis.text(limit, place - 0.48, f"{outside} slower", color=color, ha="right", va="center", fontsize=8)
+        axis.set(title=title, xlabel="milliseconds a call", xlim=(0, limit), ylim=(-0.6, len(rows) - 0.4))
         axis.set_yticks(range(len(rows)), list(rows)[::-1])
-        axis.set(title=title, xlabel="milliseconds a call", ylim=(-0.6, len(rows) - 0.4))
         axis.grid(axis="y", visible=False)
     for axis in axes[1:]:
         axis.set_yticklabels([])
     return figure
+
+
+def _whisker(latency: Latency) -> float:
+    low, high = latency.quartiles
+    return high + 1.5 * (high - low)

@@ -114,10 +114,7 @@ def _speed(found: DeploymentReport) -> Section:
         )
     heads = ("batch", "by FLOPs", "by the clock", "achieved", "quartiles apart")
     panels = {
-        f"batch {first.batch_size}": {
-            name: [1e3 * seconds for seconds in latency.seconds]
-            for name, latency in zip(found.names, (first, second), strict=True)
-        }
+        f"batch {first.batch_size}": dict(zip(found.names, (first, second), strict=True))
         for first, second in list(zip(found.before.latencies, found.after.latencies, strict=True))[:4]
     }
     figure = Figure(
