@@ -21,7 +21,8 @@ class ExportError(RuntimeError):
 def other_inputs(inputs: Inputs, *, larger: bool) -> Inputs:
     """Make other inputs of the same kind, so that a graph that learnt the example by heart is found out.
 
-    Every tensor is shifted by one along its last dimension, which keeps token ids and masks valid.
+    Samples come in the opposite order, which keeps token ids with their masks, and numbers are shifted by one along their last
+    dimension.
 
     Args:
         inputs: The example.
@@ -30,7 +31,14 @@ def other_inputs(inputs: Inputs, *, larger: bool) -> Inputs:
     size = batch_size(inputs)
     more = with_batch_size(inputs, size + 1) if larger else inputs
     count = batch_size(more)
-    return changed(more, lambda value: value.roll(1, -1) if has_batch(value, count) else value)
+
+    def other(value: Any) -> Any:
+        if not has_batch(value, count):
+            return value
+        turned = value.flip(0)
+        return turned.roll(1, -1) if value.is_floating_point() else turned
+
+    return changed(more, other)
 
 
 def tensors_of(output: Any) -> list[Tensor]:

@@ -135,7 +135,9 @@ def _traced(plain: nn.Module, inputs: Inputs, dynamic_batch: bool) -> torch.expo
         dims = [{0: batch} if has_batch(value, size) else None for value in (*args, *kwargs.values())]
         shapes = dict(zip(kwargs, dims, strict=True)) if kwargs else tuple(dims)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # Recurrent layers assign views of their weights when they run; whether that did harm is checked on other inputs.
+            warnings.filterwarnings("ignore", message="The tensor attributes? .* assigned during export")
             return torch.export.export(plain, args, kwargs=kwargs or None, dynamic_shapes=shapes)
     except Exception as error:  # tracing raises whatever the network's code raises
         hint = " If it is made for one batch size, pass dynamic_batch=False." if dynamic_batch else ""

@@ -85,6 +85,28 @@ def test_one_batch_size_only(tmp_path) -> None:
         fixed(torch.randn(9, 16))
 
 
+def test_rows_that_a_mask_leaves_empty_are_not_made_up(tmp_path) -> None:
+    """The softmax over nothing is not defined, and runtimes differ there; a mask must stay that of its sentence."""
+    ids, mask = torch.arange(6).reshape(2, 3), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    other = other_inputs({"ids": ids, "mask": mask}, larger=True)
+    assert other["ids"].tolist() == [[0, 1, 2], [3, 4, 5], [0, 1, 2]]
+    assert other["mask"].tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 0]]
+
+
+def test_recurrent_layers_are_exported(tmp_path) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 2)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.head(self.lstm(inputs)[0][:, -1])
+
+    network, inputs = Recurrent().eval(), torch.randn(2, 5, 4)
+    found = to_exported(network, inputs).module()(torch.ones(3, 5, 4))
+    torch.testing.assert_close(found, network(torch.ones(3, 5, 4)).detach())
+
+
 class Reshapes(nn.Module):
     """Made for four samples."""
 
