@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -51,13 +51,14 @@ def save_baked(source: nn.Module | str | Path, folder: str | Path, *, methods: I
     found = _of_module(source, methods) if isinstance(source, nn.Module) else _of_checkpoint(Path(source))
     tensors, tied = _untied(found.state)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    part.mkdir()
     try:
         save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
         history = journal.write(found.edits) if found.edits else None
         text = manifest(tensors, tied, found.methods, history, found.hyper_parameters, part / WEIGHTS)
         (part / MANIFEST).write_text(json.dumps(text, indent=1, allow_nan=False), encoding="utf-8")
-        part.chmod(0o755)
+        (part / WEIGHTS).chmod((part / MANIFEST).stat().st_mode)  # safetensors lets nobody else read its file
         if folder.exists():
             folder.rmdir()
         part.replace(folder)
