@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -170,6 +171,11 @@ def _untied(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]
             raise MisconfigurationException(
                 f"The module saves {name}, a {type(value).__name__}, beside its tensors; safetensors holds tensors only. Use "
                 "lightning_peft.bake_checkpoint, or keep it out of state_dict()."
+            )
+        if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided:
+            raise MisconfigurationException(
+                f"{name} is a {type(value).__name__} of layout {value.layout}, which safetensors cannot hold. Save before "
+                "packing (semi_structured), quantising or sharding."
             )
         tensor = value.detach().cpu()
         place = (value.untyped_storage().data_ptr(), value.storage_offset(), tuple(value.shape), value.stride(), value.dtype)

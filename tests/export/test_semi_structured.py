@@ -146,3 +146,32 @@ def test_pytorchs_own_packing_keeps_a_24_weight(gpu: None) -> None:
 
     weight = sparse(64, 64).weight.detach().half()
     assert torch.equal(sparse_semi_structured_to_dense_cutlass(*sparse_semi_structured_from_dense_cutlass(weight)), weight)
+
+
+@pytest.mark.parametrize("backend", ["cusparselt", "cutlass"])
+def test_pytorchs_own_refusal_becomes_the_reason(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = AMPERE if backend == "cusparselt" else SparseDevice("cuda", (8, 0))
+    monkeypatch.setattr(SparseDevice, "of", classmethod(lambda cls, _: device))
+    module = nn.Sequential(sparse(64, 64)).to(torch.float16)
+    weight = module[0].weight
+    assert f"{backend} refused it: Error original_tensor.device= cpu" in reasons(module)["0"]
+    assert module[0].weight is weight
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor is in prototype stage")
+def test_packed_layers_are_not_measured_or_saved(tmp_path) -> None:
+    from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
+
+    from lightning_peft import save_baked
+    from lightning_peft.export.deployment import measure
+
+    layer = sparse(64, 64).half()
+    packed, meta = sparse_semi_structured_from_dense_cutlass(layer.weight.detach())
+    shape = layer.weight.shape
+    tensor = torch.sparse.SparseSemiStructuredTensorCUTLASS(shape, packed, meta, None, None, None)
+    layer.weight = nn.Parameter(tensor, requires_grad=False)
+    with pytest.raises(MisconfigurationException, match="Measure it before packing"):
+        measure(nn.Sequential(layer), torch.randn(2, 64).half())
+    with pytest.raises(MisconfigurationException, match=r"Save before packing \(semi_structured\)"):
+        save_baked(nn.Sequential(layer), tmp_path / "net")
+    assert not list(tmp_path.iterdir())
