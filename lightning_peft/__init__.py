@@ -22,8 +22,14 @@ _HOMES = {
     "apply_terms": "attach.hub",
     "bake": "export.bake",
     "bake_checkpoint": "export.bake",
+    "compare_deployments": "export.deployment",
+    "load_baked": "export.baked_folder",
     "load_from_checkpoint": "export.bake",
     "plan": "compose.plan",
+    "save_baked": "export.baked_folder",
+    "semi_structured": "export.semi_structured",
+    "to_exported": "export.portable",
+    "to_onnx": "export.portable",
 }
 _SUBPACKAGES = ("export", "functional", "registry", "shifts", "testing")
 

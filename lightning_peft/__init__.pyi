@@ -14,6 +14,12 @@ from lightning_peft.compose.schedule import Schedule as Schedule
 from lightning_peft.export.bake import bake as bake
 from lightning_peft.export.bake import bake_checkpoint as bake_checkpoint
 from lightning_peft.export.bake import load_from_checkpoint as load_from_checkpoint
+from lightning_peft.export.baked_folder import load_baked as load_baked
+from lightning_peft.export.baked_folder import save_baked as save_baked
+from lightning_peft.export.deployment import compare_deployments as compare_deployments
+from lightning_peft.export.portable import to_exported as to_exported
+from lightning_peft.export.portable import to_onnx as to_onnx
+from lightning_peft.export.semi_structured import semi_structured as semi_structured
 from lightning_peft.method import Method as Method
 from lightning_peft.weights.maps import WeightMap as WeightMap
 from lightning_peft_plugins.growth.layer_growth import LayerGrowth as LayerGrowth

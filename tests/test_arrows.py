@@ -27,6 +27,9 @@ OPTIONAL = {
     "safetensors",
     "torch_pruning",
     "torchvision",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
 }
 TEST_ONLY = {"pytest", "hypothesis"}
 

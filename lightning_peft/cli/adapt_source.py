@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 
 from lightning_peft import registry
-from lightning_peft.cli.launch import launch, methods_in, parse, quiet_lightning
+from lightning_peft.cli.launch import launch, methods_in, parse, quiet, quiet_lightning
 from lightning_peft.cli.recipes import Recipe, UsageError
 from lightning_peft.cli.trial import Job, check_config, train
 from lightning_peft.compose.lanes import Lane
@@ -52,7 +52,7 @@ class Source:
         def keep(arguments: dict[str, Any]) -> None:  # no Trainer takes several methods that adapt
             methods.extend(methods_of(arguments["callbacks"]))
             arguments["callbacks"] = []
-            _quiet(arguments)
+            quiet(arguments)
 
         self._cli = launch(recipe, overrides, adjust=keep)
         self.methods = _distinct([method for method in methods if method.lane == Lane.ADAPT])
@@ -72,7 +72,7 @@ class Source:
         """A Trainer with the recipe's settings and these callbacks."""
 
         def adjust(arguments: dict[str, Any]) -> None:
-            _quiet(arguments)
+            quiet(arguments)
             arguments["callbacks"] = list(callbacks)
 
         self._cli.adjust = adjust
@@ -117,7 +117,7 @@ class Source:
 
     def _take(self, checkpoint: Path | None, path: Path) -> None:
         """Validate an untrained source, in which estimators see clean data, and save it."""
-        cli = launch(self._recipe, self._overrides, self._adapting, _quiet)
+        cli = launch(self._recipe, self._overrides, self._adapting, quiet)
         if checkpoint is not None:
             _load(checkpoint, cli.model, methods_of(cli.trainer.callbacks))  # type: ignore[attr-defined]
         cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
@@ -132,15 +132,6 @@ def _load(path: Path, model: LightningModule, methods: Iterable[Method]) -> None
     for method in methods:
         if method.state_key in found.get("callbacks", {}):
             method.load_state_dict(found["callbacks"][method.state_key])
-
-
-def _quiet(arguments: dict[str, Any]) -> None:
-    arguments |= {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
 
 
 def _distinct(methods: Sequence[Method]) -> list[Method]:

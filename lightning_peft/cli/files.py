@@ -33,7 +33,7 @@ def bake(path: Path, out: Path | None) -> Outcome:
     from lightning_peft.export.report_proof import proof_data, proof_fact, proof_table, prove
     from lightning_peft.export.report_weights import weigh
 
-    checkpoint = read_checkpoint(_existing(path))
+    checkpoint = read_checkpoint(existing(path))
     target = out or path.with_name(f"{path.stem}.baked{path.suffix}")
     if target.exists() and target.samefile(path):
         raise UsageError(f"The baked file would replace {path}, which could not be resumed any more. Choose another with -o.")
@@ -68,7 +68,7 @@ def report(path: Path, out: Path | None) -> Outcome:
     """
     from lightning_peft.export.report_checkpoint import checkpoint_report
 
-    made = checkpoint_report(_existing(path), shlex.join(["lightning-peft", "report", str(path)]))
+    made = checkpoint_report(existing(path), shlex.join(["lightning-peft", "report", str(path)]))
     folder = out or path.with_name(f"{path.stem}-report")
     files = made.save(folder)
 
@@ -84,7 +84,12 @@ def report(path: Path, out: Path | None) -> Outcome:
     return Outcome({**made.data, **named}, show)
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
+    """Return the path of a file that is there.
+
+    Raises:
+        UsageError: It is not; the nearest checkpoints are named.
+    """
     if path.is_file():
         return path
     near = [str(other) for other in sorted(path.parent.glob("*.ckpt"))] if path.parent.is_dir() else []

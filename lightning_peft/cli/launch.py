@@ -72,6 +72,16 @@ def quiet_lightning() -> None:
         logging.getLogger(f"lightning.{part}").setLevel(logging.WARNING)
 
 
+def quiet(arguments: dict[str, Any]) -> None:
+    """Let a Trainer write and show nothing; arguments are changed in place, as an :data:`Adjust` does."""
+    arguments |= {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+
+
 @contextlib.contextmanager
 def interruptible(trainer: Trainer) -> Iterator[None]:
     """Turn the ways in which Lightning ends an interrupted fit or test into one.

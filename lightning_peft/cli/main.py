@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lightning_peft.cli.console import Outcome
 
 AGAIN = " The same command goes on from there."
-TAKES_OVERRIDES = ("run", "compare", "adapt")
+TAKES_OVERRIDES = ("run", "compare", "adapt", "export", "report")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,7 +42,7 @@ def build_parser() -> _Parser:
 
     parser = _Parser(
         prog="lightning-peft",
-        description="Published training methods as Lightning callbacks: find, run, compare, adapt, bake, report.",
+        description="Published training methods as Lightning callbacks: find, run, compare, adapt, bake, export, report.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"lightning-peft {__version__}")
@@ -99,6 +99,14 @@ def build_parser() -> _Parser:
     report = add("report", "report on a checkpoint, from the file alone")
     report.add_argument("checkpoint", type=Path, metavar="CKPT")
     report.add_argument("-o", "--out", type=Path, help="folder to write (default: beside it, NAME-report)")
+    report.add_argument("--before", type=Path, metavar="CKPT", help="measure it beside this one: FLOPs, latency, accuracy")
+    report.add_argument("--recipe", help="recipe both were trained with; --before needs its model and test data")
+    report.add_argument("--device", default="cpu", help="where --before measures (default: cpu)")
+    export = add("export", "write a checkpoint's baked network as safetensors, ONNX or a torch.export program", more)
+    export.add_argument("checkpoint", type=Path, metavar="CKPT")
+    export.add_argument("--to", choices=["safetensors", "onnx", "exported"], required=True, help="what to write")
+    export.add_argument("--recipe", help="recipe it was trained with; onnx and exported need its model and a test batch")
+    export.add_argument("-o", "--out", type=Path, help="file or folder to write (default: beside it)")
     assets = add("assets", "list or fetch the data and weights recipes use")
     assets.add_argument("action", nargs="?", choices=["fetch"], help="fetch instead of list")
     assets.add_argument("names", nargs="*", metavar="NAME")
@@ -129,8 +137,23 @@ def dispatch(options: argparse.Namespace, overrides: Sequence[str], console: Con
 
         picked = Choice(options.methods, options.shifts, options.severities, options.protocols, options.seeds, options.clean)
         return adapt(options.recipe, overrides, picked, console, out=options.out, checkpoint=options.checkpoint)
+    return _dispatch_files(options, overrides)
+
+
+def _dispatch_files(options: argparse.Namespace, overrides: Sequence[str]) -> Outcome:
+    """Run a command about files."""
+    if options.command == "export" or (options.command == "report" and options.before is not None):
+        from lightning_peft.cli import export
+
+        if options.command == "export":
+            return export.export(options.checkpoint, options.to, options.out, options.recipe, overrides)
+        return export.deployment(options.checkpoint, options.before, options.recipe, overrides, options.out, options.device)
     from lightning_peft.cli import files
 
+    if options.command == "report" and options.recipe is not None:
+        from lightning_peft.cli.recipes import UsageError
+
+        raise UsageError("--recipe is for --before CKPT: a report on one checkpoint reads the file alone.")
     if options.command == "bake":
         return files.bake(options.checkpoint, options.out)
     if options.command == "report":
@@ -151,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     options, overrides = parser.parse_known_args(argv)
-    if overrides and options.command not in TAKES_OVERRIDES:
+    if overrides and (options.command not in TAKES_OVERRIDES or not getattr(options, "recipe", None)):
         parser.error(f"{options.command} does not know {' '.join(overrides)}")
     from rich.console import Console
 

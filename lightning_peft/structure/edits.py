@@ -126,7 +126,25 @@ def adopt(module: nn.Module, journal: Sequence[Edit]) -> list[Change]:
     """Take a module that its class built with the structure a journal leads to as one that went through it.
 
     It gets the numbers its class cannot know: LEMON scales the epsilon of norms, and copies of blocks inherit that.
+
+    Raises:
+        CheckpointError: An edit is malformed; the module is left as it was.
     """
+    try:
+        numbers = _numbers(journal)
+        layers = {path: module.get_submodule(path) for path, _ in numbers}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"The checkpoint's journal of structural changes is malformed, or is that of another model: {error!r}."
+        ) from error
+    for (path, key), (old, new) in numbers.items():
+        if getattr(layers[path], key, None) == old:
+            setattr(layers[path], key, new)
+    return [Change(edit) for edit in journal]
+
+
+def _numbers(journal: Sequence[Edit]) -> dict[tuple[str, str], list[float]]:
+    """Attributes that edits changed, by path and name: their first value and their last."""
     numbers: dict[tuple[str, str], list[float]] = {}
     for edit in journal:
         if edit["op"] == "blocks":
@@ -136,11 +154,7 @@ def adopt(module: nn.Module, journal: Sequence[Edit]) -> list[Change]:
             for key, (old, new) in changes.items():
                 if isinstance(new, float):
                     numbers[path, key] = [numbers.get((path, key), [old])[0], new]
-    for (path, key), (old, new) in numbers.items():
-        layer = module.get_submodule(path)
-        if getattr(layer, key, None) == old:
-            setattr(layer, key, new)
-    return [Change(edit) for edit in journal]
+    return numbers
 
 
 def _places(edit: Edit, path: str) -> list[str]:

@@ -192,6 +192,6 @@ def test_the_installed_command_prints_only_json() -> None:
 
 def test_every_command_has_help() -> None:
     parser = build_parser()
-    for command in ("list", "show", "run", "compare", "bake", "report", "assets"):
+    for command in ("list", "show", "run", "compare", "bake", "export", "report", "assets"):
         with pytest.raises(SystemExit, match="0"):
             parser.parse_args([command, "--help"])

@@ -1,0 +1,144 @@
+"""`export`, and `report --before`: what needs the model's class and data beside a checkpoint, both from a recipe."""
+
+from __future__ import annotations
+
+import copy
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from rich.console import Console
+
+from lightning_peft.attach.network_inputs import NetworkInputs
+from lightning_peft.cli.console import Outcome, facts, grid
+from lightning_peft.cli.files import existing
+from lightning_peft.cli.launch import launch, methods_in, quiet, quiet_lightning
+from lightning_peft.cli.recipes import UsageError, find
+from lightning_peft.export.bake import baked, read_checkpoint
+from lightning_peft.export.restore import restore
+from lightning_peft.structure import checkpoint as sections
+from lightning_peft.structure import journal
+
+ENDINGS = {"safetensors": "-baked", "onnx": ".onnx", "exported": ".pt2"}
+
+
+def export(path: Path, form: str, out: Path | None, recipe: str | None, overrides: Sequence[str]) -> Outcome:
+    """Write a checkpoint's baked network in a portable form, compared with eager where it can run.
+
+    Raises:
+        CheckpointError: The file is no checkpoint, or does not fit the recipe's model.
+        ExportError: The network cannot be exported faithfully.
+        UsageError: There is no such file, or a recipe is needed and missing.
+    """
+    from lightning_peft.export.baked_folder import save_baked
+    from lightning_peft.export.portable import to_exported, to_onnx
+
+    path = existing(path)
+    target = out or path.with_name(path.stem + ENDINGS[form])
+    if form == "safetensors":
+        save_baked(path, target)
+    else:
+        if recipe is None:
+            raise UsageError(
+                f"--to {form} runs the network on an example: name the recipe it was trained with, --recipe RECIPE."
+            )
+        (module,), examples = _built(recipe, overrides, [path], batches=1)
+        if form == "onnx":
+            to_onnx(module, target, examples.inputs[0])
+        else:
+            program = to_exported(module, examples.inputs[0])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            torch.export.save(program, target)
+    checked = [] if form == "safetensors" else ["example batch", "another batch size"]
+
+    def show(console: Console) -> None:
+        note = " and compared with eager on two batch sizes" if checked else ""
+        console.print(f"Wrote [bold]{target}[/]{note}", soft_wrap=True)
+
+    return Outcome({"source": str(path), "target": str(target), "form": form, "compared_on": checked}, show)
+
+
+def deployment(
+    path: Path, before: Path, recipe: str | None, overrides: Sequence[str], out: Path | None, device: str
+) -> Outcome:
+    """Measure a checkpoint's network beside that of another, on the recipe's test data, and write a report.
+
+    Raises:
+        CheckpointError: A file is no checkpoint, or does not fit the recipe's model.
+        UsageError: There is no such file, or no recipe is named.
+    """
+    from lightning_peft.export.deployment import compare_deployments
+    from lightning_peft.export.deployment_report import deployment_report
+
+    path, before = existing(path), existing(before)
+    if recipe is None:
+        raise UsageError("--before runs both networks on test data: name the recipe they were trained with, --recipe RECIPE.")
+    (one, other), examples = _built(recipe, overrides, [before, path])
+    labelled = list(zip(examples.inputs, examples.labels, strict=True))
+    batches = None
+    if all(labels is not None for _, labels in labelled):
+        batches = [_labelled(inputs, labels) for inputs, labels in labelled]
+    command = [
+        "lightning-peft",
+        "report",
+        str(path),
+        "--before",
+        str(before),
+        "--recipe",
+        recipe,
+        "--device",
+        device,
+        *overrides,
+    ]
+    found = compare_deployments(
+        one.to(device),
+        other.to(device),
+        examples.inputs[:4],
+        batches,
+        batch_sizes=[1, 32],
+        made_by=shlex.join(command),
+    )
+    made = deployment_report(found)
+    folder = out or path.with_name(f"{path.stem}-deployment")
+    written = made.save(folder)
+
+    def show(console: Console) -> None:
+        speed = made.sections[1]
+        console.print(facts(made.facts))
+        console.print(f"\n{speed.text[0]}\n", highlight=False)
+        console.print(grid(speed.tables[0]))
+        console.print(f"\nReport [bold]{folder / 'report.html'}[/]", soft_wrap=True)
+
+    return Outcome({**made.data, "out": str(folder), "files": [str(file) for file in written]}, show)
+
+
+def _built(
+    name: str, overrides: Sequence[str], paths: Sequence[Path], batches: int | None = None
+) -> tuple[list[LightningModule], NetworkInputs]:
+    """Build the recipe's model once for each checkpoint, fill it, and see what its network is given in tests."""
+    recipe, examples = find(name), NetworkInputs()
+
+    def adjust(arguments: dict[str, Any]) -> None:
+        quiet(arguments)
+        arguments["callbacks"] = [examples]
+        if batches is not None:
+            arguments["limit_test_batches"] = batches
+
+    quiet_lightning()
+    cli = launch(recipe, overrides, methods_in(recipe, overrides), adjust)
+    cli.model.configure_model()
+    modules = [copy.deepcopy(cli.model) for _ in paths]
+    for module, path in zip(modules, paths, strict=True):
+        checkpoint = baked(read_checkpoint(path))
+        restore(module, checkpoint["state_dict"], journal.read(sections.read(checkpoint)))
+    cli.trainer.test(modules[0], datamodule=cli.datamodule, verbose=False)
+    if not examples.inputs:
+        raise UsageError(f"The recipe {recipe.name} has no test batch to run the network on.")
+    return modules, examples
+
+
+def _labelled(inputs: Any, labels: Any) -> Any:
+    return {**inputs, "labels": labels} if isinstance(inputs, dict) else (*inputs, labels)
