@@ -24,6 +24,7 @@ from lightning_peft_plugins.pruning.group_envelope import GroupEnvelope as Group
 from lightning_peft_plugins.pruning.issp import ISSP as ISSP
 from lightning_peft_plugins.pruning.magnitude_pruning import MagnitudePruning as MagnitudePruning
 from lightning_peft_plugins.pruning.masked_pruning import MaskedPruning as MaskedPruning
+from lightning_peft_plugins.pruning.perp import PERP as PERP
 from lightning_peft_plugins.pruning.sap import SAP as SAP
 from lightning_peft_plugins.pruning.wanda import Wanda as Wanda
 from lightning_peft_plugins.regularizers.pskd import PSKD as PSKD
