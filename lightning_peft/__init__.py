@@ -24,6 +24,7 @@ _HOMES = {
     "bake_checkpoint": "export.bake",
     "load_from_checkpoint": "export.bake",
     "plan": "compose.plan",
+    "split_low_rank": "export.split_low_rank",
 }
 _SUBPACKAGES = ("export", "functional", "registry", "shifts", "testing")
 

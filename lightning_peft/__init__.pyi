@@ -14,6 +14,7 @@ from lightning_peft.compose.schedule import Schedule as Schedule
 from lightning_peft.export.bake import bake as bake
 from lightning_peft.export.bake import bake_checkpoint as bake_checkpoint
 from lightning_peft.export.bake import load_from_checkpoint as load_from_checkpoint
+from lightning_peft.export.split_low_rank import split_low_rank as split_low_rank
 from lightning_peft.method import Method as Method
 from lightning_peft.weights.maps import WeightMap as WeightMap
 from lightning_peft_plugins.growth.layer_growth import LayerGrowth as LayerGrowth
@@ -26,6 +27,7 @@ from lightning_peft_plugins.pruning.magnitude_pruning import MagnitudePruning as
 from lightning_peft_plugins.pruning.masked_pruning import MaskedPruning as MaskedPruning
 from lightning_peft_plugins.pruning.perp import PERP as PERP
 from lightning_peft_plugins.pruning.sap import SAP as SAP
+from lightning_peft_plugins.pruning.trained_rank_pruning import TrainedRankPruning as TrainedRankPruning
 from lightning_peft_plugins.pruning.wanda import Wanda as Wanda
 from lightning_peft_plugins.regularizers.pskd import PSKD as PSKD
 from lightning_peft_plugins.regularizers.weight_compander import WeightCompander as WeightCompander
