@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_peft.attach.nm_targets import wide_layers
 from lightning_peft.attach.targets import SENSITIVE, TargetSpec
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
@@ -21,7 +22,7 @@ from lightning_peft.registry import suggest
 from lightning_peft.structure.edits import Change
 from lightning_peft.weights.choose import SCOPES, Scope, keep_largest
 from lightning_peft.weights.groups import Grouping, parse_grouping
-from lightning_peft.weights.maps import MappedTensor, mapped_tensors
+from lightning_peft.weights.maps import MappedTensor, maps_of
 from lightning_peft.weights.nm import nm_mask
 from lightning_peft.weights.nm_layout import input_dim
 from lightning_peft.weights.nm_pattern import parse_pattern
@@ -153,8 +154,10 @@ class MaskedPruning(Method):
         return float(amount)
 
     def select(self, module: nn.Module) -> dict[str, nn.Module]:
-        """Refuse layers whose inputs cannot be told apart, for scores that read inputs."""
+        """Refuse layers whose inputs cannot be told apart, for scores that read inputs, or are fewer than M."""
         found = super().select(module)
+        if self.nm is not None:
+            found = wide_layers(found, dict.fromkeys(found, self.nm), self.targets)
         for name, layer in found.items():
             input_dim(layer)
             if "x^2" in self.score.reads and getattr(layer, "groups", 1) > 1:
@@ -171,10 +174,7 @@ class MaskedPruning(Method):
 
     def masks(self, module: nn.Module) -> Iterator[tuple[MappedTensor, MaskMap]]:
         """Yield the targets with their masks, in module order."""
-        for mapped in mapped_tensors(module):
-            for entry in mapped.maps:
-                if isinstance(entry, MaskMap) and entry.owner == type(self).__name__:
-                    yield mapped, entry
+        return maps_of(module, MaskMap, type(self).__name__)
 
     def start(self, run: Run) -> None:
         """Place the choices in this training, and make the first if it is due and needs no data."""

@@ -507,6 +507,8 @@ def test_what_cannot_be_pruned_is_refused_before_anything_is_touched() -> None:
         fit([Wanda(0.5, exclude=EVERYTHING)], style=Grouped)
     with pytest.raises(MisconfigurationException, match="matches no module"):
         fit([MaskedPruning(0.5, targets="nowhere")])
+    with pytest.raises(MisconfigurationException, match=r"model\.0 has 16 inputs, fewer than one group of 2:32"):
+        fit([MaskedPruning(pattern="2:32", targets=["model.0"], exclude=EVERYTHING)])
     with pytest.raises(MisconfigurationException, match="mask"):
         fit([MaskedPruning(0.5, exclude=EVERYTHING), NMSparsity("2:4", exclude=EVERYTHING)])
 

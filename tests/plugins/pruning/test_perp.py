@@ -16,7 +16,8 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 import lightning_peft
-from lightning_peft import PERP, LayerGrowth, MagnitudePruning, MaskedPruning, Wanda
+from lightning_peft import PERP, LayerGrowth, MagnitudePruning, MaskedPruning, NMSparsity, Wanda
+from lightning_peft.functional import is_nm
 from lightning_peft.testing import MethodTester
 from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import BatchNorm, Conv, HuggingFace, Plain, deepened, loader
@@ -86,6 +87,12 @@ def test_prune_and_retrain_in_one_fit(data: bool, lora: Any, tmp_path: Path) -> 
     assert all(torch.equal(p, after[name]) for name, p in weights(baked).items())
     resumed = fit(methods(), resume=tmp_path / "epoch=0.ckpt", seed=3, max_epochs=3)
     assert_same(run, resumed, "uninterrupted against resumed")
+
+
+@pytest.mark.parametrize("recipe", ["one-shot", "ste"])
+def test_the_weights_of_a_pattern_are_retrained(recipe: Any) -> None:
+    run = fit([NMSparsity("2:4", recipe, exclude=EVERYTHING), PERP(exclude=EVERYTHING)], max_epochs=2)
+    assert all(is_nm(p, 2, 4) for p in weights(run.module).values())
 
 
 class Watch(Callback):
