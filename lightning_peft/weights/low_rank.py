@@ -102,9 +102,9 @@ def truncate(weight: Tensor, energy: float, scheme: Scheme = "channel") -> Trunc
 
 def decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Thin decomposition ``U, sigma, V^T``, in double precision where single does not converge; ``None`` when both do not."""
-    for wide in (matrix, matrix.double()):
+    for dtype in (matrix.dtype, torch.float64):
         try:
-            u, sigma, v = torch.linalg.svd(wide, full_matrices=False)
+            u, sigma, v = torch.linalg.svd(matrix.to(dtype), full_matrices=False)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
         if sigma.isfinite().all():
