@@ -30,6 +30,7 @@ _HOMES = {
     "semi_structured": "export.semi_structured",
     "to_exported": "export.portable",
     "to_onnx": "export.portable",
+    "split_low_rank": "export.split_low_rank",
 }
 _SUBPACKAGES = ("export", "functional", "registry", "shifts", "testing")
 

@@ -20,6 +20,7 @@ from lightning_peft.export.deployment import compare_deployments as compare_depl
 from lightning_peft.export.portable import to_exported as to_exported
 from lightning_peft.export.portable import to_onnx as to_onnx
 from lightning_peft.export.semi_structured import semi_structured as semi_structured
+from lightning_peft.export.split_low_rank import split_low_rank as split_low_rank
 from lightning_peft.method import Method as Method
 from lightning_peft.weights.maps import WeightMap as WeightMap
 from lightning_peft_plugins.growth.layer_growth import LayerGrowth as LayerGrowth
@@ -31,7 +32,9 @@ from lightning_peft_plugins.pruning.group_envelope import GroupEnvelope as Group
 from lightning_peft_plugins.pruning.issp import ISSP as ISSP
 from lightning_peft_plugins.pruning.magnitude_pruning import MagnitudePruning as MagnitudePruning
 from lightning_peft_plugins.pruning.masked_pruning import MaskedPruning as MaskedPruning
+from lightning_peft_plugins.pruning.perp import PERP as PERP
 from lightning_peft_plugins.pruning.sap import SAP as SAP
+from lightning_peft_plugins.pruning.trained_rank_pruning import TrainedRankPruning as TrainedRankPruning
 from lightning_peft_plugins.pruning.wanda import Wanda as Wanda
 from lightning_peft_plugins.regularizers.pskd import PSKD as PSKD
 from lightning_peft_plugins.regularizers.weight_compander import WeightCompander as WeightCompander

@@ -17,6 +17,7 @@ _HOMES = {
     "decay_exponential": "weights.nm_prune",
     "decay_linear": "weights.nm_prune",
     "diagonal_fisher": "weights.fisher",
+    "energy_rank": "weights.low_rank",
     "geometric_frames": "weights.nm_pattern",
     "gradient": "weights.importance",
     "group_envelope": "weights.envelope",
@@ -30,6 +31,7 @@ _HOMES = {
     "pq_pruned": "weights.sparsity_index",
     "stepwise_frames": "weights.nm_pattern",
     "taylor": "weights.importance",
+    "truncate": "weights.low_rank",
 }
 
 

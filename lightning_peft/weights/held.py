@@ -35,6 +35,10 @@ class HeldMask(WeightMap):
         """Whether there is a mask for this weight."""
         return self.held.shape == weight.shape
 
+    def bake(self, weight: Tensor) -> Tensor:
+        """Apply the mask for good, whatever is in force; before there is one, what the map is without."""
+        return torch.where(self.held, weight, 0.0) if self.holds(weight) else super().bake(weight)
+
     def words(self, weight: Tensor) -> Tensor | None:
         """The mask as :func:`~lightning_peft.weights.hard_mask.mask_words` for this weight, where they are faster."""
         if weight.device.type != "cpu" or torch.compiler.is_compiling():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -64,6 +64,9 @@ class WeightMap(nn.Module):
             if isinstance(value, Tensor):
                 setattr(self, name, fn(value))
         return self
+
+
+MapT = TypeVar("MapT", bound=WeightMap)
 
 
 @dataclass(slots=True)
@@ -128,6 +131,14 @@ def mapped_tensors(module: nn.Module, *, every_name: bool = False) -> Iterator[M
         for attribute, chain in layer.parametrizations.items():
             if all(isinstance(entry, WeightMap) for entry in chain):
                 yield MappedTensor(f"{prefix}.{attribute}" if prefix else attribute, layer, attribute)
+
+
+def maps_of(module: nn.Module, kind: type[MapT], owner: str) -> Iterator[tuple[MappedTensor, MapT]]:
+    """Yield the mapped tensors that carry a map of some class from some method, each with that map, in module order."""
+    for mapped in mapped_tensors(module):
+        for entry in mapped.maps:
+            if isinstance(entry, kind) and entry.owner == owner:
+                yield mapped, entry
 
 
 def plain_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -41,6 +41,18 @@ def input_dim(module: nn.Module) -> int:
     )
 
 
+def inputs(module: nn.Module) -> int:
+    """Size of that dimension.
+
+    Example:
+        >>> inputs(nn.Linear(8, 4))
+        8
+    """
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[input_dim(module)]
+
+
 def remainder(size: int, m: int) -> int:
     """Entries at the end of a dimension that fill no whole group of ``m`` and so stay dense.
 

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_peft import PSKD, NMSparsity, WeightCompander, plan
+from lightning_peft import PERP, PSKD, NMSparsity, TrainedRankPruning, Wanda, WeightCompander, plan, split_low_rank
 from lightning_peft.export.nm_proof import assert_nm
 from lightning_peft.testing import trainer
 
@@ -71,6 +71,27 @@ def test_bert_with_all_three_methods_reads_logits_from_its_model_output():
     assert runner.callback_metrics["peft/loss/pskd"] > 0
     assert_nm(module.model.bert.encoder, (2, 4))
     assert (module.model.classifier.weight != 0).all()
+
+
+def test_gpt2_is_pruned_by_its_data_and_retrained_by_low_rank_maps():
+    module = gpt2()
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    trainer(max_epochs=2, callbacks=[Wanda(0.5, every=2), PERP(("bias", "norm"), rank=2)]).fit(module, sentences("tokens"))
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, before[name]) == ("wte" in name or "wpe" in name), name
+        if parameter.ndim > 1 and ".h." in name:
+            assert (parameter == 0).float().mean() == 0.5, name
+
+
+@pytest.mark.parametrize("network", [gpt2, bert])
+def test_layers_trained_to_low_rank_are_split(network):
+    module, data = network(), sentences("tokens" if network is gpt2 else "classes")
+    trainer(max_epochs=1, callbacks=[TrainedRankPruning(0.6, period=2)]).fit(module, data)
+    module.eval()
+    batch = next(iter(data))
+    expected = module.model(**batch).logits
+    assert len(split_low_rank(module)) >= 8
+    torch.testing.assert_close(module.model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18", "mobilenetv3_small_050", "convnext_atto"])

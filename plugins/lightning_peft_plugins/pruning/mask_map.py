@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lightning_peft.compose.lanes import Lane
@@ -40,7 +39,3 @@ class MaskMap(HeldMask):
         if not self.rule.masked or not self.holds(weight):
             return weight
         return hard_mask(weight, self.held, self.words(weight), regrow=self.rule.regrow)
-
-    def bake(self, weight: Tensor) -> Tensor:
-        """Apply the mask, whatever is in force."""
-        return torch.where(self.held, weight, 0.0) if self.holds(weight) else weight

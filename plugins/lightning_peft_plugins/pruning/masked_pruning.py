@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_peft.attach.nm_targets import wide_layers
 from lightning_peft.attach.targets import SENSITIVE, TargetSpec
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
@@ -21,17 +22,18 @@ from lightning_peft.registry import suggest
 from lightning_peft.structure.edits import Change
 from lightning_peft.weights.choose import SCOPES, Scope, keep_largest
 from lightning_peft.weights.groups import Grouping, parse_grouping
-from lightning_peft.weights.maps import MappedTensor, mapped_tensors
+from lightning_peft.weights.maps import MappedTensor, maps_of
 from lightning_peft.weights.nm import nm_mask
 from lightning_peft.weights.nm_layout import input_dim
 from lightning_peft.weights.nm_pattern import parse_pattern
+from lightning_peft_plugins.pruning.decay import add_decay
 from lightning_peft_plugins.pruning.mask_map import MaskMap, PruneRule
 from lightning_peft_plugins.pruning.rewind import Rewind
 from lightning_peft_plugins.pruning.scores import SCORES
 from lightning_peft_plugins.pruning.timeline import Timeline
 from lightning_peft_plugins.pruning.watch import Watch
 
-Rule = Literal["zero", "ste", "shrink"]
+Rule = Literal["zero", "ste", "shrink", "decay"]
 RULES = get_args(Rule)
 
 
@@ -62,8 +64,9 @@ class MaskedPruning(Method):
         every: Length between choices, same units.
         rule: ``"zero"``: what is pruned stays pruned and gets no gradient; ``"ste"``: it gets the gradient, and may come back
             at the next choice; ``"shrink"``: it is multiplied by ``alpha`` after every step until ``end``, and is zero from
-            then on.
+            then on; ``"decay"``: it has a weight decay of its own until ``end``, and is zero from then on.
         alpha: Factor of the rule ``"shrink"``.
+        strength: Weight decay that the rule ``"decay"`` reaches at ``end``, from 0 at ``start`` (Wang et al., ICLR 2021).
         rewind: Step whose weights, buffers and schedule the training goes back to after each choice, 0 for the first (lottery
             tickets); ``None`` to train on.
         name: Name in logs and checkpoints.
@@ -99,6 +102,7 @@ class MaskedPruning(Method):
         every: int | float | str = "1%",
         rule: Rule = "zero",
         alpha: float = 0.95,
+        strength: float = 1.0,
         rewind: int | float | str | None = None,
         name: str | None = None,
     ) -> None:
@@ -111,6 +115,11 @@ class MaskedPruning(Method):
             raise MisconfigurationException(f"rule={rule!r} is unknown; choose one of {', '.join(RULES)}.")
         if not 0.0 <= alpha <= 1.0:
             raise MisconfigurationException(f"alpha={alpha} is what pruned weights are multiplied by, from 0 to 1.")
+        if rule == "decay" and (end is None or strength <= 0):
+            raise MisconfigurationException(
+                f'rule="decay" grows a weight decay up to strength={strength}, which must be positive, until end={end!r}, '
+                "which must be given."
+            )
         self.nm = parse_pattern(pattern) if ":" in pattern and pattern[0].isdigit() else None
         self.grouping = Grouping() if self.nm else parse_grouping(pattern)
         self.amount = self._read_amount(amount, pattern)
@@ -122,8 +131,9 @@ class MaskedPruning(Method):
         last = start if end is None else end
         self.schedule = Schedule(start, last, "constant" if end is None else shape, (0.0, self.amount))
         self.every = parse_point(every)
-        self.rule = PruneRule(masked=rule != "shrink", regrow=rule == "ste")
-        self.shrinks, self.alpha = rule == "shrink", alpha
+        self.rule = PruneRule(masked=rule in ("zero", "ste"), regrow=rule == "ste")
+        self.fades, self.alpha = not self.rule.masked, alpha
+        self.decays = strength if rule == "decay" else 0.0
         self.timeline: Timeline | None = None
         self.watch = Watch(self.score.reads, self._watches)
         self._chosen_at: int | None = None
@@ -144,8 +154,10 @@ class MaskedPruning(Method):
         return float(amount)
 
     def select(self, module: nn.Module) -> dict[str, nn.Module]:
-        """Refuse layers whose inputs cannot be told apart, for scores that read inputs."""
+        """Refuse layers whose inputs cannot be told apart, for scores that read inputs, or are fewer than M."""
         found = super().select(module)
+        if self.nm is not None:
+            found = wide_layers(found, dict.fromkeys(found, self.nm), self.targets)
         for name, layer in found.items():
             input_dim(layer)
             if "x^2" in self.score.reads and getattr(layer, "groups", 1) > 1:
@@ -162,10 +174,7 @@ class MaskedPruning(Method):
 
     def masks(self, module: nn.Module) -> Iterator[tuple[MappedTensor, MaskMap]]:
         """Yield the targets with their masks, in module order."""
-        for mapped in mapped_tensors(module):
-            for entry in mapped.maps:
-                if isinstance(entry, MaskMap) and entry.owner == type(self).__name__:
-                    yield mapped, entry
+        return maps_of(module, MaskMap, type(self).__name__)
 
     def start(self, run: Run) -> None:
         """Place the choices in this training, and make the first if it is due and needs no data."""
@@ -211,9 +220,11 @@ class MaskedPruning(Method):
             self.watch.open(mapped for mapped, _ in self.masks(module))
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
-        """See the gradients of a step."""
+        """See the gradients of a step, and let pruned weights decay."""
         if self.score.reads:
-            self.watch.see_gradients((mapped for mapped, _ in self.masks(run.module)), optimizer)
+            self.watch.see_gradients(self.masks(run.module), optimizer)
+        if self.decays and not self.rule.masked and self.timeline is not None:
+            add_decay(self.masks(run.module), optimizer, self.decays * self.timeline.progress(self.steps))
 
     def after_step(self, run: Run) -> None:
         """Choose masks when the time has come."""
@@ -222,9 +233,9 @@ class MaskedPruning(Method):
             self._choose(run)
         if self.rewind_to is not None and self.steps == self._rewind_at and not self._rewind.values:
             self._rewind.take(run.module)
-        if self.shrinks and self.timeline is not None:
+        if self.fades and self.timeline is not None:
             self.rule.masked = self.steps >= self.timeline.amounts.end
-            if not self.rule.masked and self._shrunk_at != self.steps:
+            if not (self.rule.masked or self.decays) and self._shrunk_at != self.steps:
                 with torch.no_grad():
                     for mapped, factor in self.shrinkage(run):
                         mapped.stored.mul_(factor)

@@ -39,3 +39,14 @@ class Timeline:
             [6, 7, 8, 9]
         """
         return self.amounts.start - self.every <= step < self.amounts.end
+
+    def progress(self, step: int) -> float:
+        """How much of the way from the first choice to the last is done, from 0 to 1.
+
+        Example:
+            >>> line = Timeline(ResolvedSchedule(10, 30, "cubic", (0.0, 0.5)), every=10)
+            >>> [line.progress(step) for step in (0, 10, 15, 30, 40)]
+            [0.0, 0.0, 0.25, 1.0, 1.0]
+        """
+        first, last = self.amounts.start, self.amounts.end
+        return min(max((step - first) / max(last - first, 1), 0.0), 1.0)

@@ -12,6 +12,8 @@ from lightning_peft.attach.capture import forward_attribute
 from lightning_peft.attach.shim import Shim
 from lightning_peft.structure.edits import Change
 from lightning_peft.weights.maps import MappedTensor
+from lightning_peft_plugins.pruning.decay import with_gradient
+from lightning_peft_plugins.pruning.mask_map import MaskMap
 from lightning_peft_plugins.pruning.statistics import Quantity, Statistics
 
 
@@ -49,15 +51,12 @@ class Watch:
 
         return forward
 
-    def see_gradients(self, targets: Iterable[MappedTensor], optimizer: Optimizer) -> None:
+    def see_gradients(self, targets: Iterable[tuple[MappedTensor, MaskMap]], optimizer: Optimizer) -> None:
         """See the gradients of the tensors that an optimizer is about to move."""
         if not self.reads or not self.wanted():
             return
-        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for mapped in targets:
-            stored = mapped.stored
-            if id(stored) in owned and stored.grad is not None:
-                self.of(mapped.name).see_gradient(stored.detach(), stored.grad)
+        for mapped, _, grad in with_gradient(targets, optimizer):
+            self.of(mapped.name).see_gradient(mapped.stored.detach(), grad)
 
     def forget(self, change: Change) -> None:
         """Let go of what was seen of tensors that an edit moved."""

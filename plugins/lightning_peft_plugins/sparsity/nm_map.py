@@ -92,7 +92,7 @@ class NMMap(WeightMap):
 
 
 class HeldNMMap(HeldMask, NMMap):
-    """An :class:`NMMap` that keeps its mask between refreshes."""
+    """An :class:`NMMap` that keeps its mask between refreshes; before there is one, it is chosen from every weight."""
 
     kind = "nm-held"
 
@@ -103,7 +103,3 @@ class HeldNMMap(HeldMask, NMMap):
 
     def mask(self, weight: Tensor) -> Tensor:
         return self.held if self.holds(weight) else super().mask(weight)
-
-    def bake(self, weight: Tensor) -> Tensor:
-        """Apply the held mask; before there is one, choose it from the weight."""
-        return torch.where(self.held, weight, 0.0) if self.holds(weight) else super().bake(weight)

@@ -10,13 +10,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_peft.attach.targets import PRESETS, SENSITIVE, TargetSpec, select
+from lightning_peft.attach.nm_targets import wide_layers
+from lightning_peft.attach.targets import SENSITIVE, TargetSpec, select
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.compose.schedule import parse_point
 from lightning_peft.method import Method
-from lightning_peft.weights.maps import mapped_tensors
-from lightning_peft.weights.nm_layout import input_dim
+from lightning_peft.weights.maps import maps_of
+from lightning_peft.weights.nm_layout import input_dim, inputs
 from lightning_peft.weights.nm_pattern import parse_pattern
 from lightning_peft_plugins.sparsity.nm_map import HeldNMMap, MaskRule, NMMap
 from lightning_peft_plugins.sparsity.nm_schedule import RECIPES, Recipe, Timeline, phase_at
@@ -114,16 +115,7 @@ class NMSparsity(Method):
         """Leave out layers of a preset that have fewer than M inputs; refuse when nothing is left."""
         found = super().select(module)
         patterns = self._layer_patterns(module, found)
-        wide = {name: layer for name, layer in found.items() if _inputs(layer) >= patterns[name][1]}
-        named = isinstance(self.targets, (list, tuple)) and PRESETS.keys().isdisjoint(map(str, self.targets))
-        if not wide or (named and len(wide) < len(found)):
-            name = next(name for name in found if name not in wide)
-            n, m = patterns[name]
-            raise MisconfigurationException(
-                f"{name} has {_inputs(found[name])} inputs, fewer than one group of {n}:{m}. Leave it out with "
-                f"exclude=[{name!r}], or give it a smaller M with patterns={{{name!r}: ...}}."
-            )
-        return wide
+        return wide_layers(found, patterns, self.targets)
 
     def _layer_patterns(self, module: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
         patterns = dict.fromkeys(layers, self.pattern)
@@ -142,7 +134,7 @@ class NMSparsity(Method):
         for n, m in patterns.values():
             counts[f"{n}:{m}"] = counts.get(f"{n}:{m}", 0) + 1
         text = f"{self.recipe} " + ", ".join(f"{pattern} on {count} layers" for pattern, count in counts.items())
-        ragged = [name for name, layer in layers.items() if _inputs(layer) % patterns[name][1]]
+        ragged = [name for name, layer in layers.items() if inputs(layer) % patterns[name][1]]
         return text + (f" ({len(ragged)} with a dense remainder: {', '.join(ragged[:3])})" if ragged else "")
 
     def attach(self, module: LightningModule) -> None:
@@ -180,22 +172,18 @@ class NMSparsity(Method):
 
     def _refresh(self, module: nn.Module, *, fresh_only: bool) -> None:
         """Choose held masks; ``fresh_only`` leaves those that exist."""
-        for mapped in mapped_tensors(module):
-            for weight_map in mapped.maps:
-                if isinstance(weight_map, HeldNMMap) and weight_map.owner == type(self).__name__:
-                    exists = weight_map.holds(mapped.stored)
-                    if not weight_map.rule.dense and not (fresh_only and exists):
-                        weight_map.refresh(mapped.entering(weight_map))
+        for mapped, held in maps_of(module, HeldNMMap, type(self).__name__):
+            if not held.rule.dense and not (fresh_only and held.holds(mapped.stored)):
+                held.refresh(mapped.entering(held))
 
     @torch.no_grad()
     def metrics(self, run: Run) -> dict[str, Tensor | float]:
         """Share of non-zero weights in the targets, and how much of a pruned weight is left."""
         kept = total = 0
-        for mapped in mapped_tensors(run.module):
-            if any(isinstance(weight_map, NMMap) for weight_map in mapped.maps):
-                weight = getattr(mapped.layer, mapped.attribute)
-                kept += torch.count_nonzero(weight)
-                total += weight.numel()
+        for mapped, _ in maps_of(run.module, NMMap, type(self).__name__):
+            weight = getattr(mapped.layer, mapped.attribute)
+            kept += torch.count_nonzero(weight)
+            total += weight.numel()
         rule = self._rules[max(self._rules)]
         return {"density": kept / max(total, 1), "decay": float(rule.decay)}
 
@@ -208,9 +196,3 @@ class NMSparsity(Method):
         if state["timeline"]:
             self.timeline = Timeline(*(int(step) for step in state["timeline"]))
         self._enter_phase()
-
-
-def _inputs(layer: nn.Module) -> int:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[input_dim(layer)]

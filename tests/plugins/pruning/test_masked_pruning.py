@@ -63,6 +63,7 @@ class TestShrinkage(MethodTester):
     methods = [
         lambda: ISSP(0.6, exclude=EVERYTHING),
         lambda: GroupEnvelope(0.5, strength=1.0, pattern="block:4x4", exclude=EVERYTHING, end="50%"),
+        lambda: MaskedPruning(0.5, exclude=EVERYTHING, end="70%", every=3, rule="decay", strength=2.0),
     ]
     no_exact_bake = "while weights shrink, the module computes with them; what it bakes is without them"
 
@@ -159,6 +160,49 @@ def test_iterative_soft_shrinkage_step_by_step(alpha: float) -> None:
     theirs = fit([], after=[Shrinkage(alpha, end=8)], style=style, max_epochs=3)
     torch.testing.assert_close(mine.losses, theirs.losses, rtol=1e-5, atol=1e-6)
     assert set(pruned(mine.module).values()) == {0.5}
+
+
+class GrowingDecay(Callback):
+    """The gradient of growing regularisation: half of each layer is chosen at the start, its penalty grows."""
+
+    def __init__(self, strength: float, end: int) -> None:
+        self.strength, self.end = strength, end
+        self.kept: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        for name, weight in pl_module.named_parameters():
+            if weight.ndim > 1:
+                order = weight.detach().abs().flatten().argsort(stable=True)
+                kept = torch.ones(weight.numel(), dtype=torch.bool)
+                kept[order[: weight.numel() // 2]] = False
+                self.kept[name] = kept.view_as(weight)
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        for name, kept in self.kept.items():
+            weight = pl_module.get_parameter(name)
+            if trainer.global_step < self.end:
+                weight.grad += (~kept) * self.strength * trainer.global_step / self.end * weight
+            else:
+                weight.grad *= kept
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step >= self.end:
+            for name, kept in self.kept.items():
+                pl_module.get_parameter(name).mul_(kept)
+
+
+def test_growing_decay_step_by_step() -> None:
+    style = sgd_without_momentum()
+    rule = {"rule": "decay", "strength": 5.0, "shape": "constant", "every": 100, "scope": "layer"}
+    once = GrowingDecay(5.0, end=9)
+    theirs = fit([], after=[once], style=style, max_epochs=3)
+    mine = fit([MaskedPruning(0.5, exclude=EVERYTHING, end=9, **rule)], style=style, max_epochs=3)  # type: ignore[arg-type]
+    torch.testing.assert_close(mine.losses, theirs.losses, rtol=1e-5, atol=1e-6)
+    assert set(pruned(mine.module).values()) == {0.5}
+    for name, kept in once.kept.items():
+        assert torch.equal(mine.module.get_parameter(name) != 0, kept), "what had decayed was what the last choice pruned"
 
 
 def sgd_without_momentum() -> type[Plain]:
@@ -437,7 +481,9 @@ def test_rewinding_needs_a_time_before_the_first_choice() -> None:
         ({"amount": 0.5, "pattern": "2:4"}, "leave amount= out"),
         ({"score": "magnitud"}, "Did you mean magnitude"),
         ({"scope": "all"}, "global, layer, row"),
-        ({"rule": "soft"}, "zero, ste, shrink"),
+        ({"rule": "soft"}, "zero, ste, shrink, decay"),
+        ({"rule": "decay"}, "until end=None, which must be given"),
+        ({"rule": "decay", "end": "50%", "strength": 0.0}, "must be positive"),
         ({"alpha": 1.5}, "from 0 to 1"),
         ({"pattern": "stripes"}, '"block:RxC"'),
         ({"pattern": "5:4"}, "N <= M"),
@@ -461,6 +507,8 @@ def test_what_cannot_be_pruned_is_refused_before_anything_is_touched() -> None:
         fit([Wanda(0.5, exclude=EVERYTHING)], style=Grouped)
     with pytest.raises(MisconfigurationException, match="matches no module"):
         fit([MaskedPruning(0.5, targets="nowhere")])
+    with pytest.raises(MisconfigurationException, match=r"model\.0 has 16 inputs, fewer than one group of 2:32"):
+        fit([MaskedPruning(pattern="2:32", targets=["model.0"], exclude=EVERYTHING)])
     with pytest.raises(MisconfigurationException, match="mask"):
         fit([MaskedPruning(0.5, exclude=EVERYTHING), NMSparsity("2:4", exclude=EVERYTHING)])
 

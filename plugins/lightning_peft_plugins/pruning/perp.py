@@ -1,0 +1,172 @@
+"""Parameter-efficient retraining after pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Literal
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_peft.attach.layers import heads, is_norm, own_parameters
+from lightning_peft.attach.targets import SENSITIVE, TargetSpec
+from lightning_peft.compose.lanes import Lane, Resource
+from lightning_peft.compose.run import Run
+from lightning_peft.method import Method, methods_of
+from lightning_peft.structure.optimizers import owner
+from lightning_peft.weights.maps import mapped_tensors
+from lightning_peft_plugins.pruning.lora_maps import MaskLoRAMap, ScaleLoRAMap
+
+LORA = {"mask": MaskLoRAMap, "scale": ScaleLoRAMap}
+PARTS = ("bias", "norm", "head")
+
+
+class PERP(Method):
+    """Retrains a pruned network by a small share of its parameters: biases, norms, head, and low-rank maps of pruned weights.
+
+    The zeros of a weight stay zeros. They come from a method beside it that prunes in the same training, or are those the
+    network already has. Everything else is frozen for the fit; what was frozen before stays so.
+
+    Args:
+        tune: Which parameters are trained as they are: ``"bias"``, ``"norm"`` (weights and biases of normalisation layers),
+            ``"head"`` (the layers that write the logits).
+        lora: What the weights of the targets get: ``"mask"``, ``W + (alpha / rank) M (B A)``; ``"scale"``, ``W (B A)`` by
+            element; ``None``, nothing.
+        rank: Columns of ``B``.
+        alpha: Factor of ``"mask"``.
+        targets: Layers whose weights get a low-rank map.
+        exclude: Layers that get none; by default those that pruning leaves dense.
+        name: Name in logs and checkpoints.
+
+    Raises:
+        MisconfigurationException: An unknown part or map, nothing left to train, or a network that grows.
+
+    Example:
+        >>> PERP(("bias", "norm"), lora="scale", rank=4)
+        PERP(tune=('bias', 'norm'), lora='scale', rank=4, ...)
+    """
+
+    lane = Lane.DELTA
+    writes = frozenset({Resource.DELTA})
+    weight_maps = (MaskLoRAMap, ScaleLoRAMap)
+    paper = "Zimmer et al., PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs, 2023, arXiv 2312.15230"
+
+    def __init__(
+        self,
+        tune: Collection[str] = PARTS,
+        lora: Literal["mask", "scale"] | None = "mask",
+        rank: int = 16,
+        alpha: float = 32.0,
+        targets: TargetSpec = "all-weights",
+        exclude: TargetSpec = SENSITIVE,
+        *,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(targets=targets, exclude=exclude or None, name=name)
+        self.tune = (tune,) if isinstance(tune, str) else tuple(tune)
+        for part in self.tune:
+            if part not in PARTS:
+                raise MisconfigurationException(f"tune= has {part!r}; choose among {', '.join(PARTS)}.")
+        if lora is not None and lora not in LORA:
+            raise MisconfigurationException(f"lora={lora!r} is unknown; choose one of {', '.join(LORA)}, or None.")
+        if not self.tune and lora is None:
+            raise MisconfigurationException("Nothing would be trained: name parts with tune=, or a map with lora=.")
+        if rank < 1:
+            raise MisconfigurationException(f"rank={rank} must be at least 1.")
+        self.lora, self.rank, self.alpha = lora, rank, alpha
+        self._frozen: list[nn.Parameter] = []
+
+    def claims(self, module: nn.Module) -> Iterable[str]:
+        """The weights that get a map."""
+        return [] if self.lora is None else super().claims(module)
+
+    def attach(self, module: LightningModule) -> None:
+        """Put the maps on, and freeze the rest before optimizers, which may ask, are made."""
+        for tensor in self.claims(module):
+            layer = module.get_submodule(tensor.rpartition(".")[0])
+            assert isinstance(layer.weight, Tensor)
+            kind = LORA[self.lora or ""]
+            self.map_weight(module, tensor, kind(layer.weight.shape, self.rank, self.alpha, tensor).to(layer.weight))
+        trained = self.trained(module)
+        for parameter in module.parameters():
+            if parameter.requires_grad and parameter not in trained:
+                parameter.requires_grad_(False)
+                self._frozen.append(parameter)
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            raise MisconfigurationException(
+                f"tune={self.tune} names no trainable parameter of {type(module).__name__}. Name another part, or give lora=."
+            )
+
+    def trained(self, module: nn.Module) -> dict[nn.Parameter, str]:
+        """Parameters to train, each with the name of what it belongs to."""
+        factors = {
+            factor: mapped.name
+            for mapped in mapped_tensors(module)
+            for entry in mapped.maps
+            if isinstance(entry, (MaskLoRAMap, ScaleLoRAMap))
+            for factor in entry.parameters()
+        }
+        return self.tuned(module) | factors
+
+    def tuned(self, module: nn.Module) -> dict[nn.Parameter, str]:
+        """Parameters to train as they are, each with the name of its layer."""
+        layers = dict(module.named_modules())
+        mapped = {tensor.rpartition(".")[0] for tensor in self.claims(module)}
+        written = set(heads(layers.values())) if "head" in self.tune else set()
+        found: dict[nn.Parameter, str] = {}
+        for name, layer in layers.items():
+            for key, parameter in own_parameters(layer).items():
+                bias = "bias" in self.tune and key.endswith("bias")
+                # The weight of a head under a map is frozen like any other, or its zeros would be trained.
+                head = layer in written and not (name in mapped and key == "weight")
+                if bias or head or ("norm" in self.tune and is_norm(layer)):
+                    found[parameter] = name  # type: ignore[index]
+        return found
+
+    def start(self, run: Run) -> None:
+        """See that optimizers train what is to be trained, and that no zeros will be lost.
+
+        Raises:
+            MisconfigurationException: They do not, a head is sparse, or the network grows.
+        """
+        for other in methods_of(run.trainer.callbacks):  # type: ignore[attr-defined]
+            if other.lane == Lane.STRUCTURE:
+                raise MisconfigurationException(
+                    f"{self.name} cannot freeze a network that {other.name} changes. Train with the one, then with the other."
+                )
+        for parameter, name in self.trained(run.module).items():
+            if parameter.requires_grad and owner(run.trainer.optimizers, parameter) is None:
+                raise MisconfigurationException(
+                    f"A parameter of {name} is to be trained, but is in no optimizer. Let configure_optimizers take "
+                    "self.parameters(), or those with requires_grad."
+                )
+        masked = {mapped.stored for mapped in mapped_tensors(run.module) if mapped.maps[-1].lane == Lane.MASK}
+        for parameter, name in self.tuned(run.module).items():
+            if parameter.requires_grad and parameter not in masked and _is_sparse(parameter):
+                raise MisconfigurationException(
+                    f"{name} has zeros that would be trained. Give it a low-rank map instead, by leaving 'head' out of "
+                    "exclude=, or a mask."
+                )
+
+    def finish(self, run: Run) -> None:
+        """Leave parameters as trainable as they were."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = []
+
+    def describe(self, module: nn.Module) -> str:
+        """Name what is trained."""
+        maps = f"{self.lora} LoRA of rank {self.rank} on {len(list(self.claims(module)))} layers" if self.lora else ""
+        return ", ".join([*self.tune, *([maps] if maps else [])])
+
+    def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
+        """Share of the parameters that are trained."""
+        parameters = list(run.module.parameters())
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        return {"trained": trained / sum(parameter.numel() for parameter in parameters)}
+
+
+def _is_sparse(parameter: Tensor) -> bool:
+    """Whether some weights of a matrix are zero; not all, as in a head that is yet to be trained."""
+    return parameter.ndim > 1 and 0 < int(parameter.count_nonzero()) < parameter.numel()

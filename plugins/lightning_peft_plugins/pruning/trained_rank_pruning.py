@@ -1,0 +1,161 @@
+"""Trained rank pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_peft.attach.targets import SENSITIVE, TargetSpec
+from lightning_peft.compose.lanes import Lane
+from lightning_peft.compose.run import Run
+from lightning_peft.method import Method
+from lightning_peft.structure.edits import Change
+from lightning_peft.weights.low_rank import SCHEMES, Scheme, truncate
+from lightning_peft.weights.maps import mapped_tensors
+
+
+class TrainedRankPruning(Method):
+    """Trains weights towards low rank: every few steps their small singular values are dropped (TRP).
+
+    At the first step, every ``period`` steps from there, and after the last one, each target weight becomes its truncated
+    singular value decomposition; the step that follows a truncation also follows a sub-gradient of the nuclear norm. After the
+    fit :func:`lightning_peft.export.split_low_rank.split_low_rank` turns each layer into two smaller ones.
+
+    Args:
+        energy: Share of the squared singular values to keep; 1 drops none.
+        period: Optimizer steps between truncations.
+        nuclear: Factor of the sub-gradient of the nuclear norm.
+        scheme: Which matrix a convolution is: ``"channel"``, ``(outputs, inputs * kernel)``, or ``"spatial"``, ``(inputs *
+            height, outputs * width)``; linear layers and pointwise convolutions are the same in both.
+        targets: Layers whose rank is pruned; Linear, Conv1d/2d/3d and HF ``Conv1D`` are possible.
+        exclude: Layers to leave alone; by default the first layer, the head, depthwise convolutions, and what is tied to an
+            embedding. Pass ``()`` for none.
+        name: Name in logs and checkpoints.
+
+    Raises:
+        MisconfigurationException: A number out of range, an unknown scheme, or a target that is under a weight map or, with
+            ``"spatial"``, has not two spatial dimensions.
+
+    Example:
+        >>> TrainedRankPruning(0.95, scheme="spatial")
+        TrainedRankPruning(energy=0.95, period=5, nuclear=0.0003, scheme='spatial', ...)
+    """
+
+    lane = Lane.GRADIENT
+    paper = "Xu et al., TRP: Trained Rank Pruning for Efficient Deep Neural Networks, IJCAI 2020, arXiv 2004.14566"
+
+    def __init__(
+        self,
+        energy: float = 0.9,
+        period: int = 5,
+        nuclear: float = 3e-4,
+        scheme: Scheme = "channel",
+        targets: TargetSpec = "all-weights",
+        exclude: TargetSpec = SENSITIVE,
+        *,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(targets=targets, exclude=exclude or None, name=name)
+        if not 0.0 < energy <= 1.0:
+            raise MisconfigurationException(f"energy={energy} is the share of squared singular values to keep, up to 1.")
+        if period < 1:
+            raise MisconfigurationException(f"period={period} must be at least 1 optimizer step.")
+        if nuclear < 0:
+            raise MisconfigurationException(f"nuclear={nuclear} would raise the rank; use 0 or more.")
+        if scheme not in SCHEMES:
+            raise MisconfigurationException(f"scheme={scheme!r} is unknown; choose one of {', '.join(SCHEMES)}.")
+        self.energy, self.period, self.nuclear, self.scheme = energy, period, nuclear, scheme
+        self.ranks: dict[str, int] = {}
+        self._pulls: dict[str, Tensor] = {}
+        self._names: list[str] = []
+        self._moving: list[str] = []
+        self._untrained: dict[str, Tensor] = {}
+        self._last = 0.0
+
+    def select(self, module: nn.Module) -> dict[str, nn.Module]:
+        """Refuse layers that the scheme does not know."""
+        found = super().select(module)
+        for name, layer in found.items():
+            if self.scheme == "spatial" and isinstance(layer, (nn.Conv1d, nn.Conv3d)):
+                raise MisconfigurationException(
+                    f'scheme="spatial" is of two spatial dimensions, {name} is a {type(layer).__name__}. Leave it out with '
+                    f'exclude=[{name!r}], or take "channel".'
+                )
+        return found
+
+    def start(self, run: Run) -> None:
+        """Truncate for the first step."""
+        self._names = list(self.claims(run.module))
+        mapped = {tensor.name: tensor.maps[-1].owner for tensor in mapped_tensors(run.module)}
+        for name in self._names:
+            if name in mapped:
+                raise MisconfigurationException(
+                    f"{name} is under a weight map of {mapped[name]}, so the rank of what is stored is not that of the weight. "
+                    f"Leave the layer out of one of them with exclude=[{name.rpartition('.')[0]!r}]."
+                )
+        self._last = run.trainer.estimated_stepping_batches  # infinite when the Trainer has no end
+        if self.steps == 0:
+            self._untrained = {name: run.module.get_parameter(name).detach().clone() for name in self._names}
+            self._truncate(run, self._names)
+
+    def structure_changed(self, module: LightningModule, change: Change) -> None:
+        """Go on with the layers there are now."""
+        self._names, self._pulls, self._moving = list(self.claims(module)), {}, []
+
+    @torch.no_grad()
+    def before_step(self, run: Run, optimizer: Optimizer) -> None:
+        """Add the sub-gradient after a truncation, and note which weights move."""
+        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        self._moving = [name for name in self._names if id(run.module.get_parameter(name)) in owned]
+        for name in self._moving:
+            pull, grad = self._pulls.pop(name, None), run.module.get_parameter(name).grad
+            if pull is not None and grad is not None:
+                grad.add_(pull.to(grad.device), alpha=self.nuclear)
+
+    def after_step(self, run: Run) -> None:
+        """Truncate the weights that an optimizer has moved, when their time has come."""
+        if self._moving and (self.steps % self.period == 0 or self.steps == self._last):
+            self._truncate(run, self._moving)
+        self._moving, self._untrained = [], {}
+
+    @torch.no_grad()
+    def finish(self, run: Run) -> None:
+        """Undo the first truncation when no step has followed it."""
+        for name, value in self._untrained.items():
+            run.module.get_parameter(name).copy_(value)
+        self._untrained = {}
+
+    @torch.no_grad()
+    def _truncate(self, run: Run, names: Iterable[str]) -> None:
+        for name in names:
+            weight = run.module.get_parameter(name)
+            made = truncate(weight, self.energy, self.scheme)
+            if made is None:
+                rank_zero_warn(f"{name} has no singular value decomposition at step {self.steps} and was not truncated.")
+                continue
+            weight.copy_(made.weight)
+            self.ranks[name] = made.rank
+            if self.nuclear:
+                self._pulls[name] = made.pull
+
+    def describe(self, module: nn.Module) -> str:
+        """Say what is kept, and of how many layers."""
+        return f"{self.energy:.0%} energy, {self.scheme}, every {self.period} steps, in {len(self.select(module))} layers"
+
+    def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
+        """Mean rank of the last truncations."""
+        return {"rank": sum(self.ranks.values()) / max(1, len(self.ranks))}
+
+    def state(self) -> dict[str, Any]:
+        """Ranks, and sub-gradients of which the step is still to come."""
+        return {"ranks": dict(self.ranks), "pulls": dict(self._pulls)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.ranks, self._pulls = dict(state["ranks"]), dict(state["pulls"])
