@@ -111,7 +111,7 @@ def _measured(
         networks = {name: network for name, (network, _) in ready.items()}
         taken: dict[str, list[Latency]] = {name: [] for name in networks}
         for size in sizes:
-            resized = with_batch_size(samples[0], size)
+            resized = [with_batch_size(sample, size) for sample in samples]
             seconds = time_calls(networks, resized, runs=runs, warm_up=warm_up, wait=waiter(device))
             for name, values in seconds.items():
                 taken[name].append(Latency(size, values))

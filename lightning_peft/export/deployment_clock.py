@@ -7,7 +7,7 @@ import gc
 import io
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,13 +55,13 @@ def waiter(device: torch.device) -> Callable[[], None]:
 
 @torch.no_grad()
 def time_calls(
-    networks: Mapping[str, nn.Module], inputs: Inputs, *, runs: int, warm_up: int, wait: Callable[[], None]
+    networks: Mapping[str, nn.Module], inputs: Sequence[Inputs], *, runs: int, warm_up: int, wait: Callable[[], None]
 ) -> dict[str, tuple[float, ...]]:
     """Time calls of networks in turn, so that whatever else the machine does meets all of them alike.
 
     Args:
         networks: The networks; who goes first changes from round to round.
-        inputs: What to call them with.
+        inputs: What to call them with, in turn: work may depend on it. All networks see the same in a round.
         runs: Timed calls of each.
         warm_up: Calls of each before that.
         wait: See :func:`waiter`.
@@ -71,14 +71,15 @@ def time_calls(
     """
     names = list(networks)
     taken: dict[str, list[float]] = {name: [] for name in names}
-    for name in names * warm_up:
-        call(networks[name], inputs)
+    for run in range(warm_up):
+        for name in names:
+            call(networks[name], inputs[run % len(inputs)])
     with _no_collection():
         for run in range(runs):
             for name in names if run % 2 == 0 else reversed(names):
                 wait()
                 start = time.perf_counter()
-                call(networks[name], inputs)
+                call(networks[name], inputs[run % len(inputs)])
                 wait()
                 taken[name].append(time.perf_counter() - start)
     return {name: tuple(seconds) for name, seconds in taken.items()}

@@ -114,7 +114,7 @@ def deploy(
             calibrate_layers(skipping, samples)
     flops = _flops(skipping, samples) / max(_flops(dense, samples), 1)
     dense = _in_fastest_layout(dense, samples[0])
-    times = paired_times(lambda i: dense(samples[i % len(samples)]), lambda i: skipping(samples[i % len(samples)]))
+    times = paired_times(dense, skipping, samples)
     ways = {name: str(layer.way) for name, layer in skipping.named_modules() if isinstance(layer, SelectiveLayer)}
     return Deployed(skipping, dense, flops, times, masked, dropped, ways)
 
@@ -131,8 +131,7 @@ def _in_fastest_layout(dense: nn.Module, sample: Tensor) -> nn.Module:
     if sample.ndim != 4:
         return dense
     other = copy.deepcopy(dense).to(memory_format=torch.channels_last)
-    swapped = sample.contiguous(memory_format=torch.channels_last)
-    return other if paired_times(lambda i: dense(sample), lambda i: other(swapped), pairs=5).ratio > 1.0 else dense
+    return other if paired_times(dense, other, [sample], runs=5).ratio > 1.0 else dense
 
 
 def _flops(network: nn.Module, samples: Sequence[Tensor]) -> float:
