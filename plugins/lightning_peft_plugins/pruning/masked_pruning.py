@@ -213,7 +213,7 @@ class MaskedPruning(Method):
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """See the gradients of a step."""
         if self.score.reads:
-            self.watch.see_gradients((mapped for mapped, _ in self.masks(run.module)), optimizer)
+            self.watch.see_gradients(((mapped.name, mapped.stored) for mapped, _ in self.masks(run.module)), optimizer)
 
     def after_step(self, run: Run) -> None:
         """Choose masks when the time has come."""

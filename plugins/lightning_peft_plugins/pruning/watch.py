@@ -49,19 +49,19 @@ class Watch:
 
         return forward
 
-    def see_gradients(self, targets: Iterable[MappedTensor], optimizer: Optimizer) -> None:
-        """See the gradients of the tensors that an optimizer is about to move."""
+    def see_gradients(self, targets: Iterable[tuple[str, nn.Parameter]], optimizer: Optimizer) -> None:
+        """See the gradients of those tensors, given with their names, that an optimizer is about to move."""
         if not self.reads or not self.wanted():
             return
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for mapped in targets:
-            stored = mapped.stored
+        for name, stored in targets:
             if id(stored) in owned and stored.grad is not None:
-                self.of(mapped.name).see_gradient(stored.detach(), stored.grad)
+                self.of(name).see_gradient(stored.detach(), stored.grad)
 
     def forget(self, change: Change) -> None:
-        """Let go of what was seen of tensors that an edit moved."""
-        self.seen = {name: seen for name, seen in self.seen.items() if change.new_name(name) == name}
+        """Let go of what was seen of tensors that an edit moved or gave another size."""
+        sized = change.edit.get("tensors", ())
+        self.seen = {name: seen for name, seen in self.seen.items() if change.new_name(name) == name and name not in sized}
 
     def close(self) -> None:
         """Stop looking at layers."""
