@@ -1,11 +1,11 @@
-"""Which channels must leave together: Torch-Pruning's dependency graph, as groups of units."""
+"""Which channels must leave together: Torch-Pruning's dependency graph, read as groups of units."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from lightning_peft.attach.layers import own_parameters
 from lightning_peft.weights.maps import split_name
+from lightning_peft_plugins.pruning.closure import Closure, Reached
 from lightning_peft_plugins.pruning.coupled import Coupled, Number, Place
 from lightning_peft_plugins.pruning.twin import Twin
 
+_Item: TypeAlias = tuple[Closure, Reached]
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
@@ -64,17 +66,18 @@ def channel_groups(
     except Exception as error:
         raise MisconfigurationException(
             f"Torch-Pruning cannot trace {twin.name}: {type(error).__name__}: {error}. Name a part of the module with "
-            'network="<name>", or remove whole blocks with what="blocks", which needs no graph.'
+            'network="<name>".'
         ) from error
     reader = _Reader(tp, graph, twin, attended)
     reader.check_reached(excused)
     groups, whole = [], {}
-    for group in graph.get_all_groups(root_module_types=[tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR]):
-        name = reader.names[group[0].dep.target.module]
+    for name, closure in reader.closures():
         try:
-            groups.append(reader.read(name, group))
+            groups.append(reader.read(name, closure))
         except UncuttableError as reason:
             whole[name] = str(reason)
+        except OverflowError:
+            whole[name] = "the graph lost track of which channel is which"
     place = {name: order for order, name in enumerate(reader.names.values())}
     return sorted(groups, key=lambda group: place[group.name]), whole
 
@@ -121,32 +124,60 @@ class _Reader:
         known = {id(part) for part in self.graph.module2node if isinstance(part, nn.Parameter)}
         return all(id(parameter) in known or parameter.numel() == 1 for parameter in own_parameters(module).values())
 
-    def read(self, name: str, group: Any) -> Coupled:
-        """Turn a group into ours.
+    def closures(self) -> Iterator[tuple[str, Closure | None]]:
+        """Follow the outputs of every layer that no other layer's outputs led to, by the layer's name."""
+        self._sever_attention()
+        seen: set[int] = set()
+        for layer, node in list(self.graph.module2node.items()):
+            if not isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear)) or id(layer) in seen:
+                continue
+            cutter = self.graph.get_pruner_of_module(layer)
+            try:
+                closure = Closure(node, cutter.prune_out_channels, cutter.get_out_channels(layer))
+            except OverflowError:
+                yield self.names[layer], None
+                continue
+            seen |= {id(place.node.module) for place in closure if self.graph.is_out_channel_pruning_fn(place.handler)}
+            yield self.names[layer], closure
+
+    def _sever_attention(self) -> None:
+        """Let no path lead into an attention, whose heads are known without the graph."""
+        for layer, node in self.graph.module2node.items():
+            for end, beyond in (("out", node.outputs), ("in", node.inputs)):
+                if f"{self.names.get(layer) if isinstance(layer, nn.Module) else None}:{end}" in self.attended:
+                    node.dependencies = [d for d in node.dependencies if not any(d.target is other for other in beyond)]
+
+    def read(self, name: str, closure: Closure | None) -> Coupled:
+        """Turn what depends on the outputs of a layer into a group.
 
         Raises:
             UncuttableError: It holds something that cannot be cut unit by unit.
+            OverflowError: The graph's indices do not fit.
         """
-        count = len(group[0].idxs)
+        if closure is None:
+            raise OverflowError
         places: list[Place] = []
         numbers: list[Number] = []
-        for item in group.items:
-            node, outputs = item.dep.target, self.graph.is_out_channel_pruning_fn(item.dep.handler)
+        for place in closure:
+            node, outputs = place.node, self.graph.is_out_channel_pruning_fn(place.handler)
             if node.type == self.tp.ops.OPTYPE.OUTPUT or (outputs and not node.outputs):
                 raise UncuttableError("they are what the network returns")
             module = node.module
             if isinstance(module, nn.Parameter):
-                more = self._parameter(module, int(node.pruning_dim), item)
+                more = self._parameter(module, int(node.pruning_dim), (closure, place))
             elif module in self.names:
-                more = self._layer(module, outputs, item)
+                more = self._layer(module, outputs, (closure, place))
             else:
                 continue  # an operation
             places += more[0]
             numbers += more[1]
         self._check_ties(places)
-        return Coupled(name, "channels", count, _merged(places), numbers)
+        count = int(closure.units.max()) + 1
+        if count < 2:
+            raise UncuttableError("they depend on one another")
+        return Coupled(name, "channels", count, _merged(places), _counted(numbers))
 
-    def _parameter(self, parameter: nn.Parameter, dim: int, item: Any) -> tuple[list[Place], list[Number]]:
+    def _parameter(self, parameter: nn.Parameter, dim: int, item: _Item) -> tuple[list[Place], list[Number]]:
         name = self.parameters[id(parameter)]
         path, _ = split_name(name)
         dim %= parameter.ndim
@@ -155,7 +186,7 @@ class _Reader:
         shaped = isinstance(noted, tuple) and noted[-1] == len(units)
         return [Place(name, dim, units)], [Number(path, "normalized_shape", units)] if shaped else []
 
-    def _layer(self, layer: Any, outputs: bool, item: Any) -> tuple[list[Place], list[Number]]:
+    def _layer(self, layer: Any, outputs: bool, item: _Item) -> tuple[list[Place], list[Number]]:
         name = self.names[layer]
         if f"{name}:{'out' if outputs else 'in'}" in self.attended:
             raise UncuttableError("they are attention heads")
@@ -179,7 +210,7 @@ class _Reader:
             return ([], []) if one else ([Place(f"{name}.weight", 0, units)], [Number(name, "num_parameters", units)])
         raise UncuttableError(f"{name} is a {type(layer).__name__}, of which no single channels can be removed")
 
-    def _conv(self, name: str, layer: Any, outputs: bool, item: Any) -> tuple[list[Place], list[Number]]:
+    def _conv(self, name: str, layer: Any, outputs: bool, item: _Item) -> tuple[list[Place], list[Number]]:
         if layer.groups > 1:
             if not layer.groups == layer.in_channels == layer.out_channels:
                 raise UncuttableError(f"{name} is a convolution in {layer.groups} groups, which must stay of one size")
@@ -189,7 +220,7 @@ class _Reader:
         dim = int(outputs == layer.transposed)
         return _weighted(name, layer, dim, outputs, ["out_channels" if outputs else "in_channels"], units)
 
-    def _norm(self, name: str, layer: Any, attribute: str, size: int, item: Any) -> tuple[list[Place], list[Number]]:
+    def _norm(self, name: str, layer: Any, attribute: str, size: int, item: _Item) -> tuple[list[Place], list[Number]]:
         units = _units(size, item)
         tensors = {"weight": True, "bias": False, "running_mean": False, "running_var": False}
         found = [(key, scored) for key, scored in tensors.items() if getattr(layer, key, None) is not None]
@@ -215,13 +246,15 @@ def _weighted(
     return places, [Number(name, attribute, units) for attribute in attributes]
 
 
-def _units(size: int, item: Any) -> Tensor:
+def _units(size: int, item: _Item) -> Tensor:
     """Unit of every coordinate of a dimension."""
-    if any(root is None for root in item.root_idxs) or not all(0 <= place < size for place in item.idxs):
-        raise UncuttableError("the graph lost track of which channel is which")
-    units = torch.full((size,), -1)
-    units[torch.tensor(item.idxs)] = torch.tensor(item.root_idxs)
-    return units
+    closure, place = item
+    return closure.units_of(place, size)
+
+
+def _counted(numbers: list[Number]) -> list[Number]:
+    """Each number once."""
+    return list({(number.path, number.attribute): number for number in numbers}.values())
 
 
 def _merged(places: list[Place]) -> list[Place]:

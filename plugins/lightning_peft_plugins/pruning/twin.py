@@ -33,7 +33,7 @@ class Twin:
     def __init__(self, network: nn.Module, name: str, example: Mapping[str, Any]) -> None:
         self.example, self.name = example, name or type(network).__name__
         plain = copied(network, masked=True).eval().requires_grad_(True)
-        self.device, self.module = torch.device("meta"), copy.deepcopy(plain).to("meta")
+        self.device, self.module = torch.device("meta"), _on_meta(plain)
         try:
             self.call()
         except Exception:  # an operator without a shape rule, or a forward that looks at values
@@ -72,3 +72,11 @@ class Twin:
             return count.total
         finally:
             edits.undo(self.module, change)
+
+
+def _on_meta(network: nn.Module) -> nn.Module:
+    """Copy a network without its data; ``Module.to`` would untie its tensors."""
+    memo: dict[int, Any] = {id(b): torch.empty_like(b, device="meta") for b in network.buffers()}
+    memo |= {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in network.parameters()}
+    twin: nn.Module = copy.deepcopy(network, memo)
+    return twin
