@@ -90,8 +90,8 @@ def test_limits_hold() -> None:
     edits.apply(network, edit)
     assert [network[0].out_channels % 4, network[4].out_channels] == [0, 4]
     assert network[9].out_features in (4, 8, 10)
+    found = channels(*build("vgg"))
     with pytest.raises(MisconfigurationException, match=r"90% of the params of .* cannot go: .* \d+% can\. Lower amount="):
-        found = channels(*build("vgg"))
         found.choose(squares(found.module), 0.9, Baseline(found.cost(), found.units), Limits(0.5, 1), "global")
 
 
