@@ -50,7 +50,7 @@ class Closure:
 
     def __init__(self, root: Any, handler: Any, outputs: int) -> None:
         self._parents = list(range(outputs))
-        self._reached: dict[tuple[int, int], Reached] = {}
+        self._reached: dict[tuple[int, Any], Reached] = {}
         self._left = 1_000_000  # coordinates; a layer of 16k channels may be met in 60 places
         start = [Index(channel, channel) for channel in range(outputs)]
         stack = [(root, handler, self._new(root, handler, start))]
@@ -71,7 +71,7 @@ class Closure:
 
     def _new(self, node: Any, handler: Any, indices: list[Any]) -> list[Index]:
         """Note coordinates, and return those not met before."""
-        place = self._reached.setdefault((id(node), _identity(handler)), Reached(node, handler))
+        place = self._reached.setdefault((id(node), handler), Reached(node, handler))
         fresh = []
         for index in indices:
             if index.root_idx is None or index.idx < 0:
@@ -109,7 +109,3 @@ class Closure:
         units = torch.full((size,), -1)
         units[torch.tensor(list(place.roots))] = self.units[torch.tensor(list(place.roots.values()))]
         return units
-
-
-def _identity(handler: Any) -> int:
-    return hash(handler)  # bound methods are made anew at every access

@@ -129,10 +129,6 @@ class StructuredPruning(Method):
         """No tensor is mapped."""
         return []
 
-    def first_edit(self, module: LightningModule) -> Growth | None:
-        """Train the whole network first."""
-        return None
-
     def start(self, run: Run) -> None:
         """Place the cuts in this training, and wait for a call of the network."""
         torch_pruning()  # its absence must show before the training, not at the first cut
