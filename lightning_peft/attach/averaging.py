@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import Tensor, nn
 
 from lightning_peft.structure.edits import Change
-from lightning_peft.weights.maps import plain_values, set_plain_values
+from lightning_peft.weights.maps import plain_name, plain_values, set_plain_values
 
 
 def _averaging(trainer: Trainer) -> Iterator[Any]:
@@ -96,6 +96,7 @@ def carry(
         now = inner.state_dict()
         for name, tensor in average.tensors.items():
             target = now.get(change.new_name(name) or "")
+            tensor = change.carried(plain_name(name), tensor)
             if target is not None and target.shape == tensor.shape:
                 target.copy_(tensor)
         set_plain_values(inner, values(average.plain))

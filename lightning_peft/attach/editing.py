@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -117,7 +118,7 @@ def _resized_states(
     optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor], growth: Growth
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Optimizer states with what they become when the module is resized; made first, because not every state can follow."""
-    if growth.edit.get("op") != "resize" or growth.optimizer_state == "reset":
+    if growth.edit.get("op") not in ("resize", "slice") or growth.optimizer_state == "reset":
         return []
     found = []
     for name in growth.edit["tensors"]:
@@ -155,5 +156,8 @@ def describe(module: nn.Module, edit: Edit) -> str:
     size = sum(parameter.numel() for parameter in module.parameters()) / 1e6
     if edit["op"] == "blocks":
         return f"lightning_peft: {edit['path']} {edit['from']} -> {len(edit['sources'])} blocks, now {size:.2f} M parameters"
+    if edit["op"] == "slice":
+        cut = sum(math.prod(entry["from"]) - math.prod(entry["to"]) for entry in edit["tensors"].values()) / 1e6
+        return f"lightning_peft: {edit['path'] or type(module).__name__} lost {cut:.2f} M numbers, now {size:.2f} M parameters"
     axes = ", ".join(f"{axis} {old} -> {new}" for axis, (old, new) in edit["axes"].items() if old != new)
     return f"lightning_peft: {edit['path'] or type(module).__name__} {axes}, now {size:.2f} M parameters"

@@ -47,15 +47,21 @@ class Shim:
         return self
 
     def remove(self) -> None:
-        """Give the owner back what it had; become a plain pass-through if somebody has since wrapped the shim."""
+        """Give the owner back what it had; become a plain pass-through if somebody has since wrapped the shim.
+
+        The order in which shims on one method are removed does not matter.
+        """
         self._handler = None
         owner = self._owner()
         if owner is None or owner.__dict__.get(self._name) is not self:
             return
-        if self._shadowed is None:
+        before = self._shadowed
+        while isinstance(before, Shim) and before._handler is None:
+            before = before._shadowed
+        if before is None:
             del owner.__dict__[self._name]
         else:
-            owner.__dict__[self._name] = self._shadowed
+            owner.__dict__[self._name] = before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._handler is None:

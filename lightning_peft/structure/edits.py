@@ -1,7 +1,7 @@
 """Edits: changes of a module's structure as plain data, applied live, replayed on resume, and undone.
 
-An edit describes structure only: which blocks a list holds, which sizes tensors have. Values come from an operator when it is
-applied live and from the checkpoint when it is replayed, so both lead to the same module.
+An edit describes structure only: which blocks a list holds, which sizes tensors have, which of their coordinates stay. Values
+come from an operator when it is applied live and from the checkpoint when it is replayed, so both lead to the same module.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.structure import depth, width
+from lightning_peft.structure import depth, slices, width
 from lightning_peft.structure.errors import CheckpointError
 
 Edit: TypeAlias = dict[str, Any]
-"""``{"op": "blocks" | "resize", "path": ..., ...}``: strings, numbers, lists and dicts only.
+"""``{"op": "blocks" | "resize" | "slice", "path": ..., ...}``: strings, numbers, lists and dicts only.
 
 With ``"follow": True`` the other methods act on new layers too; with ``"shared": True`` blocks of one source are one block.
 """
@@ -55,12 +55,14 @@ class Change:
         renamed: Old prefix of a moved block to its new prefix, for each of the prefixes it had.
         copied: Prefix of a new block to the old prefix of the block it was copied from.
         removed: Blocks that left the list, by old prefix; they keep their tensors, so that the edit can be undone.
+        cut: What left each sliced tensor, by name, so that the edit can be undone.
     """
 
     edit: Edit
     renamed: dict[str, str] = field(default_factory=dict)
     copied: dict[str, str] = field(default_factory=dict)
     removed: dict[str, nn.Module] = field(default_factory=dict)
+    cut: slices.Cut = field(default_factory=dict)
 
     def new_name(self, name: str) -> str | None:
         """Return what a tensor is called now; ``None`` when it was removed."""
@@ -73,6 +75,11 @@ class Change:
         """Return the old name of the tensor that a new one was copied from; ``None`` when it is not new."""
         prefix, rest = split_block(self.edit, name)
         return f"{self.copied[prefix]}.{rest}" if rest is not None and prefix in self.copied else None
+
+    def carried(self, name: str, value: Tensor) -> Tensor:
+        """Return what an old tensor's value, or an average of it, becomes; only a slice changes it."""
+        entry = self.edit["tensors"].get(name) if self.edit["op"] == "slice" else None
+        return value if entry is None or list(value.shape) != entry["from"] else slices.narrow(value, entry["kept"])
 
 
 def split_block(edit: Edit, name: str) -> tuple[str, str | None]:
@@ -100,6 +107,8 @@ def check(module: nn.Module, edit: Edit) -> None:
         depth.check_blocks(module, edit)
     elif op == "resize":
         width.check_resize(module, edit)
+    elif op == "slice":
+        slices.check_slice(module, edit)
     else:
         raise CheckpointError(
             f"A recorded change of structure has the operation {op!r}, which this version of lightning-peft does not know. "
@@ -119,6 +128,8 @@ def apply(module: nn.Module, edit: Edit) -> Change:
     if edit["op"] == "resize":
         width.resize(module, edit)
         return Change(edit)
+    if edit["op"] == "slice":
+        return Change(edit, cut=slices.cut(module, edit))
     return Change(edit, *depth.set_blocks(module, edit))
 
 
@@ -168,11 +179,13 @@ def _places(edit: Edit, path: str) -> list[str]:
 
 
 def undo(module: nn.Module, change: Change) -> None:
-    """Give a module the structure it had before an edit; blocks that were removed come back as they were.
+    """Give a module the structure it had before an edit; what was removed comes back as it was.
 
-    A change made in another process has no removed blocks at hand: copies take their place, for a checkpoint to fill.
+    A change made in another process has nothing at hand: copies of blocks and zeros take its place, for a checkpoint to fill.
     """
     if change.edit["op"] == "resize":
         width.undo_resize(module, change.edit)
+    elif change.edit["op"] == "slice":
+        slices.mend(module, change.edit, change.cut)
     else:
         depth.undo_blocks(module, change.edit, change.removed)

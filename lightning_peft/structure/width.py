@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lightning_peft.structure.axes import NEW, OLD, Axes, carry, is_old
 from lightning_peft.structure.errors import CheckpointError
+from lightning_peft.structure.in_place import check_attributes, put, set_attributes
 from lightning_peft.structure.width_form import check_form
-from lightning_peft.weights.maps import plain_tensors, split_name
+from lightning_peft.weights.maps import plain_tensors
 
 
 def check_resize(module: nn.Module, edit: Mapping[str, Any]) -> None:
@@ -41,7 +42,7 @@ def check_resize(module: nn.Module, edit: Mapping[str, Any]) -> None:
             if tensors.get(other) is not tensors[name]:
                 raise CheckpointError(f"{other} was tied to {name} when the width was changed and is not now. Tie them again.")
     for path, changes in edit["attributes"].items():
-        _check_attributes(module, path, changes)
+        check_attributes(module, path, changes)
     for key, (old, new) in edit["config"].items():
         if (old is not None and type(old) is not type(new)) or not list(_configs(module, edit, key, old)):
             raise CheckpointError(f"A change of width was made on a configuration with {key}={old}; this model has none.")
@@ -73,30 +74,14 @@ def _apply(
 ) -> None:
     tensors = plain_tensors(module)
     for name, entry in edit["tensors"].items():
-        _put(module, name, tensors[name], change(tensors[name].detach(), entry))
-    for path, changes in edit["attributes"].items():
-        layer = module.get_submodule(path)
-        for attribute, pair in changes.items():
-            value = pair[when]
-            setattr(layer, attribute, tuple(value) if isinstance(value, list) else value)
+        put(module, name, tensors[name], change(tensors[name].detach(), entry))
+    set_attributes(module, edit["attributes"], when)
     for key, pair in edit["config"].items():
         for config in list(_configs(module, edit, key, pair[1 - when])):
             setattr(config, key, pair[when])
     if "width" in edit["axes"]:
         pair = edit["axes"]["width"]
         _set_features(module.get_submodule(edit["path"]), pair[1 - when], pair[when])
-
-
-def _put(module: nn.Module, name: str, tensor: Tensor, value: Tensor) -> None:
-    if not isinstance(tensor, nn.Parameter):
-        path, attribute = split_name(name)
-        module.get_submodule(path)._buffers[attribute] = value
-        return
-    tensor.grad = None
-    # A graph that is still alive, say of a logged loss, keeps a gradient accumulator of the old shape, which the next backward
-    # would run into. torch drops it when the dtype changes, not when the shape does.
-    tensor.data = torch.empty(0, dtype=torch.float32 if tensor.dtype == torch.float64 else torch.float64, device=tensor.device)
-    tensor.data = value
 
 
 def _configs(module: nn.Module, edit: Mapping[str, Any], key: str, value: object) -> Iterator[Any]:
@@ -113,22 +98,3 @@ def _set_features(network: nn.Module, before: int, after: int) -> None:
     features = vars(network).get("feature_info")
     if isinstance(features, list) and all(isinstance(entry, dict) and entry.get("num_chs") == before for entry in features):
         network.feature_info = [{**entry, "num_chs": after} for entry in features]  # type: ignore[assignment]
-
-
-def _check_attributes(module: nn.Module, path: str, changes: Mapping[str, Any]) -> None:
-    try:
-        own = vars(module.get_submodule(path))
-    except AttributeError:
-        raise CheckpointError(f"{type(module).__name__} has no submodule {path!r}, whose width was changed.") from None
-    for attribute, (old, new) in changes.items():
-        value = own.get(attribute)
-        plain = list(value) if isinstance(value, tuple) else value
-        # a float, an int or a tuple of ints, noted by the module itself, that keeps its type
-        sort = [type(part) for part in plain] if isinstance(plain, list) else type(plain)
-        known = sort in (int, float) or (isinstance(sort, list) and set(sort) == {int})
-        same = sort == ([type(part) for part in new] if isinstance(new, list) else type(new))
-        if attribute.startswith("_") or not known or not same or plain != old:
-            raise CheckpointError(
-                f"A change of width was made on {path}.{attribute} = {old}; this {type(module).__name__} has {value!r}. "
-                "Build the model with the arguments it was trained with."
-            )

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_peft.structure.axes import NEW, OLD, Axes, size
 from lightning_peft.structure.errors import CheckpointError
+from lightning_peft.structure.in_place import is_changes
 
 
 def check_form(edit: Mapping[str, Any]) -> None:
@@ -22,10 +23,10 @@ def check_form(edit: Mapping[str, Any]) -> None:
         and all(isinstance(label, str) and _is_pair(pair) and 1 <= pair[0] <= pair[1] for label, pair in axes.items())
         and isinstance(tensors, dict)
         and all(isinstance(name, str) and _is_entry(entry, axes) for name, entry in tensors.items())
-        and _is_changes(edit.get("config"), (int, float, type(None)))
+        and is_changes(edit.get("config"), (int, float, type(None)))
         and isinstance(edit.get("attributes"), dict)
         and all(
-            isinstance(path, str) and _is_changes(changes, (int, float, list)) for path, changes in edit["attributes"].items()
+            isinstance(path, str) and is_changes(changes, (int, float, list)) for path, changes in edit["attributes"].items()
         )
     )
     if not fits:
@@ -37,13 +38,6 @@ def check_form(edit: Mapping[str, Any]) -> None:
 
 def _is_pair(pair: object) -> bool:
     return isinstance(pair, list) and len(pair) == 2 and all(type(value) is int for value in pair)
-
-
-def _is_changes(changes: object, kinds: tuple[type, ...]) -> bool:
-    return isinstance(changes, dict) and all(
-        isinstance(key, str) and isinstance(pair, list) and len(pair) == 2 and all(type(value) in kinds for value in pair)
-        for key, pair in changes.items()
-    )
 
 
 def _is_entry(entry: object, axes: Axes) -> bool:

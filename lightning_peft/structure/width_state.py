@@ -1,14 +1,15 @@
-"""Optimizer state across a change of width."""
+"""Optimizer state across a change of width, to more coordinates or to fewer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_peft.structure.axes import Axes, Rule, carry
+from lightning_peft.structure.slices import narrow
 
 
 def carry_state(state: Tensor, entry: Mapping[str, Any], axes: Axes, rule: Rule, key: str = "") -> Tensor:
@@ -35,23 +36,60 @@ def carry_state(state: Tensor, entry: Mapping[str, Any], axes: Axes, rule: Rule,
         >>> carry_state(Tensor([[1.0], [2.0]]), entry, {"width": [2, 4]}, "copy").flatten()
         tensor([1., 2., 1., 2.])
     """
-    old, dims = entry["from"], list(entry["dims"])
+    dims = [entry["dims"][dim] if dim is not None else "" for dim in state_dims(state, entry["from"], key)]
+    return carry(state, dims, axes, rule)
+
+
+def slice_state(state: Tensor, entry: Mapping[str, Any], key: str = "") -> Tensor:
+    """Cut one tensor of a parameter's optimizer state like the parameter; the same kinds of state are known.
+
+    Args:
+        state: The state.
+        entry: The parameter's entry in the ``"tensors"`` of a slice.
+        key: Name of the state.
+
+    Raises:
+        MisconfigurationException: The state has another shape.
+
+    Example:
+        >>> slice_state(Tensor([[1.0], [2.0]]), {"from": [2, 3], "to": [1, 3], "kept": [[[1, 2]], None]})
+        tensor([[2.]])
+    """
+    return narrow(state, [entry["kept"][dim] if dim is not None else None for dim in state_dims(state, entry["from"], key)])
+
+
+def state_dims(state: Tensor, old: Sequence[int], key: str) -> list[int | None]:
+    """Say which dimension of a parameter each dimension of an optimizer state is, ``None`` for none.
+
+    Args:
+        state: The state.
+        old: Shape of the parameter it belongs to.
+        key: Name of the state.
+
+    Raises:
+        MisconfigurationException: Its shape is not known.
+
+    Example:
+        >>> state_dims(Tensor(3), [2, 3], "exp_avg_sq_col"), state_dims(Tensor(2, 1), [2, 3], "row_var")
+        ([1], [0, None])
+    """
     shape = list(state.shape)
     if state.numel() == 1 and len(shape) != len(old):
-        return state
+        return [None] * len(shape)
     if len(shape) == len(old) and all(now in (1, then) for now, then in zip(shape, old, strict=True)):
-        return carry(state, [dim if now == then else "" for dim, now, then in zip(dims, shape, old, strict=True)], axes, rule)
-    factored = {"row": (old[:-1], dims[:-1]), "col": ([*old[:-2], old[-1]], [*dims[:-2], dims[-1]])}
-    fits = {name: part for name, (sizes, part) in factored.items() if shape == sizes}
-    chosen = next((part for name, part in fits.items() if name in key), None)
+        return [dim if now == then else None for dim, (now, then) in enumerate(zip(shape, old, strict=True))]
+    last = len(old) - 1
+    factored = {"row": [*range(last)], "col": [*range(last - 1), last]}
+    fits = {name: dims for name, dims in factored.items() if shape == [old[dim] for dim in dims]}
+    chosen: Sequence[int] | None = next((dims for name, dims in fits.items() if name in key), None)
     if chosen is None and len(fits) == 1:
         (chosen,) = fits.values()
     if chosen is None:
         raise MisconfigurationException(
-            f"The optimizer keeps a state {key!r} of shape {shape} for a parameter of shape {old}, which cannot be carried "
-            'over a change of width. Use optimizer_state="reset".'
+            f"The optimizer keeps a state {key!r} of shape {shape} for a parameter of shape {list(old)}, which cannot be "
+            'carried over a change of width. Use optimizer_state="reset".'
         )
-    return carry(state, chosen, axes, rule)
+    return list(chosen)
 
 
 def carry_optimizer_state(state: MutableMapping[str, Any], edit: Mapping[str, Any], name: str, rule: Rule) -> None:
@@ -66,11 +104,15 @@ def carry_optimizer_state(state: MutableMapping[str, Any], edit: Mapping[str, An
     Raises:
         MisconfigurationException: A state has a shape that is not known (see :func:`carry_state`).
     """
-    entry, axes = edit["tensors"][name], edit["axes"]
+    entry = edit["tensors"][name]
     for key, value in state.items():
         if isinstance(value, (list, tuple, dict)) and value:
             raise MisconfigurationException(
                 f"The optimizer keeps a {type(value).__name__} {key!r} for {name}, which cannot be carried over a change of "
                 'width. Use optimizer_state="reset".'
             )
-    state.update({key: carry_state(value, entry, axes, rule, key) for key, value in state.items() if isinstance(value, Tensor)})
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if edit["op"] == "slice":
+        state.update({key: slice_state(value, entry, key) for key, value in tensors.items()})
+    else:
+        state.update({key: carry_state(value, entry, edit["axes"], rule, key) for key, value in tensors.items()})

@@ -6,6 +6,7 @@ On one tensor they are applied in lane order: stored value, reparametrisation, l
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
@@ -193,6 +194,16 @@ def split_name(name: str) -> tuple[str, str]:
     """Split ``"model.fc.weight"`` into ``("model.fc", "weight")``."""
     path, _, attribute = name.rpartition(".")
     return path, attribute
+
+
+def plain_name(key: str) -> str:
+    """Return the name a state-dict key has without weight maps.
+
+    Example:
+        >>> plain_name("model.fc.parametrizations.weight.original"), plain_name("model.fc.bias")
+        ('model.fc.weight', 'model.fc.bias')
+    """
+    return re.sub(r"(^|\.)parametrizations\.([^.]+)\.original$", r"\1\2", key)
 
 
 def attached_map(module: nn.Module, name: str, like: WeightMap) -> WeightMap | None:

@@ -222,7 +222,7 @@ class MaskedPruning(Method):
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """See the gradients of a step, and let pruned weights decay."""
         if self.score.reads:
-            self.watch.see_gradients(self.masks(run.module), optimizer)
+            self.watch.see_gradients(((mapped.name, mapped.stored) for mapped, _ in self.masks(run.module)), optimizer)
         if self.decays and not self.rule.masked and self.timeline is not None:
             add_decay(self.masks(run.module), optimizer, self.decays * self.timeline.progress(self.steps))
 

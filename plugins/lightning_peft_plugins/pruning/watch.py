@@ -12,8 +12,6 @@ from lightning_peft.attach.capture import forward_attribute
 from lightning_peft.attach.shim import Shim
 from lightning_peft.structure.edits import Change
 from lightning_peft.weights.maps import MappedTensor
-from lightning_peft_plugins.pruning.decay import with_gradient
-from lightning_peft_plugins.pruning.mask_map import MaskMap
 from lightning_peft_plugins.pruning.statistics import Quantity, Statistics
 
 
@@ -51,16 +49,19 @@ class Watch:
 
         return forward
 
-    def see_gradients(self, targets: Iterable[tuple[MappedTensor, MaskMap]], optimizer: Optimizer) -> None:
-        """See the gradients of the tensors that an optimizer is about to move."""
+    def see_gradients(self, targets: Iterable[tuple[str, nn.Parameter]], optimizer: Optimizer) -> None:
+        """See the gradients of those tensors, given with their names, that an optimizer is about to move."""
         if not self.reads or not self.wanted():
             return
-        for mapped, _, grad in with_gradient(targets, optimizer):
-            self.of(mapped.name).see_gradient(mapped.stored.detach(), grad)
+        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for name, stored in targets:
+            if id(stored) in owned and stored.grad is not None:
+                self.of(name).see_gradient(stored.detach(), stored.grad)
 
     def forget(self, change: Change) -> None:
-        """Let go of what was seen of tensors that an edit moved."""
-        self.seen = {name: seen for name, seen in self.seen.items() if change.new_name(name) == name}
+        """Let go of what was seen of tensors that an edit moved or gave another size."""
+        sized = change.edit.get("tensors", ())
+        self.seen = {name: seen for name, seen in self.seen.items() if change.new_name(name) == name and name not in sized}
 
     def close(self) -> None:
         """Stop looking at layers."""

@@ -1,0 +1,287 @@
+"""Structured pruning: channels and attention heads that really leave the network while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_peft.attach.capture import forward_attribute
+from lightning_peft.attach.layers import is_norm, own_parameters
+from lightning_peft.attach.shim import Shim
+from lightning_peft.attach.targets import TargetSpec, select
+from lightning_peft.compose.lanes import Lane, Resource
+from lightning_peft.compose.run import Run
+from lightning_peft.compose.schedule import Schedule, Shape, parse_point
+from lightning_peft.method import Method
+from lightning_peft.registry import suggest
+from lightning_peft.structure.edits import Change, Edit, Growth
+from lightning_peft_plugins.pruning.budget import Limits, StructuredScope
+from lightning_peft_plugins.pruning.channels import Baseline, Channels, Counted
+from lightning_peft_plugins.pruning.dependency import torch_pruning
+from lightning_peft_plugins.pruning.example import record
+from lightning_peft_plugins.pruning.scores import SCORES
+from lightning_peft_plugins.pruning.timeline import Timeline
+from lightning_peft_plugins.pruning.watch import Watch
+
+# By name, the score of single weights that is summed over a unit.
+GROUP_SCORES = {"magnitude": "energy", "l1": "magnitude", "taylor": "taylor", "gradient": "gradient", "fisher": "fisher"}
+KINDS = ("channels", "heads")
+
+
+class StructuredPruning(Method):
+    """Removes the channels and attention heads that matter least while the network trains, and trains on what is left.
+
+    Nothing is masked: weights, statistics, optimizer state, averages and the masks of other methods lose the same coordinates,
+    and the next step runs the smaller network. Which channels must leave together is found by Torch-Pruning's dependency graph
+    (``pip install lightning-peft[prune]``), from one call of the network. Checkpoints from before, between and after cuts
+    resume bit-exactly, in a module built as the user's class builds it.
+
+    Args:
+        amount: Share of the cost to remove, measured against the network before the first cut.
+        score: What ranks units: ``"magnitude"`` (squared, as Torch-Pruning's group norm) or ``"l1"``; means over the ``every``
+            steps before each cut of ``"taylor"`` (``|w g|``), ``"gradient"`` (``|g|``), ``"fisher"`` (``w^2 g^2``). Summed over
+            all coupled tensors, relative to the mean of the group.
+        of: What ``amount`` is a share of: ``"params"``, ``"flops"`` of a forward pass, or ``"channels"`` and heads by number.
+        what: What may go: ``"channels"``, ``"heads"`` or both.
+        scope: What is ranked together: all groups (``"global"``), or the same share of each (``"layer"``).
+        targets: Layers whose outputs may go; by default all.
+        exclude: Layers whose outputs stay. What the network returns always does.
+        start: First cut: steps, ``"25%"`` or ``"3ep"``; not before step 1, for scores of gradients not before ``every``.
+        end: Last cut, with the whole amount; by default there is one cut only.
+        shape: How the amount grows in between.
+        every: Length between cuts, same units.
+        round_to: The number of channels that stay is a multiple of this, where a layer has so many.
+        min_kept: Share of its first units that every layer keeps, at least one.
+        optimizer_state: ``"slice"``: what stays keeps its moments; ``"reset"``: every parameter starts anew.
+        network: Qualified name of the network when the module has several candidates.
+        name: Name in logs and checkpoints.
+
+    Raises:
+        MisconfigurationException: Torch-Pruning is missing; an unknown choice; an amount that cannot be reached; a network that
+            cannot be traced, or breaks when it is cut.
+
+    Example:
+        >>> StructuredPruning(0.5, "taylor", of="flops", start="10%", end="50%", round_to=8)
+        StructuredPruning(amount=0.5, score='taylor', of='flops', ... start='10%', end='50%', ...)
+    """
+
+    lane = Lane.STRUCTURE
+    reads = frozenset({Resource.INPUTS})
+    writes = frozenset({Resource.STRUCTURE})
+    paper = "Fang et al., DepGraph: Towards Any Structural Pruning, CVPR 2023, arXiv 2301.12900"
+
+    def __init__(
+        self,
+        amount: float = 0.5,
+        score: str = "magnitude",
+        of: Counted = "params",
+        what: str | Sequence[str] = KINDS,
+        scope: StructuredScope = "global",
+        targets: TargetSpec | None = None,
+        exclude: TargetSpec | None = None,
+        *,
+        start: int | float | str = "10%",
+        end: int | float | str | None = None,
+        shape: Shape = "cubic",
+        every: int | float | str = "1%",
+        round_to: int = 1,
+        min_kept: float = 0.1,
+        optimizer_state: Literal["slice", "reset"] = "slice",
+        network: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(targets=targets, exclude=exclude, network=network, name=name)
+        if isinstance(amount, bool) or not 0.0 < amount < 1.0:
+            raise MisconfigurationException(f"amount={amount!r} is the share of the cost to remove, between 0 and 1.")
+        self.what = _known("what", [what] if isinstance(what, str) else what, KINDS)
+        self.of: Counted = _known("of", [of], get_args(Counted))[0]  # type: ignore[assignment]
+        self.scope: StructuredScope = _known("scope", [scope], get_args(StructuredScope))[0]  # type: ignore[assignment]
+        self.score = SCORES[GROUP_SCORES[_known("score", [score], GROUP_SCORES)[0]]]
+        if type(round_to) is not int or round_to < 1:
+            raise MisconfigurationException(f"round_to={round_to!r} must be a whole number, 1 for no rounding.")
+        if not 0.0 <= min_kept < 1.0:
+            raise MisconfigurationException(f"min_kept={min_kept} is the share of its units a layer keeps, from 0 to below 1.")
+        self.optimizer_state: Any = _known("optimizer_state", [optimizer_state], ("slice", "reset"))[0]
+        self.limits = Limits(min_kept, round_to)
+        last = start if end is None else end
+        self.schedule = Schedule(start, last, "constant" if end is None else shape, (0.0, float(amount)))
+        self.every = parse_point(every)
+        self.timeline: Timeline | None = None
+        self.watch = Watch(self.score.reads, self._watches)
+        self._shim: Shim | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._example: dict[str, Any] | None = None
+        self._baseline: Baseline | None = None
+        self._cut_at: int | None = None
+        self._cost = 0.0
+        self.watch.seen.clear()
+
+    def claims(self, module: nn.Module) -> list[str]:
+        """No tensor is mapped."""
+        return []
+
+    def start(self, run: Run) -> None:
+        """Place the cuts in this training, and wait for a call of the network."""
+        torch_pruning()  # its absence must show before the training, not at the first cut
+        if not self.restored:
+            self._forget()
+        total, epoch = run.total_steps, run.steps_per_epoch
+        amounts, every = self.schedule.resolve(total, epoch), max(1, self.every.resolve(total, epoch))
+        first = max(every if self.score.reads else 1, amounts.start)
+        # The last cut must leave a step to train, or nothing would follow it.
+        last = max(first, min(amounts.end, total - 1))
+        self.timeline = Timeline(replace(amounts, start=first, end=last), every)
+        self._allowed(run)
+        if self._example is None:
+            self._shim = Shim(run.network, forward_attribute(run.network), self._recorder(run)).install()
+
+    def _recorder(self, run: Run) -> Any:
+        def see(inner: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._example is None and run.trainer.training:
+                self._example = record(args, kwargs)
+            return inner(*args, **kwargs)
+
+        return see
+
+    def _allowed(self, run: Run) -> set[str] | None:
+        if self.targets is None and self.exclude is None:
+            return None
+        targets = "all-weights" if self.targets is None else self.targets
+        return set(select(run.module, targets, self.exclude))
+
+    def _watches(self) -> bool:
+        return self.timeline is not None and self.timeline.watched(self.steps)
+
+    def before_step(self, run: Run, optimizer: Optimizer) -> None:
+        """See the gradients of a step."""
+        if self.score.reads:
+            self.watch.see_gradients(_weights(run), optimizer)
+
+    def next_edit(self, run: Run) -> Growth | None:
+        """Cut when the time has come."""
+        if self._shim is not None and self._example is not None:
+            self._shim.remove()
+            self._shim = None
+        if self.timeline is None or self._cut_at == self.steps:
+            return None
+        due = self.timeline.due(self.steps)
+        if self._example is None:
+            if due:
+                raise MisconfigurationException(
+                    f"The network {run.network_name or '(the module itself)'!r} was not called in training before step "
+                    f'{self.steps}, so it cannot be traced. Name the submodule your training_step calls with network="<name>".'
+                )
+            return None
+        if self._baseline is not None and not due:
+            return None
+        channels = Channels(
+            run.module,
+            run.network_name,
+            run.network,
+            self._example,
+            self.what,
+            self._allowed(run),
+            self.of,
+            () if self.exclude is None else select(run.module, self.exclude),
+        )
+        if self._baseline is None:
+            self._baseline = Baseline(channels.cost(), channels.units)
+            self._cost = self._baseline.cost
+            channels.check(self.timeline.amounts.value(self.timeline.amounts.end), self._baseline, self.limits)
+        if not due:
+            return None
+        self._cut_at = self.steps
+        share = self.timeline.amounts.value(self.steps)
+        edit, self._cost = channels.choose(self._values(run, channels), share, self._baseline, self.limits, self.scope)
+        self.watch.seen.clear()
+        return None if edit is None else Growth(self._signed(edit), optimizer_state=self._rule)
+
+    @property
+    def _rule(self) -> Literal["reset", "pad"]:
+        return "reset" if self.optimizer_state == "reset" else "pad"
+
+    def _signed(self, edit: Edit) -> Edit:
+        return edit | {"by": self.name, "step": self.steps}
+
+    @torch.no_grad()
+    def _values(self, run: Run, channels: Channels) -> dict[str, Tensor]:
+        """Score every weight that any unit has a part of; the network sees masked weights, and so does the score."""
+        values = {}
+        prefix = f"{run.network_name}." if run.network_name else ""
+        for name in sorted({place.tensor for group in channels.groups for place in group.places if place.scored}):
+            path, _, attribute = name.rpartition(".")
+            seen = self.watch.of(prefix + name)
+            weight = getattr(run.network.get_submodule(path), attribute).detach()
+            if seen.ready:
+                values[name] = self.score.value(weight, seen, 1)
+            elif any(parameter.requires_grad for parameter in own_parameters(run.network.get_submodule(path)).values()):
+                raise MisconfigurationException(
+                    f"{prefix + name} cannot be scored by {self._arguments['score']!r}: it got no gradient in the steps before "
+                    f"step {self.steps}. Leave its layer out with exclude=[{prefix + path!r}], or raise every=."
+                )
+            else:
+                values[name] = torch.zeros_like(weight)  # frozen: the gradient says nothing of it
+        return values
+
+    def structure_changed(self, module: LightningModule, change: Change) -> None:
+        """Let go of what was seen of tensors that are no more what they were."""
+        self.watch.forget(change)
+
+    def finish(self, run: Run) -> None:
+        """Stop waiting for a call."""
+        if self._shim is not None:
+            self._shim.remove()
+            self._shim = None
+
+    def describe(self, module: nn.Module) -> str:
+        """Name what goes by what, and when."""
+        given = self._arguments
+        when = f"at {given['start']}" if given["end"] is None else f"{given['start']} to {given['end']}"
+        return f"{given['amount']:.0%} of {self.of} in {' and '.join(self.what)} by {given['score']}, {self.scope}, {when}"
+
+    def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
+        """Share of the cost that is left."""
+        return {"kept": self._cost / self._baseline.cost if self._baseline is not None else 1.0}
+
+    def state(self) -> dict[str, Any]:
+        """How the network is called, what it was at first, and what was seen since the last cut."""
+        return {
+            "example": self._example,
+            "baseline": None if self._baseline is None else asdict(self._baseline),
+            "cut_at": self._cut_at,
+            "cost": self._cost,
+            "seen": self.watch.state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._example, self._cut_at, self._cost = state["example"], state["cut_at"], state["cost"]
+        self._baseline = None if state["baseline"] is None else Baseline(**state["baseline"])
+        self.watch.load_state(state["seen"])
+
+
+def _known(argument: str, given: Sequence[str], choices: Any) -> list[str]:
+    for value in given:
+        if value not in choices:
+            hint = suggest(str(value), list(choices)) or f" Choose one of {', '.join(choices)}."
+            raise MisconfigurationException(f"{argument}={value!r} is unknown.{hint}")
+    if not given:
+        raise MisconfigurationException(f"{argument}= is empty. Choose one or more of {', '.join(choices)}.")
+    return list(given)
+
+
+def _weights(run: Run) -> Iterator[tuple[str, nn.Parameter]]:
+    """Weights of the layers and norms of the network, as optimizers hold them."""
+    prefix = f"{run.network_name}." if run.network_name else ""
+    for path, layer in run.network.named_modules():
+        weight = own_parameters(layer).get("weight")
+        if isinstance(weight, nn.Parameter) and (weight.ndim > 1 or is_norm(layer)):
+            yield f"{prefix}{path}.weight" if path else f"{prefix}weight", weight
