@@ -34,8 +34,8 @@ from lightning_peft_plugins.pruning.magnitude_pruning import MagnitudePruning as
 from lightning_peft_plugins.pruning.masked_pruning import MaskedPruning as MaskedPruning
 from lightning_peft_plugins.pruning.perp import PERP as PERP
 from lightning_peft_plugins.pruning.sap import SAP as SAP
-from lightning_peft_plugins.pruning.trained_rank_pruning import TrainedRankPruning as TrainedRankPruning
 from lightning_peft_plugins.pruning.structured_pruning import StructuredPruning as StructuredPruning
+from lightning_peft_plugins.pruning.trained_rank_pruning import TrainedRankPruning as TrainedRankPruning
 from lightning_peft_plugins.pruning.wanda import Wanda as Wanda
 from lightning_peft_plugins.regularizers.pskd import PSKD as PSKD
 from lightning_peft_plugins.regularizers.weight_compander import WeightCompander as WeightCompander
