@@ -66,7 +66,7 @@ def resolve(methods: Sequence[Method], module: nn.Module, network: str) -> Plan:
         The plan.
 
     Raises:
-        ConflictError: Two methods write one thing.
+        ConflictError: Two methods write one thing, or one changes the structure that another relies on.
         MisconfigurationException: A target matches nothing, or a claimed tensor is shared with a layer left out.
     """
     methods = ordered(methods)
@@ -84,6 +84,7 @@ def resolve(methods: Sequence[Method], module: nn.Module, network: str) -> Plan:
             )
         if resource in ONE_WRITER_PER_TENSOR:
             _check_overlap(writers, claims, resource)
+    _check_structure(methods)
     _check_ties(methods, claims, module)
     rows = tuple(
         PlanRow(
@@ -96,6 +97,16 @@ def resolve(methods: Sequence[Method], module: nn.Module, network: str) -> Plan:
         for method in methods
     )
     return Plan(network, sum(parameter.numel() for parameter in module.parameters()), rows)
+
+
+def _check_structure(methods: Sequence[Method]) -> None:
+    changing = [method.name for method in methods if Resource.STRUCTURE in method.writes]
+    relying = [method.name for method in methods if Resource.STRUCTURE in method.reads_now()]
+    if changing and relying:
+        raise ConflictError(
+            f"{relying[0]} relies on the structure of the network, which {changing[0]} changes during the training. Train with "
+            "the one first, then with the other."
+        )
 
 
 def _check_overlap(writers: Sequence[Method], claims: dict[str, list[str]], resource: Resource) -> None:

@@ -18,7 +18,7 @@ from lightning_peft.attach.channel_units import ChannelUnit, channel_units
 from lightning_peft.attach.layers import is_conv
 from lightning_peft.attach.network import resolve_network
 from lightning_peft.attach.targets import TargetSpec, select
-from lightning_peft.compose.lanes import Lane
+from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Step
 from lightning_peft.compose.run import Run
 from lightning_peft.compose.schedule import parse_point
@@ -70,6 +70,7 @@ class FTWT(Method):
     """
 
     lane = Lane.LOSS
+    reads = frozenset({Resource.STRUCTURE})
     weight_maps = (ChannelGate,)
     paper = "Elkerdawy et al., Fire Together Wire Together, CVPR 2022, https://arxiv.org/abs/2110.08232"
 

@@ -13,7 +13,7 @@ from lightning_peft.attach.layers import heads, is_norm, own_parameters
 from lightning_peft.attach.targets import SENSITIVE, TargetSpec
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
-from lightning_peft.method import Method, methods_of
+from lightning_peft.method import Method
 from lightning_peft.structure.optimizers import owner
 from lightning_peft.weights.maps import mapped_tensors
 from lightning_peft_plugins.pruning.lora_maps import MaskLoRAMap, ScaleLoRAMap
@@ -48,6 +48,7 @@ class PERP(Method):
     """
 
     lane = Lane.DELTA
+    reads = frozenset({Resource.STRUCTURE})
     writes = frozenset({Resource.DELTA})
     weight_maps = (MaskLoRAMap, ScaleLoRAMap)
     paper = "Zimmer et al., PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs, 2023, arXiv 2312.15230"
@@ -128,13 +129,8 @@ class PERP(Method):
         """See that optimizers train what is to be trained, and that no zeros will be lost.
 
         Raises:
-            MisconfigurationException: They do not, a head is sparse, or the network grows.
+            MisconfigurationException: They do not, or a head is sparse.
         """
-        for other in methods_of(run.trainer.callbacks):  # type: ignore[attr-defined]
-            if other.lane == Lane.STRUCTURE:
-                raise MisconfigurationException(
-                    f"{self.name} cannot freeze a network that {other.name} changes. Train with the one, then with the other."
-                )
         for parameter, name in self.trained(run.module).items():
             if parameter.requires_grad and owner(run.trainer.optimizers, parameter) is None:
                 raise MisconfigurationException(

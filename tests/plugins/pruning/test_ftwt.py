@@ -13,10 +13,10 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from lightning_peft import FTWT
+from lightning_peft import FTWT, LayerGrowth
 from lightning_peft.functional import active_channels
 from lightning_peft.testing import MethodTester
-from lightning_peft.testing.modules import Plain, loader
+from lightning_peft.testing.modules import Plain, deepened, loader
 from lightning_peft.testing.runs import fit
 from lightning_peft_plugins.pruning import ftwt
 
@@ -170,6 +170,13 @@ def test_arguments_are_checked() -> None:
     ]:
         with pytest.raises(MisconfigurationException, match=message):
             FTWT(**wrong)
+
+
+def test_the_structure_must_stay() -> None:
+    with pytest.raises(
+        MisconfigurationException, match="ftwt relies on the structure of the network, which layer_growth changes"
+    ):
+        fit([FTWT(tokens="each"), LayerGrowth(start=1, to=2, at="step:2")], style=deepened(Plain))
 
 
 def test_networks_without_units_are_refused() -> None:

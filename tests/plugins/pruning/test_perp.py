@@ -251,7 +251,7 @@ def test_what_cannot_be_retrained_is_refused() -> None:
         fit([PERP()], module=module)
     assert all(p.requires_grad for p in module.parameters())
     fit([PERP(), MaskedPruning(0.5, exclude=EVERYTHING)], module=copy.deepcopy(module))
-    with pytest.raises(MisconfigurationException, match="that layer_growth changes"):
+    with pytest.raises(MisconfigurationException, match="which layer_growth changes"):
         fit([PERP(), LayerGrowth(start=1, to=2, at="step:2")], style=deepened(Plain), data=loader())
 
 
