@@ -1,25 +1,28 @@
-"""What FTWT's skipping is worth on the clock: dense fine-tuning, FTWT from there, deployment, all on the grocery photos.
+"""What FTWT's skipping is worth on the clock: a dense network, FTWT from there, deployment.
 
-    python benchmarks/skipping.py --network resnet50 --size 160 --cost 0.45 --seeds 0 1 2 --output docs/evidence/skipping
+    python benchmarks/skipping.py --network resnet50 --seeds 0 1 2 --work skipping
+    python benchmarks/skipping.py --network vgg16 --seeds 0 1 2 --dense-seed 0 --work skipping
+    python benchmarks/skipping.py --clock --network resnet50 vgg16 --output docs/evidence/skipping
 
-`--cost` is the share of operations aimed at: the mass that gives it on one batch of the dense network is looked up before the
-training. Each stage is kept in `--work`, so that an interrupted run goes on where it stopped. Batch 1 on the CPU, with one and
-with two threads; the dense network has its norms folded and the faster memory layout, and takes turns with the skipping one.
+ResNet-50 with its packaged ImageNet weights learns the grocery photos; VGG-16 learns a part of CIFAR-10 from nothing. The dense
+network is trained, then trained on twice for the same epochs: as it is, and with FTWT, so that what FTWT loses is not made up
+for by its longer training. Each stage is kept in `--work`, so that an interrupted run goes on where it stopped. `--clock` times
+what is trained, batch 1 on the CPU, with one and with two threads: run it when the machine does nothing else. The dense network
+has its norms folded and the faster memory layout, and takes turns with the skipping one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
-import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch import Trainer
+from pruning_networks import keep_memory, spread, trainer
 from torch import Tensor, nn
 
 import lightning_peft
@@ -27,36 +30,68 @@ from lightning_peft import FTWT, compare_deployments
 from lightning_peft.attach.channel_units import ChannelUnit, channel_units
 from lightning_peft.functional import active_channels
 from lightning_peft.skipping.costs import LayerCosts, share_of_cost
+from lightning_peft_recipes.cifar10 import CIFAR10DataModule
+from lightning_peft_recipes.cifar10_vgg import CIFAR10VGG
 from lightning_peft_recipes.groceries import GroceriesDataModule
 from lightning_peft_recipes.image_classifier import TimmClassifier
 
-# Large results are given back to the system and taken again at every call otherwise, and the pages cost more than the work:
-# on a virtual machine a dense network ran at half its speed. Read when a process starts.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "10000000000", "MALLOC_TOP_PAD_": "67108864"}
-MASSES = [round(0.4 + 0.01 * i, 2) for i in range(60)]
+
+@dataclass(frozen=True)
+class Setting:
+    """How a network is trained.
+
+    Attributes:
+        epochs: Of the dense training.
+        lr: Of the dense training.
+        more_epochs: Of the training after it, with FTWT or without.
+        more_lr: Of that training.
+        mass: FTWT's share of activity.
+        lr_scale: Learning rate of FTWT's predictors, as a multiple.
+    """
+
+    epochs: int
+    lr: float
+    more_epochs: int
+    more_lr: float
+    mass: float
+    lr_scale: float
+
+
 SETTINGS = {
-    "resnet50": {"dense_epochs": 3, "dense_lr": 2e-4, "epochs": 5, "lr": 2e-4},
-    "tf_efficientnet_lite0": {"dense_epochs": 6, "dense_lr": 5e-4, "epochs": 8, "lr": 5e-4},
+    "resnet50": Setting(3, 2e-4, 8, 2e-4, 0.9, 20),
+    "vgg16": Setting(10, 0.05, 3, 0.01, 0.92, 20),
 }
 
 
-def trainer(epochs: int, callbacks: list[Any]) -> Trainer:
-    """A quiet Trainer on the CPU."""
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return Trainer(max_epochs=epochs, accelerator="cpu", callbacks=callbacks, log_every_n_steps=5, **quiet)
+def build(name: str, lr: float, first: bool) -> Any:
+    """The LightningModule; its new head learns faster in the first training."""
+    if name == "vgg16":
+        return CIFAR10VGG(lr=lr)
+    return TimmClassifier(model=name, lr=lr, head_lr_scale=10 if first else 1)
+
+
+def data_of(name: str) -> Any:
+    """The data module."""
+    data: Any
+    if name == "vgg16":
+        data = CIFAR10DataModule(batch_size=128, eval_batch_size=250, train_size=15_000, val_size=1000)
+    else:
+        data = GroceriesDataModule(image_size=160, batch_size=16, eval_batch_size=33)
+    data.prepare_data()
+    return data
 
 
 @torch.no_grad()
-def costs_by_mass(network: nn.Module, inputs: Tensor) -> dict[float, float]:
-    """Share of operations a dense network would need if every unit computed exactly the channels of each mass."""
+def predicted(network: nn.Module, inputs: Tensor, mass: float) -> float:
+    """Share of operations a dense network would need if every unit computed exactly the channels of a mass."""
     units = [unit for unit in channel_units(network) if unit.activated]
-    strength: dict[str, Tensor] = {}
+    share: dict[str, Tensor] = {}
 
     def look(unit: ChannelUnit) -> Any:
         def see(layer: nn.Module, args: Any, output: Tensor) -> None:
             for activation in unit.activations:
                 output = activation(output)
-            strength[unit.producer] = output.flatten(2).abs().amax(2)
+            share[unit.producer] = active_channels(output.flatten(2).abs().amax(2), mass).float().mean(1)
 
         return see
 
@@ -67,118 +102,139 @@ def costs_by_mass(network: nn.Module, inputs: Tensor) -> dict[float, float]:
     costs.close()
     for handle in handles:
         handle.remove()
-    shares = {mass: {name: active_channels(value, mass).float().mean(1) for name, value in strength.items()} for mass in MASSES}
-    return {mass: float(share_of_cost(costs.of, units, share).mean()) for mass, share in shares.items()}
+    return float(share_of_cost(costs.of, units, share).mean())
 
 
-def dense(args: argparse.Namespace, seed: int, data: GroceriesDataModule) -> Path:
-    """Fine-tune the dense network, unless that is done."""
-    path = args.work / f"{args.network}-{args.size}-{seed}-dense.ckpt"
-    if not path.exists():
-        settings = SETTINGS[args.network]
-        lightning.seed_everything(seed)
-        module = TimmClassifier(model=args.network, lr=settings["dense_lr"], head_lr_scale=10)
-        runner = trainer(settings["dense_epochs"], [])
-        runner.fit(module, data)
-        runner.save_checkpoint(path)
+def train(network: str, seed: int, stage: str, start: Path | None, path: Path) -> Path:
+    """Run one stage (``"dense"``, ``"more"``, ``"FTWT"``), unless that is done."""
+    if path.exists():
+        return path
+    setting, data, callbacks = SETTINGS[network], data_of(network), []
+    lightning.seed_everything(seed)
+    module = build(network, setting.lr if start is None else setting.more_lr, start is None)
+    notes: dict[str, Any] = {}
+    if start is not None:
+        module.load_state_dict(torch.load(start, weights_only=True)["state_dict"])
+    if stage == "FTWT":
+        data.setup("fit")
+        notes["predicted"] = predicted(module.model, next(iter(data.train_dataloader()))[0], setting.mass)
+        settings: dict[str, Any] = {"normalise": "standard", "strength": 0.01, "lr_scale": setting.lr_scale}
+        callbacks = [FTWT(setting.mass, cooldown="60%", **settings)]
+    began = time.perf_counter()
+    # bfloat16: many CPUs have units for it.
+    runner = trainer(setting.epochs if start is None else setting.more_epochs, callbacks, "bf16-mixed")
+    runner.fit(module, data)
+    runner.save_checkpoint(path)
+    notes["seconds"] = time.perf_counter() - began
+    if callbacks:
+        # Proved to compute what the trained network computes with its predictors' masks.
+        module.model = callbacks[0].deploy(module, samples_of(network), calibrate=False).network
+    found = trainer(1, []).test(module, data, verbose=False)[0]
+    notes |= {"accuracy": found["test/accuracy"], "calibration_error": found["test/ece"]}
+    path.with_suffix(".json").write_text(json.dumps(notes, indent=1))
+    print(path.name, notes, flush=True)
     return path
 
 
-def train(args: argparse.Namespace, seed: int, data: GroceriesDataModule, start: Path) -> tuple[Path, dict[str, float]]:
-    """Train with FTWT from the dense network, unless that is done; say what was predicted."""
-    path = args.work / f"{args.network}-{args.size}-{seed}-{args.cost}.ckpt"
-    notes = path.with_suffix(".json")
-    if not path.exists():
-        settings = SETTINGS[args.network]
-        lightning.seed_everything(seed)
-        module = TimmClassifier(model=args.network, lr=settings["lr"], head_lr_scale=1)
-        module.load_state_dict(torch.load(start, weights_only=True)["state_dict"])
-        data.setup("fit")
-        table = costs_by_mass(module.model, next(iter(data.train_dataloader()))[0])
-        mass = min(table, key=lambda known: abs(table[known] - args.cost))
-        notes.write_text(json.dumps({"mass": mass, "predicted": table[mass]}))
-        runner = trainer(settings["epochs"], [FTWT(mass, normalise="standard", strength=0.01, lr_scale=20, cooldown="60%")])
-        runner.fit(module, data)
-        runner.save_checkpoint(path)
-    return path, json.loads(notes.read_text())
+def samples_of(network: str) -> Tensor:
+    """Sixteen images that were not trained on."""
+    data = data_of(network)
+    data.setup("fit")
+    return torch.cat([images for images, _ in data.val_dataloader()])[:16]
 
 
-def one(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+def paths(network: str, seed: int, args: argparse.Namespace) -> dict[str, Path]:
+    """Checkpoint of each stage."""
+    first = seed if args.dense_seed is None else args.dense_seed
+    seeds = {"dense": first, "more": seed, "FTWT": seed}
+    return {stage: args.work / f"{network}-{number}-{stage}.ckpt" for stage, number in seeds.items()}
+
+
+def one(network: str, seed: int, args: argparse.Namespace) -> None:
     """All stages with one seed."""
-    data = GroceriesDataModule(image_size=args.size, batch_size=16)
-    data.prepare_data()
-    start = dense(args, seed, data)
-    path, notes = train(args, seed, data, start)
-    before = lightning_peft.load_from_checkpoint(TimmClassifier, start)
-    module = lightning_peft.load_from_checkpoint(TimmClassifier, path)
-    data.setup("test")
-    samples = torch.cat([images for images, _ in data.val_dataloader()])[:16]
-    found: dict[str, Any] = {"seed": seed, **notes, "threads": {}}
-    with torch.inference_mode():
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            deployed = FTWT(notes["mass"]).deploy(module, samples, checkpoint=path)
-            times = deployed.times
-            found["threads"][threads] = {
-                "speedup": [times.low, times.ratio, times.high],
-                "ms": [1e3 * times.first, 1e3 * times.second],
-                "flops": deployed.flops,
-                "masked": len(deployed.masked),
-            }
-            print(f"{args.network}, seed {seed}, {threads} threads: {deployed}", flush=True)
-    report = compare_deployments(
-        before.model,
-        deployed.network,
-        list(samples.split(1)),
-        data.test_dataloader(),
-        runs=16,
-        names=("dense", "FTWT"),
-        made_by="python benchmarks/skipping.py",
-    )
-    assert report.quality is not None
-    found["accuracy"] = [quality.accuracy for quality in report.quality]
-    found["calibration_error"] = [quality.ece for quality in report.quality]
+    path = paths(network, seed, args)
+    start = train(network, seed, "dense", None, path["dense"])
+    train(network, seed, "FTWT", start, path["FTWT"])
+    train(network, seed, "more", start, path["more"])
+
+
+@torch.inference_mode()
+def clock(network: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Time what was trained with a seed."""
+    path = paths(network, seed, args)
+    notes = {stage: json.loads(file.with_suffix(".json").read_text()) for stage, file in path.items()}
+    module = lightning_peft.load_from_checkpoint(type(build(network, 0.1, False)), path["FTWT"])
+    samples, mass = samples_of(network), SETTINGS[network].mass
+    found: dict[str, Any] = {"network": network, "seed": seed, **notes, "threads": {}}
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        deployed = FTWT(mass).deploy(module, samples, checkpoint=path["FTWT"])
+        times = deployed.times
+        found["threads"][threads] = {
+            "speedup": [times.low, times.ratio, times.high],
+            "ms": [1e3 * times.first, 1e3 * times.second],
+            "flops": deployed.flops,
+            "masked": len(deployed.masked),
+        }
+        print(f"{network}, seed {seed}, {threads} threads: {deployed}", flush=True)
     if args.report:
-        report.write(args.work / f"report-{args.network}-{seed}")
-    print(json.dumps(found), flush=True)
+        before = lightning_peft.load_from_checkpoint(type(module), path["more"])
+        data = data_of(network)
+        data.setup("test")
+        report = compare_deployments(
+            before.model,
+            deployed.network,
+            list(samples.split(1)),
+            data.test_dataloader(),
+            runs=16,
+            names=("dense", "FTWT"),
+            made_by="python benchmarks/skipping.py",
+        )
+        report.write(args.work / f"report-{network}-{seed}")
     return found
 
 
-def row(network: str, size: int, found: list[dict[str, Any]]) -> str:
+def row(network: str, found: list[dict[str, Any]]) -> str:
     """One line of the table: means over seeds, lowest and highest in brackets."""
-
-    def spread(values: list[float], digits: int) -> str:
-        return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-    accuracy = [spread([100 * run["accuracy"][i] for run in found], 1) for i in (0, 1)]
-    flops = spread([100 * run["threads"][1]["flops"] for run in found], 1)
-    speed = [spread([run["threads"][threads]["speedup"][1] for run in found], 2) for threads in (1, 2)]
-    possible = spread([1 / run["threads"][1]["flops"] for run in found], 2)
-    cells = [f"{network}, {size} px", str(len(found)), *accuracy, flops, possible, *speed]
+    accuracy = {stage: [100 * run[stage]["accuracy"] for run in found] for stage in ("dense", "more", "FTWT")}
+    lost = [more - ours for more, ours in zip(accuracy["more"], accuracy["FTWT"], strict=True)]
+    cells = [network, str(len(found)), *(spread(values, 1) for values in accuracy.values()), spread(lost, 1)]
+    cells.append(spread([100 * run["FTWT"]["predicted"] for run in found], 0))
+    cells.append(spread([100 * run["threads"][1]["flops"] for run in found], 1))
+    cells.append(spread([1 / run["threads"][1]["flops"] for run in found], 2))
+    cells += [spread([run["threads"][threads]["speedup"][1] for run in found], 2) for threads in (1, 2)]
     return f"| {' | '.join(cells)} |"
 
 
+HEAD = ("network", "seeds", "dense, %", "dense, trained on, %", "FTWT, %", "points lost", "operations predicted, %")
+CLOCK = ("operations executed, %", "if time followed", "1 thread", "2 threads")
+
+
 def main() -> None:
-    """Run all seeds and write the evidence."""
+    """Run all seeds, or time them and write the evidence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=list(SETTINGS), default="resnet50")
-    parser.add_argument("--size", type=int, default=160)
-    parser.add_argument("--cost", type=float, default=0.45)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--network", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--dense-seed", type=int, help="one dense network for all seeds, to save time")
     parser.add_argument("--work", type=Path, default=Path("skipping"))
-    parser.add_argument("--report", action="store_true", help="write a report of each seed into --work")
+    parser.add_argument("--clock", action="store_true", help="time what is trained")
+    parser.add_argument("--report", action="store_true", help="with --clock: write a report of each seed into --work")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    if not all(key in os.environ for key in ALLOCATOR):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
+    keep_memory()
     args.work.mkdir(parents=True, exist_ok=True)
-    found = [one(args, seed) for seed in args.seeds]
-    head = ["network", "seeds", "accuracy, dense", "FTWT", "operations left, %", "if time followed", "1 thread", "2 threads"]
-    table = "\n".join([f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", row(args.network, args.size, found)])
+    if not args.clock:
+        for network in args.network:
+            for seed in args.seeds:
+                one(network, seed, args)
+        return
+    found = {network: [clock(network, seed, args) for seed in args.seeds] for network in args.network}
+    head = [*HEAD, *CLOCK]
+    table = "\n".join([f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *(row(*item) for item in found.items())])
     print(table)
     if args.output:
-        args.output.with_suffix(".json").write_text(json.dumps({**vars(args), "runs": found}, indent=1, default=str))
-        args.output.with_suffix(".md").write_text(f"{table}\n")
+        runs = [run for each in found.values() for run in each]
+        args.output.with_suffix(".json").write_text(json.dumps(runs, indent=1))
 
 
 if __name__ == "__main__":

@@ -115,10 +115,16 @@ class _Walk:
             if len(node.users) != 1:
                 return
             node = next(iter(node.users))
-            if _name(node) == "flatten" and self._convolution:
+            if self._convolution and self._flattens(node):
                 per_channel = 0  # however many positions there are
             elif not self._passes(node):
                 return
+
+    def _flattens(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            layer = self._part.get_submodule(str(node.target))
+            return type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
+        return _name(node) == "flatten"
 
     def _reads(self, node: fx.Node, per_channel: int) -> bool:
         layer = self._once(node)

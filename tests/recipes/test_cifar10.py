@@ -11,8 +11,10 @@ from recipe_helpers import needs, quick_trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_peft.attach.channel_units import channel_units
 from lightning_peft_recipes.assets import CIFAR10, CIFAR10_CNN
 from lightning_peft_recipes.cifar10 import MEAN, STD, CIFAR10DataModule, normalise, random_crops
+from lightning_peft_recipes.cifar10_vgg import CIFAR10VGG
 
 pytest.importorskip("PIL")
 
@@ -202,3 +204,11 @@ def test_a_stem_that_does_not_fit_is_refused():
     for strides in ([2, 2], [3, 2, 2]):
         with pytest.raises(MisconfigurationException, match="strides"):
             SmallViT(stem=[8, 8], strides=strides)
+
+
+def test_the_vgg_is_all_units_whose_channels_can_be_left_out():
+    module = CIFAR10VGG(num_classes=7)
+    assert module(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    units = channel_units(module.model)
+    assert [unit.channels for unit in units] == [64, 64, 128, 128, *[256] * 3, *[512] * 6]
+    assert all(unit.consumers for unit in units)
