@@ -189,6 +189,7 @@ class _Function:
     """An activation called as a function or as a method of its input."""
 
     def __init__(self, node: fx.Node) -> None:
+        self.name = _name(node)
         self._function = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
         self._arguments: tuple[Any, ...] = tuple(node.args[1:])
         self._keywords: Mapping[str, Any] = {key: value for key, value in node.kwargs.items() if key != "input"}
@@ -207,6 +208,18 @@ class _OfCopy:
     def __call__(self, value: Tensor) -> Tensor:
         result: Tensor = self.layer(value.clone())
         return result
+
+
+def rectifies(activation: Activation | nn.Module) -> bool:
+    """Whether an activation never falls and is never negative: its largest output is then that of its largest input.
+
+    Example:
+        >>> rectifies(nn.ReLU6()), rectifies(nn.SiLU())
+        (True, False)
+    """
+    if isinstance(activation, _Function):
+        return activation.name in ("relu", "relu_", "relu6")
+    return type(getattr(activation, "layer", activation)) in (nn.ReLU, nn.ReLU6)
 
 
 def _weight(layer: nn.Module) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.attach.channel_units import Activation
+from lightning_peft.attach.channel_units import Activation, rectifies
 from lightning_peft.attach.layers import is_conv
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.skipping.predictor import ChannelPredictor, Normalise, channel_means, chosen
@@ -63,7 +63,7 @@ class ChannelGate(WeightMap):
         self._config = {"inputs": inputs, "outputs": outputs, "normalise": normalise, "tokens": tokens}
         self._places: list[nn.Module] = []
         self._activations: Sequence[Activation] = ()
-        self._convolution = True
+        self._convolution = self._rectified = True
         self._logits: Tensor | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -83,6 +83,9 @@ class ChannelGate(WeightMap):
         if self._places:
             return
         self._places, self._activations, self._convolution = [producer, gate], activations, is_conv(producer)
+        # timm's norms carry their activation.
+        last = activations or [getattr(gate, "act", nn.Identity())]
+        self._rectified = self._convolution and all(rectifies(activation) for activation in last)
         # Bound methods: a deep copy of the network has its own gates in its own hooks.
         producer.register_forward_pre_hook(self._look)
         gate.register_forward_hook(self._cut)
@@ -119,6 +122,9 @@ class ChannelGate(WeightMap):
 
     @torch.no_grad()
     def _target(self, output: Tensor) -> Tensor:
+        if self._rectified:
+            # One pass over the map instead of four: the largest of what is rectified is the largest, rectified.
+            output = output.amax(tuple(range(2, output.ndim)), keepdim=True)
         for activation in self._activations:
             output = activation(output)
         if self._convolution:

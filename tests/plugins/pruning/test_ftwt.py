@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from lightning_peft import FTWT, LayerGrowth
+from lightning_peft.attach.channel_units import channel_units
 from lightning_peft.functional import active_channels
 from lightning_peft.testing import MethodTester
 from lightning_peft.testing.modules import Plain, deepened, loader
 from lightning_peft.testing.runs import fit
 from lightning_peft_plugins.pruning import ftwt
+from lightning_peft_plugins.pruning.channel_gate import ChannelGate
 
 
 class TestFTWT(MethodTester):
@@ -95,6 +97,20 @@ def test_training_by_hand() -> None:
     torch.testing.assert_close(mine.losses, theirs.losses, rtol=1e-4, atol=1e-5)
     for name, value in mine.module.state_dict().items():
         torch.testing.assert_close(value, theirs.module.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.SiLU(), nn.LeakyReLU(), nn.Tanh()], ids=str)
+def test_activity_is_that_of_the_activated_map(activation: nn.Module) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), activation, nn.Conv2d(6, 2, 1))
+    unit = channel_units(network)[0]
+    gate = ChannelGate(1, 6, keep=0.6)
+    gate.place(network[0], network[1], unit.activations)
+    gate.open = True
+    images = 5 * torch.randn(8, 1, 9, 9)
+    hidden = network[:3](images)
+    (call,) = gate.take()
+    torch.testing.assert_close(call.target, active_channels(hidden.detach().abs().amax((2, 3)), 0.6))
 
 
 class Watch(Callback):
