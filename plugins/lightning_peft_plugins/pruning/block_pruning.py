@@ -193,11 +193,11 @@ class BlockPruning(Method):
         if wanted <= can:
             return
         blocks = [f"{path}.{place}" for path, found in self.lists.items() for place in found.blocks]
-        reasons = "; ".join(f"{name} {stays[name]}" for name in blocks if name in stays)
+        reasons = "".join(f" {name} {stays[name]}." for name in blocks if name in stays)
         raise MisconfigurationException(
             f"amount={self.amount!r} asks for {wanted} blocks to leave {', '.join(self.lists)}, which have {len(blocks)}, but "
-            f"only {can} can. Every list keeps one, and what targets= and exclude= leave out stays. "
-            f"{f'So does what cannot go: {reasons}. ' if reasons else ''}Lower amount=, or name other lists with targets=."
+            f"only {can} can.{reasons} Every list keeps one. What targets= and exclude= leave out stays, and so does a block "
+            "with parameters that no other of its list has, unless targets= names it. Lower amount=, or name other lists."
         )
 
     def _choose(self, run: Run) -> Choice:

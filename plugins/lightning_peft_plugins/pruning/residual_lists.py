@@ -83,6 +83,8 @@ def lists_to_prune(
 ) -> dict[str, BlockList]:
     """Find the lists of a network and which of their blocks may leave.
 
+    A block that alone has certain parameters may leave only if it is named itself.
+
     Args:
         module: The LightningModule.
         network: Qualified name of the network in it.
@@ -107,7 +109,9 @@ def lists_to_prune(
     lists = {}
     for path, places in found.items():
         named = [place for place in places if wanted is not None and f"{path}.{place}" in wanted]
-        chosen = places if wanted is None or path in wanted else named
+        alone = _alone(module.get_submodule(path), places)
+        every = [place for place in places if place not in alone or place in named]
+        chosen = every if wanted is None or path in wanted else named
         may_go = [place for place in chosen if f"{path}.{place}" not in kept]
         if path not in kept and may_go:
             lists[path] = BlockList(places, may_go, [place for place in named if place in may_go])
@@ -118,6 +122,12 @@ def lists_to_prune(
             + ("Name it with targets=." if targets is None and exclude is None else "Widen targets= or narrow exclude=.")
         )
     return lists
+
+
+def _alone(blocks: nn.Module, places: list[int]) -> list[int]:
+    """Blocks with parameters that no other has, for the others may need them: T5's first holds the positions of all."""
+    own = {place: {name for name, _ in blocks.get_submodule(str(place)).named_parameters()} for place in places}
+    return [place for place in places if own[place].difference(*(own[other] for other in places if other != place))]
 
 
 def _names(found: dict[str, list[int]]) -> Iterator[str]:
