@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_peft.attach.targets import TargetSpec
 from lightning_peft.compose.lanes import Lane, Resource
@@ -21,10 +23,11 @@ from lightning_peft.structure.depth import blocks_at, blocks_edit
 from lightning_peft.structure.edits import Change, Growth
 from lightning_peft_plugins.pruning.block_budget import Choice, goal, lowest
 from lightning_peft_plugins.pruning.block_watch import BlockWatch, Seen
+from lightning_peft_plugins.pruning.block_weights import magnitude_of, owned, taylor_of
 from lightning_peft_plugins.pruning.residual_lists import BlockList, lists_to_prune
 from lightning_peft_plugins.pruning.timeline import Timeline
 
-SCORES = ("influence",)
+SCORES = ("influence", "taylor", "magnitude")
 
 
 class BlockPruning(Method):
@@ -39,7 +42,8 @@ class BlockPruning(Method):
     Args:
         amount: Blocks to remove: a number of them, or a share (0 to 1) of those in all lists, rounded, at least one.
         score: What ranks blocks: ``"influence"``, one minus the cosine of a block's input and output, averaged over tokens
-            and over the calls in the ``every`` steps before a cut.
+            and over the calls in the ``every`` steps before a cut; ``"taylor"``: the sum of ``|w g|`` over a block's weights,
+            averaged over these steps; ``"magnitude"``: the sum of ``|w|`` at the cut.
         targets: Blocks that may go (``"layers.5"``), or lists of them (``"model.layers"``); by default all.
         exclude: Blocks that stay, or lists that are left out.
         start: First cut: steps, ``"25%"`` or ``"3ep"``; not before ``every``.
@@ -86,11 +90,11 @@ class BlockPruning(Method):
         for argument, value, choices in (("score", score, SCORES), ("optimizer_state", optimizer_state, ("keep", "reset"))):
             if value not in choices:
                 raise MisconfigurationException(f"{argument}={value!r} is unknown.{suggest(str(value), list(choices))}")
-        self.amount, self.optimizer_state = amount, optimizer_state
+        self.amount, self.score, self.optimizer_state = amount, score, optimizer_state
         self.schedule = Schedule(start, start if end is None else end, "constant" if end is None else shape)
         self.every = parse_point(every)
         self.timeline: Timeline | None = None
-        self.watch = BlockWatch(self._in_training, self._watches)
+        self.watch = BlockWatch(self._in_training, self._scores_calls)
         self._forget()
 
     def _forget(self) -> None:
@@ -125,6 +129,19 @@ class BlockPruning(Method):
     def _watches(self) -> bool:
         return self.timeline is not None and self.timeline.watched(self.steps)
 
+    def _scores_calls(self) -> bool:
+        return self.score == "influence" and self._watches()
+
+    def before_step(self, run: Run, optimizer: Optimizer) -> None:
+        """See the gradients of a step."""
+        if self.score != "taylor" or not self._watches():
+            return
+        moved = owned(optimizer)
+        for name in self._blocks():
+            value = taylor_of(parameter for parameter in run.module.get_submodule(name).parameters() if parameter in moved)
+            if value is not None:
+                self.watch.of(name).add(value)
+
     def after_step(self, run: Run) -> None:
         """Let go of the activations of the step."""
         self.watch.let_go()
@@ -153,9 +170,11 @@ class BlockPruning(Method):
             self.watch.close()
         return None
 
+    def _blocks(self) -> list[str]:
+        return [f"{path}.{place}" for path, found in self.lists.items() for place in found.blocks]
+
     def _seen(self, run: Run) -> dict[str, Seen]:
-        names = [f"{path}.{place}" for path, found in self.lists.items() for place in found.blocks]
-        return self.watch.reduced(names, run.trainer.strategy)
+        return self.watch.reduced(self._blocks(), run.trainer.strategy)
 
     def _settle(self, run: Run, due: bool) -> None:
         """After the first call of the network, leave out lists that are no trunk, and see whether the amount can be reached."""
@@ -192,7 +211,7 @@ class BlockPruning(Method):
         can = sum(min(len(places), len(self.lists[path].blocks) - 1) for path, places in free.items())
         if wanted <= can:
             return
-        blocks = [f"{path}.{place}" for path, found in self.lists.items() for place in found.blocks]
+        blocks = self._blocks()
         reasons = "".join(f" {name} {stays[name]}." for name in blocks if name in stays)
         raise MisconfigurationException(
             f"amount={self.amount!r} asks for {wanted} blocks to leave {', '.join(self.lists)}, which have {len(blocks)}, but "
@@ -205,11 +224,16 @@ class BlockPruning(Method):
         assert self._goal is not None
         wanted = int(self._goal * self.timeline.amounts.value(self.steps) + 1e-9) - self._gone
         seen = self._seen(run)
-        stays = {name: why for name, block in seen.items() if (why := block.why_it_stays())}
+        scores = {name: self._score(run, name, block) for name, block in seen.items()}
+        stays = {name: f"has the {self.score} {score}" for name, score in scores.items() if not math.isfinite(score)}
+        stays |= {name: why for name, block in seen.items() if (why := block.why_it_stays())}
         free = {path: self._free(path, stays) for path in self.lists}
         self._check(wanted, free, stays)
-        scores = {path: {place: seen[f"{path}.{place}"].mean() for place in places} for path, places in free.items()}
-        return lowest(scores, {path: len(found.blocks) - 1 for path, found in self.lists.items()}, wanted)
+        ranked = {path: {place: scores[f"{path}.{place}"] for place in places} for path, places in free.items()}
+        return lowest(ranked, {path: len(found.blocks) - 1 for path, found in self.lists.items()}, wanted)
+
+    def _score(self, run: Run, name: str, seen: Seen) -> float:
+        return magnitude_of(run.module.get_submodule(name)) if self.score == "magnitude" else seen.mean()
 
     def structure_changed(self, module: LightningModule, change: Change) -> None:
         """Follow the blocks that stay to their new places."""

@@ -45,9 +45,8 @@ class Seen:
         self.scored += 1
 
     def mean(self) -> float:
-        """Mean score; the largest there is for a block that gave no number."""
-        value = math.inf if self.score is None else float(self.score) / max(1, self.scored)
-        return value if math.isfinite(value) else math.inf
+        """Mean score; NaN before the first."""
+        return math.nan if self.score is None or not self.scored else float(self.score) / self.scored
 
     def why_it_stays(self) -> str:
         """Say why the block cannot be removed; nothing when it can."""

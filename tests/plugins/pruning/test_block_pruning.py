@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -89,6 +89,27 @@ def test_the_score_is_the_mean_of_the_window() -> None:
     assert journal_of(module)[0]["sources"] == [place for place in range(3) if place != gone]
 
 
+def test_weights_and_gradients_rank_too() -> None:
+    module = silent(blocks=4)
+    with torch.no_grad():
+        for layer in (module.blocks[2].fc1, module.blocks[2].fc2):
+            layer.weight.mul_(0.1)
+    fit([BlockPruning(1, "magnitude", start=2, every=1)], module=module)
+    assert journal_of(module)[0]["sources"] == [0, 1, 3]
+    module = silent(blocks=4)
+    sums: list[list[float]] = []
+
+    class Gradients(Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            blocks = [[p for p in block.parameters() if p.ndim > 1] for block in module.blocks]
+            sums.append([float(sum((p.detach() * p.grad).abs().sum() for p in weights)) for weights in blocks])
+
+    fit([BlockPruning(1, "taylor", start=3, every=2)], module=module, after=[Gradients()])
+    means = [(one + two) / 2 for one, two in zip(*sums[1:3], strict=True)]
+    gone = means.index(min(means))
+    assert journal_of(module)[0]["sources"] == [place for place in range(4) if place != gone]
+
+
 def test_cuts_over_time_rank_what_is_left_anew() -> None:
     module = silent(0, 2, blocks=6)
     fit([BlockPruning(3, start=2, end=8, every=2, shape="linear")], module=module, max_epochs=3)
@@ -124,6 +145,7 @@ def test_ranks_decide_by_what_all_saw() -> None:
     assert watch.seen["b.0"].scored == 2
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_compiled_trunk_is_watched_when_the_window_opens_late() -> None:
     module = silent(1)
     module.blocks.compile(backend="eager")
@@ -244,9 +266,9 @@ def test_a_removed_block_was_all_that_changed() -> None:
 # How it goes on.
 
 
-def cuts() -> BlockPruning:
+def cuts(score: str = "influence") -> BlockPruning:
     """Cuts after steps 6 and 8, each seen for two steps."""
-    return BlockPruning(2, start=4, end=8, every=2, shape="linear")
+    return BlockPruning(2, score, start=4, end=8, every=2, shape="linear")
 
 
 def check_resume(make: Callable[[], list[Any]], folder: Path, averaged: bool = False, **settings: Any) -> Fit:
@@ -265,9 +287,9 @@ def check_resume(make: Callable[[], list[Any]], folder: Path, averaged: bool = F
     return whole
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_resumes_bit_exactly_from_every_step(optimizer: str, tmp_path: Path) -> None:
-    check_resume(lambda: [cuts()], tmp_path, optimizer=optimizer)
+@pytest.mark.parametrize("score", ["influence", "taylor", "magnitude"])
+def test_resumes_bit_exactly_from_every_step(score: str, tmp_path: Path) -> None:
+    check_resume(lambda: [cuts(score)], tmp_path)
 
 
 def test_resumes_with_masks_maps_and_averages(tmp_path: Path) -> None:
@@ -339,6 +361,29 @@ def test_blocks_that_change_the_shape_stay_and_the_reason_is_said(tmp_path: Path
     assert [(edit["path"], edit["sources"]) for edit in journal_of(pruned)] == [("network.layer2", [0])]
     with pytest.raises(MisconfigurationException, match=r"only 2 can.*layer3\.0 changes the shape.*Lower amount="):
         train(module(), tmp_path, method=cut(3))
+
+
+def test_what_was_not_scored_stays() -> None:
+    class Skipping(Plain):
+        """Skips its second block after the first step."""
+
+        def build(self) -> None:
+            super().build()
+            self.trunk = nn.ModuleList(ResidualBlock() for _ in range(2))
+            self.calls = 0
+
+        def forward(self, inputs: Tensor) -> Any:
+            self.calls += 1
+            for block in self.trunk[: 2 if self.calls == 1 else 1]:
+                inputs = block(inputs)
+            return self.model(inputs)
+
+    run = fit([BlockPruning(1, start=3)], style=Skipping)
+    assert journal_of(run.module)[0]["sources"] == [1]
+    module = silent()
+    module.blocks.requires_grad_(False)
+    with pytest.raises(MisconfigurationException, match=r"only 0 can\. blocks\.0 has the taylor nan"):
+        fit([BlockPruning(1, "taylor", start=3)], module=module)
 
 
 class Branches(Plain):
