@@ -270,5 +270,5 @@ class BlockPruning(Method):
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.lists = {path: BlockList(**found) for path, found in state["lists"].items()}
-        self._goal, self._gone, self._cut_at = state["goal"], state["gone"], state["cut_at"]
+        self._goal, self._gone, self._cut_at, self._due = state["goal"], state["gone"], state["cut_at"], []
         self.watch.load_state(state["seen"])
