@@ -26,6 +26,7 @@ from lightning_peft.weights.maps import WeightMap as WeightMap
 from lightning_peft_plugins.growth.layer_growth import LayerGrowth as LayerGrowth
 from lightning_peft_plugins.growth.mixture_growth import MixtureGrowth as MixtureGrowth
 from lightning_peft_plugins.growth.stage_sharing import StageSharing as StageSharing
+from lightning_peft_plugins.pruning.block_pruning import BlockPruning as BlockPruning
 from lightning_peft_plugins.pruning.ftwt import FTWT as FTWT
 from lightning_peft_plugins.pruning.gblm import GBLM as GBLM
 from lightning_peft_plugins.pruning.group_envelope import GroupEnvelope as GroupEnvelope

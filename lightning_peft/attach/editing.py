@@ -54,8 +54,7 @@ def edit_training(
     change = journal.edit(module, growth.edit)
     if growth.operator is not None:
         set_plain_values(module, growth.operator(before, growth.edit, generator(growth.edit)))
-    for parameter in module.parameters():
-        parameter.grad = None  # of shapes, and in DDP in buckets, that are gone
+    _release(module, change)
     for state, resized in states:
         state.update(resized)
     _carry_optimizers(trainer, module, change, growth, old)
@@ -77,6 +76,17 @@ def edit_training(
     return change
 
 
+def _release(module: LightningModule, change: Change) -> None:
+    """Free what an edit leaves behind on the device; removed blocks are kept, for going back to an earlier checkpoint."""
+    for part in (module, *change.removed.values()):
+        for parameter in part.parameters():
+            parameter.grad = None  # of shapes, and in DDP in buckets, that are gone
+    kept = set(map(id, module.parameters()))
+    for block in change.removed.values():
+        if all(id(parameter) not in kept for parameter in block.parameters()):
+            block.to("cpu")
+
+
 def generator(edit: Edit) -> torch.Generator:
     """The random numbers of an edit: the same on every rank, and for every copy of the module."""
     return torch.Generator().manual_seed(int(edit.get("seed", 0)))
@@ -88,13 +98,23 @@ def _carry_optimizers(
     optimizers = trainer.optimizers
     pairs = _new_parameters(module, change, old)
     carry.join(optimizers, [config.scheduler for config in trainer.lr_scheduler_configs], pairs)
+    gone = _gone_parameters(module, change)
     if growth.optimizer_state == "reset":
         tensors = plain_tensors(module)
         changed = {id(new) for new, _ in pairs.values()} | {id(tensors[name]) for name in change.edit.get("tensors", ())}
+        changed |= set(map(id, gone))
         # An adversary's optimizer does not start anew when the network grows.
         carry.reset_states([optimizer for optimizer in optimizers if _trains(optimizer, changed)])
     elif growth.optimizer_state == "copy":
         carry.copy_states(optimizers, pairs, restart_steps=growth.restart_steps)
+    carry.leave(optimizers, gone)
+
+
+def _gone_parameters(module: nn.Module, change: Change) -> list[nn.Parameter]:
+    """Parameters of blocks that left, those of weight maps on them too; what another part of the module shares is not gone."""
+    kept = set(map(id, module.parameters()))
+    found = [parameter for block in change.removed.values() for parameter in block.parameters() if id(parameter) not in kept]
+    return list({id(parameter): parameter for parameter in found}.values())
 
 
 def _new_parameters(

@@ -1,9 +1,9 @@
-"""Optimizer state across an edit: new parameters join the group of their source, and states follow one of three rules."""
+"""Optimizer state across an edit: new parameters join the group of their source, removed ones leave, states follow a rule."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,31 @@ def join(
     """
     for name, (new, source) in pairs.items():
         place_parameters(optimizers, schedulers, {name: new}, source, {})
+
+
+def leave(optimizers: Sequence[Optimizer], gone: Collection[nn.Parameter]) -> None:
+    """Let optimizers forget parameters that left the module.
+
+    A group left empty stays, since optimizers and schedulers count by position.
+
+    Args:
+        optimizers: All optimizers.
+        gone: Parameters that no module holds any more.
+    """
+    identities = {id(parameter) for parameter in gone}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            stays = [id(parameter) not in identities for parameter in group["params"]]
+            if all(stays):
+                continue
+            for key in ("params", "param_names"):
+                if key in group:
+                    group[key][:] = [entry for entry, kept in zip(group[key], stays, strict=True) if kept]
+            if isinstance(optimizer, torch.optim.LBFGS):  # what it keeps are vectors over all parameters
+                optimizer.state.clear()
+                optimizer._numel_cache = None
+        for parameter in gone:
+            optimizer.state.pop(parameter, None)
 
 
 @torch.no_grad()

@@ -166,6 +166,9 @@ def undo_blocks(module: nn.Module, edit: Mapping[str, Any], removed: Mapping[str
     blocks = blocks_at(module, path)
     now, first = list(blocks), _first_places(sources)
     kin = edit.get("tied", list(range(edit["from"])))
+    device = next((tensor.device for tensor in blocks.parameters()), None)
+    for block in removed.values():
+        block.to(device)  # what was removed in a training waits on the CPU
     back = [first.get(place, 0) for place in kin]
     old = {
         place: now[first[place]] if place in first else removed.get(f"{path}.{place}") or copied(now[0], masked=False)

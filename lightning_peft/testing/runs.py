@@ -17,7 +17,7 @@ from lightning_peft.method import Method
 from lightning_peft.structure.checkpoint import KEY
 from lightning_peft.testing.callbacks import Losses
 from lightning_peft.testing.modules import Plain, loader, trainer
-from lightning_peft.testing.trace import difference, trace
+from lightning_peft.testing.trace import difference, trace, without
 
 _EXPECTED = (
     "You're resuming from a checkpoint that ended before the epoch ended",
@@ -119,11 +119,17 @@ def _clean_trace(style: type[LightningModule]) -> dict[str, Any]:
     return _CLEAN[style]
 
 
-def assert_clean(module: LightningModule, after: str) -> None:
+def assert_clean(module: LightningModule, after: str, *, fewer: bool = False) -> None:
     """Fail unless a module looks as plain Lightning would have left it.
+
+    Args:
+        module: The module.
+        after: What it went through, for the message.
+        fewer: Whether it may have lost some of its parts.
 
     Raises:
         AssertionError: Something was left on it.
     """
-    found = difference(_clean_trace(type(module)), trace(module))
+    clean, now = _clean_trace(type(module)), trace(module)
+    found = difference(without(clean, now) if fewer else clean, now)
     assert found is None, f"{type(module).__name__} after {after}, plain Lightning against this: {found}"

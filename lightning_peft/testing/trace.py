@@ -50,6 +50,22 @@ def _attributes(part: nn.Module) -> list[str]:
     return sorted(name for name, value in vars(part).items() if not isinstance(value, JournalShim))
 
 
+def without(clean: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Leave the parts out of a trace that another does not have, for a module that lost them on purpose.
+
+    Example:
+        >>> whole, left = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))
+        >>> difference(without(trace(whole), trace(left)), trace(left))
+    """
+    parts = found["classes"]
+    kept: dict[str, Any] = {}
+    for what, names in clean.items():
+        tensors = what in ("parameters", "parameter order", "state")
+        stays = [name for name in names if (name.rpartition(".")[0] if tensors else name) in parts]
+        kept[what] = stays if isinstance(names, list) else {name: names[name] for name in stays}
+    return kept
+
+
 def difference(a: Any, b: Any, path: str = "") -> str | None:
     """Say where two nests of plain data first differ, exactly; ``None`` when they are equal, bit for bit.
 

@@ -112,6 +112,24 @@ def test_depth(name: str) -> None:
     assert difference(dict(net.state_dict()), dict(weights.state_dict())) is None
 
 
+@pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
+@pytest.mark.parametrize("name", [*TORCH, "LBFGS"])
+def test_a_removed_block_leaves_the_optimizer(name: str) -> None:
+    net = network()
+    optimizer = build(name)(net.parameters())
+    steps(net, optimizer)
+    change = edits.apply(net, blocks_edit(net, "1", [1]))
+    carry.leave([optimizer], [parameter for block in change.removed.values() for parameter in block.parameters()])
+    saved = copy.deepcopy(optimizer.state_dict())
+    weights = copy.deepcopy(net)
+    steps(net, optimizer, 2, seed=1)
+    again = build(name)(weights.parameters())
+    carry.regroup(weights, [again], [], carry.group_names(net, [optimizer]))
+    again.load_state_dict(saved)
+    steps(weights, again, 2, seed=1)
+    assert difference(dict(net.state_dict()), dict(weights.state_dict())) is None
+
+
 HIDDEN = WidthMap({"hidden": 6}, {"0": Layer(output="hidden"), "2": Layer(input="hidden"), "1.*": None})
 
 

@@ -1,0 +1,149 @@
+"""Finding the lists of residual blocks in a network, and which of their blocks may leave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_peft.attach.targets import TargetSpec, select
+from lightning_peft.structure.depth import signature, ties
+
+
+@dataclass
+class BlockList:
+    """A list of blocks, by position.
+
+    Attributes:
+        blocks: Positions of its blocks; what else stands in a list (a stem, an activation) is none.
+        may_go: Those of them that may leave.
+        named: Those that ``targets=`` names one by one.
+    """
+
+    blocks: list[int]
+    may_go: list[int]
+    named: list[int]
+
+    def without(self, sources: list[int]) -> BlockList:
+        """Return the list that is left of it, from the old position of every entry that stays.
+
+        Example:
+            >>> BlockList([1, 2, 3], [1, 3], [3]).without([0, 1, 3])
+            BlockList(blocks=[1, 2], may_go=[1, 2], named=[2])
+        """
+        now = {old: new for new, old in enumerate(sources)}
+        return BlockList(*([now[old] for old in places if old in now] for places in (self.blocks, self.may_go, self.named)))
+
+
+def residual_lists(network: nn.Module, name: str = "") -> dict[str, list[int]]:
+    """Find the lists that look like a trunk of blocks, with the positions of the blocks.
+
+    Such a list is numbered and holds two blocks of one class and shapes, or of one class only and no such list inside. So a
+    stage of a ResNet is one, whose first block changes the shape, and the stages of a Swin transformer are not one, but the
+    blocks in each of them are. That one block's output is the next one's input shows in the forward pass only.
+
+    Args:
+        network: The network.
+        name: Its qualified name, with which those of the lists begin.
+
+    Example:
+        >>> block = lambda: nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+        >>> residual_lists(nn.ModuleDict({"stem": nn.Linear(2, 2), "layers": nn.ModuleList([block(), block()])}), "model")
+        {'model.layers': [0, 1]}
+    """
+    places = _blocks(network)
+    if len(places) > 1:
+        kinds = [signature(network.get_submodule(str(place))) for place in places]
+        classes = {kind.partition(":")[0] for kind in kinds}
+        inside = (residual_lists(network.get_submodule(str(place))) for place in places)
+        if len(set(kinds)) < len(kinds) or (len(classes) < len(kinds) and not any(inside)):
+            return {name: places}
+    found: dict[str, list[int]] = {}
+    for key, child in network.named_children():
+        found |= residual_lists(child, f"{name}.{key}" if name else key)
+    return found
+
+
+def _blocks(module: nn.Module) -> list[int]:
+    """Positions of the blocks in a numbered list: entries made of layers that stand in it once."""
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)) or list(module._modules) != list(map(str, range(len(module)))):
+        return []
+    kin = ties(module)
+    return [place for place, entry in enumerate(module) if kin.count(kin[place]) == 1 and _is_block(entry)]
+
+
+def _is_block(entry: nn.Module) -> bool:
+    return any(True for _ in entry.children()) and any(True for _ in entry.parameters())
+
+
+def lists_to_prune(
+    module: nn.Module, network: str, targets: TargetSpec | None, exclude: TargetSpec | None
+) -> dict[str, BlockList]:
+    """Find the lists of a network and which of their blocks may leave.
+
+    A block that alone has certain parameters may leave only if it is named itself.
+
+    Args:
+        module: The LightningModule.
+        network: Qualified name of the network in it.
+        targets: Lists or blocks that may go; ``None`` for all.
+        exclude: Lists or blocks that stay; lists are left out altogether.
+
+    Raises:
+        MisconfigurationException: There is none, or the arguments name none.
+    """
+    found = residual_lists(module.get_submodule(network), network)
+    wanted = None if targets is None else set(select(module, targets))
+    if wanted is not None and wanted.isdisjoint(_names(found)):
+        found = _named_lists(module, wanted) or found
+    kept = set() if exclude is None else set(select(module, exclude))
+    for argument, given, names in (("targets", targets, wanted), ("exclude", exclude, kept)):
+        if given is not None and not names & set(_names(found)):
+            shown = ", ".join(f"{path!r} ({len(places)} blocks)" for path, places in found.items()) or "none"
+            raise MisconfigurationException(
+                f"{argument}={given!r} names no residual block and no list of them. Name a list, or a block as "
+                f'"<list>.<number>". Lists: {shown}.'
+            )
+    lists = {}
+    for path, places in found.items():
+        named = [place for place in places if wanted is not None and f"{path}.{place}" in wanted]
+        alone = _alone(module.get_submodule(path), places)
+        every = [place for place in places if place not in alone or place in named]
+        chosen = every if wanted is None or path in wanted else named
+        may_go = [place for place in chosen if f"{path}.{place}" not in kept]
+        if path not in kept and may_go:
+            lists[path] = BlockList(places, may_go, [place for place in named if place in may_go])
+    if not lists:
+        raise MisconfigurationException(
+            f"{type(module).__name__} has no list of residual blocks that may go: an nn.ModuleList or nn.Sequential, numbered, "
+            "with at least two blocks of one class, each made of layers. "
+            + ("Name it with targets=." if targets is None and exclude is None else "Widen targets= or narrow exclude=.")
+        )
+    return lists
+
+
+def _alone(blocks: nn.Module, places: list[int]) -> list[int]:
+    """Blocks with parameters that no other has, for the others may need them: T5's first holds the positions of all."""
+    own = {place: {name for name, _ in blocks.get_submodule(str(place)).named_parameters()} for place in places}
+    return [place for place in places if own[place].difference(*(own[other] for other in places if other != place))]
+
+
+def _names(found: dict[str, list[int]]) -> Iterator[str]:
+    for path, places in found.items():
+        yield path
+        for place in places:
+            yield f"{path}.{place}"
+
+
+def _named_lists(module: nn.Module, wanted: set[str]) -> dict[str, list[int]]:
+    """Lists that were not taken for a trunk, but are named, or one of their blocks is; outermost only."""
+    found: dict[str, list[int]] = {}
+    for path, child in module.named_modules():
+        if any(path.startswith(f"{outer}.") for outer in found):
+            continue
+        places = _blocks(child)
+        if len(places) > 1 and not wanted.isdisjoint(_names({path: places})):
+            found[path] = places
+    return found
