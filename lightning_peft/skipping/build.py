@@ -6,7 +6,7 @@ import copy
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft.attach.channel_units import ChannelUnit
 from lightning_peft.attach.layers import is_conv
@@ -24,6 +24,7 @@ def build(
     predictors: Mapping[str, ChannelPredictor],
     masked: Collection[str],
     tokens: bool,
+    fixed: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Put selective layers into a copy of a network.
 
@@ -33,9 +34,13 @@ def build(
         predictors: Predictor by the unit's producer.
         masked: Producers of units that are computed whole and masked.
         tokens: Whether each token of a linear unit is judged on its own.
+        fixed: Channels of units that compute the same ones for every input, by producer.
     """
+    fixed = fixed or {}
     network = copy.deepcopy(dense)
-    selections = {unit.producer: Selection(unit.channels, max(_LANES, unit.channels // 16)) for unit in units}
+    selections = {
+        unit.producer: Selection(unit.channels, max(_LANES, unit.channels // 16), fixed.get(unit.producer)) for unit in units
+    }
     readers = {reader: unit for unit in units for reader in unit.consumers if unit.producer not in masked}
     for name in dict.fromkeys([*readers, *(unit.producer for unit in units)]):
         layer = network.get_submodule(name)

@@ -44,7 +44,26 @@ def calibrate_layers(network: nn.Module, samples: Sequence[Tensor]) -> dict[Sele
     finally:
         for handle in handles:
             handle.remove()
-    return probe.finish()
+    gains = probe.finish()
+    _round_where_needed(network)
+    return gains
+
+
+def _round_where_needed(network: nn.Module) -> None:
+    """Numbers of channels are rounded up for kernels that are prepared for a size; products of matrices take any."""
+    sized: set[Selection] = set()
+    selections: set[Selection] = set()
+    for layer in network.modules():
+        if isinstance(layer, SelectiveFilter):
+            sized.add(layer.selection)
+        elif isinstance(layer, SelectiveLayer):
+            for selection, gathered in ((layer.writes, layer.way.rows), (layer.reads, layer.way.columns)):
+                if selection is not None:
+                    selections.add(selection)
+                    if gathered and not layer.way.product:
+                        sized.add(selection)
+    for selection in selections - sized:
+        selection.step = 1
 
 
 class _Probe:
@@ -60,7 +79,7 @@ class _Probe:
         inputs, reads, writes = args[0], layer.reads, layer.writes
         if layer.predictor is not None and writes is not None:
             start = time.perf_counter()
-            writes.choose(layer.predictor(inputs, reads), dense=layer.dense)
+            writes.choose(layer.predictor(inputs, layer.seen), dense=layer.dense)
             self._gain[writes, layer.predictor].append(start - time.perf_counter())
         self._time_ways(layer, inputs, self._ways[layer])
         if writes is not None:

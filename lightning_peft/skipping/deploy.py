@@ -21,9 +21,11 @@ from lightning_peft.skipping.layers import SelectiveLayer
 from lightning_peft.skipping.predictor import ChannelPredictor
 from lightning_peft.skipping.prove import masked_outputs, masked_units
 from lightning_peft.skipping.selection import Selection
+from lightning_peft.skipping.steady import choices_of, steadiness, usual
 from lightning_peft.weights.maps import detach_maps
 
 _CALIBRATION = 16  # samples to measure on
+_STEADY = 0.95  # share of a unit's choices that are as for most inputs, from which it need not be asked any more
 
 
 @dataclass
@@ -37,7 +39,8 @@ class Deployed:
             of the dense network's.
         times: Seconds for one sample, dense and skipping, measured in turns.
         masked: Units that are computed whole and masked, with the reason.
-        dropped: Units that are computed whole and not masked, because they cost more time than they saved.
+        dropped: Units whose predictor cost more time than it saved, so that they compute what any of the inputs chose.
+        fixed: Units that compute the same channels for every input, because they nearly always chose the same.
         ways: How each layer computes.
     """
 
@@ -47,6 +50,7 @@ class Deployed:
     times: Paired
     masked: dict[str, str] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
+    fixed: list[str] = field(default_factory=list)
     ways: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -59,7 +63,8 @@ class Deployed:
         return (
             f"{self.flops:.1%} of the dense operations: {possible:.2f}x if time followed them, {achieved:.2f}x measured "
             f"({self.times.low:.2f} to {self.times.high:.2f}), {self.times.first * 1e3:.2f} ms dense, "
-            f"{self.times.second * 1e3:.2f} ms skipping, {len(self.masked)} units masked only, {len(self.dropped)} dropped"
+            f"{self.times.second * 1e3:.2f} ms skipping, {len(self.masked)} units masked only, {len(self.fixed)} fixed, "
+            f"{len(self.dropped)} dropped"
         )
 
 
@@ -72,7 +77,7 @@ def deploy(
     *,
     tokens: bool = False,
     calibrate: bool = True,
-    keep_masks: bool = True,
+    exact: bool = True,
 ) -> Deployed:
     """Turn a trained network and its predictors into one that computes only the channels chosen.
 
@@ -83,11 +88,12 @@ def deploy(
         network: The trained network; it stays as it is.
         units: The gated units.
         predictors: Trained predictor by the unit's producer.
-        inputs: Real inputs, shape ``(samples, ...)``.
+        inputs: Real inputs, shape ``(samples, ...)``; the more there are, the better what is not exact is chosen.
         tokens: Whether each token of a linear unit is judged on its own.
         calibrate: Measure which way of computing is fastest for each layer.
-        keep_masks: Compute what the masked network computes. Otherwise units that cost more time than they save lose their
-            predictor and their mask, so that outputs differ a little: check the accuracy.
+        exact: Compute what the masked network computes. Otherwise units that nearly always choose the same channels compute
+            those only, and units whose predictor costs more time than it saves compute the channels that any of the inputs
+            chose, both without a predictor; outputs differ a little: check the accuracy.
 
     Raises:
         MisconfigurationException: There are no inputs.
@@ -102,21 +108,27 @@ def deploy(
     predictors = {name: copy.deepcopy(predictor).to(device).eval() for name, predictor in predictors.items()}
     reference = masked_outputs(dense, units, predictors, tokens, inputs)
     masked = masked_units(dense, units, predictors, tokens, inputs, reference)
-    skipping = build(dense, units, predictors, masked, tokens)
     samples = inputs[:_CALIBRATION].split(1)  # type: ignore[no-untyped-call]
+    choices = {} if exact else choices_of(dense, units, predictors, tokens, inputs.split(1))  # type: ignore[no-untyped-call]
+    choices = {name: seen for name, seen in choices.items() if name not in masked}
+    fixed = {name: usual(seen) for name, seen in choices.items() if steadiness(seen) >= _STEADY}
+    steady = list(fixed)
+    skipping = build(dense, units, predictors, masked, tokens, fixed)
     dropped: list[str] = []
     if calibrate:
         gains = calibrate_layers(skipping, samples)
-        if not keep_masks:
-            dropped = [unit.producer for unit in units if gains.get(_selection(skipping, unit), 1.0) <= 0.0]
-            units = [unit for unit in units if unit.producer not in dropped]
-            skipping = build(dense, units, predictors, masked, tokens)
+        if not exact:
+            dynamic = {unit.producer: _selection(skipping, unit) for unit in units if unit.producer not in fixed}
+            dropped = [name for name, selection in dynamic.items() if gains.get(selection, 1.0) <= 0.0 and name in choices]
+            fixed |= {name: choices[name].any(0).nonzero().flatten() for name in dropped}
+            units = [unit for unit in units if len(fixed.get(unit.producer, ())) < unit.channels]
+            skipping = build(dense, units, predictors, masked, tokens, fixed)
             calibrate_layers(skipping, samples)
     flops = _flops(skipping, samples) / max(_flops(dense, samples), 1)
     dense = _in_fastest_layout(dense, samples[0])
     times = paired_times(dense, skipping, samples)
     ways = {name: str(layer.way) for name, layer in skipping.named_modules() if isinstance(layer, SelectiveLayer)}
-    return Deployed(skipping, dense, flops, times, masked, dropped, ways)
+    return Deployed(skipping, dense, flops, times, masked, dropped, steady, ways)
 
 
 def _selection(network: nn.Module, unit: ChannelUnit) -> Selection:

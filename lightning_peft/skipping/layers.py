@@ -47,6 +47,8 @@ class SelectiveLayer(nn.Module):
     weight: Tensor
     bias: Tensor | None
     transposed: Tensor | None
+    reads: Selection | None
+    writes: Selection | None
     predictor: UnitPredictor | None
 
     def __init__(self, layer: Any, reads: Selection | None, writes: Selection | None, predictor: UnitPredictor | None) -> None:
@@ -54,6 +56,15 @@ class SelectiveLayer(nn.Module):
         self.weight, self.bias = layer.weight, layer.bias
         self.convolution = is_conv(layer)
         self._shell = _Shell(layer)
+        self.seen = reads  # the predictor needs to know where its inputs stand, also when that never changes
+        if reads is not None and reads.fixed:
+            assert reads.index is not None
+            self.weight, reads = _kept(self.weight, 1, reads.index), None
+        if writes is not None and writes.fixed:
+            assert writes.index is not None
+            self.weight = _kept(self.weight, 0, writes.index)
+            self.bias = None if self.bias is None else _kept(self.bias, 0, writes.index)
+            writes = predictor = None
         # Columns of a matrix are gathered as rows of its transpose, in long runs.
         pointwise = reads is not None and self._can_multiply() and self.weight[0, 0].numel() == 1
         self.register_buffer("transposed", self.weight.detach().flatten(1).t().contiguous() if pointwise else None, False)
@@ -82,7 +93,7 @@ class SelectiveLayer(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Choose, gather and compute."""
         if self.predictor is not None and self.writes is not None:
-            self.writes.choose(self.predictor(inputs, self.reads), dense=self.dense)
+            self.writes.choose(self.predictor(inputs, self.seen), dense=self.dense)
         return self.compute(inputs, self.way)
 
     def compute(self, inputs: Tensor, way: Way) -> Tensor:
@@ -141,7 +152,13 @@ class SelectiveFilter(nn.Module):
 
     def __init__(self, layer: Any, selection: Selection) -> None:
         super().__init__()
-        self.weight, self.bias, self.selection = layer.weight, layer.bias, selection
+        self.weight, self.bias = layer.weight, layer.bias
+        if selection.fixed:
+            assert selection.index is not None
+            self.weight = _kept(self.weight, 0, selection.index)
+            self.bias = None if self.bias is None else _kept(self.bias, 0, selection.index)
+            selection = Selection(selection.count, 1)
+        self.selection = selection
         self._shell = _Shell(layer)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -170,6 +187,11 @@ class _Shell:
         result: Tensor = self.layer.forward(inputs)
         own["weight"] = own["bias"] = None
         return result
+
+
+def _kept(value: Tensor, dim: int, index: Tensor) -> nn.Parameter:
+    """A part of a weight for good."""
+    return nn.Parameter(value.detach().index_select(dim, index), requires_grad=False)
 
 
 def _rows(value: Tensor, selection: Selection) -> Tensor:

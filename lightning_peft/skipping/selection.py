@@ -19,17 +19,20 @@ class Selection:
     Args:
         channels: Channels of the unit.
         step: What the number is rounded up to a multiple of.
+        fixed: Positions of channels to choose for every input; nobody predicts then.
 
     Attributes:
         index: Positions of the channels, the rounding included, shape ``(k,)``; ``None`` when all are computed.
         count: How many of them are chosen; the rest stays zero.
         mask: What each sample needs of all channels, shape ``(..., channels)``; ``None`` for a single sample.
+        fixed: Whether the channels are the same for every input.
     """
 
-    def __init__(self, channels: int, step: int) -> None:
+    def __init__(self, channels: int, step: int, fixed: Tensor | None = None) -> None:
         self.channels, self.step = channels, step
-        self.index: Tensor | None = None
-        self.count = channels
+        self.fixed = fixed is not None
+        self.index = fixed
+        self.count = channels if fixed is None else len(fixed)
         self.mask: Tensor | None = None
 
     def choose(self, logits: Tensor, *, dense: bool) -> None:

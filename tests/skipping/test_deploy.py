@@ -159,14 +159,35 @@ def test_a_deployed_network_stands_on_its_own(tmp_path: Path) -> None:
 def test_what_does_not_pay_can_be_dropped(case: Any) -> None:
     net, gates, inputs, _ = case
     units = channel_units(net)
-    deployed = deploy(net, units, gates, inputs, keep_masks=False)
-    kept = {unit.producer for unit in units} - set(deployed.dropped)
+    deployed = deploy(net, units, gates, inputs, exact=False)
+    kept = {unit.producer for unit in units} - set(deployed.dropped) - set(deployed.fixed)
     predicting = {
         name.split(".")[0]
         for name, layer in deployed.network.named_modules()
         if isinstance(layer, SelectiveLayer) and layer.predictor is not None
     }
     assert predicting == kept
+
+
+@torch.no_grad()
+def test_what_never_changes_is_settled_for_good(case: Any) -> None:
+    """Predictors that say the same to every input leave an ordinary smaller layer; the units around it go on as before."""
+    net, _, inputs, _ = case
+    gates, units = predictors(net), channel_units(net)
+    for name in ("expand", "last", "hidden"):
+        nn.init.zeros_(gates[name].weight)
+    assert {"expand", "last", "hidden"} <= set(deploy(net, units, gates, inputs, exact=False, calibrate=False).fixed)
+    for name in ("expand", "last", "hidden"):
+        dense = network()
+        fold_norms(dense, units)
+        kept = (gates[name].bias > 0).nonzero().flatten()
+        skipping = build(dense, units, gates, [], False, {name: kept})
+        for sample in (inputs[:1], inputs):
+            torch.testing.assert_close(skipping(sample), masked(net, sample, gates), rtol=1e-4, atol=1e-4)
+        layer: Any = skipping.get_submodule(name)
+        layer = layer[0] if isinstance(layer, nn.Sequential) else layer
+        assert layer.predictor is None
+        assert len(layer.weight) == len(kept) < len(net.get_submodule(name).weight)  # type: ignore[arg-type]
 
 
 class Stubborn(Mobile):

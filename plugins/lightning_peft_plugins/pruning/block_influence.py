@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 
 def block_influence(inputs: Tensor, outputs: Tensor, dim: int = -1) -> Tensor:
-    """One minus the cosine of input and output, averaged over tokens (Men et al., 2024, arXiv 2403.03853, section 3).
+    """One minus the cosine of input and output, averaged over tokens (Men et al., 2024, arXiv 2403.03853).
 
     A block that passes its input on, scaled or not, has influence 0. A vector of zeros counts as turned by a right angle.
 

@@ -260,7 +260,7 @@ class FTWT(Method):
         *,
         checkpoint: str | Path | None = None,
         calibrate: bool = True,
-        keep_masks: bool = True,
+        exact: bool = True,
     ) -> Deployed:
         """Build a network that computes only the channels its predictors choose; the module stays as it is.
 
@@ -270,8 +270,9 @@ class FTWT(Method):
             checkpoint: Where to read predictors from when the module was not trained in this process.
             calibrate: Measure, layer by layer, whether gathering pays, and compute densely where it does not; every choice
                 gives the same outputs.
-            keep_masks: Whether units that cost more time than they save keep their masks all the same. Without them outputs
-                differ a little from those of the training: check the accuracy.
+            exact: Compute what the trained network computes. Otherwise units that nearly always choose the same channels
+                compute those only, and units whose predictor costs more time than it saves compute the channels that any of
+                the inputs chose, both without a predictor; outputs differ a little: check the accuracy.
 
         Returns:
             The network, and what it costs and takes against the dense one.
@@ -290,7 +291,7 @@ class FTWT(Method):
                 "on the module that was trained, before its weights change again, or pass checkpoint=."
             )
         predictors = {name.removeprefix(prefix): states[name] for name in units}
-        settings = {"tokens": self.tokens == "each", "calibrate": calibrate, "keep_masks": keep_masks}
+        settings = {"tokens": self.tokens == "each", "calibrate": calibrate, "exact": exact}
         return deploy(network, list(units.values()), predictors, inputs, **settings)
 
 
