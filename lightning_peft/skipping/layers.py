@@ -101,15 +101,21 @@ class SelectiveLayer(nn.Module):
         dim = 1 if self.convolution else -1
         weight, bias = self.weight, self.bias
         rows = None if self.writes is None else self.writes.index
+        columns = None if self.reads is None else self.reads.index
         if rows is not None and way.rows:
             assert self.writes is not None
-            weight, bias = _rows(weight, self.writes), None if bias is None else _rows(bias, self.writes)
-        if self.reads is not None and self.reads.index is not None:
+            bias = None if bias is None else _rows(bias, self.writes)
+            if columns is not None and way.columns and weight.ndim > 2 and weight.is_contiguous():
+                weight, columns = _crossed(weight, self.writes, columns), None
+            else:
+                weight = _rows(weight, self.writes)
+        if columns is not None:
+            assert self.reads is not None
             if way.columns and way.product and not way.rows and self.transposed is not None:
-                weight = self.transposed.index_select(0, self.reads.index).t()
+                weight = self.transposed.index_select(0, columns).t()
                 weight = weight.view(*weight.shape, *[1] * (self.weight.ndim - 2))
             elif way.columns:
-                weight = weight.index_select(1, self.reads.index)
+                weight = weight.index_select(1, columns)
             else:
                 inputs = spread(inputs, self.reads, dim)
         output = self._multiply(inputs, weight, bias) if way.product else self._shell(inputs, weight, bias)
@@ -192,6 +198,16 @@ class _Shell:
 def _kept(value: Tensor, dim: int, index: Tensor) -> nn.Parameter:
     """A part of a weight for good."""
     return nn.Parameter(value.detach().index_select(dim, index), requires_grad=False)
+
+
+def _crossed(weight: Tensor, selection: Selection, columns: Tensor) -> Tensor:
+    """Selected rows and columns of a convolution's weight at once: filters that are not needed are never read."""
+    assert selection.index is not None
+    inputs, kernel = weight.shape[1], weight.shape[2:]
+    places = (selection.index[:, None] * inputs + columns).flatten()
+    crossed = weight.view(-1, *kernel).index_select(0, places).view(len(selection.index), len(columns), *kernel)
+    crossed[selection.count :] = 0
+    return crossed
 
 
 def _rows(value: Tensor, selection: Selection) -> Tensor:
