@@ -13,7 +13,7 @@ from lightning_peft.attach.layers import is_conv
 from lightning_peft.skipping.fold import set_layer
 from lightning_peft.skipping.layers import SelectiveFilter, SelectiveLayer
 from lightning_peft.skipping.predictor import ChannelPredictor
-from lightning_peft.skipping.selection import Selection, SelectionGate, UnitPredictor
+from lightning_peft.skipping.selection import Selection, SelectionGate, UnitPredictor, memory_format
 
 _LANES = 16  # channels that vector kernels take at a time; depthwise ones are half as fast on other numbers
 
@@ -70,3 +70,16 @@ def _reads_channels(network: nn.Module, unit: ChannelUnit, reader: str) -> bool:
     """Whether a reader's columns are the unit's channels, one each; a linear layer behind a flattened map has many for one."""
     layer: Any = network.get_submodule(reader)
     return bool(layer.weight.shape[1] == unit.channels)
+
+
+def lay_out(network: nn.Module, *, channels_last: bool) -> nn.Module:
+    """Let a network with selective layers compute its feature maps in a memory layout, in place.
+
+    Weights to gather from stay as they are: their rows are read in long runs.
+    """
+    for layer in network.modules():
+        if isinstance(layer, SelectiveLayer | SelectionGate):
+            layer.channels_last = channels_last
+        elif isinstance(layer, nn.Conv2d):
+            layer.to(memory_format=memory_format(channels_last))
+    return network

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft.attach.channel_units import ChannelUnit, channel_units
 from lightning_peft.attach.flop_count import FlopCount
-from lightning_peft.skipping.build import build
+from lightning_peft.skipping.build import build, lay_out
 from lightning_peft.skipping.calibrate import calibrate_layers
 from lightning_peft.skipping.clock import Paired, paired_times
 from lightning_peft.skipping.fold import fold_norms
@@ -112,23 +112,32 @@ def deploy(
     choices = {} if exact else choices_of(dense, units, predictors, tokens, inputs.split(1))  # type: ignore[no-untyped-call]
     choices = {name: seen for name, seen in choices.items() if name not in masked}
     fixed = {name: usual(seen) for name, seen in choices.items() if steadiness(seen) >= _STEADY}
-    steady = list(fixed)
+    steady, dropped = list(fixed), []
     skipping = build(dense, units, predictors, masked, tokens, fixed)
-    dropped: list[str] = []
     if calibrate:
-        gains = calibrate_layers(skipping, samples)
+        skipping, gains = _calibrated(skipping, samples)
         if not exact:
             dynamic = {unit.producer: _selection(skipping, unit) for unit in units if unit.producer not in fixed}
             dropped = [name for name, selection in dynamic.items() if gains.get(selection, 1.0) <= 0.0 and name in choices]
             fixed |= {name: choices[name].any(0).nonzero().flatten() for name in dropped}
             units = [unit for unit in units if len(fixed.get(unit.producer, ())) < unit.channels]
-            skipping = build(dense, units, predictors, masked, tokens, fixed)
-            calibrate_layers(skipping, samples)
+            skipping, _ = _calibrated(build(dense, units, predictors, masked, tokens, fixed), samples)
     flops = _flops(skipping, samples) / max(_flops(dense, samples), 1)
     dense = _in_fastest_layout(dense, samples[0])
     times = paired_times(dense, skipping, samples)
     ways = {name: str(layer.way) for name, layer in skipping.named_modules() if isinstance(layer, SelectiveLayer)}
     return Deployed(skipping, dense, flops, times, masked, dropped, steady, ways)
+
+
+def _calibrated(network: nn.Module, samples: Sequence[Tensor]) -> tuple[nn.Module, dict[Selection, float]]:
+    """Give every layer its fastest way, in the memory layout in which all of them together are faster."""
+    if samples[0].ndim != 4:
+        return network, calibrate_layers(network, samples)
+    other = lay_out(copy.deepcopy(network), channels_last=True)
+    gains, other_gains = calibrate_layers(network, samples), calibrate_layers(other, samples)
+    if paired_times(network, other, samples).ratio > 1.0:
+        return other, other_gains
+    return network, gains
 
 
 def _selection(network: nn.Module, unit: ChannelUnit) -> Selection:

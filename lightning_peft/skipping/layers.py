@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.attach.layers import is_conv
-from lightning_peft.skipping.selection import Selection, UnitPredictor, spread
+from lightning_peft.skipping.selection import Selection, UnitPredictor, in_layout, spread
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class SelectiveLayer(nn.Module):
         self.register_buffer("transposed", self.weight.detach().flatten(1).t().contiguous() if pointwise else None, False)
         self.reads, self.writes, self.predictor = reads, writes, predictor
         self.way = Way()
+        self.channels_last = False
         self.dense = False
 
     def ways(self) -> Iterator[Way]:
@@ -99,6 +100,7 @@ class SelectiveLayer(nn.Module):
     def compute(self, inputs: Tensor, way: Way) -> Tensor:
         """Compute the selected channels in one of :meth:`ways`."""
         dim = 1 if self.convolution else -1
+        inputs = in_layout(inputs, self.channels_last)
         weight, bias = self.weight, self.bias
         rows = None if self.writes is None else self.writes.index
         columns = None if self.reads is None else self.reads.index
@@ -123,7 +125,7 @@ class SelectiveLayer(nn.Module):
             assert self.writes is not None
             output = output.index_select(dim, rows)
             output.narrow(dim, self.writes.count, len(rows) - self.writes.count).zero_()
-        return output
+        return in_layout(output, self.channels_last)
 
     def _multiply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve in two dimensions as a product with the unfolded input."""
@@ -134,7 +136,10 @@ class SelectiveLayer(nn.Module):
             for size, width, step, pad, gap in zip(inputs.shape[2:], kernel, stride, padding, dilation, strict=True)
         ]
         if kernel.numel() == 1 and not any(padding):
-            columns = inputs[:, :, :: stride[0], :: stride[1]].flatten(2)
+            inputs = inputs[:, :, :: stride[0], :: stride[1]]
+            if self.channels_last:
+                return nn.functional.linear(inputs.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
+            columns = inputs.flatten(2)
         else:
             columns = nn.functional.unfold(inputs, tuple(kernel), dilation, padding, stride)
         matrix = weight.flatten(1) if kernel.numel() > 1 else weight[:, :, 0, 0]

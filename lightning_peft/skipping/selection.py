@@ -98,6 +98,16 @@ class UnitPredictor(nn.Module):
         return nn.functional.linear(normalised(means.float(), self.normalise), self.weight, self.bias)
 
 
+def in_layout(value: Tensor, channels_last: bool) -> Tensor:
+    """Feature maps in a memory layout, other tensors as they are."""
+    return value.contiguous(memory_format=memory_format(channels_last)) if value.ndim == 4 else value
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """PyTorch's name of a layout, which cannot be pickled."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def spread(value: Tensor, selection: Selection, dim: int) -> Tensor:
     """Put selected channels back in their places, with zeros in between."""
     assert selection.index is not None
@@ -119,6 +129,7 @@ class SelectionGate(nn.Module):
     def __init__(self, selection: Selection, dim: int, *, opens: bool) -> None:
         super().__init__()
         self.selection, self.dim, self.opens = selection, dim, opens
+        self.channels_last = False
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Mask and spread."""
@@ -128,4 +139,5 @@ class SelectionGate(nn.Module):
             places = inputs.ndim - mask.ndim
             shape = (*mask.shape, *[1] * places) if self.dim == 1 else (*mask.shape[:-1], *[1] * places, mask.shape[-1])
             inputs = inputs * mask.view(shape).to(inputs.dtype)
-        return spread(inputs, selection, self.dim) if self.opens and selection.index is not None else inputs
+        whole = spread(inputs, selection, self.dim) if self.opens and selection.index is not None else inputs
+        return in_layout(whole, self.channels_last)
