@@ -92,10 +92,20 @@ class UnitPredictor(nn.Module):
 
     def forward(self, inputs: Tensor, reads: Selection | None) -> Tensor:
         """Predict from inputs whose channels are those of a selection, or all."""
-        means = channel_means(inputs, convolution=self.convolution, tokens=self.tokens)
+        means = self._means(inputs)
         if reads is not None and reads.index is not None:
             means = spread(means, reads, -1)
         return nn.functional.linear(normalised(means.float(), self.normalise), self.weight, self.bias)
+
+    def _means(self, inputs: Tensor) -> Tensor:
+        if not self.convolution or len(inputs) > 1 or not inputs.is_floating_point():
+            return channel_means(inputs, convolution=self.convolution, tokens=self.tokens)
+        # A product with a vector reads a map of one sample in about half the time of a mean.
+        places = inputs.shape[2:].numel()
+        share = inputs.new_full((places,), 1.0 / places)
+        channels_first = inputs.is_contiguous()
+        maps = inputs.view(-1, places) if channels_first else inputs.movedim(1, -1).reshape(places, -1).t()
+        return torch.mv(maps, share)[None]
 
 
 def in_layout(value: Tensor, channels_last: bool) -> Tensor:
