@@ -53,7 +53,7 @@ def method(name: str, budget: Any, setting: Setting) -> Any:
     masked = {"targets": "pointwise" if setting.pointwise else "all-weights", "exclude": ["first", "head"]}
     makers: dict[str, Callable[[], Any]] = {
         "dense": lambda: None,
-        "FTWT": lambda: FTWT(budget, normalise="standard", strength=0.01, lr_scale=10, cooldown="60%"),
+        "FTWT": lambda: FTWT(budget, normalise="standard", strength=0.01, lr_scale=20, cooldown="60%"),
         "structured": lambda: StructuredPruning(budget, "taylor", of="flops", start="5%", end="35%", every="10%", round_to=4),
         "N:M": lambda: NMSparsity(budget, recipe="sr-ste", fine_tune="30%", **masked),
         "magnitude": lambda: MagnitudePruning(budget, end="50%", every="5%", **masked),
@@ -69,7 +69,8 @@ def one(network: str, seed: int, name: str, budget: Any, work: Path) -> dict[str
     setting = SETTINGS[network]
     start = dense(network, seed, work)
     seed_everything(seed, verbose=False)
-    module, callback = from_dense(network, start, setting.pruned_lr), method(name, budget, setting)
+    rate: tuple[Any, ...] = (setting.ftwt_lr, "adamw") if name == "FTWT" else (setting.pruned_lr,)
+    module, callback = from_dense(network, start, *rate), method(name, budget, setting)
     runner = trainer(setting.pruned_epochs, [] if callback is None else [callback], setting.precision)
     began = time.perf_counter()
     runner.fit(module, datamodule=data_of(network))

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -56,10 +56,11 @@ class SmallTimm(ImageClassifier):
         name: ``"resnet"``: ResNet-18 of a quarter of the width, first convolution 3x3 without stride, no pooling after it;
             ``"mobilenet"``: MobileNetV2 of half the width, first convolution without stride.
         lr: Peak learning rate.
+        optimizer: ``"sgd"`` or ``"adamw"``.
     """
 
-    def __init__(self, name: str, lr: float) -> None:
-        super().__init__(10, "sgd", lr, 1.0, 5e-4, 0.1)
+    def __init__(self, name: str, lr: float, optimizer: Literal["sgd", "adamw"] = "sgd") -> None:
+        super().__init__(10, optimizer, lr, 1.0, 5e-4 if optimizer == "sgd" else 0.01, 0.1)
         self.save_hyperparameters()
         network: Any
         if name == "resnet":
@@ -90,6 +91,7 @@ class Setting:
         lr: Of the dense training.
         pruned_epochs: Of a training with a pruning method, from the dense network.
         pruned_lr: Of that training.
+        ftwt_lr: Of that training with FTWT, on AdamW: with SGD at such rates predictors learn nothing in so few steps.
     """
 
     pointwise: bool
@@ -98,21 +100,22 @@ class Setting:
     lr: float
     pruned_epochs: int
     pruned_lr: float
+    ftwt_lr: float
 
 
 SETTINGS = {
-    "resnet": Setting(False, "bf16-mixed", 12, 0.1, 2, 0.02),
-    "mobilenet": Setting(True, "32-true", 12, 0.1, 2, 0.02),
-    "lite0": Setting(True, "32-true", 4, 5e-4, 3, 2e-4),
+    "resnet": Setting(False, "bf16-mixed", 12, 0.1, 2, 0.02, 5e-4),
+    "mobilenet": Setting(True, "32-true", 12, 0.1, 2, 0.02, 5e-4),
+    "lite0": Setting(True, "32-true", 4, 5e-4, 3, 2e-4, 2e-4),
 }
 TRAIN_IMAGES, TEST_IMAGES = 8_000, 5_000  # of CIFAR-10's 45,000 and 10,000
 
 
-def build(name: str, lr: float) -> Any:
-    """The LightningModule of a benchmark."""
+def build(name: str, lr: float, optimizer: Literal["sgd", "adamw"] = "sgd") -> Any:
+    """The LightningModule of a benchmark; the optimizer is that of the small networks."""
     if name == "lite0":
         return TimmClassifier(lr=lr, head_lr_scale=10 if lr == SETTINGS[name].lr else 1)
-    return SmallTimm(name, lr)
+    return SmallTimm(name, lr, optimizer)
 
 
 def data_of(name: str) -> LightningDataModule:
@@ -152,9 +155,9 @@ def dense(name: str, seed: int, work: Path, epochs: int | None = None) -> Path:
     return path
 
 
-def from_dense(name: str, start: Path, lr: float) -> Any:
+def from_dense(name: str, start: Path, lr: float, optimizer: Literal["sgd", "adamw"] = "sgd") -> Any:
     """A module with the weights of a dense checkpoint and another learning rate."""
-    module = build(name, lr)
+    module = build(name, lr, optimizer)
     module.load_state_dict(torch.load(start, weights_only=True)["state_dict"])
     return module
 
