@@ -60,7 +60,7 @@ class Setting:
 
 
 SETTINGS = {
-    "resnet50": Setting(3, 2e-4, 8, 2e-4, 0.84, 20, ("model.conv1", r"re:layer1\.")),
+    "resnet50": Setting(3, 2e-4, 8, 2e-4, 0.84, 20, ("first", r"re:layer1\.")),
     "vgg16": Setting(10, 0.05, 3, 3e-4, 0.86, 20),
 }
 
