@@ -98,7 +98,7 @@ class UnitPredictor(nn.Module):
         return nn.functional.linear(normalised(means.float(), self.normalise), self.weight, self.bias)
 
     def _means(self, inputs: Tensor) -> Tensor:
-        if not self.convolution or len(inputs) > 1 or not inputs.is_floating_point():
+        if not self.convolution or len(inputs) > 1 or inputs.dtype not in (torch.float32, torch.float64):
             return channel_means(inputs, convolution=self.convolution, tokens=self.tokens)
         # A product with a vector reads a map of one sample in about half the time of a mean.
         places = inputs.shape[2:].numel()
