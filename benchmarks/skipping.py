@@ -172,7 +172,7 @@ def one(network: str, seed: int, args: argparse.Namespace) -> None:
 def clock(network: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Time what was trained with a seed."""
     path = paths(network, seed, args)
-    notes = {stage: json.loads(file.with_suffix(".json").read_text()) for stage, file in path.items()}
+    notes = {stage: json.loads(file.with_suffix(".json").read_text()) for stage, file in path.items() if file.exists()}
     module = lightning_peft.load_from_checkpoint(type(build(network, 0.1, False)), path["FTWT"])
     samples = samples_of(network)
     found: dict[str, Any] = {"network": network, "seed": seed, **notes, "threads": {}}
@@ -206,9 +206,9 @@ def clock(network: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
 
 def row(network: str, found: list[dict[str, Any]]) -> str:
     """One line of the table: means over seeds, lowest and highest in brackets."""
-    accuracy = {stage: [100 * run[stage]["accuracy"] for run in found] for stage in ("dense", "more", "FTWT")}
-    lost = [more - ours for more, ours in zip(accuracy["more"], accuracy["FTWT"], strict=True)]
-    cells = [network, str(len(found)), *(spread(values, 1) for values in accuracy.values()), spread(lost, 1)]
+    accuracy = {stage: [100 * run[stage]["accuracy"] for run in found if stage in run] for stage in ("dense", "more", "FTWT")}
+    lost = [dense - ours for dense, ours in zip(accuracy["dense"], accuracy["FTWT"], strict=True)]
+    cells = [network, str(len(found)), *(spread(values, 1) if values else "-" for values in accuracy.values()), spread(lost, 1)]
     cells.append(spread([100 * run["FTWT"]["predicted"] for run in found], 0))
     cells.append(spread([100 * run["threads"][1]["flops"] for run in found], 1))
     cells.append(spread([1 / run["threads"][1]["flops"] for run in found], 2))
@@ -216,7 +216,15 @@ def row(network: str, found: list[dict[str, Any]]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-HEAD = ("network", "seeds", "dense, %", "dense, trained on, %", "FTWT, %", "points lost", "operations predicted, %")
+HEAD = (
+    "network",
+    "seeds",
+    "dense, %",
+    "dense, trained on, %",
+    "FTWT, %",
+    "points lost against dense",
+    "operations predicted, %",
+)
 CLOCK = ("operations executed, %", "if time followed", "1 thread", "2 threads")
 
 
