@@ -49,8 +49,9 @@ class TorchPruning(Callback):
 
 def _cut(network: Any, ratio: float) -> None:
     importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
+    # Every layer alike, its default: with global_pruning=True this network lost half of its accuracy for good.
     pruner = torch_pruning.pruner.BasePruner(
-        network, EXAMPLE, importance, pruning_ratio=ratio, global_pruning=True, ignored_layers=[network.get_classifier()]
+        network, EXAMPLE, importance, pruning_ratio=ratio, ignored_layers=[network.get_classifier()]
     )
     pruner.step()
 
