@@ -30,6 +30,7 @@ from lightning_peft import FTWT, MagnitudePruning, NMSparsity, StructuredPruning
 from lightning_peft.attach.channel_units import channel_units
 from lightning_peft.attach.flop_count import FlopCount
 from lightning_peft.skipping.clock import paired_times
+from lightning_peft.skipping.deploy import in_fastest_layout
 from lightning_peft.skipping.fold import fold_norms
 
 # What a method is given as its budget, lightest first. FTWT's mass leaves about 75, 55 and 45 % of the operations.
@@ -96,8 +97,7 @@ def deployable(network: nn.Module, sample: Any) -> nn.Module:
     """Norms folded, in the memory layout that is faster here."""
     plain = copy.deepcopy(network).eval().to(memory_format=torch.contiguous_format)
     fold_norms(plain, channel_units(plain))
-    other = copy.deepcopy(plain).to(memory_format=torch.channels_last)
-    return other if paired_times(plain, other, [sample], runs=9).ratio > 1.0 else plain
+    return in_fastest_layout(plain, sample)
 
 
 @torch.inference_mode()

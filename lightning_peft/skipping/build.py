@@ -72,6 +72,14 @@ def _reads_channels(network: nn.Module, unit: ChannelUnit, reader: str) -> bool:
     return bool(layer.weight.shape[1] == unit.channels)
 
 
+def producer_of(network: nn.Module, unit: ChannelUnit) -> SelectiveLayer:
+    """The selective layer that computes a unit's channels; a gate may stand behind it in its place."""
+    layer: Any = network.get_submodule(unit.producer)
+    layer = layer[0] if isinstance(layer, nn.Sequential) else layer
+    assert isinstance(layer, SelectiveLayer)
+    return layer
+
+
 def lay_out(network: nn.Module, *, channels_last: bool) -> nn.Module:
     """Let a network with selective layers compute its feature maps in a memory layout, in place.
 

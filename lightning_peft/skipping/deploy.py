@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft.attach.channel_units import ChannelUnit, channel_units
 from lightning_peft.attach.flop_count import FlopCount
-from lightning_peft.skipping.build import build, lay_out
+from lightning_peft.skipping.build import build, lay_out, producer_of
 from lightning_peft.skipping.calibrate import calibrate_layers
 from lightning_peft.skipping.clock import Paired, paired_times
 from lightning_peft.skipping.fold import fold_norms
@@ -117,13 +116,13 @@ def deploy(
     if calibrate:
         skipping, gains = _calibrated(skipping, samples)
         if not exact:
-            dynamic = {unit.producer: _selection(skipping, unit) for unit in units if unit.producer not in fixed}
-            dropped = [name for name, selection in dynamic.items() if gains.get(selection, 1.0) <= 0.0 and name in choices]
+            dynamic = {unit.producer: producer_of(skipping, unit).writes for unit in units if unit.producer not in fixed}
+            dropped = [name for name, writes in dynamic.items() if writes and gains.get(writes, 1.0) <= 0.0 and name in choices]
             fixed |= {name: choices[name].any(0).nonzero().flatten() for name in dropped}
             units = [unit for unit in units if len(fixed.get(unit.producer, ())) < unit.channels]
             skipping, _ = _calibrated(build(dense, units, predictors, masked, tokens, fixed), samples)
     flops = _flops(skipping, samples) / max(_flops(dense, samples), 1)
-    dense = _in_fastest_layout(dense, samples[0])
+    dense = in_fastest_layout(dense, samples[0])
     times = paired_times(dense, skipping, samples)
     ways = {name: str(layer.way) for name, layer in skipping.named_modules() if isinstance(layer, SelectiveLayer)}
     return Deployed(skipping, dense, flops, times, masked, dropped, steady, ways)
@@ -140,15 +139,8 @@ def _calibrated(network: nn.Module, samples: Sequence[Tensor]) -> tuple[nn.Modul
     return network, gains
 
 
-def _selection(network: nn.Module, unit: ChannelUnit) -> Selection:
-    layer: Any = network.get_submodule(unit.producer)
-    layer = layer[0] if isinstance(layer, nn.Sequential) else layer
-    selection: Selection = layer.writes
-    return selection
-
-
-def _in_fastest_layout(dense: nn.Module, sample: Tensor) -> nn.Module:
-    """The network to compare with must not lose for its memory layout."""
+def in_fastest_layout(dense: nn.Module, sample: Tensor) -> nn.Module:
+    """A network in the faster memory layout for a sample: what another is compared with must not lose for its layout."""
     if sample.ndim != 4:
         return dense
     other = copy.deepcopy(dense).to(memory_format=torch.channels_last)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.attach.channel_units import ChannelUnit
-from lightning_peft.skipping.build import build
-from lightning_peft.skipping.layers import SelectiveLayer
+from lightning_peft.skipping.build import build, producer_of
 from lightning_peft.skipping.predictor import ChannelPredictor, chosen
 
 
@@ -35,12 +34,10 @@ def choices_of(
     """
     network = build(dense, units, predictors, [unit.producer for unit in units], tokens)
     seen: dict[str, list[Tensor]] = {unit.producer: [] for unit in units}
-    for name, found in seen.items():
-        layer = network.get_submodule(name)
-        layer = layer[0] if isinstance(layer, nn.Sequential) else layer
-        assert isinstance(layer, SelectiveLayer)
-        assert layer.predictor is not None
-        layer.predictor.register_forward_hook(lambda module, args, logits, to=found: to.append(chosen(logits).flatten(0, -2)))
+    for unit in units:
+        found, predictor = seen[unit.producer], producer_of(network, unit).predictor
+        assert predictor is not None
+        predictor.register_forward_hook(lambda module, args, logits, to=found: to.append(chosen(logits).flatten(0, -2)))
     for sample in samples:
         network(sample)
     return {name: torch.cat(found) for name, found in seen.items()}

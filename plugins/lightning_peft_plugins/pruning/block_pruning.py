@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -115,12 +115,7 @@ class BlockPruning(Method):
             self._forget()
         if not self.lists:
             self.lists = lists_to_prune(run.module, run.network_name, self.targets, self.exclude)
-        total, epoch = run.total_steps, run.steps_per_epoch
-        amounts, every = self.schedule.resolve(total, epoch), max(1, self.every.resolve(total, epoch))
-        first = max(every, amounts.start)
-        # The last cut must leave a step to train, or nothing would follow it.
-        last = max(first, min(amounts.end, total - 1))
-        self.timeline = Timeline(replace(amounts, start=first, end=last), every)
+        self.timeline = Timeline.of_cuts(self.schedule, self.every, run, watched=True)
 
     def _in_training(self) -> bool:
         # A network fine-tuned in eval mode is watched; what a callback calls in eval mode between two steps is not.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, Literal, get_args
 
 import torch
@@ -134,12 +134,7 @@ class StructuredPruning(Method):
         torch_pruning()  # its absence must show before the training, not at the first cut
         if not self.restored:
             self._forget()
-        total, epoch = run.total_steps, run.steps_per_epoch
-        amounts, every = self.schedule.resolve(total, epoch), max(1, self.every.resolve(total, epoch))
-        first = max(every if self.score.reads else 1, amounts.start)
-        # The last cut must leave a step to train, or nothing would follow it.
-        last = max(first, min(amounts.end, total - 1))
-        self.timeline = Timeline(replace(amounts, start=first, end=last), every)
+        self.timeline = Timeline.of_cuts(self.schedule, self.every, run, watched=bool(self.score.reads))
         self._allowed(run)
         if self._example is None:
             self._shim = Shim(run.network, forward_attribute(run.network), self._recorder(run)).install()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lightning_peft.compose.schedule import ResolvedSchedule
+from lightning_peft.compose.run import Run
+from lightning_peft.compose.schedule import Point, ResolvedSchedule, Schedule
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,23 @@ class Timeline:
 
     amounts: ResolvedSchedule
     every: int
+
+    @classmethod
+    def of_cuts(cls, schedule: Schedule, every: Point, run: Run, *, watched: bool) -> Timeline:
+        """Place the cuts of a network in a training, which goes on after the last of them.
+
+        Args:
+            schedule: Amounts.
+            every: Length between cuts.
+            run: The training.
+            watched: Whether the first cut waits until something was seen for ``every`` steps.
+        """
+        total, epoch = run.total_steps, run.steps_per_epoch
+        amounts, length = schedule.resolve(total, epoch), max(1, every.resolve(total, epoch))
+        first = max(length if watched else 1, amounts.start)
+        # The last cut must leave a step to train, or nothing would follow it.
+        last = max(first, min(amounts.end, total - 1))
+        return cls(replace(amounts, start=first, end=last), length)
 
     def due(self, step: int) -> bool:
         """Whether masks are chosen after so many steps.
