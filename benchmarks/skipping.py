@@ -5,15 +5,17 @@
     python benchmarks/skipping.py --clock --network resnet50 vgg16 --output docs/evidence/skipping
 
 ResNet-50 with its packaged ImageNet weights learns the grocery photos; VGG-16 learns a part of CIFAR-10 from nothing. The dense
-network is trained, then trained on twice for the same epochs: as it is, and with FTWT, so that what FTWT loses is not made up
-for by its longer training. Each stage is kept in `--work`, so that an interrupted run goes on where it stopped. `--clock` times
-what is trained, batch 1 on the CPU, with one and with two threads: run it when the machine does nothing else. The dense network
-has its norms folded and the faster memory layout, and takes turns with the skipping one.
+network is trained to the end, then trained on twice for the same epochs, both times taught by what it was: as it is, and with
+FTWT, so that what FTWT loses is not made up for by its longer training. Each stage is kept in `--work`, so that an interrupted
+run goes on where it stopped. `--clock` times what is trained, batch 1 on the CPU, with one and with two threads: run it when
+the machine does nothing else. The dense network has its norms folded and the faster memory layout, and takes turns with the
+skipping one.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ import lightning
 import torch
 from pruning_networks import keep_memory, spread, trainer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import lightning_peft
 from lightning_peft import FTWT, compare_deployments
@@ -43,8 +46,9 @@ class Setting:
     Attributes:
         epochs: Of the dense training.
         lr: Of the dense training.
-        more_epochs: Of the training after it, with FTWT or without.
-        more_lr: Of that training.
+        more_epochs: Of a second dense training, with the head at the others' learning rate; none where the first is enough.
+        after_epochs: Of the training after it, with FTWT or without.
+        after_lr: Of that training, and of the second dense one.
         mass: FTWT's share of activity.
         lr_scale: Learning rate of FTWT's predictors, as a multiple.
         exclude: Layers without a predictor: with few channels and large maps there is little to skip and much to look at.
@@ -53,24 +57,59 @@ class Setting:
     epochs: int
     lr: float
     more_epochs: int
-    more_lr: float
+    after_epochs: int
+    after_lr: float
     mass: float
     lr_scale: float
     exclude: tuple[str, ...] = ()
 
 
 SETTINGS = {
-    "resnet50": Setting(3, 2e-4, 8, 2e-4, 0.84, 20, ("first", r"re:layer1\.")),
-    "vgg16": Setting(10, 0.05, 3, 3e-4, 0.86, 20),
+    "resnet50": Setting(3, 2e-4, 8, 16, 2e-4, 0.84, 20, ("first", r"re:layer1\.")),
+    "vgg16": Setting(10, 0.05, 0, 6, 3e-4, 0.88, 20, ("first",)),
 }
 
 
-def build(name: str, lr: float, first: bool) -> Any:
-    """The LightningModule; its new head learns faster in the first training."""
+class Taught:
+    """A classifier that also learns from what another says of its images (Hinton et al., arXiv:1503.02531).
+
+    Attributes:
+        teacher: The other, a list so that its weights are not among the module's.
+    """
+
+    teacher: list[nn.Module]
+    share, temperature = 0.9, 2.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Cross-entropy of one batch, and divergence from the teacher."""
+        module: Any = self
+        images, labels = batch
+        logits = module(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=module.label_smoothing)
+        with torch.no_grad():
+            taught = self.teacher[0](images)
+        soft = (F.log_softmax(each.float() / self.temperature, 1) for each in (logits, taught))
+        apart = F.kl_div(*soft, reduction="batchmean", log_target=True) * self.temperature**2
+        return (1.0 - self.share) * loss + self.share * apart
+
+
+class TaughtTimm(Taught, TimmClassifier):
+    """A timm classifier that is taught."""
+
+
+class TaughtVGG(Taught, CIFAR10VGG):
+    """A VGG-16 that is taught."""
+
+
+def build(name: str, stage: str) -> Any:
+    """The LightningModule of a stage; a new head learns faster, and the last stages are taught."""
+    setting = SETTINGS[name]
+    lr, taught = setting.lr if stage == "dense" else setting.after_lr, stage in ("longer", "FTWT")
     if name == "vgg16":
         # From a trained network on AdamW, as the other: with SGD at 0.01 the masks came so suddenly that it never recovered.
-        return CIFAR10VGG(lr=lr) if first else CIFAR10VGG(optimizer="adamw", lr=lr, weight_decay=0.01)
-    return TimmClassifier(model=name, lr=lr, head_lr_scale=10 if first else 1, label_smoothing=0.1)
+        return TaughtVGG(optimizer="adamw", lr=lr, weight_decay=0.01) if taught else CIFAR10VGG(lr=lr)
+    settings: dict[str, Any] = {"model": name, "lr": lr, "label_smoothing": 0.1}
+    return TaughtTimm(**settings) if taught else TimmClassifier(head_lr_scale=10 if stage == "dense" else 1, **settings)
 
 
 def data_of(name: str, *, test: bool = False) -> Any:
@@ -115,15 +154,17 @@ def predicted(network: nn.Module, units: list[ChannelUnit], inputs: Tensor, mass
 
 
 def train(network: str, seed: int, stage: str, start: Path | None, path: Path) -> Path:
-    """Run one stage (``"dense"``, ``"more"``, ``"FTWT"``), unless that is done."""
+    """Run one stage (``"dense"``, ``"more"``, ``"longer"``, ``"FTWT"``), unless that is done."""
     if path.exists():
         return path
     setting, data, callbacks = SETTINGS[network], data_of(network), []
     lightning.seed_everything(seed)
-    module = build(network, setting.lr if start is None else setting.more_lr, start is None)
+    module = build(network, stage)
     notes: dict[str, Any] = {}
     if start is not None:
         module.load_state_dict(torch.load(start, weights_only=True)["state_dict"])
+        if isinstance(module, Taught):
+            module.teacher = [copy.deepcopy(module.model).eval().requires_grad_(False)]
     if stage == "FTWT":
         data.setup("fit")
         units = ftwt(network).units(module).values()
@@ -131,7 +172,8 @@ def train(network: str, seed: int, stage: str, start: Path | None, path: Path) -
         callbacks = [ftwt(network)]
     began = time.perf_counter()
     # bfloat16: many CPUs have units for it.
-    runner = trainer(setting.epochs if start is None else setting.more_epochs, callbacks, "bf16-mixed")
+    epochs = {"dense": setting.epochs, "more": setting.more_epochs}.get(stage, setting.after_epochs)
+    runner = trainer(epochs, callbacks, "bf16-mixed")
     runner.fit(module, data)
     runner.save_checkpoint(path)
     notes["seconds"] = time.perf_counter() - began
@@ -156,7 +198,9 @@ def samples_of(network: str) -> Tensor:
 def paths(network: str, seed: int, args: argparse.Namespace) -> dict[str, Path]:
     """Checkpoint of each stage."""
     first = seed if args.dense_seed is None else args.dense_seed
-    seeds = {"dense": first, "more": seed, "FTWT": seed}
+    seeds = {"dense": first, "more": first, "longer": seed, "FTWT": seed}
+    if not SETTINGS[network].more_epochs:
+        del seeds["more"]
     return {stage: args.work / f"{network}-{number}-{stage}.ckpt" for stage, number in seeds.items()}
 
 
@@ -164,6 +208,8 @@ def one(network: str, seed: int, args: argparse.Namespace) -> None:
     """All stages with one seed."""
     path = paths(network, seed, args)
     start = train(network, seed, "dense", None, path["dense"])
+    if "more" in path:
+        start = train(network, seed, "more", start, path["more"])
     for stage in args.stages:
         train(network, seed, stage, start, path[stage])
 
@@ -173,7 +219,7 @@ def clock(network: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Time what was trained with a seed."""
     path = paths(network, seed, args)
     notes = {stage: json.loads(file.with_suffix(".json").read_text()) for stage, file in path.items() if file.exists()}
-    module = lightning_peft.load_from_checkpoint(type(build(network, 0.1, False)), path["FTWT"])
+    module = lightning_peft.load_from_checkpoint(type(build(network, "FTWT")), path["FTWT"])
     samples = samples_of(network)
     found: dict[str, Any] = {"network": network, "seed": seed, **notes, "threads": {}}
     for threads in (1, 2):
@@ -234,7 +280,7 @@ def main() -> None:
     parser.add_argument("--network", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--dense-seed", type=int, help="one dense network for all seeds, to save time")
-    parser.add_argument("--stages", nargs="+", choices=["FTWT", "more"], default=["FTWT", "more"])
+    parser.add_argument("--stages", nargs="+", choices=["FTWT", "longer"], default=["FTWT", "longer"])
     parser.add_argument("--work", type=Path, default=Path("skipping"))
     parser.add_argument("--clock", action="store_true", help="time what is trained")
     parser.add_argument("--report", action="store_true", help="with --clock: write a report of each seed into --work")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.skipping.layers import SelectiveFilter, SelectiveLayer, Way
 from lightning_peft.skipping.selection import Selection, spread
@@ -21,8 +23,9 @@ _ROUNDS = 2
 def calibrate_layers(network: nn.Module, samples: Sequence[Tensor]) -> dict[Selection, float]:
     """Give every selective layer the way that was fastest on real inputs, in place, and say what each unit saves.
 
-    All ways of a layer are timed one after another on the input at hand, with the channels it needs, so a slow moment of the
-    machine hits them alike. Sizes a kernel has not seen yet cost what they will cost later: each sample is timed once a round.
+    A way is timed where the layer stands: the whole network computes a sample with every layer in one of its ways, then in the
+    next. Timed one after another on the same layer, a way would find in the cache what the one before left there, or nothing of
+    its own, and layers that are bound by reading their weight would be judged wrongly.
 
     Args:
         network: A network with selective layers.
@@ -31,19 +34,10 @@ def calibrate_layers(network: nn.Module, samples: Sequence[Tensor]) -> dict[Sele
     Returns:
         Seconds that selecting its channels saves a unit for one sample, predictor included; negative where it does not pay.
     """
-    probe = _Probe()
-    handles = [
-        layer.register_forward_pre_hook(probe.time_layer if isinstance(layer, SelectiveLayer) else probe.time_filter)
-        for layer in network.modules()
-        if isinstance(layer, SelectiveLayer | SelectiveFilter)
-    ]
-    try:
-        for _ in range(_ROUNDS):
-            for sample in samples:
-                network(sample)
-    finally:
-        for handle in handles:
-            handle.remove()
+    probe = _Probe(network)
+    for _ in range(_ROUNDS):
+        probe.time_ways(samples)
+    probe.time_others(samples)
     gains = probe.finish()
     _round_where_needed(network)
     return gains
@@ -60,7 +54,7 @@ def _round_where_needed(network: nn.Module) -> None:
             for selection, gathered in ((layer.writes, layer.way.rows), (layer.reads, layer.way.columns)):
                 if selection is not None:
                     selections.add(selection)
-                    if gathered and not layer.way.product:
+                    if gathered and not (layer.way.product or layer.way.native):
                         sized.add(selection)
     for selection in selections - sized:
         selection.step = 1
@@ -69,46 +63,81 @@ def _round_where_needed(network: nn.Module) -> None:
 class _Probe:
     """Times of every layer: as it is in each way, with all outputs, with all inputs."""
 
-    def __init__(self) -> None:
-        self._ways: dict[SelectiveLayer, dict[Way, list[float]]] = defaultdict(lambda: defaultdict(list))
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self._layers = [layer for layer in network.modules() if isinstance(layer, SelectiveLayer)]
+        self._filters = [layer for layer in network.modules() if isinstance(layer, SelectiveFilter)]
+        self._ways: dict[SelectiveLayer, dict[Way, list[float]]] = {
+            layer: {way: [] for way in layer.ways()} for layer in self._layers
+        }
+        self._now: dict[SelectiveLayer, list[float]] = defaultdict(list)
         self._gain: dict[tuple[Selection, nn.Module], list[float]] = defaultdict(list)
         self._less_rows: dict[SelectiveLayer, dict[Way, list[float]]] = defaultdict(lambda: defaultdict(list))
         self._less_columns: dict[SelectiveLayer, dict[Way, list[float]]] = defaultdict(lambda: defaultdict(list))
 
-    def time_layer(self, layer: SelectiveLayer, args: tuple[Any, ...]) -> None:
+    def time_ways(self, samples: Sequence[Tensor]) -> None:
+        """Compute every sample with every layer in each of its ways."""
+        start = 0.0
+
+        def begin(layer: nn.Module, args: Any) -> None:
+            nonlocal start
+            start = time.perf_counter()
+
+        def end(layer: Any, args: Any, output: Tensor) -> None:
+            self._ways[layer][layer.way].append(_since(start, output))
+
+        handles = [layer.register_forward_pre_hook(begin) for layer in self._layers]
+        handles += [layer.register_forward_hook(end) for layer in self._layers]
+        with _hooks(handles):
+            for i in range(max(map(len, self._ways.values()), default=0)):
+                for layer, ways in self._ways.items():
+                    layer.way = list(ways)[i % len(ways)]
+                for sample in samples:
+                    self._network(sample)
+
+    def time_others(self, samples: Sequence[Tensor]) -> None:
+        """Compute every sample in the fastest ways, and time beside it what layers would take with all channels."""
+        for layer, times in self._ways.items():
+            layer.way = _fastest(times)
+        handles = [layer.register_forward_pre_hook(self._time_layer) for layer in self._layers]
+        handles += [layer.register_forward_pre_hook(self._time_filter) for layer in self._filters]
+        with _hooks(handles):
+            for sample in samples:
+                self._network(sample)
+
+    def _time_layer(self, layer: Any, args: tuple[Any, ...]) -> None:
         inputs, reads, writes = args[0], layer.reads, layer.writes
         if layer.predictor is not None and writes is not None:
             start = time.perf_counter()
-            writes.choose(layer.predictor(inputs, layer.seen), dense=layer.dense)
+            layer.choose(inputs)
             self._gain[writes, layer.predictor].append(start - time.perf_counter())
-        self._time_ways(layer, inputs, self._ways[layer])
+        self._now[layer].append(_seconds(lambda: layer.compute(inputs, layer.way)))
         if writes is not None:
             layer.writes = None
-            self._time_ways(layer, inputs, self._less_rows[layer])
+            self._time_all(layer, inputs, self._less_rows[layer])
             layer.writes = writes
         if reads is not None:
             whole = inputs if reads.index is None else spread(inputs, reads, 1 if layer.convolution else -1)
             layer.reads = None
-            self._time_ways(layer, whole, self._less_columns[layer])
+            self._time_all(layer, whole, self._less_columns[layer])
             layer.reads = reads
 
-    def time_filter(self, layer: SelectiveFilter, args: tuple[Any, ...]) -> None:
+    def _time_filter(self, layer: Any, args: tuple[Any, ...]) -> None:
         inputs, selection = args[0], layer.selection
         now = _seconds(lambda: layer.compute(inputs, selection))
         if selection.index is not None:
             whole = spread(inputs, selection, 1)
             self._gain[selection, layer].append(_seconds(lambda: layer.compute(whole, Selection(selection.channels, 1))) - now)
 
-    def _time_ways(self, layer: SelectiveLayer, inputs: Tensor, times: Mapping[Way, list[float]]) -> None:
+    def _time_all(self, layer: SelectiveLayer, inputs: Tensor, times: dict[Way, list[float]]) -> None:
         for way in layer.ways():
             times[way].append(_seconds(lambda way=way: layer.compute(inputs, way)))  # type: ignore[misc]
 
     def finish(self) -> dict[Selection, float]:
-        """Choose the ways, and add up what each unit saves."""
-        for layer, times in self._ways.items():
-            way = _fastest(times)
-            layer.settle(way)
-            now = statistics.median(times[way])
+        """Settle the ways, and add up what each unit saves."""
+        for layer in self._layers:
+            layer.settle(_fastest(self._ways[layer]))
+            now = statistics.median(self._now[layer])
             for selection, others in ((layer.writes, self._less_rows[layer]), (layer.reads, self._less_columns[layer])):
                 if selection is not None:
                     self._gain[selection, layer].append(statistics.median(others[_fastest(others)]) - now)
@@ -118,13 +147,25 @@ class _Probe:
         return dict(total)
 
 
+@contextlib.contextmanager
+def _hooks(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _fastest(times: Mapping[Way, list[float]]) -> Way:
     return min(times, key=lambda way: statistics.median(times[way]))
 
 
 def _seconds(function: Callable[[], Tensor]) -> float:
     start = time.perf_counter()
-    output = function()
+    return _since(start, function())
+
+
+def _since(start: float, output: Tensor) -> float:
     if output.is_cuda:
         torch.cuda.synchronize(output.device)
     return time.perf_counter() - start

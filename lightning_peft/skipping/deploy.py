@@ -17,6 +17,7 @@ from lightning_peft.skipping.calibrate import calibrate_layers
 from lightning_peft.skipping.clock import Paired, paired_times
 from lightning_peft.skipping.fold import fold_norms
 from lightning_peft.skipping.layers import SelectiveLayer
+from lightning_peft.skipping.native import missing
 from lightning_peft.skipping.predictor import ChannelPredictor
 from lightning_peft.skipping.prove import masked_outputs, masked_units
 from lightning_peft.skipping.selection import Selection
@@ -32,7 +33,8 @@ class Deployed:
     """A network that computes what each input needs, and what that is worth.
 
     Attributes:
-        network: The network: an ordinary module whose layers keep their names; it needs neither a Trainer nor the method.
+        network: The network: an ordinary module whose layers keep their names; it needs neither a Trainer nor the method. Its
+            parameters are frozen.
         dense: The same network with every channel computed and none masked, norms folded, in the faster memory layout.
         flops: Operations for one sample that the network really executes, averaged over the calibration inputs, as a share
             of the dense network's.
@@ -41,6 +43,7 @@ class Deployed:
         dropped: Units whose predictor cost more time than it saved, so that they compute what any of the inputs chose.
         fixed: Units that compute the same channels for every input, because they nearly always chose the same.
         ways: How each layer computes.
+        kernels: Why there are no compiled kernels for layers to use on the CPU; empty when there are.
     """
 
     network: nn.Module
@@ -51,6 +54,7 @@ class Deployed:
     dropped: list[str] = field(default_factory=list)
     fixed: list[str] = field(default_factory=list)
     ways: dict[str, str] = field(default_factory=dict)
+    kernels: str = ""
 
     @property
     def speedup(self) -> float:
@@ -63,7 +67,7 @@ class Deployed:
             f"{self.flops:.1%} of the dense operations: {possible:.2f}x if time followed them, {achieved:.2f}x measured "
             f"({self.times.low:.2f} to {self.times.high:.2f}), {self.times.first * 1e3:.2f} ms dense, "
             f"{self.times.second * 1e3:.2f} ms skipping, {len(self.masked)} units masked only, {len(self.fixed)} fixed, "
-            f"{len(self.dropped)} dropped"
+            f"{len(self.dropped)} dropped{f'; no compiled kernels: {self.kernels}' if self.kernels else ''}"
         )
 
 
@@ -121,11 +125,12 @@ def deploy(
             fixed |= {name: choices[name].any(0).nonzero().flatten() for name in dropped}
             units = [unit for unit in units if len(fixed.get(unit.producer, ())) < unit.channels]
             skipping, _ = _calibrated(build(dense, units, predictors, masked, tokens, fixed), samples)
+    skipping.requires_grad_(False)  # the kernels know no gradients
     flops = _flops(skipping, samples) / max(_flops(dense, samples), 1)
     dense = in_fastest_layout(dense, samples[0])
     times = paired_times(dense, skipping, samples)
     ways = {name: str(layer.way) for name, layer in skipping.named_modules() if isinstance(layer, SelectiveLayer)}
-    return Deployed(skipping, dense, flops, times, masked, dropped, steady, ways)
+    return Deployed(skipping, dense, flops, times, masked, dropped, steady, ways, missing())
 
 
 def _calibrated(network: nn.Module, samples: Sequence[Tensor]) -> tuple[nn.Module, dict[Selection, float]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.attach.layers import is_conv
+from lightning_peft.skipping.native import Geometry, Part, kernels, usable
 from lightning_peft.skipping.selection import Selection, UnitPredictor, in_layout, spread
 
 
@@ -23,15 +24,18 @@ class Way:
         rows: Gather the weight's rows; otherwise all outputs are computed and the selected ones taken.
         columns: Gather the weight's columns; otherwise inputs are put back among zeros.
         product: Multiply matrices instead of calling the convolution kernel, which prepares itself anew for each new size.
+        native: Let a compiled kernel read the rows and columns where they are, instead of copying them; without one, or for
+            tensors it does not take, PyTorch computes as the other fields say.
     """
 
     rows: bool = True
     columns: bool = True
     product: bool = False
+    native: bool = False
 
     def __str__(self) -> str:
         sides = [name for name, used in (("rows", self.rows), ("columns", self.columns)) if used]
-        return f"{'+'.join(sides) or 'dense'}{' by product' if self.product else ''}"
+        return f"{'+'.join(sides) or 'dense'}{' by kernel' if self.native else ' by product' if self.product else ''}"
 
 
 class SelectiveLayer(nn.Module):
@@ -65,9 +69,12 @@ class SelectiveLayer(nn.Module):
             self.weight = _kept(self.weight, 0, writes.index)
             self.bias = None if self.bias is None else _kept(self.bias, 0, writes.index)
             writes = predictor = None
-        # Columns of a matrix are gathered as rows of its transpose, in long runs.
-        pointwise = reads is not None and self._can_multiply() and self.weight[0, 0].numel() == 1
-        self.register_buffer("transposed", self.weight.detach().flatten(1).t().contiguous() if pointwise else None, False)
+        # Columns of a matrix are gathered as rows of its transpose, in long runs: (places of the filter, inputs, outputs).
+        self._geometry = self._find_geometry()
+        pointwise = reads is not None and self.convolution and self._can_multiply() and self.weight[0, 0].numel() == 1
+        transposes = pointwise or (self._geometry is not None and kernels() is not None)
+        transposed = self.weight.detach().flatten(2 if self.convolution else 1).reshape(*self.weight.shape[:2], -1)
+        self.register_buffer("transposed", transposed.permute(2, 1, 0).contiguous() if transposes else None, False)
         self.reads, self.writes, self.predictor = reads, writes, predictor
         self.way = Way()
         self.channels_last = False
@@ -79,28 +86,45 @@ class SelectiveLayer(nn.Module):
         products = (False, True) if self._can_multiply() else (False,)
         for rows, columns, product in itertools.product((True, False)[: 1 + writes], (True, False)[: 1 + reads], products):
             yield Way(rows and writes, columns and reads, product)
+        if self._geometry is not None and kernels() is not None and (self.channels_last or not self.convolution):
+            yield Way(writes, reads, products[-1], native=True)
 
     def settle(self, way: Way) -> None:
         """Compute in one way from now on, and free what only others need."""
         self.way = way
-        if way.rows or not way.columns or not way.product:
+        if not way.native and (way.rows or not way.columns or not way.product):
             self.transposed = None
+        if self.channels_last and self.weight.ndim == 4 and not (way.rows or way.columns or way.product or way.native):
+            self.weight = nn.Parameter(self.weight.detach().contiguous(memory_format=torch.channels_last), requires_grad=False)
 
     def _can_multiply(self) -> bool:
         layer = self._shell.layer
         plain = type(layer).forward is nn.Conv2d.forward and layer.padding_mode == "zeros"
         return plain and not isinstance(layer.padding, str)
 
+    def _find_geometry(self) -> Geometry | None:
+        """Where the filter goes, of a layer the kernels can compute."""
+        layer = self._shell.layer
+        if self.convolution and self._can_multiply() and layer.groups == 1:
+            return Geometry(tuple(self.weight.shape[2:]), layer.stride, layer.padding, layer.dilation)  # type: ignore[arg-type]
+        return Geometry((1, 1), (1, 1), (0, 0), (1, 1)) if type(layer).forward is nn.Linear.forward else None
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Choose, gather and compute."""
-        if self.predictor is not None and self.writes is not None:
-            self.writes.choose(self.predictor(inputs, self.seen), dense=self.dense)
+        inputs = in_layout(inputs, self.channels_last)
+        self.choose(inputs)
         return self.compute(inputs, self.way)
 
+    def choose(self, inputs: Tensor) -> None:
+        """Choose the outputs that these inputs need, where that is this layer's to choose."""
+        if self.predictor is not None and self.writes is not None:
+            self.predictor.choose(inputs, self.seen, self.writes, dense=self.dense)
+
     def compute(self, inputs: Tensor, way: Way) -> Tensor:
-        """Compute the selected channels in one of :meth:`ways`."""
+        """Compute the selected channels in one of :meth:`ways`, of inputs in the network's memory layout."""
         dim = 1 if self.convolution else -1
-        inputs = in_layout(inputs, self.channels_last)
+        if way.native and usable(inputs, self.weight):
+            return self._by_kernel(inputs)
         weight, bias = self.weight, self.bias
         rows = None if self.writes is None else self.writes.index
         columns = None if self.reads is None else self.reads.index
@@ -113,8 +137,8 @@ class SelectiveLayer(nn.Module):
                 weight = _rows(weight, self.writes)
         if columns is not None:
             assert self.reads is not None
-            if way.columns and way.product and not way.rows and self.transposed is not None:
-                weight = self.transposed.index_select(0, columns).t()
+            if way.columns and way.product and not way.rows and self.transposed is not None and len(self.transposed) == 1:
+                weight = self.transposed[0].index_select(0, columns).t()
                 weight = weight.view(*weight.shape, *[1] * (self.weight.ndim - 2))
             elif way.columns:
                 weight = weight.index_select(1, columns)
@@ -126,6 +150,20 @@ class SelectiveLayer(nn.Module):
             output = output.index_select(dim, rows)
             output.narrow(dim, self.writes.count, len(rows) - self.writes.count).zero_()
         return in_layout(output, self.channels_last)
+
+    def _by_kernel(self, inputs: Tensor) -> Tensor:
+        compiled = kernels()
+        assert compiled is not None
+        assert self.transposed is not None
+        assert self._geometry is not None
+        _, every_input, every_output = self.transposed.shape
+        columns = Part(every_input, every_input) if self.reads is None else self.reads.part
+        rows = Part(every_output, every_output) if self.writes is None else self.writes.part
+        if self.convolution:
+            return compiled.convolve(inputs, self.transposed, self.bias, self._geometry, columns, rows)
+        places = inputs.contiguous().view(1, 1, -1, inputs.shape[-1]).permute(0, 3, 1, 2)
+        output = compiled.convolve(places, self.transposed, self.bias, self._geometry, columns, rows)
+        return output.permute(0, 2, 3, 1).view(*inputs.shape[:-1], rows.width)
 
     def _multiply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve in two dimensions as a product with the unfolded input."""

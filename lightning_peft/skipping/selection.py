@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.skipping.native import Part, kernels, usable
 from lightning_peft.skipping.predictor import ChannelPredictor, channel_means, chosen, normalised
 
 
@@ -58,15 +59,28 @@ class Selection:
         """The same for one sample on the CPU, where a call of NumPy costs a tenth of one of PyTorch."""
         values = logits.detach().numpy().reshape(-1)
         active = np.flatnonzero(values > 0)
-        if not len(active):
-            active = np.argmax(values, keepdims=True)
-        size = self._rounded(len(active))
+        self.accept(torch.from_numpy(active if len(active) else np.argmax(values, keepdims=True)), logits)
+
+    def accept(self, active: Tensor, logits: Tensor) -> None:
+        """Take over what was chosen for one sample.
+
+        Args:
+            active: Positions of the channels, ascending.
+            logits: What the predictor said of all, shape ``(..., channels)``.
+        """
+        count = active.shape[0]
+        size = self._rounded(count)
         if size == self.channels:
-            self.index, self.count, self.mask = None, self.channels, chosen(logits)
+            self.index, self.count, self.mask = None, self.channels, None if count == size else chosen(logits)
             return
-        index = np.zeros(size, np.int64)
-        index[: len(active)] = active
-        self.index, self.count, self.mask = torch.from_numpy(index), len(active), None
+        self.index, self.count, self.mask = active, count, None
+        if size > count:
+            self.index = nn.functional.pad(active, (0, size - count))
+
+    @property
+    def part(self) -> Part:
+        """The channels at hand, as the kernels want to know them."""
+        return Part(self.count, self.channels if self.index is None else self.index.shape[0], self.index)
 
     def _rounded(self, count: int) -> int:
         return min(-(-count // self.step) * self.step, self.channels)
@@ -83,12 +97,44 @@ class UnitPredictor(nn.Module):
 
     weight: Tensor
     bias: Tensor
+    by_input: Tensor | None
+    sums: Tensor | None
 
     def __init__(self, predictor: ChannelPredictor, *, convolution: bool, tokens: bool) -> None:
         super().__init__()
         self.convolution, self.tokens, self.normalise = convolution, tokens, predictor.normalise
         self.register_buffer("weight", predictor.weight.detach().float())
         self.register_buffer("bias", predictor.bias.detach().float())
+        # For the kernels, which read the rows of the inputs that are there.
+        self.register_buffer("by_input", self.weight.t().contiguous() if kernels() and not tokens else None, False)
+        self.register_buffer("sums", self.weight.sum(1) if kernels() and not tokens else None, False)
+
+    def choose(self, inputs: Tensor, reads: Selection | None, writes: Selection, *, dense: bool) -> None:
+        """Choose a unit's channels from inputs whose channels are those of a selection, or all.
+
+        Args:
+            inputs: Of the unit.
+            reads: Channels the inputs have; ``None`` for all.
+            writes: Where to put the choice.
+            dense: Every channel will be computed and masked all the same.
+        """
+        if dense or not self._native(inputs):
+            writes.choose(self(inputs, reads), dense=dense)
+            return
+        compiled = kernels()
+        assert compiled is not None
+        assert self.by_input is not None
+        assert self.sums is not None
+        part = Part(inputs.shape[1 if self.convolution else -1], 0) if reads is None else reads.part
+        maps = inputs if self.convolution else inputs.reshape(1, 1, -1, inputs.shape[-1]).permute(0, 3, 1, 2)
+        standard = self.normalise == "standard"
+        writes.accept(*compiled.choose(maps, part, self.by_input, self.sums, self.bias, standard=standard))
+
+    def _native(self, inputs: Tensor) -> bool:
+        """Whether a kernel can choose for these inputs: one sample whose channels lie side by side."""
+        if self.by_input is None or inputs.shape[0] > 1 or not usable(inputs, self.weight):
+            return False
+        return inputs.is_contiguous(memory_format=memory_format(inputs.ndim == 4))
 
     def forward(self, inputs: Tensor, reads: Selection | None) -> Tensor:
         """Predict from inputs whose channels are those of a selection, or all."""
