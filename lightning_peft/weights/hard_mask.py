@@ -7,29 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+def mask_factor(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a boolean mask into ones and zeros of a type.
 
-def mask_words(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn a boolean mask into words of ones and zeros, as wide as a number of that type.
-
-    ATen's CPU kernels are not vectorised for boolean masks; an and of words is, and costs as much as a product, at the same
-    memory as a mask of floats. It lasts as long as the mask does.
+    ATen's CPU kernels are not vectorised for boolean masks; a product is, and autograd takes it back without Python. It costs
+    the memory of another weight, as long as the mask lasts.
 
     Example:
-        >>> mask_words(torch.tensor([True, False]), torch.float32)
-        tensor([-1,  0], dtype=torch.int32)
+        >>> mask_factor(torch.tensor([True, False]), torch.float32)
+        tensor([1., 0.])
     """
-    return mask.to(_WORDS[dtype.itemsize]).neg_()
+    return mask.to(dtype)
 
 
-def hard_mask(weight: Tensor, mask: Tensor, words: Tensor | None = None, *, regrow: bool = False) -> Tensor:
+def hard_mask(weight: Tensor, mask: Tensor, factor: Tensor | None = None, *, regrow: bool = False) -> Tensor:
     """Set pruned weights to zero.
 
     Args:
         weight: Dense weight, floating point.
         mask: Boolean, of the weight's shape, ``True`` = kept.
-        words: :func:`mask_words` of it, where that is faster; not used in a compiled step.
+        factor: :func:`mask_factor` of it, where that is faster: pruned weights must be finite then; not used in a compiled
+            step.
         regrow: Let the gradient through to pruned weights.
 
     Returns:
@@ -40,15 +39,16 @@ def hard_mask(weight: Tensor, mask: Tensor, words: Tensor | None = None, *, regr
         >>> hard_mask(weight, torch.tensor([True, False])).sum().backward(); weight.grad
         tensor([1., 0.])
     """
-    use = words if words is not None and not torch.compiler.is_compiling() else mask
-    masked: Tensor = _HardMask.apply(weight, use, regrow)
+    if factor is not None and not torch.compiler.is_compiling():
+        if not regrow:
+            return weight * factor
+        mask = factor
+    masked: Tensor = _HardMask.apply(weight, mask, regrow)
     return masked
 
 
 def _keep(values: Tensor, mask: Tensor) -> Tensor:
-    if mask.dtype is torch.bool:
-        return torch.where(mask, values, 0.0)
-    return mask.bitwise_and(values.view(mask.dtype)).view(values.dtype)
+    return torch.where(mask, values, 0.0) if mask.dtype is torch.bool else values * mask
 
 
 class _HardMask(torch.autograd.Function):

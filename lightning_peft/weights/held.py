@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.weights.hard_mask import mask_words
+from lightning_peft.weights.hard_mask import mask_factor
 from lightning_peft.weights.maps import WeightMap
 
 
@@ -21,11 +21,11 @@ class HeldMask(WeightMap):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.held = torch.empty(0, dtype=torch.bool)
-        self._words: Tensor | None = None
+        self._factor: Tensor | None = None
 
     def hold(self, mask: Tensor) -> None:
         """Keep a mask from now on."""
-        self._words = None
+        self._factor = None
         if self.held.shape == mask.shape:
             self.held.copy_(mask)  # the same tensor, so that a compiled step stays valid
         else:
@@ -39,14 +39,14 @@ class HeldMask(WeightMap):
         """Apply the mask for good, whatever is in force; before there is one, what the map is without."""
         return torch.where(self.held, weight, 0.0) if self.holds(weight) else super().bake(weight)
 
-    def words(self, weight: Tensor) -> Tensor | None:
-        """The mask as :func:`~lightning_peft.weights.hard_mask.mask_words` for this weight, where they are faster."""
+    def factor(self, weight: Tensor) -> Tensor | None:
+        """The mask as :func:`~lightning_peft.weights.hard_mask.mask_factor` for this weight, where that is faster."""
         if weight.device.type != "cpu" or torch.compiler.is_compiling():
             return None
-        if self._words is None or self._words.element_size() != weight.element_size():
-            with torch.inference_mode(False):  # a first use in validation must not spoil them for training
-                self._words = mask_words(self.held, weight.dtype)
-        return self._words
+        if self._factor is None or self._factor.dtype is not weight.dtype:
+            with torch.inference_mode(False):  # a first use in validation must not spoil it for training
+                self._factor = mask_factor(self.held, weight.dtype)
+        return self._factor
 
     def get_extra_state(self) -> Tensor:
         return self.held
@@ -54,4 +54,4 @@ class HeldMask(WeightMap):
     def set_extra_state(self, state: Tensor) -> None:
         if not isinstance(state, Tensor) or state.dtype != torch.bool:
             raise ValueError("the saved mask is not a boolean tensor")
-        self.held, self._words = state.to(self.held.device).clone(), None
+        self.held, self._factor = state.to(self.held.device).clone(), None

@@ -38,4 +38,4 @@ class MaskMap(HeldMask):
     def forward(self, weight: Tensor) -> Tensor:
         if not self.rule.masked or not self.holds(weight):
             return weight
-        return hard_mask(weight, self.held, self.words(weight), regrow=self.rule.regrow)
+        return hard_mask(weight, self.held, self.factor(weight), regrow=self.rule.regrow)
