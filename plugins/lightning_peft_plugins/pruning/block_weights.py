@@ -1,4 +1,4 @@
-"""Scores of a block that sum over its weights (Kim et al., Shortened LLaMA, 2024, arXiv 2402.02834, section 3)."""
+"""Scores of a block that sum over its weights (Kim et al., Shortened LLaMA, 2024, arXiv 2402.02834)."""
 
 from __future__ import annotations
 
