@@ -30,9 +30,6 @@ from torch.nn import functional as F
 
 import lightning_peft
 from lightning_peft import FTWT, compare_deployments
-from lightning_peft.attach.channel_units import ChannelUnit
-from lightning_peft.functional import active_channels
-from lightning_peft.skipping.costs import LayerCosts, share_of_cost
 from lightning_peft_recipes.cifar10 import CIFAR10DataModule
 from lightning_peft_recipes.cifar10_vgg import CIFAR10VGG
 from lightning_peft_recipes.groceries import GroceriesDataModule
@@ -130,29 +127,6 @@ def ftwt(network: str) -> FTWT:
     return FTWT(setting.mass, lr_scale=setting.lr_scale, cooldown="60%", **settings)
 
 
-@torch.no_grad()
-def predicted(network: nn.Module, units: list[ChannelUnit], inputs: Tensor, mass: float) -> float:
-    """Share of operations a dense network would need if every unit computed exactly the channels of a mass."""
-    share: dict[str, Tensor] = {}
-
-    def look(unit: ChannelUnit) -> Any:
-        def see(layer: nn.Module, args: Any, output: Tensor) -> None:
-            for activation in unit.activations:
-                output = activation(output)
-            share[unit.producer] = active_channels(output.flatten(2).abs().amax(2), mass).float().mean(1)
-
-        return see
-
-    handles = [network.get_submodule(unit.gate).register_forward_hook(look(unit)) for unit in units]
-    costs = LayerCosts()
-    costs.open(network)
-    network.eval()(inputs)
-    costs.close()
-    for handle in handles:
-        handle.remove()
-    return float(share_of_cost(costs.of, units, share).mean())
-
-
 def train(network: str, seed: int, stage: str, start: Path | None, path: Path) -> Path:
     """Run one stage (``"dense"``, ``"more"``, ``"longer"``, ``"FTWT"``), unless that is done."""
     if path.exists():
@@ -166,9 +140,6 @@ def train(network: str, seed: int, stage: str, start: Path | None, path: Path) -
         if isinstance(module, Taught):
             module.teacher = [copy.deepcopy(module.model).eval().requires_grad_(False)]
     if stage == "FTWT":
-        data.setup("fit")
-        units = ftwt(network).units(module).values()
-        notes["predicted"] = predicted(module.model, list(units), next(iter(data.train_dataloader()))[0], setting.mass)
         callbacks = [ftwt(network)]
     began = time.perf_counter()
     # bfloat16: many CPUs have units for it.
@@ -178,6 +149,7 @@ def train(network: str, seed: int, stage: str, start: Path | None, path: Path) -
     runner.save_checkpoint(path)
     notes["seconds"] = time.perf_counter() - began
     if callbacks:
+        notes["predicted"] = callbacks[0].predicted
         # Proved to compute what the trained network computes with its predictors' masks.
         module.model = callbacks[0].deploy(module, samples_of(network), calibrate=False).network
     tester = trainer(1, [], "32-true" if callbacks else "bf16-mixed")  # in half precision a predictor may decide otherwise

@@ -81,9 +81,9 @@ def _release(module: LightningModule, change: Change) -> None:
     for part in (module, *change.removed.values()):
         for parameter in part.parameters():
             parameter.grad = None  # of shapes, and in DDP in buckets, that are gone
-    kept = set(map(id, module.parameters()))
+    gone = set(map(id, _gone_parameters(module, change)))
     for block in change.removed.values():
-        if all(id(parameter) not in kept for parameter in block.parameters()):
+        if all(id(parameter) in gone for parameter in block.parameters()):
             block.to("cpu")
 
 

@@ -61,6 +61,9 @@ class FTWT(Method):
         network: Qualified name of the network when the module has several candidates.
         name: Name in logs and checkpoints.
 
+    Attributes:
+        predicted: Share of a dense network's operations that the first batch would need; ``None`` before the first step.
+
     Raises:
         MisconfigurationException: An argument out of range, or a network in which no unit is found.
 
@@ -109,6 +112,7 @@ class FTWT(Method):
         self._frozen_from: int | None = None
         self._costs = LayerCosts()
         self._last: dict[str, Prediction] = {}
+        self.predicted: float | None = None
 
     def units(self, module: nn.Module) -> dict[str, ChannelUnit]:
         """Return the units to gate, by the qualified name of the layer that computes their channels.
@@ -223,7 +227,7 @@ class FTWT(Method):
         return float(share_of_cost(self._costs.of, units, self._shares(run, field)).mean())
 
     def _announce(self, run: Run) -> None:
-        left = self._share_of_cost(run, "target")
+        self.predicted = left = self._share_of_cost(run, "target")
         rank_zero_info(
             f"{self.name}: keeping {self.mass:.0%} by {self.criterion}, the first batch would need {left:.1%} of the "
             f"operations ({sum(self._costs.of.values()) / 1e6:,.1f} MFLOPs a sample), {1 - left:.1%} fewer, once predictors "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -178,12 +177,7 @@ class MaskedPruning(Method):
 
     def start(self, run: Run) -> None:
         """Place the choices in this training, and make the first if it is due and needs no data."""
-        total, epoch = run.total_steps, run.steps_per_epoch
-        amounts, every = self.schedule.resolve(total, epoch), max(1, self.every.resolve(total, epoch))
-        if self.score.reads:
-            first = max(every, amounts.start)
-            amounts = replace(amounts, start=first, end=max(first, amounts.end))
-        self.timeline = Timeline(amounts, every)
+        self.timeline = Timeline.of_choices(self.schedule, self.every, run, watched=bool(self.score.reads))
         if self.rewind_to is not None:
             self._prepare_rewind(run)
         if self.score.reads:

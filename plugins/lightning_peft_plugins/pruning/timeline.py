@@ -21,21 +21,28 @@ class Timeline:
     every: int
 
     @classmethod
-    def of_cuts(cls, schedule: Schedule, every: Point, run: Run, *, watched: bool) -> Timeline:
-        """Place the cuts of a network in a training, which goes on after the last of them.
+    def of_choices(cls, schedule: Schedule, every: Point, run: Run, *, watched: bool) -> Timeline:
+        """Place the choices of masks in a training.
 
         Args:
             schedule: Amounts.
-            every: Length between cuts.
+            every: Length between choices.
             run: The training.
-            watched: Whether the first cut waits until something was seen for ``every`` steps.
+            watched: Whether the first choice waits until something was seen for ``every`` steps.
         """
         total, epoch = run.total_steps, run.steps_per_epoch
         amounts, length = schedule.resolve(total, epoch), max(1, every.resolve(total, epoch))
-        first = max(length if watched else 1, amounts.start)
+        first = max(length if watched else 0, amounts.start)
+        return cls(replace(amounts, start=first, end=max(first, amounts.end)), length)
+
+    @classmethod
+    def of_cuts(cls, schedule: Schedule, every: Point, run: Run, *, watched: bool) -> Timeline:
+        """Place the cuts of a network in a training, which goes on after the last of them; see :meth:`of_choices`."""
+        line = cls.of_choices(schedule, every, run, watched=watched)
+        first = max(1, line.amounts.start)
         # The last cut must leave a step to train, or nothing would follow it.
-        last = max(first, min(amounts.end, total - 1))
-        return cls(replace(amounts, start=first, end=last), length)
+        last = max(first, min(line.amounts.end, run.total_steps - 1))
+        return replace(line, amounts=replace(line.amounts, start=first, end=last))
 
     def due(self, step: int) -> bool:
         """Whether masks are chosen after so many steps.
