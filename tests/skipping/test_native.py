@@ -85,6 +85,7 @@ def test_convolves_as_pytorch_does(
     expected = F.conv2d(whole, weight, offset, stride, padding, dilation)
     given_ = whole if columns is None else F.pad(whole[:, columns], (0, 0, 0, 0, 0, extra))
     by_input = weight.flatten(2).permute(2, 1, 0).contiguous()
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         found = compiled().convolve(
@@ -96,7 +97,7 @@ def test_convolves_as_pytorch_does(
             taken(rows, channels[1], extra),
         )
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(before)
     if rows is not None:
         assert not found[:, len(rows) :].any()
         found, expected = found[:, : len(rows)], expected[:, rows]
