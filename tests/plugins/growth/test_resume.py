@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -133,7 +134,8 @@ def test_new_blocks_can_stay_plain(tmp_path: Path) -> None:
 def test_killed_in_the_middle_of_an_edit(tmp_path: Path) -> None:
     code = f"from growth_toys import train_killed; train_killed({str(tmp_path)!r}, at=6)"
     here = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=here)
+    alike = os.environ | {"OMP_NUM_THREADS": "1"}  # sums of as many threads as in this process
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=here, env=alike)
     assert done.returncode == -9, done.stderr[-2000:]
     assert [path.name for path in tmp_path.iterdir()] == ["epoch=0.ckpt"]
     resumed = grow([LayerGrowth(at="step:6", start=2)], seed=3, resume=tmp_path / "epoch=0.ckpt")
