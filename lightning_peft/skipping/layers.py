@@ -169,10 +169,8 @@ class SelectiveLayer(nn.Module):
         """Convolve in two dimensions as a product with the unfolded input."""
         layer, kernel = self._shell.layer, weight.shape[2:]
         stride, padding, dilation = layer.stride, layer.padding, layer.dilation
-        places = [
-            (size + 2 * pad - gap * (width - 1) - 1) // step + 1
-            for size, width, step, pad, gap in zip(inputs.shape[2:], kernel, stride, padding, dilation, strict=True)
-        ]
+        assert self._geometry is not None
+        places = self._geometry.places(*inputs.shape[2:])
         if kernel.numel() == 1 and not any(padding):
             inputs = inputs[:, :, :: stride[0], :: stride[1]]
             if self.channels_last:

@@ -106,8 +106,9 @@ class UnitPredictor(nn.Module):
         self.register_buffer("weight", predictor.weight.detach().float())
         self.register_buffer("bias", predictor.bias.detach().float())
         # For the kernels, which read the rows of the inputs that are there.
-        self.register_buffer("by_input", self.weight.t().contiguous() if kernels() and not tokens else None, False)
-        self.register_buffer("sums", self.weight.sum(1) if kernels() and not tokens else None, False)
+        native = kernels() is not None and not tokens
+        self.register_buffer("by_input", self.weight.t().contiguous() if native else None, False)
+        self.register_buffer("sums", self.weight.sum(1) if native else None, False)
 
     def choose(self, inputs: Tensor, reads: Selection | None, writes: Selection, *, dense: bool) -> None:
         """Choose a unit's channels from inputs whose channels are those of a selection, or all.
