@@ -41,6 +41,11 @@ BUDGETS: dict[str, list[Any]] = {
     "magnitude": [0.5, 0.75, 0.9],
 }
 ALL_BUDGETS = ("resnet",)  # other networks get the lightest and the heaviest, to save time
+TITLES = {
+    "resnet": "narrow ResNet-18, CIFAR-10, 32 px",
+    "mobilenet": "narrow MobileNetV2, CIFAR-10, 32 px",
+    "lite0": "EfficientNet-Lite0, photos, 128 px",
+}
 COLOURS = {"dense": "black", "FTWT": "C0", "structured": "C1", "N:M": "C2", "magnitude": "C3"}
 
 
@@ -149,7 +154,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
             axis.plot(*zip(*means, strict=True), "-s", color=colour, markersize=5, label=name)
             if name == "dense":
                 axis.axhline(means[0][1], color="black", linewidth=0.8, linestyle=":")
-        axis.set_title(network)
+        axis.set_title(TITLES[network], fontsize=11)
         axis.set_xlabel("time of one image, share of dense (measured)")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
