@@ -73,8 +73,8 @@ class SelectiveLayer(nn.Module):
         self._geometry = self._find_geometry()
         pointwise = reads is not None and self.convolution and self._can_multiply() and self.weight[0, 0].numel() == 1
         transposes = pointwise or (self._geometry is not None and kernels() is not None)
-        transposed = self.weight.detach().flatten(2 if self.convolution else 1).reshape(*self.weight.shape[:2], -1)
-        self.register_buffer("transposed", transposed.permute(2, 1, 0).contiguous() if transposes else None, False)
+        self.register_buffer("transposed", _transposed(self.weight) if transposes else None, False)
+        self.register_load_state_dict_post_hook(_follow_weight)  # type: ignore[no-untyped-call]
         self.reads, self.writes, self.predictor = reads, writes, predictor
         self.way = Way()
         self.channels_last = False
@@ -234,6 +234,18 @@ class _Shell:
         result: Tensor = self.layer.forward(inputs)
         own["weight"] = own["bias"] = None
         return result
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    """A weight as the kernels and gathered columns read it, shape ``(places of the filter, inputs, outputs)``."""
+    return weight.detach().reshape(*weight.shape[:2], -1).permute(2, 1, 0).contiguous()
+
+
+def _follow_weight(layer: nn.Module, incompatible: Any) -> None:
+    """Transpose a weight that was loaded."""
+    assert isinstance(layer, SelectiveLayer)
+    if layer.transposed is not None:
+        layer.transposed = _transposed(layer.weight)
 
 
 def _kept(value: Tensor, dim: int, index: Tensor) -> nn.Parameter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import socket
@@ -50,7 +51,7 @@ def run_ddp(
         if attempt < 2 and any(text in log.lower() for log in logs for text in _PORT_TAKEN):
             continue  # somebody took the port between our look and our use
         break
-    tails = "\n".join(f"--- rank {rank}, exit status {codes[rank]}\n{log[-3000:]}" for rank, log in enumerate(logs))
+    tails = "\n".join(f"--- rank {rank}, exit status {codes[rank]}\n{log[-6000:]}" for rank, log in enumerate(logs))
     raise RuntimeError(f"{function} failed in {processes} processes (time limit {timeout:.0f} s).\n{tails}")
 
 
@@ -78,10 +79,20 @@ def _launch(function: str, arguments: Mapping[str, Any], processes: int, timeout
         # One rank that failed leaves the others waiting for it: no need to wait with them.
         while any(p.poll() is None for p in started) and not any(p.poll() for p in started) and time.monotonic() < deadline:
             time.sleep(0.05)
+        if all(process.poll() is None for process in started):
+            _tell_stacks(started)
     finally:
         for process in started:
             _end(process)
     return [process.returncode for process in started]
+
+
+def _tell_stacks(started: list[subprocess.Popen[bytes]]) -> None:
+    """Have ranks that hang write where they are to their log."""
+    if os.name == "posix":
+        for process in started:
+            process.send_signal(signal.SIGUSR1)
+        time.sleep(1.0)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -118,6 +129,8 @@ def load_module(source: str) -> Any:
 def main() -> None:
     """What each process runs."""
     torch.set_num_threads(1)
+    if os.name == "posix":
+        faulthandler.register(signal.SIGUSR1)
     source, _, name = sys.argv[1].rpartition(":")
     folder = Path(sys.argv[2])
     arguments = torch.load(folder / "arguments", weights_only=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -355,9 +356,13 @@ def test_a_recording_sampler_is_transparent() -> None:
 
 
 def follow_on_rank(workers: int) -> list[Any]:
+    # Gloo runs threads in a rank; a process forked from it can find a lock that one of them held, and wait for ever.
+    multiprocessing.set_forkserver_preload(["torch.utils.data"])
+    context = "forkserver" if workers else None
+    data = DataLoader(list(range(SIZE)), 2, shuffle=True, num_workers=workers, multiprocessing_context=context)
     method = Follows()
     run = trainer(method, devices=2, strategy="ddp", max_epochs=3)
-    run.fit(Lit(), loader(batch_size=2, num_workers=workers))
+    run.fit(Lit(), data)
     return [list(pair) for pair in method.pairs]
 
 
