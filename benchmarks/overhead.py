@@ -38,6 +38,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_peft import GBLM, PSKD, Lane, MaskedPruning, Method, NMSparsity, WeightCompander
 
 BARS = {"hub": 1.01, "PSKD": 1.05, "WeightCompander": 1.10, "NMSparsity": 1.10, "all three": 1.20}
+RIVALS = {"MaskedPruning": "Lightning ModelPruning"}  # also compared with each other, round by round
 MODELS = {"vit_tiny": ("vit_tiny_patch16_224", "all-linear"), "efficientnet_lite0": ("tf_efficientnet_lite0", "pointwise")}
 
 
@@ -188,14 +189,18 @@ def measure(name: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
     seconds = interleave(name, list(SETS[args.set](MODELS[name][1])), args, device)
     rows = {}
     for variant, times in seconds.items():
-        ratios = [time / plain for time, plain in zip(times, seconds["plain"], strict=True)]
-        rows[variant] = {
-            "ms": 1000 * statistics.median(times),
-            "ratio": statistics.median(ratios),
-            "interval": median_interval(ratios),
-            "bar": BARS.get(variant),
-        }
+        ratio, interval = compared(times, seconds["plain"])
+        bar = BARS.get(variant)
+        rows[variant] = {"ms": 1000 * statistics.median(times), "ratio": ratio, "interval": interval, "bar": bar}
+        if variant in RIVALS:
+            rows[variant]["rival"] = (RIVALS[variant], *compared(times, seconds[RIVALS[variant]]))
     return rows
+
+
+def compared(times: list[float], others: list[float]) -> tuple[float, tuple[float, float]]:
+    """Median ratio of times of the same rounds, and its interval."""
+    ratios = [time / other for time, other in zip(times, others, strict=True)]
+    return statistics.median(ratios), median_interval(ratios)
 
 
 def markdown(results: dict[str, Any], about: dict[str, Any]) -> str:
@@ -208,6 +213,8 @@ def markdown(results: dict[str, Any], about: dict[str, Any]) -> str:
             spread = "{:.3f} to {:.3f}".format(*row["interval"])
             lines.append(f"| {variant} | {row['ms']:.1f} | {row['ratio']:.3f} | {spread} | {bar} |")
         lines.append("")
+        for variant, (rival, ratio, interval) in ((name, row["rival"]) for name, row in rows.items() if "rival" in row):
+            lines += ["{} to {}: {:.3f} ({:.3f} to {:.3f}).".format(variant, rival, ratio, *interval), ""]
     return "\n".join(lines)
 
 

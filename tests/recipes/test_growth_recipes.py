@@ -16,7 +16,6 @@ from lightning_peft.assets import archive_path
 from lightning_peft.cli.launch import launch, methods_in, parse
 from lightning_peft.cli.main import main
 from lightning_peft.cli.recipes import find
-from lightning_peft.registry import installed
 from lightning_peft_recipes.assets import CIFAR10, MOVIE_REVIEWS
 from lightning_peft_recipes.language_model import LanguageModel
 from lightning_peft_recipes.review_texts import END, ReviewTextsDataModule, learn_tokenizer, read_texts
@@ -42,7 +41,6 @@ GROWTH = {
         ],
     ),
 }
-grown = pytest.mark.skipif("LayerGrowth" not in installed(), reason="LayerGrowth is not there yet")
 
 
 @pytest.fixture
@@ -273,7 +271,6 @@ def test_the_recipes_run_at_full_depth(name, tmp_path, capsys, monkeypatch):
     assert sum(bool(line.split(",")[column]) for line in curves[1:]) >= 4
 
 
-@grown
 @pytest.mark.parametrize("name", GROWTH)
 @pytest.mark.filterwarnings(r"ignore:[\s\S]*(deprecated in v4|only one Jsonargparse):DeprecationWarning")
 def test_the_recipes_begin_at_a_depth_that_stacks_to_the_built_one(name, monkeypatch, tmp_path):
