@@ -18,7 +18,7 @@ from lightning_peft.method import Method
 from lightning_peft.strategies.support import rewrap
 from lightning_peft.structure import carry, journal
 from lightning_peft.structure.edits import Change, Edit, Growth
-from lightning_peft.structure.optimizers import place_parameters
+from lightning_peft.structure.optimizers import place_parameters, trained_by
 from lightning_peft.structure.schedulers import FreshSchedule
 from lightning_peft.structure.width_state import carry_optimizer_state
 from lightning_peft.weights.maps import mapped_tensors, plain_tensors, plain_values, set_plain_values
@@ -101,10 +101,9 @@ def _carry_optimizers(
     gone = _gone_parameters(module, change)
     if growth.optimizer_state == "reset":
         tensors = plain_tensors(module)
-        changed = {id(new) for new, _ in pairs.values()} | {id(tensors[name]) for name in change.edit.get("tensors", ())}
-        changed |= set(map(id, gone))
+        changed = {new for new, _ in pairs.values()} | {tensors[name] for name in change.edit.get("tensors", ())} | {*gone}
         # An adversary's optimizer does not start anew when the network grows.
-        carry.reset_states([optimizer for optimizer in optimizers if _trains(optimizer, changed)])
+        carry.reset_states([optimizer for optimizer in optimizers if trained_by(optimizer) & changed])
     elif growth.optimizer_state == "copy":
         carry.copy_states(optimizers, pairs, restart_steps=growth.restart_steps)
     carry.leave(optimizers, gone)
@@ -127,11 +126,6 @@ def _new_parameters(
         if source is not None and isinstance(tensor, nn.Parameter):
             pairs[name] = (tensor, old[source])
     return pairs  # type: ignore[return-value]
-
-
-def _trains(optimizer: Optimizer, parameters: set[int]) -> bool:
-    """Whether an optimizer trains any of these parameters, given by identity."""
-    return any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"])
 
 
 def _resized_states(

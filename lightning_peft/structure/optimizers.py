@@ -30,6 +30,17 @@ def parameter_names(module: nn.Module) -> dict[nn.Parameter, str]:
     return {parameter: name for name, parameter in module.named_parameters()}
 
 
+def trained_by(*optimizers: Optimizer) -> set[nn.Parameter]:
+    """Every parameter in the groups of some optimizers.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> net.bias in trained_by(torch.optim.SGD([net.weight], lr=0.1))
+        False
+    """
+    return {parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
+
+
 def named_groups(module: nn.Module, optimizer: Optimizer) -> list[list[str]]:
     """Names of the parameters in each group of ``optimizer``, in order.
 

@@ -21,9 +21,10 @@ from lightning_peft.method import Method
 from lightning_peft.registry import suggest
 from lightning_peft.structure.depth import blocks_at, blocks_edit
 from lightning_peft.structure.edits import Change, Growth
+from lightning_peft.structure.optimizers import trained_by
 from lightning_peft_plugins.pruning.block_budget import Choice, goal, lowest
 from lightning_peft_plugins.pruning.block_watch import BlockWatch, Seen
-from lightning_peft_plugins.pruning.block_weights import magnitude_of, owned, taylor_of
+from lightning_peft_plugins.pruning.block_weights import magnitude_of, taylor_of
 from lightning_peft_plugins.pruning.residual_lists import BlockList, lists_to_prune
 from lightning_peft_plugins.pruning.timeline import Timeline
 
@@ -131,7 +132,7 @@ class BlockPruning(Method):
         """See the gradients of a step."""
         if self.score != "taylor" or not self._watches():
             return
-        moved = owned(optimizer)
+        moved = trained_by(optimizer)
         for name in self._blocks():
             value = taylor_of(parameter for parameter in run.module.get_submodule(name).parameters() if parameter in moved)
             if value is not None:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lightning_peft.attach.layers import own_parameters
 
@@ -31,14 +30,11 @@ def _weights(block: nn.Module) -> Iterator[Tensor]:
             yield layer.weight  # type: ignore[misc]
 
 
-def owned(optimizer: Optimizer) -> set[nn.Parameter]:
-    """What an optimizer is about to move."""
-    return {parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None}
-
-
 @torch.no_grad()
 def taylor_of(parameters: Iterable[nn.Parameter]) -> Tensor | None:
-    """Sum of ``|w g|`` over weights: how much the loss would change without them, to first order; ``None`` for none.
+    """Sum of ``|w g|`` over weights: how much the loss would change without them, to first order.
+
+    ``None`` when none of them has a gradient.
 
     Example:
         >>> weight = nn.Parameter(torch.tensor([[1.0, -2.0]]))
@@ -46,5 +42,6 @@ def taylor_of(parameters: Iterable[nn.Parameter]) -> Tensor | None:
         >>> taylor_of([weight])
         tensor(4.)
     """
-    terms = [(weight * weight.grad).abs().sum(dtype=torch.float32) for weight in parameters if weight.ndim > 1]
+    seen = [(weight, weight.grad) for weight in parameters if weight.ndim > 1 and weight.grad is not None]
+    terms = [(weight * grad).abs().sum(dtype=torch.float32) for weight, grad in seen]
     return torch.stack(terms).sum() if terms else None

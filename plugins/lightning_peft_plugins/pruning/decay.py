@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_peft.structure.optimizers import trained_by
 from lightning_peft.weights.maps import MappedTensor
 from lightning_peft_plugins.pruning.mask_map import MaskMap
 
@@ -37,9 +38,9 @@ def with_gradient(
     targets: Iterable[tuple[MappedTensor, MaskMap]], optimizer: Optimizer
 ) -> Iterator[tuple[MappedTensor, MaskMap, Tensor]]:
     """Yield the targets that an optimizer is about to move, with their gradients."""
-    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    moved = trained_by(optimizer)
     for mapped, mask in targets:
-        if id(mapped.stored) in owned and mapped.stored.grad is not None:
+        if mapped.stored in moved and mapped.stored.grad is not None:
             yield mapped, mask, mapped.stored.grad
 
 

@@ -17,6 +17,7 @@ from lightning_peft.compose.lanes import Lane
 from lightning_peft.compose.run import Run
 from lightning_peft.method import Method
 from lightning_peft.structure.edits import Change
+from lightning_peft.structure.optimizers import trained_by
 from lightning_peft.weights.low_rank import SCHEMES, Scheme, truncate
 from lightning_peft.weights.maps import mapped_tensors
 
@@ -112,8 +113,8 @@ class TrainedRankPruning(Method):
     @torch.no_grad()
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Add the sub-gradient after a truncation, and note which weights move."""
-        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        self._moving = [name for name in self._names if id(run.module.get_parameter(name)) in owned]
+        moved = trained_by(optimizer)
+        self._moving = [name for name in self._names if run.module.get_parameter(name) in moved]
         for name in self._moving:
             pull, grad = self._pulls.pop(name, None), run.module.get_parameter(name).grad
             if pull is not None and grad is not None:

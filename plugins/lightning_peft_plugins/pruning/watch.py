@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lightning_peft.attach.capture import forward_attribute
 from lightning_peft.attach.shim import Shim
 from lightning_peft.structure.edits import Change
+from lightning_peft.structure.optimizers import trained_by
 from lightning_peft.weights.maps import MappedTensor
 from lightning_peft_plugins.pruning.statistics import Quantity, Statistics
 
@@ -53,9 +54,9 @@ class Watch:
         """See the gradients of those tensors, given with their names, that an optimizer is about to move."""
         if not self.reads or not self.wanted():
             return
-        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        moved = trained_by(optimizer)
         for name, stored in targets:
-            if id(stored) in owned and stored.grad is not None:
+            if stored in moved and stored.grad is not None:
                 self.of(name).see_gradient(stored.detach(), stored.grad)
 
     def forget(self, change: Change) -> None:
