@@ -27,8 +27,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NoReturn, TypeAlias, TypeVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -86,6 +86,38 @@ def select(model: nn.Module, targets: TargetSpec, exclude: TargetSpec | None = N
             f"({', '.join(names[m][0] or '(the model)' for m in list(chosen)[:5])}). Narrow the one or widen the other."
         )
     return found
+
+
+ValueT = TypeVar("ValueT")
+
+
+def by_layer(
+    model: nn.Module, layers: Iterable[str], value: ValueT, others: Mapping[str, ValueT], argument: str
+) -> dict[str, ValueT]:
+    """Give every layer a value, and some of them another.
+
+    Args:
+        model: Module the names are relative to.
+        layers: Qualified names of the layers.
+        value: What a layer has that no target of ``others`` matches.
+        others: Values by target; the last match counts.
+        argument: What the user calls ``others``.
+
+    Raises:
+        MisconfigurationException: A target matches none of the layers.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> by_layer(net, ["0", "2"], 0.9, {"re:^2": 0.5}, "masses")
+        {'0': 0.9, '2': 0.5}
+    """
+    values = dict.fromkeys(layers, value)
+    for target, other in others.items():
+        matched = [name for name in select(model, target) if name in values]
+        if not matched:
+            raise MisconfigurationException(f"{argument}={{{target!r}: ...}} matches no layer among the targets.")
+        values.update(dict.fromkeys(matched, other))
+    return values
 
 
 def weights(model: nn.Module, modules: Mapping[str, nn.Module], parameter: str = "weight") -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_peft.attach.channel_units import ChannelUnit, channel_units
 from lightning_peft.attach.layers import is_conv
 from lightning_peft.attach.network import resolve_network
-from lightning_peft.attach.targets import TargetSpec, select
+from lightning_peft.attach.targets import TargetSpec, by_layer, select
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Step
 from lightning_peft.compose.run import Run
@@ -26,6 +26,7 @@ from lightning_peft.method import Method
 from lightning_peft.skipping.costs import LayerCosts, share_of_cost
 from lightning_peft.skipping.deploy import Deployed, deploy
 from lightning_peft.skipping.predictor import NORMALISE, Normalise
+from lightning_peft.structure.optimizers import trained_by
 from lightning_peft.weights.maps import mapped_tensors
 from lightning_peft_plugins.pruning.active_channels import Criterion
 from lightning_peft_plugins.pruning.channel_gate import ChannelGate, Prediction
@@ -45,6 +46,7 @@ class FTWT(Method):
 
     Args:
         mass: Share of a unit's activity to keep, in (0, 1]; with ``criterion="uniform"`` the share of its channels.
+        masses: Other shares for some layers, ``{target: share}``; the last match counts.
         criterion: ``"mass"`` or ``"uniform"``, see ``active_channels``.
         decoupled: Whether predictors learn alone; otherwise their loss trains the layers below too (the paper's joint loss).
         strength: Weight of the predictors' loss.
@@ -85,6 +87,7 @@ class FTWT(Method):
         strength: float = 1.0,
         cooldown: int | float | str | None = "50%",
         *,
+        masses: Mapping[str, float] | None = None,
         normalise: Normalise = "softmax",
         lr_scale: float = 10.0,
         residual: bool = False,
@@ -95,8 +98,10 @@ class FTWT(Method):
         name: str | None = None,
     ) -> None:
         super().__init__(targets=targets, exclude=exclude, network=network, name=name)
-        if isinstance(mass, bool) or not 0.0 < mass <= 1.0:
-            raise MisconfigurationException(f"mass={mass!r} is the share of activity to keep, above 0 and at most 1.")
+        self.masses = dict(masses or {})
+        for share in (mass, *self.masses.values()):
+            if isinstance(share, bool) or not 0.0 < share <= 1.0:
+                raise MisconfigurationException(f"mass={share!r} is the share of activity to keep, above 0 and at most 1.")
         for given, known, what in (
             (criterion, get_args(Criterion), "criterion"),
             (normalise, NORMALISE, "normalise"),
@@ -145,10 +150,12 @@ class FTWT(Method):
     def attach(self, module: LightningModule) -> None:
         """Hang a gate on every unit; at first it lets everything through."""
         _, network = resolve_network(module, self.network)
-        for name, unit in self.units(module).items():
+        units = self.units(module)
+        masses = by_layer(module, units, self.mass, self.masses, "masses")
+        for name, unit in units.items():
             producer = network.get_submodule(unit.producer)
             weight: Tensor = producer.weight  # type: ignore[assignment]
-            settings: tuple[Any, ...] = (self.normalise, self.tokens == "each", self.mass, self.criterion)
+            settings: tuple[Any, ...] = (self.normalise, self.tokens == "each", masses[name], self.criterion)
             gate = ChannelGate(weight.shape[1], unit.channels, *settings, joint=not self.decoupled)
             gate.lr_scale = self.lr_scale
             placed = self.map_weight(module, f"{name}.weight", gate.to(weight.device))
@@ -166,7 +173,7 @@ class FTWT(Method):
         """Place the cool-down, and watch what layers cost in the first step."""
         if self.cooldown is not None:
             self._frozen_from = self.cooldown.resolve(run.total_steps, run.steps_per_epoch)
-        trained = {parameter for o in run.trainer.optimizers for group in o.param_groups for parameter in group["params"]}
+        trained = trained_by(*run.trainer.optimizers)
         for name, gate in self.gates(run.module):
             if gate.predictor.weight not in trained:
                 raise MisconfigurationException(
@@ -228,8 +235,10 @@ class FTWT(Method):
 
     def _announce(self, run: Run) -> None:
         self.predicted = left = self._share_of_cost(run, "target")
+        shares = [gate.keep for _, gate in self.gates(run.module)]
+        kept = " to ".join(f"{share:.0%}" for share in dict.fromkeys((min(shares), max(shares))))
         rank_zero_info(
-            f"{self.name}: keeping {self.mass:.0%} by {self.criterion}, the first batch would need {left:.1%} of the "
+            f"{self.name}: keeping {kept} by {self.criterion}, the first batch would need {left:.1%} of the "
             f"operations ({sum(self._costs.of.values()) / 1e6:,.1f} MFLOPs a sample), {1 - left:.1%} fewer, once predictors "
             "choose as the channels' activity says."
         )

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_peft.attach.nm_targets import wide_layers
-from lightning_peft.attach.targets import SENSITIVE, TargetSpec, select
+from lightning_peft.attach.targets import SENSITIVE, TargetSpec, by_layer
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.compose.schedule import parse_point
@@ -118,13 +118,7 @@ class NMSparsity(Method):
         return wide_layers(found, patterns, self.targets)
 
     def _layer_patterns(self, module: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
-        patterns = dict.fromkeys(layers, self.pattern)
-        for target, pattern in self.patterns.items():
-            matched = [name for name in select(module, target) if name in patterns]
-            if not matched:
-                raise MisconfigurationException(f"patterns={{{target!r}: ...}} matches no layer among the targets.")
-            patterns.update(dict.fromkeys(matched, pattern))
-        return patterns
+        return by_layer(module, layers, self.pattern, self.patterns, "patterns")
 
     def describe(self, module: nn.Module) -> str:
         """Name patterns, and columns left dense because they fill no group."""

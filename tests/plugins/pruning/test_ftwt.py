@@ -90,8 +90,9 @@ class ByHand(PictureSGD):
         return loss + 0.5 * binary_cross_entropy_with_logits(logits, kept, reduction="none").sum(1).mean()
 
 
-def test_training_by_hand() -> None:
-    method = FTWT(0.6, strength=0.5, cooldown=None, lr_scale=4.0, exclude=["model.1"])
+@pytest.mark.parametrize("mass", [{"mass": 0.6}, {"mass": 0.9, "masses": {"all-conv": 0.3, "model.4": 0.6}}], ids=str)
+def test_training_by_hand(mass: dict[str, Any]) -> None:
+    method = FTWT(**mass, strength=0.5, cooldown=None, lr_scale=4.0, exclude=["model.1"])
     mine = fit([method], style=PictureSGD, max_epochs=3)
     theirs = fit([], style=ByHand, max_epochs=3)
     torch.testing.assert_close(mine.losses, theirs.losses, rtol=1e-4, atol=1e-5)
@@ -166,11 +167,11 @@ def test_a_frozen_network_learns_predictors() -> None:
 
 def test_savings_are_announced_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[tuple[str, int]] = []
-    method = FTWT(0.5)
+    method = FTWT(0.5, masses={"model.1": 0.75})
     monkeypatch.setattr(ftwt, "rank_zero_info", lambda text: said.append((text, method.steps)))
     fit([method], style=Picture, max_epochs=1)
     ((text, steps),) = said
-    assert "keeping 50% by mass" in text
+    assert "keeping 50% to 75% by mass" in text
     assert "0.0 MFLOPs a sample" in text
     assert steps == 0
 
@@ -179,6 +180,7 @@ def test_arguments_are_checked() -> None:
     for wrong, message in [
         ({"mass": 0.0}, "mass=0.0 is the share"),
         ({"mass": 1.5}, "above 0 and at most 1"),
+        ({"masses": {"all-conv": 2.0}}, "mass=2.0 is the share"),
         ({"criterion": "best"}, "criterion='best' is unknown"),
         ({"normalise": "none"}, "normalise='none' is unknown"),
         ({"tokens": "all"}, "tokens='all' is unknown"),
@@ -198,6 +200,11 @@ def test_the_structure_must_stay() -> None:
 def test_networks_without_units_are_refused() -> None:
     with pytest.raises(MisconfigurationException, match="linear layers are gated with tokens="):
         fit([FTWT()], data=loader())
+
+
+def test_masses_of_layers_that_are_not_gated_are_refused() -> None:
+    with pytest.raises(MisconfigurationException, match="masses={'model.7': ...} matches no layer among the targets"):
+        fit([FTWT(masses={"model.7": 0.5})], style=Picture)
 
 
 def test_layers_that_are_not_called_are_named() -> None:
