@@ -1,0 +1,118 @@
+"""Scores from data: masks equal to the official formulas on inputs and gradients recorded beside the method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from masked_weights import EVERYTHING
+from torch import Tensor, nn
+
+from lightning_peft import GBLM, MaskedPruning, Wanda
+from lightning_peft.testing.runs import fit
+from lightning_peft.weights.maps import mapped_tensors
+from lightning_peft_plugins.pruning.scores import wanda
+
+
+class Recorder(Callback):
+    """Inputs and gradients of every linear layer in the first steps, taken with hooks of its own."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.inputs: dict[str, list[Tensor]] = {}
+        self.gradients: dict[str, list[Tensor]] = {}
+        self.weights: dict[str, Tensor] = {}
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        for name, layer in pl_module.named_modules():
+            if isinstance(layer, nn.Linear):
+                layer.register_forward_pre_hook(self._keep(name))
+
+    def _keep(self, name: str) -> Any:
+        def hook(layer: nn.Module, args: Any) -> None:
+            if layer.training:
+                self.inputs.setdefault(name, []).append(args[0].detach().clone())
+
+        return hook
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        for mapped in mapped_tensors(pl_module):
+            name = mapped.name.removesuffix(".weight")
+            self.gradients.setdefault(name, []).append(mapped.stored.grad.clone())
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.steps:
+            self.weights = {m.name.removesuffix(".weight"): m.stored.detach().clone() for m in mapped_tensors(pl_module)}
+            self.masks = {m.name.removesuffix(".weight"): m.maps[0].held.clone() for m in mapped_tensors(pl_module)}
+
+
+def lowest(score: Tensor, share: float) -> Tensor:
+    """Mask of what stays when the lowest of each row go, as the official code of Wanda sorts."""
+    kept = torch.ones_like(score, dtype=torch.bool)
+    order = torch.sort(score, dim=-1, stable=True)[1][:, : int(score.shape[1] * share)]
+    return kept.scatter_(1, order, False)
+
+
+def test_wanda_as_its_official_code_computes_it() -> None:
+    record = Recorder(3)
+    fit([Wanda(0.5, exclude=EVERYTHING, every=3)], after=[record], max_epochs=1)
+    for name, weight in record.weights.items():
+        row, samples = torch.zeros(weight.shape[1]), 0
+        for batch in record.inputs[name][:3]:  # scaler_row of the official WrappedGPT
+            row *= samples / (samples + len(batch))
+            samples += len(batch)
+            row += batch.t().norm(p=2, dim=1) ** 2 / samples
+        assert torch.equal(record.masks[name], lowest(weight.abs() * row.sqrt(), 0.5))
+
+
+def test_gblm_as_its_official_code_computes_it() -> None:
+    record = Recorder(3)
+    fit([GBLM(0.5, exclude=EVERYTHING, every=3)], after=[record], max_epochs=1)
+    for name, weight in record.weights.items():
+        inputs = torch.cat(record.inputs[name][:3]).square().sum(0) / sum(len(batch) for batch in record.inputs[name][:3])
+        gradient = torch.stack(record.gradients[name][:3]).square().mean(0).sqrt()
+        score = weight.abs() * inputs.sqrt() + weight.abs() * (100 * gradient)
+        assert torch.equal(record.masks[name], lowest(score, 0.5))
+
+
+@pytest.mark.parametrize(("score", "formula"), [("taylor", "|wg|"), ("gradient", "|g|"), ("fisher", "w2g2")])
+def test_gradient_scores_are_means_over_the_steps_before(score: str, formula: str) -> None:
+    record = Recorder(2)
+    fit([MaskedPruning(0.5, score, scope="row", exclude=EVERYTHING, every=2, start=2)], after=[record], max_epochs=1)
+    for name, weight in record.weights.items():
+        gradients = torch.stack(record.gradients[name][:2])
+        if formula == "|wg|":
+            continue  # needs the weight of each step; its own test is the one step below
+        value = gradients.abs().mean(0) if formula == "|g|" else weight.square() * gradients.square().mean(0)
+        assert torch.equal(record.masks[name], lowest(value, 0.5))
+
+
+def test_taylor_multiplies_each_gradient_with_the_weight_it_is_of() -> None:
+    record, start = Recorder(1), fit([], max_epochs=0).module
+    fit([MaskedPruning(0.5, "taylor", scope="row", exclude=EVERYTHING, every=1, start=1)], after=[record], max_epochs=1)
+    for name, gradients in record.gradients.items():
+        weight = start.get_submodule(name).weight
+        assert torch.equal(record.masks[name], lowest((weight * gradients[0]).abs(), 0.5))
+
+
+def test_wanda_knows_the_inputs_of_convolutions() -> None:
+    images = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    layer = nn.Conv2d(3, 2, 3)
+    from lightning_peft_plugins.pruning.statistics import Statistics
+
+    seen = Statistics({"x^2"})
+    seen.see_inputs(layer, images)
+    torch.testing.assert_close(seen.mean("x^2"), images.square().sum((0, 2, 3)) / 4)
+    seen.see_inputs(layer, images)
+    torch.testing.assert_close(seen.mean("x^2"), images.square().sum((0, 2, 3)) / 4)
+    score = wanda(layer.weight, seen.mean("x^2"), 1)
+    torch.testing.assert_close(score[1, 2], layer.weight[1, 2].abs() * (images[:, 2].square().sum() / 4).sqrt())
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+def test_each_choice_sees_only_the_steps_before_it(pattern: str) -> None:
+    method = GBLM(pattern=pattern, scope="layer", exclude=EVERYTHING, start=4, end=8, every=4)
+    fit([method], max_epochs=2)
+    assert {seen.steps for seen in method.watch.seen.values()} == {0}, "the last choice was after the last step"
