@@ -29,7 +29,7 @@ def test_a_trainer_that_died_silently_is_followed_by_another():
 
 @pytest.mark.parametrize("first", [True, False], ids=["finder-first", "finder-last"])
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
-def test_learning_rate_finder_runs_without_methods(first, tmp_path, capfd):
+def test_learning_rate_finder_runs_without_methods(first, tmp_path):
     finder = LearningRateFinder(num_training_steps=10)
     method = ToyEntropy()
     run = fit(

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,16 @@ def restore_sigint():
     signal.signal(signal.SIGINT, handler)
 
 
+@cache
+def uninterrupted(style):
+    return fit(methods(), style=style, data=same_batch_again(), max_epochs=2)
+
+
 @pytest.mark.parametrize("style", [Plain, Manual], ids=lambda style: style.__name__)
 @pytest.mark.parametrize("step", range(1, STEPS))
 @pytest.mark.usefixtures("restore_sigint")
 def test_ctrl_c_at_any_step_then_last(step, style, tmp_path):
-    full = fit(methods(), style=style, data=same_batch_again(), max_epochs=2)
+    full = uninterrupted(style)
     torch.manual_seed(0)
     module = style()
     with pytest.raises(SystemExit):

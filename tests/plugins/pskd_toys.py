@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_peft_plugins.regularizers.pskd import PSKD
 
-torch.set_num_threads(1)
 CLASSES, SIZE, EPOCHS = 4, 22, 3
 
 

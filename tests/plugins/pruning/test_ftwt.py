@@ -203,7 +203,7 @@ def test_networks_without_units_are_refused() -> None:
 
 
 def test_masses_of_layers_that_are_not_gated_are_refused() -> None:
-    with pytest.raises(MisconfigurationException, match="masses={'model.7': ...} matches no layer among the targets"):
+    with pytest.raises(MisconfigurationException, match=r"masses=\{'model\.7': \.\.\.\} matches no layer among"):
         fit([FTWT(masses={"model.7": 0.5})], style=Picture)
 
 

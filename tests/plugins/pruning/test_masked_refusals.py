@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from masked_weights import EVERYTHING
 from torch import nn
 
-from lightning_peft import MaskedPruning, NMSparsity, Wanda
+from lightning_peft import SAP, MaskedPruning, NMSparsity, Wanda
 from lightning_peft.testing.modules import Conv, Plain
 from lightning_peft.testing.runs import fit
 
@@ -37,6 +37,11 @@ from lightning_peft.testing.runs import fit
 def test_arguments_are_checked_at_once(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(MisconfigurationException, match=re.escape(message)):
         MaskedPruning(**arguments)
+
+
+def test_sap_prunes_single_weights() -> None:
+    with pytest.raises(MisconfigurationException, match="of single weights"):
+        SAP(pattern="channel")
 
 
 def test_what_cannot_be_pruned_is_refused_before_anything_is_touched() -> None:

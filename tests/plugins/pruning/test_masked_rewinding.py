@@ -75,5 +75,3 @@ def test_rewinding_needs_a_time_before_the_first_choice() -> None:
     growth = LayerGrowth(start=1, to=2, at="step:2")
     with pytest.raises(MisconfigurationException, match="cannot rewind a network that layer_growth grows"):
         fit([MaskedPruning(0.5, exclude=EVERYTHING, start=3, rewind=0), growth], style=deepened(Plain))
-    with pytest.raises(MisconfigurationException, match="of single weights"):
-        SAP(pattern="channel")
