@@ -17,7 +17,7 @@ import argparse
 import copy
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Setting:
         mass: FTWT's share of activity.
         lr_scale: Learning rate of FTWT's predictors, as a multiple.
         exclude: Layers without a predictor: with few channels and large maps there is little to skip and much to look at.
+        masses: Other shares of activity, by layers.
     """
 
     epochs: int
@@ -60,10 +61,11 @@ class Setting:
     mass: float
     lr_scale: float
     exclude: tuple[str, ...] = ()
+    masses: dict[str, float] = field(default_factory=dict)
 
 
 SETTINGS = {
-    "resnet50": Setting(3, 2e-4, 8, 8, 5e-5, True, 0.8, 80, ("first", r"re:layer[12]\.")),
+    "resnet50": Setting(3, 2e-4, 8, 16, 5e-5, True, 0.7, 80, ("first", r"re:layer1\."), {r"re:layer2\.": 0.88}),
     "vgg16": Setting(10, 0.05, 0, 10, 3e-4, False, 0.86, 20),
 }
 
@@ -118,8 +120,8 @@ def data_of(name: str, *, test: bool = False) -> Any:
 def ftwt(network: str) -> FTWT:
     """The method of a network."""
     setting = SETTINGS[network]
-    settings: dict[str, Any] = {"normalise": "standard", "strength": 0.01, "exclude": setting.exclude or None}
-    return FTWT(setting.mass, lr_scale=setting.lr_scale, cooldown="60%", **settings)
+    layers: dict[str, Any] = {"exclude": setting.exclude or None, "masses": setting.masses}
+    return FTWT(setting.mass, strength=0.01, cooldown="60%", normalise="standard", lr_scale=setting.lr_scale, **layers)
 
 
 def train(network: str, seed: int, stage: str, start: Path | None, path: Path) -> Path:
