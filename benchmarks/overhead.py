@@ -35,7 +35,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import GBLM, PSKD, Lane, MaskedPruning, Method, NMSparsity, WeightCompander
+from lightning_peft import GBLM, PSKD, BlockPruning, Lane, MaskedPruning, Method, NMSparsity, WeightCompander
 
 BARS = {"hub": 1.01, "PSKD": 1.05, "WeightCompander": 1.10, "NMSparsity": 1.10, "all three": 1.20}
 RIVALS = {"MaskedPruning": "Lightning ModelPruning"}  # also compared with each other, round by round
@@ -117,6 +117,7 @@ def pruning(targets: str) -> dict[str, Callable[[], list[Callback]]]:
         # square roots take MKL thirty times as long: a cost of zeros, not of a mask.
         "MaskedPruning": lambda: [MaskedPruning(0.5, start="1ep", **whole)],
         "GBLM, watching": lambda: [GBLM(0.5, start=100_000, every=100_000, **whole)],
+        "BlockPruning, watching": lambda: [BlockPruning(1, start=100_000, every=100_000)],
         "Lightning ModelPruning": lambda: [
             ModelPruning("l1_unstructured", amount=0.5, apply_pruning=lambda epoch: epoch == 0, **theirs)
         ],
