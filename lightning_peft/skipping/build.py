@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lightning_peft.attach.channel_units import ChannelUnit
 from lightning_peft.attach.layers import is_conv
+from lightning_peft.skipping.depthwise import SelectiveFilter
 from lightning_peft.skipping.fold import set_layer
-from lightning_peft.skipping.layers import SelectiveFilter, SelectiveLayer
+from lightning_peft.skipping.layers import SelectiveLayer
 from lightning_peft.skipping.predictor import ChannelPredictor
 from lightning_peft.skipping.selection import Selection, SelectionGate, UnitPredictor, memory_format
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_peft.skipping.layers import SelectiveFilter, SelectiveLayer, Way
+from lightning_peft.skipping.depthwise import SelectiveFilter
+from lightning_peft.skipping.layers import SelectiveLayer, Way
 from lightning_peft.skipping.selection import Selection, spread
 
 _ROUNDS = 2

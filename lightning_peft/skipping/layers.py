@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.attach.layers import is_conv
+from lightning_peft.skipping.gathering import crossed, kept, rows_of, transpose
 from lightning_peft.skipping.native import Geometry, Part, kernels, usable
 from lightning_peft.skipping.selection import Selection, UnitPredictor, in_layout, spread
+from lightning_peft.skipping.shell import Shell
 
 
 @dataclass(frozen=True)
@@ -59,21 +60,21 @@ class SelectiveLayer(nn.Module):
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         self.convolution = is_conv(layer)
-        self._shell = _Shell(layer)
+        self._shell = Shell(layer)
         self.seen = reads  # the predictor needs to know where its inputs stand, also when that never changes
         if reads is not None and reads.fixed:
             assert reads.index is not None
-            self.weight, reads = _kept(self.weight, 1, reads.index), None
+            self.weight, reads = kept(self.weight, 1, reads.index), None
         if writes is not None and writes.fixed:
             assert writes.index is not None
-            self.weight = _kept(self.weight, 0, writes.index)
-            self.bias = None if self.bias is None else _kept(self.bias, 0, writes.index)
+            self.weight = kept(self.weight, 0, writes.index)
+            self.bias = None if self.bias is None else kept(self.bias, 0, writes.index)
             writes = predictor = None
         # Columns of a matrix are gathered as rows of its transpose, in long runs: (places of the filter, inputs, outputs).
         self._geometry = self._find_geometry()
         pointwise = reads is not None and self.convolution and self._can_multiply() and self.weight[0, 0].numel() == 1
         transposes = pointwise or (self._geometry is not None and kernels() is not None)
-        self.register_buffer("transposed", _transposed(self.weight) if transposes else None, False)
+        self.register_buffer("transposed", transpose(self.weight) if transposes else None, False)
         self.register_load_state_dict_post_hook(_follow_weight)  # type: ignore[no-untyped-call]
         self.reads, self.writes, self.predictor = reads, writes, predictor
         self.way = Way()
@@ -130,11 +131,11 @@ class SelectiveLayer(nn.Module):
         columns = None if self.reads is None else self.reads.index
         if rows is not None and way.rows:
             assert self.writes is not None
-            bias = None if bias is None else _rows(bias, self.writes)
+            bias = None if bias is None else rows_of(bias, self.writes)
             if columns is not None and way.columns and weight.ndim > 2 and weight.is_contiguous():
-                weight, columns = _crossed(weight, self.writes, columns), None
+                weight, columns = crossed(weight, self.writes, columns), None
             else:
-                weight = _rows(weight, self.writes)
+                weight = rows_of(weight, self.writes)
         if columns is not None:
             assert self.reads is not None
             if way.columns and way.product and not way.rows and self.transposed is not None and len(self.transposed) == 1:
@@ -186,87 +187,8 @@ class SelectiveLayer(nn.Module):
         return product.view(len(inputs), -1, *places)
 
 
-class SelectiveFilter(nn.Module):
-    """A depthwise convolution on the channels of a selection.
-
-    Args:
-        layer: The convolution, its norm folded into it; its weight is shared.
-        selection: The channels it is given.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(self, layer: Any, selection: Selection) -> None:
-        super().__init__()
-        self.weight, self.bias = layer.weight, layer.bias
-        if selection.fixed:
-            assert selection.index is not None
-            self.weight = _kept(self.weight, 0, selection.index)
-            self.bias = None if self.bias is None else _kept(self.bias, 0, selection.index)
-            selection = Selection(selection.count, 1)
-        self.selection = selection
-        self._shell = _Shell(layer)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Filter the channels at hand."""
-        return self.compute(inputs, self.selection)
-
-    def compute(self, inputs: Tensor, selection: Selection) -> Tensor:
-        """Filter inputs that are reduced to a selection, or whole."""
-        if selection.index is None:
-            return self._shell(inputs, self.weight, self.bias, self.weight.shape[0])
-        weight = _rows(self.weight, selection)
-        bias = None if self.bias is None else _rows(self.bias, selection)
-        return self._shell(inputs, weight, bias, len(weight))
-
-
-class _Shell:
-    """A layer's own ``forward``, whatever its class makes of it, with another weight."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer: Any = copy.copy(layer)
-        self.layer.__dict__ = {**layer.__dict__, "_parameters": {}, "weight": None, "bias": None}
-
-    def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
-        own = self.layer.__dict__  # a module looks twice at what is set on it
-        own["weight"], own["bias"], own["groups"] = weight, bias, groups
-        result: Tensor = self.layer.forward(inputs)
-        own["weight"] = own["bias"] = None
-        return result
-
-
-def _transposed(weight: Tensor) -> Tensor:
-    """A weight as the kernels and gathered columns read it, shape ``(places of the filter, inputs, outputs)``."""
-    return weight.detach().reshape(*weight.shape[:2], -1).permute(2, 1, 0).contiguous()
-
-
 def _follow_weight(layer: nn.Module, incompatible: Any) -> None:
     """Transpose a weight that was loaded."""
     assert isinstance(layer, SelectiveLayer)
     if layer.transposed is not None:
-        layer.transposed = _transposed(layer.weight)
-
-
-def _kept(value: Tensor, dim: int, index: Tensor) -> nn.Parameter:
-    """A part of a weight for good."""
-    return nn.Parameter(value.detach().index_select(dim, index), requires_grad=False)
-
-
-def _crossed(weight: Tensor, selection: Selection, columns: Tensor) -> Tensor:
-    """Selected rows and columns of a convolution's weight at once: filters that are not needed are never read."""
-    assert selection.index is not None
-    inputs, kernel = weight.shape[1], weight.shape[2:]
-    places = (selection.index[:, None] * inputs + columns).flatten()
-    crossed = weight.view(-1, *kernel).index_select(0, places).view(len(selection.index), len(columns), *kernel)
-    crossed[selection.count :] = 0
-    return crossed
-
-
-def _rows(value: Tensor, selection: Selection) -> Tensor:
-    """Rows of the selected channels; those that only round the number up are zero."""
-    assert selection.index is not None
-    rows = value.index_select(0, selection.index)
-    if selection.count < len(selection.index):
-        rows[selection.count :] = 0
-    return rows
+        layer.transposed = transpose(layer.weight)
