@@ -65,7 +65,7 @@ class Setting:
 
 
 SETTINGS = {
-    "resnet50": Setting(3, 2e-4, 8, 16, 5e-5, True, 0.7, 80, ("first", r"re:layer1\."), {r"re:layer2\.": 0.88}),
+    "resnet50": Setting(3, 2e-4, 8, 16, 5e-5, True, 0.78, 80, ("first", r"re:layer1\."), {r"re:layer2\.": 0.93}),
     "vgg16": Setting(10, 0.05, 0, 10, 3e-4, False, 0.86, 20),
 }
 

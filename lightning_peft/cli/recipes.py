@@ -19,6 +19,7 @@ EXTRAS = {
     "corruptions": ("imagecorruptions",),
     "report": ("matplotlib",),
     "interop": ("peft", "safetensors"),
+    "prune": ("torch_pruning",),
     "export": ("safetensors", "onnx", "onnxscript", "onnxruntime"),
 }
 

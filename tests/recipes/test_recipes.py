@@ -40,6 +40,10 @@ SHORT = {
         *("--data.train_size", "60", "--data.val_size", "20", "--data.test_size", "20", "--data.batch_size", "10"),
         *("--model.dim", "16", "--trainer.max_epochs", "2"),
     ],
+    "vision/structured_groceries": [
+        *("--data.image_size", "64", "--data.subset", "64", "--data.batch_size", "8"),
+        *("--data.test_size", "40", "--trainer.max_epochs", "2"),
+    ],
 }
 OFFLINE = {
     "quickstart": ["--model.weights", "null"],
@@ -48,8 +52,10 @@ OFFLINE = {
     "vision/eata_groceries": ["--model.weights", "null"],
     "language/grow_llama_reviews": [],
     "vision/grow_vit_cifar10": [],
+    "vision/structured_groceries": ["--model.weights", "null"],
 }
 GROWTH = ["LayerGrowth"]
+SLICING = ["StructuredPruning"]
 TRAINING = ["NMSparsity", "WeightCompander", "PSKD"]
 TEST_TIME = ["BatchNormAdapt", "Tent", "ETA", "EATA", "SAR", "DeYO", "CoTTA", "ROID", "FisherEstimator"]
 METHODS = {
@@ -61,6 +67,7 @@ METHODS = {
     "language/eata_reviews": [name for name in TEST_TIME if name not in ("BatchNormAdapt", "DeYO", "CoTTA")],
     "language/grow_llama_reviews": GROWTH,
     "vision/grow_vit_cifar10": GROWTH,
+    "vision/structured_groceries": SLICING,
 }
 
 
@@ -87,7 +94,7 @@ def test_every_recipe_says_what_it_needs_and_parses(name) -> None:
     assert set(recipe.needs) <= set(EXTRAS)
     assert recipe.online, "the header names the usual online source"
     assert recipe.monitor.startswith("test/")
-    assert recipe.command == ("run" if METHODS[name] in (TRAINING, GROWTH) else "adapt")
+    assert recipe.command == ("run" if METHODS[name] in (TRAINING, GROWTH, SLICING) else "adapt")
     assert methods_in(recipe, []) == METHODS[name]
     without = parse(recipe, SHORT[name], METHODS[name])
     assert without.config.trainer.callbacks == []
@@ -101,8 +108,9 @@ def test_a_recipe_without_pretrained_weights_is_built_offline_and_has_a_plan(nam
     if METHODS[name] is TRAINING:
         assert [row.name for row in plan(cli.model, methods).rows] == ["weight_compander", "nm_sparsity", "pskd"]
         return
-    if METHODS[name] is GROWTH:
-        assert [row.name for row in plan(cli.model, methods).rows] == ["layer_growth"]
+    if METHODS[name] in (GROWTH, SLICING):
+        expected = "layer_growth" if METHODS[name] is GROWTH else "structured_pruning"
+        assert [row.name for row in plan(cli.model, methods).rows] == [expected]
         return
     for method in methods:  # run one at a time
         assert [row.name for row in plan(cli.model, [method]).rows] == [method.name]
@@ -126,6 +134,19 @@ def test_every_recipe_runs_from_pretrained_weights_to_a_proven_report(name, tmp_
     assert data["composed"]["nonzero"] < data["dense"]["nonzero"]
     assert data["composed"]["calibration"]
     assert (out / "report.html").stat().st_size > 100_000
+
+
+@pytest.mark.network
+@pytest.mark.slow
+def test_the_recipe_that_slices_ends_smaller_and_is_measured(tmp_path, capsys) -> None:
+    out, name = tmp_path / "out", "vision/structured_groceries"
+    assert main(["run", name, "--out", str(out), "--json", *SHORT[name]]) == 0, capsys.readouterr().err
+    data = json.loads(capsys.readouterr().out)
+    assert data["composed"]["steps"] == data["dense"]["steps"]
+    assert data["composed"]["nonzero"] < 0.9 * data["dense"]["nonzero"]
+    files = ["report", str(out / "model.ckpt"), "--before", str(out / "dense/model.ckpt"), "--recipe", name]
+    assert main([*files, "--out", str(tmp_path / "saved"), "--json", *SHORT[name]]) == 0, capsys.readouterr().err
+    assert json.loads(capsys.readouterr().out)["predicted_speedup"] > 1.35  # 30 % of the operations are gone
 
 
 def test_a_header_may_be_absent_and_must_be_right(tmp_path) -> None:
