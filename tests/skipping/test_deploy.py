@@ -280,6 +280,25 @@ def test_from_training_to_skipping(tmp_path: Path) -> None:
     assert (run.module.model(inputs) - evaluated).abs().max() > 1e-3
 
 
+class TiedNet(Plain):
+    def build(self) -> None:
+        first, second = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        second.weight = first.weight
+        layers = [nn.Conv2d(1, 8, 1), nn.ReLU(), first, nn.BatchNorm2d(8), nn.ReLU(), second, nn.BatchNorm2d(8), nn.ReLU()]
+        self.model = nn.Sequential(nn.Unflatten(1, (1, 4, 4)), *layers, nn.Flatten(), nn.Linear(128, 3))
+
+
+@torch.no_grad()
+def test_convolutions_that_share_a_weight_have_gates_and_norms_of_their_own() -> None:
+    method = FTWT(0.5, normalise="standard", strength=0.2)
+    run = fit([method], style=TiedNet, max_epochs=6)
+    inputs = torch.randn(5, 16)
+    skipping = method.deploy(run.module, inputs, calibrate=False).network
+    evaluated = torch.cat(run.trainer.predict(run.module, torch.utils.data.DataLoader([(x, 0) for x in inputs], 5)))
+    torch.testing.assert_close(torch.cat([skipping(sample) for sample in inputs.split(1)]), evaluated, rtol=1e-4, atol=1e-4)
+    assert (run.module.model(inputs) - evaluated).abs().max() > 1e-3
+
+
 def test_deploying_what_was_not_trained_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match=r"no trained predictor of model\.1, model\.4"):
         FTWT().deploy(PictureNet(), torch.randn(1, 16))
