@@ -58,7 +58,8 @@ def run_ddp(
 def _launch(function: str, arguments: Mapping[str, Any], processes: int, timeout: float, folder: Path) -> list[int | None]:
     torch.save(dict(arguments), folder / "arguments")
     shared = {
-        **os.environ,
+        # A seed that somebody gave this process (Lightning keeps it there) would deal samples to ranks in another order.
+        **{name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"},
         "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
