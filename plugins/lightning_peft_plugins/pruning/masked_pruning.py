@@ -29,6 +29,7 @@ from lightning_peft_plugins.pruning.decay import add_decay
 from lightning_peft_plugins.pruning.mask_map import MaskMap, PruneRule
 from lightning_peft_plugins.pruning.rewind import Rewind
 from lightning_peft_plugins.pruning.scores import SCORES
+from lightning_peft_plugins.pruning.statistics import FROM_CALLS
 from lightning_peft_plugins.pruning.timeline import Timeline
 from lightning_peft_plugins.pruning.watch import Watch
 
@@ -45,7 +46,8 @@ class MaskedPruning(Method):
 
     Scores: ``"magnitude"`` and its square, ``"energy"``; means over the ``every`` steps before each choice of the absolute
     ``"gradient"``, of ``"taylor"`` (``|w g|``), of ``"fisher"`` (``w^2 g^2``); ``"wanda"`` (magnitude times norm of the input)
-    and ``"gblm"`` (plus magnitude times gradient).
+    and ``"gblm"`` (plus magnitude times gradient); ``"beta"`` (Beta-Rank), magnitude times how much the output varies for what
+    its filter sees.
 
     Args:
         amount: Share of the targets' weights to prune; not with an N:M pattern, which says it.
@@ -159,10 +161,10 @@ class MaskedPruning(Method):
             found = wide_layers(found, dict.fromkeys(found, self.nm), self.targets)
         for name, layer in found.items():
             input_dim(layer)
-            if "x^2" in self.score.reads and getattr(layer, "groups", 1) > 1:
+            if self.score.reads & FROM_CALLS and getattr(layer, "groups", 1) > 1:
                 raise MisconfigurationException(
-                    f"{name} is a grouped convolution, and score={self._arguments['score']!r} reads one norm per input of a "
-                    f"weight. Leave it out with exclude=[{name!r}], or take another score."
+                    f"{name} is a grouped convolution, and score={self._arguments['score']!r} reads all inputs of an output "
+                    f"alike. Leave it out with exclude=[{name!r}], or take another score."
                 )
         return found
 

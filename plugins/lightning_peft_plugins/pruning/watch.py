@@ -13,7 +13,7 @@ from lightning_peft.attach.shim import Shim
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.optimizers import trained_by
 from lightning_peft.weights.maps import MappedTensor
-from lightning_peft_plugins.pruning.statistics import Quantity, Statistics
+from lightning_peft_plugins.pruning.statistics import FROM_CALLS, Quantity, Statistics
 
 
 class Watch:
@@ -34,9 +34,9 @@ class Watch:
         return self.seen.setdefault(name, Statistics(self.reads))
 
     def open(self, targets: Iterable[MappedTensor]) -> None:
-        """Begin to see what layers are given."""
+        """Begin to see what layers are given and give."""
         self.close()
-        if "x^2" not in self.reads:
+        if not self.reads & FROM_CALLS:
             return
         for mapped in targets:
             handler = self._see(mapped.layer, self.of(mapped.name))
@@ -44,9 +44,12 @@ class Watch:
 
     def _see(self, layer: nn.Module, seen: Statistics) -> Callable[..., Any]:
         def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            output = inner(*args, **kwargs)
             if layer.training and self.wanted():
-                seen.see_inputs(layer, args[0] if args else next(iter(kwargs.values())))
-            return inner(*args, **kwargs)
+                given = args[0] if args else next(iter(kwargs.values()))
+                seen.see_inputs(layer, given)
+                seen.see_outputs(layer, given, output)
+            return output
 
         return forward
 

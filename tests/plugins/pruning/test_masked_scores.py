@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lightning_peft import GBLM, MaskedPruning, Wanda
 from lightning_peft.testing.runs import fit
 from lightning_peft.weights.maps import mapped_tensors
-from lightning_peft_plugins.pruning.scores import wanda
+from lightning_peft_plugins.pruning.deviations import deviation_ratio
+from lightning_peft_plugins.pruning.scores import beta_rank, wanda
 from lightning_peft_plugins.pruning.statistics import Statistics
 
 
@@ -25,6 +26,7 @@ class Recorder(Callback):
         self.inputs: dict[str, list[Tensor]] = {}
         self.gradients: dict[str, list[Tensor]] = {}
         self.before: dict[str, list[Tensor]] = {}
+        self.biases: dict[str, list[Tensor]] = {}
         self.weights: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -44,6 +46,7 @@ class Recorder(Callback):
             name = mapped.name.removesuffix(".weight")
             self.gradients.setdefault(name, []).append(mapped.stored.grad.clone())
             self.before.setdefault(name, []).append(mapped.stored.detach().clone())
+            self.biases.setdefault(name, []).append(mapped.layer.bias.detach().clone())
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.steps:
@@ -105,6 +108,45 @@ def test_wanda_knows_the_inputs_of_convolutions() -> None:
     torch.testing.assert_close(seen.mean("x^2"), images.square().sum((0, 2, 3)) / 4)
     score = wanda(layer.weight, seen.mean("x^2"), 1)
     torch.testing.assert_close(score[1, 2], layer.weight[1, 2].abs() * (images[:, 2].square().sum() / 4).sqrt())
+
+
+def beta_by_hand(layer: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor:
+    """The official loops over filters and places, with patches cut along the axes of the filter."""
+    (tall, wide), (down, right) = layer.weight.shape[2:], layer.stride
+    inputs = nn.functional.pad(inputs, (layer.padding[1],) * 2 + (layer.padding[0],) * 2)
+    ranks = []
+    for channel, weight in enumerate(layer.weight):
+        total = torch.zeros_like(weight)
+        for y in range(outputs.shape[2]):
+            for x in range(outputs.shape[3]):
+                patch = inputs[:, :, y * down : y * down + tall, x * right : x * right + wide]
+                total += (weight * outputs[:, channel, y, x].std(correction=0) / patch.std(correction=0)).abs()
+        ranks.append(total.mean())
+    return torch.stack(ranks).detach()
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"padding": 1}], ids=str)
+def test_beta_rank_as_its_official_code_loops(options: dict[str, Any]) -> None:
+    images, layer = torch.randn(6, 3, 7, 6), nn.Conv2d(3, 5, (3, 2), **options)
+    outputs = layer(images)
+    score = beta_rank(layer.weight, deviation_ratio(layer, images, outputs), 1).flatten(1).mean(1)
+    torch.testing.assert_close(score * outputs[0, 0].numel(), beta_by_hand(layer, images, outputs))
+
+
+def test_beta_rank_chooses_by_the_calls_before() -> None:
+    record = Recorder(3)
+    fit([MaskedPruning(0.5, "beta", "channel", "layer", exclude=EVERYTHING, every=3)], after=[record], max_epochs=1)
+    assert record.weights
+    for name, weight in record.weights.items():
+        ratios = torch.zeros(len(weight))
+        for inputs, before, bias in zip(record.inputs[name][:3], record.before[name], record.biases[name], strict=False):
+            outputs = nn.functional.linear(inputs, before, bias)
+            ratios += outputs.std(0, correction=0) / inputs.std(correction=0) / 3
+        kept = record.masks[name].any(1)
+        assert torch.equal(record.masks[name].all(1), kept)
+        score = weight.abs().mean(1) * ratios
+        assert 0 < kept.sum() < len(kept)
+        assert score[kept].min() > score[~kept].max()
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
