@@ -24,7 +24,6 @@ class TestMaskedPruning(MethodTester):
 
     methods = [
         lambda: MaskedPruning(0.5, exclude=EVERYTHING),
-        lambda: MaskedPruning(0.5, "beta", "channel", "layer", exclude=EVERYTHING, start="25%", end="75%", every=2),
         lambda: MaskedPruning(0.7, "taylor", exclude=EVERYTHING, start="25%", end="75%", every=2),
         lambda: MaskedPruning(0.5, "gradient", "block:4x4", "layer", exclude=EVERYTHING, end="60%", every=3, rule="ste"),
         lambda: MaskedPruning(0.6, exclude=EVERYTHING, start=4, end=9, every=5, rewind=2),

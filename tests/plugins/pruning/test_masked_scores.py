@@ -11,11 +11,17 @@ from masked_weights import EVERYTHING
 from torch import Tensor, nn
 
 from lightning_peft import GBLM, MaskedPruning, Wanda
+from lightning_peft.testing import MethodTester
 from lightning_peft.testing.runs import fit
 from lightning_peft.weights.maps import mapped_tensors
 from lightning_peft_plugins.pruning.deviations import deviation_ratio
 from lightning_peft_plugins.pruning.scores import beta_rank, wanda
 from lightning_peft_plugins.pruning.statistics import Statistics
+
+
+class TestBetaRank(MethodTester):
+    methods = [lambda: MaskedPruning(0.5, "beta", "channel", "layer", exclude=EVERYTHING, start="25%", end="75%", every=2)]
+    no_accumulation = "deviations are over each batch that goes through the network"
 
 
 class Recorder(Callback):
