@@ -30,9 +30,9 @@ CHOICES = ("influence", "taylor", "magnitude", "last")
 STEPS, LR = 300, 1e-3
 
 
-def build(lr: float, warmup: float = 0.05) -> LanguageModel:
+def build(lr: float) -> LanguageModel:
     """The module at full depth."""
-    return LanguageModel(1024, CONTEXT, hidden_size=96, depth=DEPTH, heads=3, ffn=256, lr=lr, warmup=warmup)
+    return LanguageModel(1024, CONTEXT, hidden_size=96, depth=DEPTH, heads=3, ffn=256, lr=lr)
 
 
 def data_of(steps: int) -> ReviewTextsDataModule:

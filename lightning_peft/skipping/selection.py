@@ -108,11 +108,10 @@ class UnitPredictor(nn.Module):
         self.register_buffer("weight", predictor.weight.detach().float())
         self.register_buffer("bias", predictor.bias.detach().float())
         # For the kernels, which read the rows of the inputs that are there.
-        self._for_kernels = kernels() is not None and not tokens
-        self.register_buffer("by_input", None, False)
-        self.register_buffer("sums", None, False)
-        self._follow_weight(self, None)
-        self.register_load_state_dict_post_hook(self._follow_weight)  # type: ignore[no-untyped-call]
+        native = kernels() is not None and not tokens
+        self.register_buffer("by_input", self.weight.t().contiguous() if native else None, False)
+        self.register_buffer("sums", self.weight.sum(1) if native else None, False)
+        self.register_load_state_dict_post_hook(_follow_weight)  # type: ignore[no-untyped-call]
 
     def choose(self, inputs: Tensor, reads: Selection | None, writes: Selection, *, dense: bool) -> None:
         """Choose a unit's channels from inputs whose channels are those of a selection, or all.
@@ -134,13 +133,6 @@ class UnitPredictor(nn.Module):
         maps = inputs if self.convolution else inputs.reshape(1, 1, -1, inputs.shape[-1]).permute(0, 3, 1, 2)
         standard = self.normalise == "standard"
         writes.accept(*compiled.choose(maps, part, self.by_input, self.sums, self.bias, standard=standard))
-
-    @staticmethod
-    def _follow_weight(predictor: nn.Module, incompatible: Any) -> None:
-        """Derive from the weight, also one that was loaded, what the kernels read."""
-        assert isinstance(predictor, UnitPredictor)
-        if predictor._for_kernels:
-            predictor.by_input, predictor.sums = predictor.weight.t().contiguous(), predictor.weight.sum(1)
 
     def _native(self, inputs: Tensor) -> bool:
         """Whether a kernel can choose for these inputs: one sample whose channels lie side by side."""
@@ -164,6 +156,13 @@ class UnitPredictor(nn.Module):
         channels_first = inputs.is_contiguous()
         maps = inputs.view(-1, places) if channels_first else inputs.movedim(1, -1).reshape(places, -1).t()
         return torch.mv(maps, share)[None]
+
+
+def _follow_weight(predictor: nn.Module, incompatible: Any) -> None:
+    """Derive from a weight that was loaded what the kernels read."""
+    assert isinstance(predictor, UnitPredictor)
+    if predictor.by_input is not None:
+        predictor.by_input, predictor.sums = predictor.weight.t().contiguous(), predictor.weight.sum(1)
 
 
 def in_layout(value: Tensor, channels_last: bool) -> Tensor:
