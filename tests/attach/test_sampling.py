@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomS
 
 from lightning_peft import Lane, Method, Resource
 from lightning_peft.attach.sampling import RecordingBatchSampler
+from lightning_peft.testing import modules
 from lightning_peft.testing.ddp import run_ddp
 
 torch.set_num_threads(1)
@@ -71,16 +72,7 @@ class Follows(Method):
 
 
 def trainer(*callbacks: Callback, **options: Any) -> L.Trainer:
-    defaults: dict[str, Any] = {
-        "max_epochs": 2,
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
-    return L.Trainer(**{**defaults, "callbacks": list(callbacks), **options})
+    return modules.trainer(**{"max_epochs": 2, "num_sanity_val_steps": 2, "callbacks": list(callbacks), **options})
 
 
 def loader(**options: Any) -> DataLoader[Any]:

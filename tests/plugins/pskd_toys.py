@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_peft.testing import modules
 from lightning_peft_plugins.regularizers.pskd import PSKD
 
 CLASSES, SIZE, EPOCHS = 4, 22, 3
@@ -94,17 +95,7 @@ def epoch_loader(**options: Any) -> DataLoader[Any]:
 
 
 def trainer(*callbacks: Callback, **options: Any) -> L.Trainer:
-    defaults: dict[str, Any] = {
-        "max_epochs": EPOCHS,
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "callbacks": list(callbacks),
-    }
-    return L.Trainer(**{**defaults, **options})
+    return modules.trainer(**{"max_epochs": EPOCHS, "num_sanity_val_steps": 2, "callbacks": list(callbacks), **options})
 
 
 def fit(method: PSKD | None, module: L.LightningModule, data: Any, **options: Any) -> list[float]:
