@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lightning_peft import registry
 from lightning_peft.structure.errors import CheckpointError as CheckpointError
-from lightning_peft.weights.maps import MappedTensor, WeightMap, mapped_tensors, split_name
+from lightning_peft.weights.mapped_layer import map_prefix, stored_key
+from lightning_peft.weights.maps import MappedTensor, WeightMap, mapped_tensors
 
 KEY = "lightning_peft"
 FORMAT = 1
@@ -83,22 +84,6 @@ def _is_record(item: object) -> bool:
         and isinstance(item.get("method"), str)
         and isinstance(item.get("config"), dict)
     )
-
-
-def stored_key(name: str) -> str:
-    """Return the state-dict key of the stored value of a mapped tensor.
-
-    Example:
-        >>> stored_key("model.fc.weight")
-        'model.fc.parametrizations.weight.original'
-    """
-    path, attribute = split_name(name)
-    return f"{path}.parametrizations.{attribute}.original" if path else f"parametrizations.{attribute}.original"
-
-
-def map_prefix(name: str, position: int) -> str:
-    """Return what the state-dict keys of the map at a position of a mapped tensor begin with."""
-    return f"{stored_key(name).removesuffix('original')}{position}."
 
 
 def rebuild_map(item: MapRecord) -> WeightMap:

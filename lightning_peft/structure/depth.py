@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 from lightning_peft.structure import depth_settings as settings
 from lightning_peft.structure.errors import CheckpointError
+from lightning_peft.weights.mapped_layer import plain_class
 from lightning_peft.weights.maps import detach_maps, plain_tensors
 
 Blocks: TypeAlias = "nn.ModuleList | nn.Sequential"
@@ -46,8 +46,7 @@ def signature(block: nn.Module) -> str:
         True
     """
     shapes = ",".join(f"{name}{tuple(tensor.shape)}" for name, tensor in sorted(plain_tensors(block).items()))
-    cls = type(block).__bases__[0] if parametrize.is_parametrized(block) else type(block)
-    return f"{cls.__name__}:{zlib.crc32(shapes.encode()):08x}"
+    return f"{plain_class(block).__name__}:{zlib.crc32(shapes.encode()):08x}"
 
 
 def ties(blocks: Blocks) -> list[int]:
