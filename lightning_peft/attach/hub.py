@@ -139,6 +139,7 @@ class Hub:
         self._saving: CheckpointHooks | None = None
         self._first: list[Edit] = []
         self._unscaled: list[tuple[dict[str, Any], Any]] = []
+        self._groups: list[int] = []
         self._gradients_pending = False
         self._attached = self._moved = False
 
@@ -219,11 +220,7 @@ class Hub:
         """Follow every optimizer's real steps and give the parameters of weight maps their own groups."""
         trainer = self.run.trainer
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        for mapped in mapped_tensors(self.run.module):
-            for weight_map in mapped.maps:
-                parameters = list(weight_map.parameters())
-                settings = (weight_map.optimizer_overrides, weight_map.lr_scale)
-                place_parameters(trainer.optimizers, schedulers, parameters, mapped.stored, *settings)
+        self._place_maps()
         if self._saving is not None and self._saving.groups is not None:
             regroup(self.run.module, trainer.optimizers, schedulers, self._saving.groups)
         if any(method.lane == Lane.STRUCTURE or method.restarts for method in self.methods):
@@ -233,6 +230,26 @@ class Hub:
             if scaling:
                 self._handles.append(optimizer.register_step_pre_hook(self._scale_hook(scaling)))
             self._handles.append(optimizer.register_step_post_hook(self._step_hook(index)))
+
+    def _place_maps(self) -> None:
+        trainer = self.run.trainer
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        for mapped in mapped_tensors(self.run.module):
+            for weight_map in mapped.maps:
+                settings = (weight_map.optimizer_overrides, weight_map.lr_scale)
+                names = dict(weight_map.named_parameters(f"{mapped.name}.{weight_map.kind}"))
+                place_parameters(trainer.optimizers, schedulers, names, mapped.stored, *settings)
+        self._groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
+
+    def _follow_new_groups(self) -> None:
+        """Train the maps of weights that somebody, a finetuning callback for instance, has just begun to train."""
+        if [len(optimizer.param_groups) for optimizer in self.run.trainer.optimizers] == self._groups:
+            return
+        for mapped in mapped_tensors(self.run.module):
+            for weight_map in mapped.maps:
+                if weight_map.lane == Lane.REPARAM and mapped.stored.requires_grad:
+                    weight_map.requires_grad_(True)
+        self._place_maps()
 
     def _scale_hook(self, methods: Sequence[Method]) -> Callable[..., None]:
         """Multiply learning rates for one step only, so that schedulers, which compute from the last one, never see it."""
@@ -301,6 +318,7 @@ class Hub:
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Note the batch a step will see; between two optimizer steps, give the module the structure methods ask for."""
+        self._follow_new_groups()
         if not self._gradients_pending:
             self._edit()
         self._gradients_pending = True

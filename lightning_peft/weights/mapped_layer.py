@@ -66,6 +66,17 @@ class MappedLayer(nn.Module):
     plain_class: ClassVar[type[nn.Module]]
     weight_maps: dict[str, MapChain]
 
+    @property
+    def parametrizations(self) -> nn.Module:
+        """The maps as modules, where ``functional_call`` and ``get_submodule`` look for them by name; a user's own go first."""
+        own = self._modules.get("parametrizations")
+        if own is not None:
+            return own
+        view = nn.Module()
+        for name, chain in self.weight_maps.items():
+            view.add_module(name, nn.ModuleList(chain.maps))
+        return view
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MappedLayer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for chain in self.weight_maps.values():
@@ -133,7 +144,7 @@ class MappedLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the ordinary layer that baking would leave."""
-        return _baked_twin(self).__reduce_ex__(protocol)
+        return _baked_twin(self).__reduce_ex__(1)  # later protocols insist on the class of the object at hand
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:

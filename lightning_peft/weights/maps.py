@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -19,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.weights.map_modules import MapModules
-from lightning_peft.weights.mapped_layer import MapChain, MappedLayer, chain_on, stored_key, take_chain
+from lightning_peft.weights.mapped_layer import MapChain, MappedLayer, chain_on, is_mapped, stored_key, take_chain
 from lightning_peft.weights.weight_map import WeightMap as WeightMap
 
 MapT = TypeVar("MapT", bound=WeightMap)
@@ -184,10 +183,15 @@ def attach_map(module: nn.Module, name: str, weight_map: WeightMap) -> MappedTen
     layer = module.get_submodule(path)
     stored = _mappable(layer, path, attribute)
     mapped = MappedTensor(name, layer, attribute)
+    begun = None if is_mapped(layer, attribute) else _beginning(weight_map, stored)
     chain = chain_on(layer, attribute)
-    if not chain.maps:
-        _mount_first(weight_map, chain, stored)
     chain.maps.append(weight_map)
+    if begun is not None:
+        chain.pristine = stored.detach().clone()
+        with torch.no_grad():
+            stored.copy_(begun)
+    if len(chain.maps) == 1:
+        chain.version = stored._version
     MapModules.show(module)
     return mapped
 
@@ -215,16 +219,12 @@ def _mappable(layer: nn.Module, path: str, attribute: str) -> nn.Parameter:
 
 
 @torch.no_grad()
-def _mount_first(weight_map: WeightMap, chain: MapChain, stored: nn.Parameter) -> None:
-    """Let a first map begin at the value its tensor has, by its ``right_inverse``."""
+def _beginning(weight_map: WeightMap, stored: nn.Parameter) -> Tensor | None:
+    """Return the stored value at which a first map gives the value its tensor has; ``None`` when it has no inverse."""
     if weight_map.lane == Lane.REPARAM and not stored.requires_grad:
         weight_map.requires_grad_(False)  # the other view of a frozen tensor is frozen; deltas and masks train beside one
     inverse = getattr(weight_map, "right_inverse", None)
-    if inverse is not None:
-        chain.pristine = stored.detach().clone()
-        with suppress(NotImplementedError):
-            stored.copy_(inverse(stored.detach()))
-    chain.version = stored._version
+    return None if inverse is None else inverse(stored.detach())
 
 
 def forget_pristine(module: nn.Module) -> None:
