@@ -25,6 +25,7 @@ from lightning_peft.attach.sampling import SampleRecorder
 from lightning_peft.attach.saving import CheckpointHooks, JournalShim, method_record, structure_record
 from lightning_peft.attach.shim import Shim
 from lightning_peft.attach.steps import StepTerms
+from lightning_peft.attach.twins import warn_of_twins
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.plan import resolve
 from lightning_peft.compose.run import Run
@@ -184,6 +185,8 @@ class Hub:
         self._attached = True
         for method in self.methods:
             method.attach(module)
+        if self._fitting:
+            warn_of_twins(module)
         stash.restore(module, stashed)
         if self._fitting:
             if self._first or any(True for _ in mapped_tensors(module)):
