@@ -30,6 +30,7 @@ from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.plan import resolve
 from lightning_peft.compose.run import Run
 from lightning_peft.method import Method, methods_of, ordered
+from lightning_peft.renewal import give_back, note_begin, note_end, renew
 from lightning_peft.strategies.support import check_strategy
 from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure import journal
@@ -41,6 +42,9 @@ from lightning_peft.weights import stash
 from lightning_peft.weights.maps import detach_maps, forget_pristine, mapped_tensors
 
 _HUBS: weakref.WeakKeyDictionary[nn.Module, Hub] = weakref.WeakKeyDictionary()
+_LAST: weakref.WeakKeyDictionary[Method, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+"""The module each method took part in a fit of last."""
+
 _GROUPS: weakref.WeakKeyDictionary[nn.Module, list[list[list[str]]]] = weakref.WeakKeyDictionary()
 """Names in the optimizers of the last fit of a grown module, as they were with its maps on."""
 
@@ -114,6 +118,21 @@ def complete_checkpoint(trainer: Trainer, module: LightningModule, checkpoint: d
         checkpoint[files.KEY] |= structure_record(module, _GROUPS.get(module, []))
 
 
+def lr_factor_of(method: Method) -> float:
+    """Return what a method multiplies learning rates with.
+
+    Raises:
+        MisconfigurationException: It is no number from 0: the step would climb, or end in NaN.
+    """
+    factor = method.lr_factor()
+    if not (math.isfinite(factor) and factor >= 0.0):
+        raise MisconfigurationException(
+            f"{method.name} multiplies learning rates by {factor} at step {method.steps}; lr_factor() must return a finite "
+            "number from 0. No weight was changed in this step: remove the method from callbacks=, or mend its lr_factor()."
+        )
+    return factor
+
+
 class Hub:
     """Runs the methods of one Trainer on one module.
 
@@ -132,6 +151,10 @@ class Hub:
         self.methods = ordered(listed)
         self.run = Run(trainer, module, "", module)
         self._fitting = trainer.state.fn == TrainerFn.FITTING
+        self._held = [note_begin(method) for method in self.methods]
+        if self._fitting and self._begins_anew():
+            for method in self.methods:
+                renew(method)
         self._shims: list[Shim] = []
         self._handles: list[RemovableHandle] = []
         self._terms: StepTerms | None = None
@@ -142,7 +165,13 @@ class Hub:
         self._unscaled: list[tuple[dict[str, Any], Any]] = []
         self._groups: list[int] = []
         self._gradients_pending = False
-        self._attached = self._moved = False
+        self._attached = self._moved = self._ready = False
+
+    def _begins_anew(self) -> bool:
+        """Whether a clock begins: in a Trainer that took no step, or for a module that the methods did not train last."""
+        module, trainer = self.run.module, self.run.trainer
+        known = (ref for method in self.methods if (ref := _LAST.get(method)) is not None)
+        return trainer.global_step == 0 or any(ref() is not module for ref in known)
 
     @property
     def active(self) -> bool:
@@ -258,7 +287,7 @@ class Hub:
         """Multiply learning rates for one step only, so that schedulers, which compute from the last one, never see it."""
 
         def scale(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            factor = math.prod(method.lr_factor() for method in methods) if self.active and self.run.started else 1.0
+            factor = math.prod(map(lr_factor_of, methods)) if self.active and self.run.started else 1.0
             if factor != 1.0:
                 self._unscaled = [(group, group["lr"]) for group in optimizer.param_groups]
                 for group, lr in self._unscaled:
@@ -296,14 +325,18 @@ class Hub:
         if self.run.started:
             return
         self.run.started = True
-        if self.run.trainer.global_step == 0 and not any(method.restored for method in self.methods):
-            for method in self.methods:
-                method.steps = 0
         self.run.step = max(method.steps for method in self.methods)
         for method in self.methods:
             method.steps = self.run.step
             method.start(self.run)
         self._end_missed_epoch()
+        self._get_ready()
+
+    def _get_ready(self) -> None:
+        """From here on there is no way back to before a checkpoint was loaded."""
+        self._ready = True
+        if self._saving is not None:
+            self._saving.before = None
 
     def _end_missed_epoch(self) -> None:
         """End the last epoch for methods whose state was saved after its last batch and before its end.
@@ -365,6 +398,7 @@ class Hub:
             for method in self.methods:
                 if self._evaluation is not None or method.lane == Lane.STRUCTURE:
                     method.adapt_start(self.run)
+        self._get_ready()
         if self._evaluation is not None:
             self._evaluation.active = True
 
@@ -406,11 +440,24 @@ class Hub:
                 method.restored = False
                 method.finish(self.run)
         finally:
+            if self._saving is not None and self._saving.before is not None:
+                self._saving.before.restore()
             if self._attached:
                 self._strip(failed)
             else:
                 self._undo_first_edits()
             JournalShim.keep(module)
+            self._let_go_of_methods(refused=failed and not self._ready)
+
+    def _let_go_of_methods(self, *, refused: bool) -> None:
+        """Note what the run leaves of each method; a run that was refused leaves all as it was."""
+        for method, held in zip(self.methods, self._held, strict=True):
+            if refused:
+                give_back(method, held)
+                continue
+            if self._fitting:
+                _LAST[method] = weakref.ref(self.run.module)
+            note_end(method)
 
     def _strip(self, failed: bool) -> None:
         module = self.run.module

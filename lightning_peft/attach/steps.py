@@ -66,6 +66,7 @@ class StepTerms:
         for tap in self._taps:
             tap.open()
         self._losses = None
+        self.run.in_step = True
         try:
             output = inner(*args, **kwargs)
             if self.run.module.automatic_optimization:
@@ -75,6 +76,7 @@ class StepTerms:
             self._check_applied()
             return output
         finally:
+            self.run.in_step = False
             for tap in self._taps:
                 tap.close()
 
@@ -87,14 +89,19 @@ class StepTerms:
             )
 
     def apply(self, loss: Tensor) -> Tensor:
-        """Add every loss term to the user's loss; before the methods are started the loss stays as it is."""
-        if not self._terms or not self._active() or not self.run.started:
+        """Add every loss term to the user's loss; before the methods are started the loss stays as it is.
+
+        A loss that is not finite stops the training, whatever the methods: none of them may learn from it.
+        """
+        if not self._active() or not self.run.started:
             return loss
-        step = Step(loss, *self.batch, self.run, self._network, self._features)
         terms: dict[str, Loss] = {}
-        check = loss.device.type == "cpu" or self._should_log
+        check = self._checks(loss)
         if check:
             check_finite(loss, terms)
+        if not self._terms:
+            return loss
+        step = Step(loss, *self.batch, self.run, self._network, self._features)
         for method in self._terms:
             term = method.loss(step)
             if term is not None:
@@ -105,6 +112,12 @@ class StepTerms:
         self._losses = {"base": loss.detach(), "total": total.detach()}
         self._losses |= {name: torch.as_tensor(term.value).detach() for name, term in terms.items()}
         return total
+
+    def _checks(self, loss: Tensor) -> bool:
+        """Whether to ask if the loss is finite: another device would have to be waited for, and a gradient scaler skips it."""
+        if getattr(self.run.trainer.precision_plugin, "scaler", None) is not None:
+            return False
+        return loss.device.type == "cpu" or self._should_log
 
     @property
     def _should_log(self) -> bool:

@@ -26,6 +26,7 @@ class Run:
         samples: Follows the training loader when a method reads the sample index.
         started: Whether the methods are started, so that their state is in force.
         schedules: Learning-rate schedulers as they began, for methods that let them begin again.
+        in_step: Whether the user's ``training_step`` runs now.
         late_epoch: Set while an epoch that ended before the checkpoint is ended for the methods.
     """
 
@@ -36,6 +37,7 @@ class Run:
     step: int = 0
     samples: SampleRecorder | None = None
     started: bool = False
+    in_step: bool = False
     late_epoch: int | None = None
     schedules: list[FreshSchedule] = field(default_factory=list)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_peft import registry
 from lightning_peft.structure.errors import CheckpointError as CheckpointError
+from lightning_peft.structure.forms import anything, dict_of, fields, maybe, text, whole
 from lightning_peft.weights.mapped_layer import map_prefix, stored_key
 from lightning_peft.weights.maps import MappedTensor, WeightMap, mapped_tensors
 
@@ -31,7 +32,10 @@ def describe(module: nn.Module, methods: Sequence[dict[str, Any]]) -> dict[str, 
 
 def section(weights: Mapping[str, list[MapRecord]], methods: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the library's part of a checkpoint from the records of weight maps by tensor name, and of methods."""
-    return {"version": FORMAT, "methods": list(methods), "weights": dict(weights)}
+    owners = [item["method"] for records in weights.values() for item in records]
+    # How many maps a method put on tensors is said twice, so that a list that lost one does not bake into a dense weight.
+    counted = [{**method, "maps": owners.count(method["method"])} for method in methods]
+    return {"version": FORMAT, "methods": counted, "weights": dict(weights)}
 
 
 def read(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -53,11 +57,25 @@ def read(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     weights = section.get("weights")
     if not isinstance(weights, dict) or not isinstance(section.get("methods"), list):
         raise CheckpointError(f'checkpoint["{KEY}"] is malformed: "weights" must be a dict and "methods" a list.')
+    for place, record in enumerate(section["methods"]):
+        _check_method(record, f'checkpoint["{KEY}"]["methods"][{place}]')
     for name, records in weights.items():
-        well_formed = isinstance(name, str) and isinstance(records, list) and all(map(_is_record, records))
+        well_formed = isinstance(name, str) and isinstance(records, list) and records and all(map(_is_record, records))
         if not well_formed:
             raise CheckpointError(f'checkpoint["{KEY}"]["weights"][{name!r}] is malformed: it must list weight maps.')
     return section
+
+
+def _check_counts(section: Mapping[str, Any]) -> None:
+    """Refuse to bake a section that lists more or fewer weight maps of a method than it says the method had."""
+    owners = [item["method"] for records in section["weights"].values() for item in records]
+    for record in section.get("methods", ()):
+        listed = owners.count(record["method"])
+        if record.get("maps", listed) != listed:
+            raise CheckpointError(
+                f"{record['method']} had {record['maps']} weight maps when the checkpoint was saved, and it lists {listed} of "
+                f'them: checkpoint["{KEY}"]["weights"] is damaged or was edited. Use another checkpoint.'
+            )
 
 
 def read_groups(section: Mapping[str, Any]) -> list[list[list[str]]]:
@@ -75,6 +93,16 @@ def read_groups(section: Mapping[str, Any]) -> list[list[list[str]]]:
 def _is_nest(value: object, depth: int) -> bool:
     """Whether a value is lists of lists of strings, so many deep."""
     return isinstance(value, list) and all(isinstance(v, str) if depth == 1 else _is_nest(v, depth - 1) for v in value)
+
+
+def _check_method(record: object, place: str) -> None:
+    found = _METHOD({key: record.get(key) for key in _METHOD_FORMS} if isinstance(record, dict) else record, place)
+    if found is not None:
+        raise CheckpointError(f"The record of a method is malformed: {found}.")
+
+
+_METHOD_FORMS = {"method": text, "name": text, "config": dict_of(anything), "steps": whole(), "maps": maybe(whole())}
+_METHOD = fields(_METHOD_FORMS)
 
 
 def _is_record(item: object) -> bool:
@@ -133,9 +161,12 @@ def bake_state_dict(state: Mapping[str, Tensor], section: Mapping[str, Any]) -> 
                     value = weight_map.bake(value)
             except Exception as error:
                 raise CheckpointError(f"The state of the weight map {item['map']!r} on {name} does not fit: {error}") from error
+        if left := next((key for key in plain if key.startswith(map_prefix(name, 0)[: -len("0.")])), None):
+            raise CheckpointError(f"The checkpoint holds {left}, but lists no weight map on {name} that it belongs to.")
         if value.shape != shape:
             raise CheckpointError(f"The weight maps on {name} change its shape from {tuple(shape)} to {tuple(value.shape)}.")
         plain[name] = value
+    _check_counts(section)
     return plain
 
 

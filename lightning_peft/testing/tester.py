@@ -186,9 +186,17 @@ class MethodTester:
 
     def test_fits_again(self, factory: Factory) -> None:
         first = self._fit([factory()])
+        left = first.state()
         again = self._fit(first.methods, module=first.module)
         assert all(map(math.isfinite, again.losses)), f"second fit of one module: the loss became {again.losses}"
         self._assert_clean(again.module, "two fits")
+        twice = again.state()
+        other = self._fit(first.methods)
+        found = difference(left, other.state())
+        assert found is None, f"a new module trained with a used object, against a new object: {found}"
+        anew = self._fit([factory()], module=other.module)
+        found = difference(twice, anew.state())
+        assert found is None, f"a module trained again with a used object, against a new object: {found}"
 
     # Is the module left as it was?
 

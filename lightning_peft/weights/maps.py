@@ -48,6 +48,11 @@ class MappedTensor:
         """What the optimizer updates."""
         return self.layer._parameters[self.attribute]  # type: ignore[return-value]
 
+    @property
+    def untouched(self) -> bool:
+        """Whether the tensor was not changed since its maps came, so that the value it had before can come back."""
+        return self.stored._version == self.chain.version
+
     def entering(self, weight_map: WeightMap) -> Tensor:
         """Return the value one of the maps is given by those below it, without a graph."""
         value: Tensor = self.stored.detach()
@@ -267,7 +272,7 @@ def _final_value(mapped: MappedTensor, leave: Leave) -> Tensor:
         return mapped.baked()
     if leave == "unmasked":
         return mapped.unmasked()
-    if leave == "pristine" and mapped.stored._version == mapped.chain.version:
+    if leave == "pristine" and mapped.untouched:
         pristine = mapped.chain.pristine
         return mapped.stored.detach() if pristine is None else pristine
     live: Tensor = getattr(mapped.layer, mapped.attribute)

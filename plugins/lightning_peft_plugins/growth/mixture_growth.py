@@ -118,7 +118,7 @@ class MixtureGrowth(TimedMethod):
         if self.lr_rule.restart:
             raise MisconfigurationException('lr="restart" is not offered here; write "rewarm:<length>@<peak>" or "continue".')
         self.stem, self.head = stem, head
-        self._turns = {"on": False, "offset": 0}
+        self._turns: dict[str, Any] = {"on": False, "offset": 0}
         self._handles: list[RemovableHandle] = []
 
     def select(self, module: nn.Module) -> dict[str, nn.Module]:
@@ -148,7 +148,6 @@ class MixtureGrowth(TimedMethod):
                 )
         maps = self._maps(run.module)
         if all(weight_map.plain for _, weight_map in maps):
-            self.forget()
             self._split(maps)
         elif not self.done and any((m.coefficients * ~own_shares(m.coefficients)).any() for _, m in maps):
             self.mark_done()  # by an earlier fit

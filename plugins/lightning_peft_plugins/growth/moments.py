@@ -9,7 +9,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
 from lightning_peft.compose.run import Run
+from lightning_peft.structure.forms import entries, fields, number, whole
 from lightning_peft_plugins.growth.triggers import Plateau, parse_trigger, tokens_in
+
+MOMENT = fields({"tokens": whole(), "plateau": entries(number(infinite=True), whole())})
+"""What :meth:`Moment.state` looks like."""
 
 
 class Moment:
@@ -28,11 +32,6 @@ class Moment:
         self._plateau = Plateau(patience, min_delta)
         self._tokens = 0
         self._point = 0
-
-    def reset(self) -> None:
-        """Forget an earlier training."""
-        self._tokens = 0
-        self._plateau.restart()
 
     def start(self, run: Run) -> None:
         """Place a point of training in this one."""

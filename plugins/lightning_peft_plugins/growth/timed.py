@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from lightning_peft.compose.run import Run
 from lightning_peft.method import Method
+from lightning_peft.structure.forms import Form, fields, list_of, maybe, whole
 from lightning_peft_plugins.growth.lr_rules import parse_lr_rule
-from lightning_peft_plugins.growth.moments import Moment
+from lightning_peft_plugins.growth.moments import MOMENT, Moment
 
 
 class TimedMethod(Method):
@@ -48,14 +50,8 @@ class TimedMethod(Method):
         self.moments = [Moment(event, monitor, patience, min_delta) for event in events]
         self.lr_rule = parse_lr_rule(lr)
         self._warmup = 0
-        self.forget()
-
-    def forget(self) -> None:
-        """Stand before the first change."""
         self.done = 0
         self.changed_at: int | None = None
-        for moment in self.moments:
-            moment.reset()
 
     def start(self, run: Run) -> None:
         """Place the moments in this training."""
@@ -91,6 +87,17 @@ class TimedMethod(Method):
     def state(self) -> dict[str, Any]:
         """How many changes are made, when the last was, and what the moments have seen."""
         return {"done": self.done, "changed_at": self.changed_at, "moments": [moment.state() for moment in self.moments]}
+
+    def state_fields(self) -> dict[str, Form]:
+        """Form of each entry of the state, which subclasses add to."""
+        return {
+            "done": whole(0, len(self.moments)),
+            "changed_at": maybe(whole()),
+            "moments": list_of(MOMENT, len(self.moments)),
+        }
+
+    def state_form(self, tensors: Mapping[str, Tensor] | None) -> Form:
+        return fields(self.state_fields())
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.done, self.changed_at = state["done"], state["changed_at"]

@@ -17,6 +17,7 @@ from lightning_peft.compose.lanes import Lane
 from lightning_peft.compose.run import Run
 from lightning_peft.method import Method
 from lightning_peft.structure.edits import Change
+from lightning_peft.structure.forms import Form, dict_of, fields, tensors_like, whole
 from lightning_peft.structure.optimizers import trained_by
 from lightning_peft.weights.low_rank import SCHEMES, Scheme, truncate
 from lightning_peft.weights.maps import mapped_tensors
@@ -157,6 +158,9 @@ class TrainedRankPruning(Method):
     def state(self) -> dict[str, Any]:
         """Ranks, and sub-gradients of which the step is still to come."""
         return {"ranks": dict(self.ranks), "pulls": dict(self._pulls)}
+
+    def state_form(self, tensors: Mapping[str, Tensor] | None) -> Form:
+        return fields({"ranks": dict_of(whole(), tensors), "pulls": tensors_like(tensors)})
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.ranks, self._pulls = dict(state["ranks"]), dict(state["pulls"])

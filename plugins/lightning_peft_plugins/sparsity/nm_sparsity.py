@@ -16,6 +16,7 @@ from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.compose.schedule import parse_point
 from lightning_peft.method import Method
+from lightning_peft.structure.forms import Form, fields, list_of, whole
 from lightning_peft.weights.maps import maps_of
 from lightning_peft.weights.nm_layout import input_dim, inputs
 from lightning_peft.weights.nm_pattern import parse_pattern
@@ -186,7 +187,15 @@ class NMSparsity(Method):
         line = self.timeline
         return {"timeline": [] if line is None else [line.dense_end, line.sparse_end, line.total]}
 
+    def state_form(self, tensors: Mapping[str, Tensor] | None) -> Form:
+        return fields({"timeline": _timeline_form})
+
     def load_state(self, state: dict[str, Any]) -> None:
         if state["timeline"]:
             self.timeline = Timeline(*(int(step) for step in state["timeline"]))
         self._enter_phase()
+
+
+def _timeline_form(value: Any, place: str) -> str | None:
+    found = list_of(whole(), 0, 3)(value, place)
+    return found or (None if value == sorted(value) else f"{place} is {value}, but phases end one after the other")
