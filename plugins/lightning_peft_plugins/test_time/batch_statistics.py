@@ -72,8 +72,8 @@ class SourceStatistics:
 class BlendStatistics(SourceStatistics):
     """Moves the running statistics of BatchNorm layers towards those of each batch that comes, for that batch only or for good.
 
-    Before each call a layer's running statistics become ``(1 - weight) * base + weight * batch``, with the unbiased variance, as
-    in the official code of BN adaptation. The base is the source's; with ``accumulate`` it is the blend of the batch before.
+    Before each call a layer's running statistics become ``(1 - weight) * base + weight * batch``, with the unbiased variance,
+    as in the official code of BN adaptation. The base is the source's; with ``accumulate`` it is the blend of the batch before.
 
     Args:
         layers: The layers, in evaluation mode when they are called.
