@@ -167,6 +167,13 @@ class Method(Callback):
     def epoch_end(self, run: Run) -> None:
         """Act after a training epoch, on every rank."""
 
+    def awaited(self, run: Run) -> Iterable[str]:
+        """Name what was to come in this training and has not: events, phases, the end of a schedule; asked when a fit ends.
+
+        Each is warned of as ``"<name>: ... ended before <what was to come>"``, so say what, and when it would have come.
+        """
+        return ()
+
     def adapt_start(self, run: Run) -> None:
         """Prepare for an evaluation on its own; a checkpoint it loads is already in place.
 
@@ -248,6 +255,9 @@ class Method(Callback):
             )
         return method_state.write(self.steps, self._epochs_ended, state)
 
+    # Lightning refuses two callbacks of one key when it finds this overridden, before the plan can say which argument helps.
+    state_dict.__wrapped__ = Callback.state_dict  # type: ignore[attr-defined]
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
 
@@ -283,13 +293,20 @@ class Method(Callback):
 
         self._hub = enter(trainer, pl_module)
 
+    def on_after_setup(self, fabric: Any, module: nn.Module) -> None:
+        """Refuse Fabric, which has no fit to be part of; it calls this when it sets a module up.
+
+        Raises:
+            MisconfigurationException: Always.
+        """
+        raise MisconfigurationException(
+            f"{self.name} was given to Fabric, which calls no method. Give it to lightning.pytorch.Trainer(callbacks=[...]) "
+            "and let that run a LightningModule; lightning_peft.functional has the mathematics for loops of your own."
+        )
+
     def _drive(self, event: str, *args: Any) -> None:
         if self._hub is not None and self._hub.driver is self:
             getattr(self._hub, event)(*args)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Optimizers exist and are not yet restored: bind to them."""
-        self._drive("bind_optimizers")
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Everything is restored: start, so that the sanity check sees what training will."""
@@ -317,16 +334,14 @@ class Method(Callback):
         """End the epoch for every method."""
         self._drive("end_epoch")
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Everything is restored: start to adapt."""
-        self._drive("start_evaluation")
-
-    on_validation_start = on_predict_start = on_test_start
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what did not come."""
+        self._drive("end_training")
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Note which batch comes."""
+        """Note which batch comes; before the first, start to adapt."""
         self._drive("begin_evaluation_batch", batch_idx, dataloader_idx)
 
     on_validation_batch_start = on_predict_batch_start = on_test_batch_start

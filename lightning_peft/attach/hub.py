@@ -18,14 +18,17 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.attach import averaging
+from lightning_peft.attach.capture import step_compiler
 from lightning_peft.attach.editing import edit_training
 from lightning_peft.attach.evaluation import EvaluationShim, Passes
+from lightning_peft.attach.neighbours import check_neighbours
 from lightning_peft.attach.network import resolve_network
 from lightning_peft.attach.sampling import SampleRecorder
 from lightning_peft.attach.saving import CheckpointHooks, JournalShim, method_record, structure_record
 from lightning_peft.attach.shim import Shim
 from lightning_peft.attach.steps import StepTerms
 from lightning_peft.attach.twins import warn_of_twins
+from lightning_peft.attach.unfinished import warn_unfinished
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.plan import resolve
 from lightning_peft.compose.run import Run
@@ -162,6 +165,7 @@ class Hub:
         self._evaluation: EvaluationShim | None = None
         self._saving: CheckpointHooks | None = None
         self._first: list[Edit] = []
+        self._finished: list[Method] = []
         self._unscaled: list[tuple[dict[str, Any], Any]] = []
         self._groups: list[int] = []
         self._gradients_pending = False
@@ -210,6 +214,7 @@ class Hub:
             self._first_edits()
         self.run.network_name, self.run.network = network_of(self.methods, module)
         plan = resolve(self.methods, module, self.run.network_name)
+        check_neighbours(self.run.trainer, self.methods, module)
         stashed = stash.peek(module)
         self._attached = True
         for method in self.methods:
@@ -222,9 +227,10 @@ class Hub:
                 averaging.rebuild(self.run.trainer, module)
             self._terms = StepTerms(self.run, self.methods, lambda: self.active)
             self._shadow(module, "training_step", self._terms.training_step)
+            self._shadow(module, "on_fit_start", self._fit_start)
         self._adapter = next((method for method in self.methods if method.lane == Lane.ADAPT), None)
         if self._adapter is not None and not self._fitting:
-            self._evaluation = EvaluationShim(self.run.network, self._adapter.adapt).install()
+            self._evaluation = EvaluationShim(self.run.network, self._adapter.adapt, step_compiler(module)).install()
         self._saving = CheckpointHooks(self.run, self.methods, fitting=self._fitting)
         self._shadow(module, "on_save_checkpoint", self._saving.save)
         self._shadow(module, "on_load_checkpoint", self._saving.load)
@@ -247,6 +253,11 @@ class Hub:
                 journal.take_back(self.run.module)
 
     # Training.
+
+    def _fit_start(self, inner: Callable[[], None]) -> None:
+        """Bind after every callback: finetuning ones replace the groups of a resumed optimizer in their ``on_fit_start``."""
+        self.bind_optimizers()
+        inner()
 
     def bind_optimizers(self) -> None:
         """Follow every optimizer's real steps and give the parameters of weight maps their own groups."""
@@ -376,6 +387,13 @@ class Hub:
         for method in self.methods:
             method.epoch_end(self.run)
             method._epochs_ended = self.run.epoch + 1
+        if self._terms is not None:
+            self._terms.end_epoch()
+
+    def end_training(self) -> None:
+        """Say what this training was to bring and has not."""
+        if self.run.started:
+            warn_unfinished(self.run, self.methods)
 
     def apply(self, loss: Tensor) -> Tensor:
         """Add every loss term to a loss of the user's."""
@@ -393,6 +411,8 @@ class Hub:
         if self.run.started or self._fitting:
             return
         self.run.started = True
+        for callback in averaging.swapped_in(self.run.trainer):
+            self._shadow(callback, "_swap_models", self._swap_back)
         # What a method keeps must not be made in the loop's inference mode, or it could never be changed in place.
         with torch.inference_mode(False), torch.no_grad():
             for method in self.methods:
@@ -402,8 +422,17 @@ class Hub:
         if self._evaluation is not None:
             self._evaluation.active = True
 
+    def _swap_back(self, inner: Callable[..., None], *args: Any) -> None:
+        """Let the adapting method give back what it adapted, the average, before that leaves the module."""
+        if self._adapter is not None and self._evaluation is not None and self._evaluation.active:
+            self._evaluation.active = False
+            with torch.inference_mode(False), torch.no_grad():
+                self._finish(self._adapter)
+        inner(*args)
+
     def begin_evaluation_batch(self, batch_idx: int, dataloader_idx: int) -> None:
-        """Note the batch whose calls come."""
+        """Note the batch whose calls come; at the first one every callback has put in place what is to be evaluated."""
+        self.start_evaluation()
         if self._evaluation is not None:
             self._evaluation.place = (batch_idx, dataloader_idx)
 
@@ -438,7 +467,7 @@ class Hub:
         try:
             for method in self.methods:
                 method.restored = False
-                method.finish(self.run)
+                self._finish(method)
         finally:
             if self._saving is not None and self._saving.before is not None:
                 self._saving.before.restore()
@@ -458,6 +487,11 @@ class Hub:
             if self._fitting:
                 _LAST[method] = weakref.ref(self.run.module)
             note_end(method)
+
+    def _finish(self, method: Method) -> None:
+        if method not in self._finished:
+            self._finished.append(method)
+            method.finish(self.run)
 
     def _strip(self, failed: bool) -> None:
         module = self.run.module

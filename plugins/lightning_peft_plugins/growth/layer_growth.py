@@ -154,7 +154,7 @@ class LayerGrowth(TimedMethod):
 
     def next_edit(self, run: Run) -> Growth | None:
         """Grow when the time of the next event has come: first wider, then deeper."""
-        if self._parts == 0 and (self._masks or not self.due):
+        if self._parts == 0 and (self._masks or not self.due(run)):
             return None
         edit, operator, last = self.plan.edit(run.module, self.done, self._parts)
         edit |= {"by": self.name, "event": self.done, "step": self.steps, "seed": self.seed + self.done}

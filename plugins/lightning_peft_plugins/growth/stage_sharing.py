@@ -157,7 +157,7 @@ class StageSharing(TimedMethod):
 
     def next_edit(self, run: Run) -> Growth | None:
         """Give every position a block of its own when the moment has come."""
-        if not self.due:
+        if not self.due(run):
             return None
         shared: Edit = self._shared(run.module)  # type: ignore[assignment]
         kin = ties(blocks_at(run.module, self._path))

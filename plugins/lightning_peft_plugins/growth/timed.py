@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -18,7 +18,7 @@ from lightning_peft_plugins.growth.moments import MOMENT, Moment
 class TimedMethod(Method):
     """Base of the methods that change the network at moments of its training and may warm learning rates up again.
 
-    Subclasses ask :attr:`due` and say :meth:`mark_done`.
+    Subclasses ask :meth:`due` and say :meth:`mark_done`.
 
     Args:
         at: When: ``"step:5000"``, ``"epoch:2"``, ``"30%"``, ``"tokens:1e9"``, ``"plateau"``, or a list of them.
@@ -59,15 +59,22 @@ class TimedMethod(Method):
             moment.start(run)
         self._warmup = self.lr_rule.warmup(run)
 
-    @property
-    def due(self) -> bool:
-        """Whether the next change is, if there is one."""
-        return self.done < len(self.moments) and self.moments[self.done].come(self.steps)
+    def due(self, run: Run, *, stepped: bool = False) -> bool:
+        """Whether the next change is due, if there is one: before a step, or just after it (``stepped``)."""
+        epochs = run.epoch + int(stepped and run.trainer.is_last_batch)
+        return self.done < len(self.moments) and self.moments[self.done].come(self.steps, epochs)
 
     def mark_done(self, whole: bool = True) -> None:
         """Count a change, made now, or note the moment of one whose other part is still to come."""
         self.done += whole
         self.changed_at = self.steps
+
+    def awaited(self, run: Run) -> Iterator[str]:
+        """The changes that did not come, and the end of a warm-up."""
+        for moment in self.moments[self.done :]:
+            yield f"its change at {moment}"
+        if self.changed_at is not None and self.steps < self.changed_at + self._warmup:
+            yield f"the end of the warm-up at step {self.changed_at + self._warmup}"
 
     def lr_factor(self) -> float:
         """Warm up after a change."""

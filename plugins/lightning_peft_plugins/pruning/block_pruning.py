@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -233,6 +233,12 @@ class BlockPruning(Method):
             self._gone += change.edit["from"] - len(sources)
             self.lists[path] = self.lists[path].without(sources)
             self.watch.rename(change.new_name)
+
+    def awaited(self, run: Run) -> Iterator[str]:
+        """The last cut, with the whole amount."""
+        last = None if self.timeline is None else self.timeline.amounts.end
+        if last is not None and (self._cut_at is None or self._cut_at < last):
+            yield f"the last cut at step {last}"
 
     def finish(self, run: Run) -> None:
         """Stop looking at blocks."""

@@ -243,6 +243,11 @@ class FTWT(Method):
             "choose as the channels' activity says."
         )
 
+    def awaited(self, run: Run) -> Iterator[str]:
+        """The cool-down."""
+        if self._frozen_from is not None and run.step < self._frozen_from:
+            yield f"the cool-down from step {self._frozen_from} on"
+
     def describe(self, module: nn.Module) -> str:
         """Say how many units are gated, and how many of them can skip on both sides."""
         units = self.units(module).values()

@@ -294,6 +294,14 @@ class MaskedPruning(Method):
         """Stop looking at inputs."""
         self.watch.close()
 
+    def awaited(self, run: Run) -> Iterator[str]:
+        """The last choice, with the whole amount, and the way back after it."""
+        last = None if self.timeline is None else self.timeline.amounts.end
+        if last is not None and self._chosen_at != last and self.steps < last:
+            yield f"the last choice of masks at step {last}"
+        elif self._rewind_due:
+            yield f"going back to step {self._rewind_at}, for which a further step was needed"
+
     def describe(self, module: nn.Module) -> str:
         """Name what is pruned by what, and when."""
         given = self._arguments

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.attach.capture import forward_attribute
+from lightning_peft.attach.capture import forward_attribute, step_compiler
 from lightning_peft.attach.layers import is_norm, own_parameters
 from lightning_peft.attach.shim import Shim
 from lightning_peft.attach.targets import TargetSpec, select
@@ -133,7 +133,10 @@ class StructuredPruning(Method):
         self.timeline = Timeline.of_cuts(self.schedule, self.every, run, watched=bool(self.score.reads))
         self._allowed(run)
         if self._example is None:
-            self._shim = Shim(run.network, forward_attribute(run.network), self._recorder(run)).install()
+            compiler = step_compiler(run.module)
+            self._shim = Shim(
+                run.network, forward_attribute(run.network), self._recorder(run), traced=False, compiler=compiler
+            ).install()
 
     def _recorder(self, run: Run) -> Any:
         def see(inner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -227,6 +230,12 @@ class StructuredPruning(Method):
     def structure_changed(self, module: LightningModule, change: Change) -> None:
         """Let go of what was seen of tensors that are no more what they were."""
         self.watch.forget(change)
+
+    def awaited(self, run: Run) -> Iterator[str]:
+        """The last cut, with the whole amount."""
+        last = None if self.timeline is None else self.timeline.amounts.end
+        if last is not None and (self._cut_at is None or self._cut_at < last):
+            yield f"the last cut at step {last}"
 
     def finish(self, run: Run) -> None:
         """Stop waiting for a call."""

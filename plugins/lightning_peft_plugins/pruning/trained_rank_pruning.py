@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -126,6 +126,11 @@ class TrainedRankPruning(Method):
         if self._moving and (self.steps % self.period == 0 or self.steps == self._last):
             self._truncate(run, self._moving)
         self._moving, self._untrained = [], {}
+
+    def awaited(self, run: Run) -> Iterator[str]:
+        """The truncation after the last step."""
+        if self.steps % self.period and self.steps != self._last:
+            yield f"the last truncation: its weights moved for {self.steps % self.period} steps since"
 
     @torch.no_grad()
     def finish(self, run: Run) -> None:

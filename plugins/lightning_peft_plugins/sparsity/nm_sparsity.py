@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -157,6 +157,14 @@ class NMSparsity(Method):
             once = self.recipe == "one-shot"
             if once or self.steps % self.refresh == 0:
                 self._refresh(run.module, fresh_only=once)
+
+    def awaited(self, run: Run) -> Iterator[str]:
+        """The phase in which masks are binary, and of the whole pattern."""
+        line = self.timeline
+        if line is not None and self.steps < line.dense_end:
+            yield f"masks began at step {line.dense_end}, so its weights are dense"
+        elif line is not None and self.steps < line.sparse_end and self.recipe.startswith(("mdgf", "sdgf")):
+            yield f"masks took their final form at step {line.sparse_end}"
 
     def _enter_phase(self) -> None:
         if self.timeline is None:

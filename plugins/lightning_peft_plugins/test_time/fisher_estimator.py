@@ -80,6 +80,11 @@ class FisherEstimator(Method):
             )
         self._estimate(run, loaders)
 
+    def awaited(self, run: Run) -> Iterator[str]:
+        """The estimate."""
+        if not self.scores:
+            yield "its estimate at the end of the last epoch"
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score in a validation on its own, unless a checkpoint brought scores."""
         if trainer.state.fn == TrainerFn.VALIDATING and self._hub is not None and not self.scores:
