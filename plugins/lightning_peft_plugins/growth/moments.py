@@ -37,8 +37,7 @@ class Moment:
     def start(self, run: Run) -> None:
         """Place a point of training in this one."""
         if self.trigger.point is not None:
-            total = run.total_steps if self.trigger.point.unit == "fraction" else None
-            self._point = self.trigger.point.resolve(total, run.steps_per_epoch)
+            self._point = run.place(self.trigger.point, "at=")
 
     def come(self, steps: int) -> bool:
         """Whether the moment has come after so many optimizer steps."""
