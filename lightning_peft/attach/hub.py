@@ -189,7 +189,7 @@ class Hub:
         self._shadow(self.run.module, "setup", self._setup)
         if self._fitting and any(Resource.SAMPLE_INDEX in method.reads_now() for method in self.methods):
             self.run.samples = SampleRecorder(self.run.trainer)
-            self._shims.append(self.run.samples.install())
+            self.run.samples.install()
 
     def _shadow(self, owner: Any, name: str, handler: Callable[..., Any]) -> None:
         self._shims.append(Shim(owner, name, handler).install())

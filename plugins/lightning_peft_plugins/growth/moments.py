@@ -36,8 +36,7 @@ class Moment:
     def start(self, run: Run) -> None:
         """Place a point of training in this one; whole epochs are where they are, whatever they are long."""
         if self.trigger.point is not None and self._epoch is None:
-            total = run.total_steps if self.trigger.point.unit == "fraction" else None
-            self._point = self.trigger.point.resolve(total, run.steps_per_epoch)
+            self._point = run.place(self.trigger.point, "at=")
 
     @property
     def _epoch(self) -> int | None:

@@ -172,7 +172,7 @@ class FTWT(Method):
     def start(self, run: Run) -> None:
         """Place the cool-down, and watch what layers cost in the first step."""
         if self.cooldown is not None:
-            self._frozen_from = self.cooldown.resolve(run.total_steps, run.steps_per_epoch)
+            self._frozen_from = run.place(self.cooldown, "cooldown=")
         trained = trained_by(*run.trainer.optimizers)
         for name, gate in self.gates(run.module):
             if gate.predictor.weight not in trained:

@@ -191,7 +191,7 @@ class MaskedPruning(Method):
     def _prepare_rewind(self, run: Run) -> None:
         assert self.rewind_to is not None
         assert self.timeline is not None
-        self._rewind_at = self.rewind_to.resolve(run.total_steps, run.steps_per_epoch)
+        self._rewind_at = run.place(self.rewind_to, "rewind=")
         if self._rewind_at >= self.timeline.amounts.start:
             raise MisconfigurationException(
                 f"rewind= goes back to step {self._rewind_at}, but masks are chosen from step {self.timeline.amounts.start} "

@@ -79,7 +79,7 @@ class TrainedRankPruning(Method):
         self._names: list[str] = []
         self._moving: list[str] = []
         self._untrained: dict[str, Tensor] = {}
-        self._last = 0.0
+        self._last: int | None = None
 
     def select(self, module: nn.Module) -> dict[str, nn.Module]:
         """Refuse layers that the scheme does not know."""
@@ -102,7 +102,12 @@ class TrainedRankPruning(Method):
                     f"{name} is under a weight map of {mapped[name]}, so the rank of what is stored is not that of the weight. "
                     f"Leave the layer out of one of them with exclude=[{name.rpartition('.')[0]!r}]."
                 )
-        self._last = run.trainer.estimated_stepping_batches  # infinite when the Trainer has no end
+        self._last = run.end
+        if self._last is None:
+            rank_zero_warn(
+                f"{self.name}: the end of this training is not known, so the last truncation comes up to {self.period} steps "
+                "before it. With Trainer(max_steps=...) it comes after the last step."
+            )
         if self.steps == 0:
             self._untrained = {name: run.module.get_parameter(name).detach().clone() for name in self._names}
             self._truncate(run, self._names)

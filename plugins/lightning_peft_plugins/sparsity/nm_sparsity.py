@@ -21,7 +21,7 @@ from lightning_peft.weights.maps import maps_of
 from lightning_peft.weights.nm_layout import input_dim, inputs
 from lightning_peft.weights.nm_pattern import parse_pattern
 from lightning_peft_plugins.sparsity.nm_map import HeldNMMap, MaskRule, NMMap
-from lightning_peft_plugins.sparsity.nm_schedule import RECIPES, Recipe, Timeline, phase_at
+from lightning_peft_plugins.sparsity.nm_schedule import NEVER, RECIPES, Recipe, Timeline, needs_end, phase_at
 
 
 class NMSparsity(Method):
@@ -144,11 +144,23 @@ class NMSparsity(Method):
 
     def start(self, run: Run) -> None:
         """Fix the phases of this training."""
-        total = run.total_steps
-        dense_end = self.dense.resolve(total, run.steps_per_epoch)
-        self.timeline = Timeline(dense_end, total - self.fine_tune.resolve(total, run.steps_per_epoch), total)
+        dense_end = run.place(self.dense, "dense=")
+        if self.fine_tune.amount or needs_end(self.recipe, self.coefficient):
+            self.timeline = Timeline(dense_end, self._sparse_end(run), run.total_steps)
+        else:
+            total = run.end or NEVER
+            self.timeline = Timeline(dense_end, total, total)
         self._enter_phase()
         self._refresh(run.module, fresh_only=True)
+
+    def _sparse_end(self, run: Run) -> int:
+        try:
+            return run.place_from_end(self.fine_tune, "fine_tune=")
+        except MisconfigurationException as error:
+            raise MisconfigurationException(
+                f'{error} Without an end there are recipe="sr-ste", "ste" and "one-shot", or an MDGF recipe with decay= per step, '
+                "all with fine_tune=0."
+            ) from None
 
     def after_step(self, run: Run) -> None:
         """Move to the phase of the new step and choose held masks anew when their time has come."""

@@ -118,7 +118,8 @@ class FisherEstimator(Method):
 def _is_last(run: Run) -> bool:
     trainer = run.trainer
     epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else float("inf")
-    return trainer.should_stop or run.epoch + 1 >= epochs or run.step >= trainer.estimated_stepping_batches
+    # As Lightning counts: all optimizers, when the module optimises by hand.
+    return trainer.should_stop or run.epoch + 1 >= epochs or 0 <= trainer.max_steps <= trainer.global_step
 
 
 def network_fisher(
