@@ -142,4 +142,5 @@ def _docstring(described: type) -> tuple[str, dict[str, str]]:
     parsed = parse(inspect.cleandoc(described.__doc__ or ""))
     prose = "\n\n".join(part for part in (parsed.short_description, parsed.long_description) if part)
     plain = prose.replace("``", "`")
-    return plain, {item.arg_name: " ".join((item.description or "").replace("``", "`").split()) for item in parsed.params}
+    arguments = [item for item in parsed.params if item.args[0] == "param"]  # the others are attributes
+    return plain, {item.arg_name: " ".join((item.description or "").replace("``", "`").split()) for item in arguments}

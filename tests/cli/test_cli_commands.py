@@ -20,6 +20,8 @@ OURS = sorted(name for name, entry in registry.installed().items() if entry.dist
 def test_show_explains_every_argument(name: str) -> None:
     shown = listing.show_method(name)
     assert [item["name"] for item in shown.data["arguments"] if not item["meaning"]] == []
+    explained = {argument.lstrip("*") for argument in listing._docstring(registry.find(name))[1]}
+    assert not explained - {"kwargs"} - {item["name"] for item in shown.data["arguments"]}, "no such argument"
     assert shown.data["card"].startswith(f"# {name}\n")
 
 
