@@ -1,6 +1,7 @@
 """Published training methods as callbacks for any LightningModule: compose them, resume them, bake the result.
 
-Methods are imported from their plugin on first use: ``from lightning_peft import NMSparsity``.
+Methods are imported from their plugin on first use: ``from lightning_peft import NMSparsity``. ``from lightning_peft import *``
+brings all of them.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f"lightning_peft.{_HOMES[name]}"), name)
     elif name in _SUBPACKAGES:
         value = import_module(f"lightning_peft.{name}")
+    elif name == "__all__":
+        return _all()
     elif name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     else:
@@ -58,3 +61,22 @@ def __dir__() -> list[str]:
     from lightning_peft import registry
 
     return sorted({"__version__", *_HOMES, *_SUBPACKAGES, *registry.installed()})
+
+
+def _all() -> list[str]:
+    """Names that ``from lightning_peft import *`` brings: functions, classes and every method that can be imported."""
+    import warnings
+
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from lightning_peft import registry
+
+    names = list(_HOMES)
+    for name, entry in registry.installed().items():
+        try:
+            entry.load()
+        except MisconfigurationException as error:
+            warnings.warn(str(error), stacklevel=3)
+        else:
+            names.append(name)
+    return names

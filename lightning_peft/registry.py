@@ -8,9 +8,9 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
 if TYPE_CHECKING:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     from lightning_peft.method import Method
 
 GROUP = "lightning_peft.plugins"
@@ -41,7 +41,7 @@ class MethodEntry:
         try:
             loaded: type[Method] = EntryPoint(self.name, self.value, GROUP).load()
         except Exception as error:
-            raise MisconfigurationException(
+            raise _misconfiguration(
                 f"The method {self.name} of the package {self.distribution} {self.version} could not be imported: "
                 f"{type(error).__name__}: {error}. Other methods are not affected; upgrade or remove that package."
             ) from error
@@ -66,7 +66,7 @@ def installed() -> dict[str, MethodEntry]:
         )
         twin = found.get(point.name)
         if twin is not None and twin.value != entry.value:
-            raise MisconfigurationException(
+            raise _misconfiguration(
                 f"Two installed packages register the method {point.name}: {twin.distribution} ({twin.value}) and "
                 f"{entry.distribution} ({entry.value}). Uninstall one of them."
             )
@@ -93,7 +93,7 @@ def find(name: str) -> type[Method]:
         return entries[name].load()
     if name in _DEFINED_HERE:
         return _DEFINED_HERE[name]
-    raise MisconfigurationException(f"There is no method {name!r}.{suggest(name, [*entries, *_DEFINED_HERE])}")
+    raise _misconfiguration(f"There is no method {name!r}.{suggest(name, [*entries, *_DEFINED_HERE])}")
 
 
 def suggest(name: str, candidates: list[str]) -> str:
@@ -103,3 +103,10 @@ def suggest(name: str, candidates: list[str]) -> str:
     if close:
         return f" Did you mean {' or '.join(lowered[match] for match in close)}?"
     return f" Known names: {', '.join(sorted(candidates)) or 'none'}."
+
+
+def _misconfiguration(message: str) -> MisconfigurationException:
+    """Lightning is imported for an error only: it brings torch, and finding names must not wait for it."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    return MisconfigurationException(message)

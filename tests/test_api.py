@@ -99,6 +99,26 @@ def test_unknown_names_suggest_the_nearest(name, nearest):
         exec(f"from lightning_peft import {name}")
 
 
+def test_a_star_brings_every_method_and_function():
+    names: dict[str, object] = {}
+    exec("from lightning_peft import *", names)
+    assert set(registry.installed()) <= set(names)
+    assert names["plan"] is lightning_peft.plan
+    assert names["Method"] is lightning_peft.Method
+    assert "testing" not in names, "modules would hide names of the user's"
+
+
+def test_a_star_leaves_out_a_broken_plugin_and_says_so(monkeypatch):
+    broken = registry.MethodEntry("Broken", "no_such_package.module:Broken", "third-party", "1.0")
+    entries = {**registry.installed(), "Broken": broken}
+    monkeypatch.setattr(registry, "installed", lambda: entries)
+    names: dict[str, object] = {}
+    with pytest.warns(UserWarning, match=r"Broken of the package third-party 1\.0 could not be imported"):
+        exec("from lightning_peft import *", names)
+    assert "PSKD" in names
+    assert "Broken" not in names
+
+
 def test_private_names_are_no_plugins():
     assert not hasattr(lightning_peft, "__wrapped__")
     assert not hasattr(lightning_peft, "_nothing")

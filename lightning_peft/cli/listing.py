@@ -4,60 +4,74 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import asdict
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.padding import Padding
+from rich.table import Table as RichTable
+from rich.text import Text
 
+import lightning_peft
 from lightning_peft import registry
+from lightning_peft.cli.cards import card_of, missing, summary_of
 from lightning_peft.cli.console import Outcome, grid
 from lightning_peft.cli.recipes import UsageError, packaged
 from lightning_peft.export.report import Table
 
 
 def list_all() -> Outcome:
-    """List methods and recipes; a plugin that cannot be imported is listed as broken and stops nobody."""
+    """List methods and recipes without importing any of them; what is not installed as it says is listed as broken."""
     methods = [_method(entry) for entry in registry.installed().values()]
     recipes = [{**asdict(recipe), "path": str(recipe.path), "needs": list(recipe.needs)} for recipe in packaged().values()]
 
     def show(console: Console) -> None:
-        console.print(grid(_method_table(methods), cut=("paper",)))
-        console.print()
-        shown = ("name", "command", "summary")
-        rows = tuple((*(item[key] for key in shown), ", ".join(item["needs"]), item["minutes"] or None) for item in recipes)
-        console.print(grid(Table(("recipe", "for", "what", "needs", "minutes"), rows, "Recipes")))
-        console.print("\n[dim]lightning-peft show METHOD    lightning-peft run RECIPE    lightning-peft adapt RECIPE[/]")
+        console.print("[bold]Methods[/]")
+        console.print(_method_rows(methods))
+        console.print("\n[bold]Recipes[/]\n")
+        console.print(_recipe_rows(recipes))
+        console.print("\n[dim]lightning-peft show METHOD\nlightning-peft run RECIPE, or adapt RECIPE[/]")
 
     return Outcome({"methods": methods, "recipes": recipes}, show)
 
 
-def _method_table(methods: list[dict[str, Any]]) -> Table:
-    rows = tuple(
-        (item["name"], item["family"], item["lane"] or "broken", item["paper"] or item["error"], item["package"])
-        for item in methods
-    )
-    return Table(("method", "family", "lane", "paper", "package"), rows, "Methods")
-
-
 def _method(entry: registry.MethodEntry) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    return {
         "name": entry.name,
         "family": entry.family,
-        "lane": None,
-        "paper": "",
+        "summary": summary_of(entry),
         "package": f"{entry.distribution} {entry.version}",
         "class": entry.value,
-        "error": "",
+        "error": missing(entry),
     }
-    try:
-        method = entry.load()
-        found |= {"lane": method.lane.name, "paper": method.paper}
-    except (MisconfigurationException, AttributeError) as error:
-        found["error"] = str(error)
-    return found
+
+
+def _method_rows(methods: list[dict[str, Any]]) -> RichTable:
+    """One row a method below the heading of its family; methods of other packages stand below the name of theirs."""
+    table = RichTable(box=None, show_header=False, pad_edge=False, padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column()
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for item in methods:
+        ours = item["package"].startswith("lightning-peft ")
+        groups.setdefault(item["family"].replace("_", " ") if ours else item["package"], []).append(item)
+    for group, members in sorted(groups.items()):
+        table.add_row("", "")
+        table.add_row(Text(group, style="dim"), "")
+        for item in members:
+            what = f"broken: {item['error']} ({item['class']})" if item["error"] else item["summary"]
+            table.add_row(Text(item["name"], style="bold"), Text(what))
+    return table
+
+
+def _recipe_rows(recipes: list[dict[str, Any]]) -> RichTable:
+    """Two rows a recipe: what it takes, then, over the whole width, what it is."""
+    table = RichTable(box=None, show_header=False, pad_edge=False, padding=0)
+    for item in recipes:
+        facts = [item["command"], f"{item['minutes']} min" if item["minutes"] else "", ", ".join(item["needs"])]
+        table.add_row(Text.assemble((item["name"], "bold"), ("  " + ", ".join(filter(None, facts)), "dim")))
+        table.add_row(Padding(Text(item["summary"]), (0, 0, 0, 2)))
+    return table
 
 
 def show_method(name: str) -> Outcome:
@@ -73,7 +87,8 @@ def show_method(name: str) -> Outcome:
         raise UsageError(f"There is no method {name!r}.{registry.suggest(name, list(entries))}")
     entry = entries[exact]
     method = entry.load()
-    text, arguments = _docstring(inspect.getdoc(method) or "")
+    text, _ = _docstring(method)
+    arguments = _arguments(method)
     parameters = [
         {
             "name": parameter.name,
@@ -110,20 +125,22 @@ def show_method(name: str) -> Outcome:
     return Outcome(data, show)
 
 
-def card_of(entry: registry.MethodEntry) -> str:
-    """Return the method's packaged card, ``cards/<Name>.md`` beside its module; empty when there is none."""
-    spec = find_spec(entry.value.partition(":")[0])
-    if spec is None or spec.origin is None:
-        return ""
-    path = Path(spec.origin).parent / "cards" / f"{entry.name}.md"
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+def _arguments(method: type) -> dict[str, str]:
+    """Return the meaning of each argument: as the class says, else as the nearest class that it inherits the argument from."""
+    meanings: dict[str, str] = {}
+    for base in reversed(method.__mro__):
+        # Docstrings of Lightning and torch do not speak of our arguments.
+        if base.__doc__ and issubclass(base, lightning_peft.Method):
+            meanings |= _docstring(base)[1]
+    return meanings
 
 
-def _docstring(text: str) -> tuple[str, dict[str, str]]:
-    """Split a Google-style docstring into its prose and the meaning of each argument."""
+def _docstring(described: type) -> tuple[str, dict[str, str]]:
+    """Split a class's Google-style docstring into its prose and the meaning of each argument."""
     from docstring_parser import parse
 
-    parsed = parse(text)
+    parsed = parse(inspect.cleandoc(described.__doc__ or ""))
     prose = "\n\n".join(part for part in (parsed.short_description, parsed.long_description) if part)
     plain = prose.replace("``", "`")
-    return plain, {item.arg_name: " ".join((item.description or "").replace("``", "`").split()) for item in parsed.params}
+    arguments = [item for item in parsed.params if item.args[0] == "param"]  # the others are attributes
+    return plain, {item.arg_name: " ".join((item.description or "").replace("``", "`").split()) for item in arguments}

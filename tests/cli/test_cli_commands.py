@@ -1,4 +1,4 @@
-"""`list`, `show`, `compare`, `bake`, `report`, `assets`, and the command line itself."""
+"""`show`, `compare`, `bake`, `report`, `assets`, and the command line itself."""
 
 from __future__ import annotations
 
@@ -10,43 +10,33 @@ import pytest
 import torch
 
 from lightning_peft import registry
+from lightning_peft.cli import listing
 from lightning_peft.cli.main import build_parser, main
 
-
-def test_list_names_methods_and_recipes(cli) -> None:
-    status, data, _ = cli("list", "--json")
-    assert status == 0
-    methods = {item["name"]: item for item in data["methods"]}
-    assert methods["NMSparsity"]["family"] == "sparsity"
-    assert methods["NMSparsity"]["lane"] == "MASK"
-    assert methods["NMSparsity"]["package"].startswith("lightning-peft ")
-    assert {"quickstart", "language/nm_minilm_reviews"} <= {item["name"] for item in data["recipes"]}
-    assert "NMSparsity" in cli("list")[1]
+OURS = sorted(name for name, entry in registry.installed().items() if entry.distribution == "lightning-peft")
 
 
-def test_a_broken_plugin_is_listed_as_broken_and_stops_nobody(cli, monkeypatch) -> None:
-    broken = registry.MethodEntry("Broken", "no_such_package.family.module:Broken", "third-party", "1.0")
-    entries = {**registry.installed(), "Broken": broken}
-    monkeypatch.setattr(registry, "installed", lambda: entries)
-    status, data, _ = cli("list", "--json")
-    assert status == 0
-    found = {item["name"]: item for item in data["methods"]}
-    assert found["Broken"]["lane"] is None
-    assert "no_such_package" in found["Broken"]["error"]
-    assert found["NMSparsity"]["lane"] == "MASK"
-    assert "broken" in cli("list")[1]
-    status, _, error = cli("show", "Broken")
-    assert status == 2
-    assert "third-party 1.0" in error
+@pytest.mark.parametrize("name", OURS)
+def test_show_explains_every_argument(name: str) -> None:
+    shown = listing.show_method(name)
+    assert [item["name"] for item in shown.data["arguments"] if not item["meaning"]] == []
+    explained = {argument.lstrip("*") for argument in listing._docstring(registry.find(name))[1]}
+    assert not explained - {"kwargs"} - {item["name"] for item in shown.data["arguments"]}, "no such argument"
+    assert shown.data["card"].startswith(f"# {name}\n")
 
 
-def test_show_explains_every_argument(cli) -> None:
+def test_show_prints_arguments_and_card(cli) -> None:
     status, data, _ = cli("show", "nmsparsity", "--json")
     assert status == 0
     arguments = {item["name"]: item for item in data["arguments"]}
     assert arguments["pattern"]["default"] == "'2:4'"
-    assert all(item["meaning"] for item in data["arguments"])
     assert "N:M" in cli("show", "NMSparsity")[1]
+
+
+def test_an_argument_means_what_the_nearest_class_says() -> None:
+    told = {item["name"]: item["meaning"] for item in listing.show_method("RDumb").data["arguments"]}
+    assert told["reset"] == "When to return to the source.", "its own words; the class above has longer ones"
+    assert told["targets"] == "Layers whose parameters move; `None` is the whole module.", "three classes above"
 
 
 def test_show_includes_a_card_packaged_beside_the_module(cli, tmp_path, monkeypatch) -> None:

@@ -1,0 +1,60 @@
+"""The Python code of the documentation runs as it is printed, page by page, on a small network."""
+
+from __future__ import annotations
+
+import re
+
+import markdown
+import pytest
+import reader
+import torch
+
+# Blocks with a title are files; tests/test_contributing.py writes and runs them.
+WITH_CODE = {
+    markdown.name(path): code
+    for path in markdown.PAGES
+    if (code := [block for block in markdown.blocks(path) if block.language == "python" and not block.title])
+}
+README = "README.md"
+
+
+def run(page: str, block: markdown.Block, names: dict[str, object]) -> None:
+    """Execute one block; a traceback shows the page and the line there."""
+    exec(compile("\n" * (block.line - 1) + block.text, markdown.ROOT / page, "exec"), names)
+
+
+@pytest.fixture
+def names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return reader.names(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, on loaders and folders
+@pytest.mark.parametrize("page", sorted(WITH_CODE))
+def test_the_code_of_a_page_runs(page: str, names) -> None:
+    if page == "docs/shifts.md":
+        pytest.importorskip("imagecorruptions", reason="the extra `corruptions` is not installed")
+        names["images"] = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    for block in WITH_CODE[page]:
+        run(page, block, names)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_readmes_last_checkpoint_is_the_one_that_is_continued(names, capsys) -> None:
+    first, second = WITH_CODE[README]
+    steps = []
+    names["MyModule"].on_train_batch_end = lambda module, *_: steps.append(module.global_step)
+    try:
+        exec(re.search(r"(?s)^from.*?\n\n", first.text)[0], names)  # the imports
+        run(README, second, names)
+        run(README, second, names)
+    finally:
+        del names["MyModule"].on_train_batch_end
+    assert steps == list(range(1, 61)), "the second time everything was done already"
+
+
+def test_pages_of_text_have_no_code_in_another_guise() -> None:
+    for path in markdown.PAGES:
+        assert {block.language for block in markdown.blocks(path)} <= {"python", "sh", "toml", "yaml", "text", ""}
+        for block in markdown.blocks(path):
+            assert block.language == "python" or "import " not in block.text, f"{markdown.name(path)}:{block.line}"
