@@ -105,6 +105,8 @@ class CheckpointHooks:
             CheckpointError: The file is damaged, or its optimizer state belongs to other maps.
         """
         section = files.read(checkpoint)
+        if self._fitting:
+            files.check_order(checkpoint, section)
         edits, groups = journal.read(section), self._groups(checkpoint, section)
         saved = self._saved_states(checkpoint, section)
         self.before = ModuleSnapshot(self._module)

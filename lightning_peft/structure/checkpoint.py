@@ -19,7 +19,9 @@ from lightning_peft.weights.mapped_layer import map_prefix, stored_key
 from lightning_peft.weights.maps import MappedTensor, WeightMap, mapped_tensors
 
 KEY = "lightning_peft"
-FORMAT = 1
+FORMAT = 2
+ORDERED = 2
+"""Since this format optimizers hold a module's parameters in the module's own order, whether weight maps are on them or not."""
 
 MapRecord = dict[str, Any]
 
@@ -49,9 +51,9 @@ def read(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if not isinstance(section, dict) or not isinstance(section.get("version"), int):
         raise CheckpointError(f'checkpoint["{KEY}"] is malformed: it must be a dict with an integer "version".')
-    if section["version"] != FORMAT:
+    if not 1 <= section["version"] <= FORMAT:
         raise CheckpointError(
-            f"This checkpoint has lightning_peft format {section['version']}; this version of the library reads format "
+            f"This checkpoint has lightning_peft format {section['version']}; this version of the library reads formats 1 to "
             f"{FORMAT}. Upgrade lightning-peft, or bake the checkpoint with the version that wrote it."
         )
     weights = section.get("weights")
@@ -64,6 +66,20 @@ def read(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
         if not well_formed:
             raise CheckpointError(f'checkpoint["{KEY}"]["weights"][{name!r}] is malformed: it must list weight maps.')
     return section
+
+
+def check_order(checkpoint: Mapping[str, Any], section: Mapping[str, Any] | None) -> None:
+    """Refuse to restore optimizer state by position that was saved in another order of parameters.
+
+    Raises:
+        CheckpointError: The file was written before :data:`ORDERED`, with weight maps.
+    """
+    if section and section["version"] < ORDERED and section["weights"] and checkpoint.get("optimizer_states"):
+        raise CheckpointError(
+            "This checkpoint was saved by an earlier version of lightning-peft, whose optimizers held parameters under weight "
+            "maps in another order, so it cannot be resumed. Start anew from its weights: "
+            "model = lightning_peft.load_from_checkpoint(ModelClass, path), then fit without ckpt_path."
+        )
 
 
 def _check_counts(section: Mapping[str, Any]) -> None:

@@ -30,7 +30,9 @@ def blocks(path: Path) -> list[Block]:
     """Return the fenced blocks of a page, in order."""
     page = path.read_text()
     found = FENCE.finditer(page)
-    return [Block(each["language"], each["title"].strip(), each["text"], page[: each.start()].count("\n") + 2) for each in found]
+    return [
+        Block(each["language"], each["title"].strip(), each["text"], page[: each.start()].count("\n") + 2) for each in found
+    ]
 
 
 def commands(path: Path, program: str) -> list[list[str]]:

@@ -136,10 +136,18 @@ def test_missing_file():
 
 def test_unknown_format(good, tmp_path):
     path = damaged(good, tmp_path, lambda c: c["lightning_peft"].update(version=99))
-    message = "format 99; this version of the library reads format 1"
+    message = "format 99; this version of the library reads formats 1 to 2"
     resume_is_refused(path, message)
     with pytest.raises(CheckpointError, match=message):
         lightning_peft.load_from_checkpoint(Plain, path)
+
+
+def test_a_file_with_another_order_of_parameters_is_baked_but_not_resumed(good, tmp_path):
+    path = damaged(good, tmp_path, lambda c: c["lightning_peft"].update(version=1))
+    resume_is_refused(path, r"earlier version of lightning-peft.*load_from_checkpoint\(ModelClass, path\)")
+    module, same = (lightning_peft.load_from_checkpoint(Plain, each) for each in (path, good))
+    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), same.parameters(), strict=True))
+    fit([ToyScale()], module=module)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +256,7 @@ known_maps = st.sampled_from([("ToyScale", "toy_scale"), ("ToyThreshold", "toy_t
 plausible = st.builds(lambda pair, config: {"method": pair[0], "map": pair[1], "config": config}, known_maps, arguments)
 names = st.sampled_from(["model.0.weight", "model.0.bias", "weight", "", ".", "model..x"]) | st.text(max_size=5)
 sections = st.fixed_dictionaries(
-    {"version": st.just(1) | nests},
+    {"version": st.just(files.FORMAT) | nests},
     optional={
         "weights": st.dictionaries(names, st.lists(records | plausible, max_size=2) | nests, max_size=2) | nests,
         "methods": st.just([]) | nests,
@@ -274,7 +282,7 @@ def test_fuzzed_sections_are_read_or_refused(section, original, scale):
 @given(st.lists(plausible, min_size=1, max_size=2), tensors, tensors)
 @settings(max_examples=200, deadline=None)
 def test_fuzzed_arguments_and_tensors_are_baked_or_refused(maps, original, scale):
-    section = files.read({"lightning_peft": {"version": 1, "methods": [], "weights": {"model.0.weight": maps}}})
+    section = files.read({"lightning_peft": {"version": files.FORMAT, "methods": [], "weights": {"model.0.weight": maps}}})
     try:
         state = files.bake_state_dict({f"{CHAIN}original": original, f"{CHAIN}0.scale": scale}, section)
     except MisconfigurationException:
