@@ -75,7 +75,11 @@ def enter(trainer: Trainer, module: LightningModule) -> Hub:
     if hub is not None:  # another Trainer died without a word
         hub.leave(failed=True)
     hub = Hub(trainer, module)
-    hub.install()
+    try:
+        hub.install()
+    except Exception:
+        hub.let_go_of_methods(refused=True)
+        raise
     _HUBS[module] = hub  # last: a hub that was refused must not be found by the next fit of its Trainer
     return hub
 
@@ -476,9 +480,9 @@ class Hub:
             else:
                 self._undo_first_edits()
             JournalShim.keep(module)
-            self._let_go_of_methods(refused=failed and not self._ready)
+            self.let_go_of_methods(refused=failed and not self._ready)
 
-    def _let_go_of_methods(self, *, refused: bool) -> None:
+    def let_go_of_methods(self, *, refused: bool) -> None:
         """Note what the run leaves of each method; a run that was refused leaves all as it was."""
         for method, held in zip(self.methods, self._held, strict=True):
             if refused:
