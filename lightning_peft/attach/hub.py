@@ -20,12 +20,14 @@ from torch.utils.hooks import RemovableHandle
 from lightning_peft.attach import averaging
 from lightning_peft.attach.editing import edit_training
 from lightning_peft.attach.evaluation import EvaluationShim, Passes
+from lightning_peft.attach.loader_state import restore_loader
 from lightning_peft.attach.network import resolve_network
 from lightning_peft.attach.sampling import SampleRecorder
 from lightning_peft.attach.saving import CheckpointHooks, JournalShim, method_record, structure_record
 from lightning_peft.attach.shim import Shim
 from lightning_peft.attach.steps import StepTerms
 from lightning_peft.compose.lanes import Lane, Resource
+from lightning_peft.compose.pace import Pace
 from lightning_peft.compose.plan import resolve
 from lightning_peft.compose.run import Run
 from lightning_peft.method import Method, methods_of, ordered
@@ -130,6 +132,7 @@ class Hub:
         self.driver = listed[0]
         self.methods = ordered(listed)
         self.run = Run(trainer, module, "", module)
+        self._pace = Pace(self.run)
         self._fitting = trainer.state.fn == TrainerFn.FITTING
         self._shims: list[Shim] = []
         self._handles: list[RemovableHandle] = []
@@ -253,6 +256,7 @@ class Hub:
             self._unscaled = []
             if not self.active:
                 return
+            self._pace.step(index)
             if not self._moved:
                 self._moved = True
                 forget_pristine(self.run.module)
@@ -276,6 +280,8 @@ class Hub:
         if self.run.started:
             return
         self.run.started = True
+        if restore_loader(self.run.trainer) and self.run.samples is not None:
+            self.run.samples.restores = True
         if self.run.trainer.global_step == 0 and not any(method.restored for method in self.methods):
             for method in self.methods:
                 method.steps = 0
@@ -304,6 +310,7 @@ class Hub:
         if not self._gradients_pending:
             self._edit()
         self._gradients_pending = True
+        self._pace.batch()
         if self._terms is not None:
             self._terms.batch = (batch, batch_idx)
         if self.run.samples is not None:
@@ -317,6 +324,7 @@ class Hub:
 
     def end_epoch(self) -> None:
         """Tell every method that an epoch is over."""
+        self._pace.end_epoch()
         if self.run.module.automatic_optimization:  # the next epoch begins with cleared gradients
             self._gradients_pending = False
         for method in self.methods:
