@@ -21,6 +21,7 @@ from lightning_peft.attach import averaging
 from lightning_peft.attach.capture import step_compiler
 from lightning_peft.attach.editing import edit_training
 from lightning_peft.attach.evaluation import EvaluationShim, Passes
+from lightning_peft.attach.loader_state import restore_loader
 from lightning_peft.attach.neighbours import check_neighbours
 from lightning_peft.attach.network import resolve_network
 from lightning_peft.attach.sampling import SampleRecorder
@@ -30,6 +31,7 @@ from lightning_peft.attach.steps import StepTerms
 from lightning_peft.attach.twins import warn_of_twins
 from lightning_peft.attach.unfinished import warn_unfinished
 from lightning_peft.compose.lanes import Lane, Resource
+from lightning_peft.compose.pace import Pace
 from lightning_peft.compose.plan import resolve
 from lightning_peft.compose.run import Run
 from lightning_peft.method import Method, methods_of, ordered
@@ -157,6 +159,7 @@ class Hub:
         self.driver = listed[0]
         self.methods = ordered(listed)
         self.run = Run(trainer, module, "", module)
+        self._pace = Pace(self.run)
         self._fitting = trainer.state.fn == TrainerFn.FITTING
         self._held = [note_begin(method) for method in self.methods]
         if self._fitting and self._begins_anew():
@@ -317,6 +320,7 @@ class Hub:
             self._unscaled = []
             if not self.active:
                 return
+            self._pace.step(index)
             if not self._moved:
                 self._moved = True
                 forget_pristine(self.run.module)
@@ -340,6 +344,8 @@ class Hub:
         if self.run.started:
             return
         self.run.started = True
+        if restore_loader(self.run.trainer) and self.run.samples is not None:
+            self.run.samples.restores = True
         self.run.step = max(method.steps for method in self.methods)
         for method in self.methods:
             method.steps = self.run.step
@@ -373,6 +379,7 @@ class Hub:
         if not self._gradients_pending:
             self._edit()
         self._gradients_pending = True
+        self._pace.batch()
         if self._terms is not None:
             self._terms.batch = (batch, batch_idx)
         if self.run.samples is not None:
@@ -386,6 +393,7 @@ class Hub:
 
     def end_epoch(self) -> None:
         """Tell every method that an epoch is over."""
+        self._pace.end_epoch()
         if self.run.module.automatic_optimization:  # the next epoch begins with cleared gradients
             self._gradients_pending = False
         for method in self.methods:

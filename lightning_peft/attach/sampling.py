@@ -24,12 +24,16 @@ class SampleRecorder:
 
     Args:
         trainer: The Trainer whose fit loop sets the loader up.
+
+    Attributes:
+        restores: Whether the loader goes on from the position that a checkpoint had for it.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._shims: list[Shim] = []
-        self._setting_up = self._restores = False
+        self._setting_up = self.restores = False
+        self._loaders = 0
         self._forget("The training loader was not seen yet.")
 
     def _forget(self, problem: str | None) -> None:
@@ -132,7 +136,7 @@ class SampleRecorder:
 
     def _first_after_resume(self, draws: Draws, place: int) -> int:
         """Place in the epoch of the first batch that a pass has drawn since a run was resumed in its middle."""
-        if not self._restores:
+        if not self.restores:
             return place  # Lightning begins such a loader anew and takes as many batches as were left
         counted = getattr(getattr(self._loader, "_iterator", None), "_sampler_iter_yielded", None)
         if counted is None:
@@ -149,7 +153,8 @@ class SampleRecorder:
         if loop._combined_loader is not None and not loop._should_reload_train_dl:
             return
         self._release("The training loader was not seen yet.")
-        self._restores = bool(loop.restarting and loop._combined_loader_states_to_load)
+        self._loaders = 0
+        self.restores = bool(loop.restarting and loop._combined_loader_states_to_load)
         with self._listening():
             inner()
 
@@ -168,8 +173,9 @@ class SampleRecorder:
         return loader
 
     def _follow(self, loader: Any) -> None:
-        if self._loader is not None:
-            self._release("There are several training loaders, so a batch has no single dataset position.")
+        self._loaders += 1
+        if self._loaders > 1:
+            self._release(f"There are {self._loaders} training loaders, so a batch has no single dataset position.")
             return
         self._loader, self._problem = loader, self._why_not(loader)
         if self._problem is None:

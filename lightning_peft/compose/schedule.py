@@ -75,8 +75,8 @@ def unplaced(point: Point, argument: str, cure: str) -> MisconfigurationExceptio
         "epoch": (f"{point.amount:.6g} epochs", "an epoch"),
     }[point.unit]
     return MisconfigurationException(
-        f"{argument} at {place} cannot be placed: the length of {length} is unknown. Give {cure}, or write the point as a number "
-        "of optimizer steps."
+        f"{argument} at {place} cannot be placed: the length of {length} is unknown. Give {cure}, or write the point as a "
+        "number of optimizer steps."
     )
 
 
