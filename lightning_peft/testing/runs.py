@@ -88,7 +88,9 @@ def fit(
         # Resuming an interrupted epoch, without the ModelCheckpoint or in another folder, is what these runs are for.
         for message in _EXPECTED:
             warnings.filterwarnings("ignore", message=message)
-        runner.fit(module, data or loader(), loader(8), ckpt_path=resume, weights_only=True if resume else None)
+        runner.fit(
+            module, loader() if data is None else data, loader(8), ckpt_path=resume, weights_only=True if resume else None
+        )
     return Fit(runner, module, methods, losses)
 
 
