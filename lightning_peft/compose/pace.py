@@ -15,8 +15,9 @@ TOLERANCE = 0.05
 class Pace:
     """Counts what an epoch really has, since only the module knows how many batches it makes a step of.
 
-    Schedules are laid out before the first step, for one step of the first optimizer a batch. A module under manual optimization
-    may take fewer or more, and only an epoch of it can tell; then this says how to give the training its true length.
+    Schedules are laid out before the first step, for one step of the first optimizer a batch. A module under manual
+    optimization may take fewer or more, and only an epoch of it can tell; then this says how to give the training its true
+    length.
 
     Args:
         run: The run.
