@@ -66,9 +66,7 @@ def spoilt(style: type[Plain], step: int) -> type[Plain]:
 
 
 @pytest.mark.parametrize(("style", "make"), FAMILIES, ids=[repr(make())[:24] for _, make in FAMILIES])
-def test_a_loss_that_is_nan_stops_every_method_in_time(
-    style: type[Plain], make: Callable[[], Method]
-) -> None:
+def test_a_loss_that_is_nan_stops_every_method_in_time(style: type[Plain], make: Callable[[], Method]) -> None:
     torch.manual_seed(0)
     module = spoilt(style, 2)()
     with pytest.raises(NonFiniteLossError, match="your training_step returned is nan"):

@@ -118,7 +118,7 @@ class MixtureGrowth(TimedMethod):
         if self.lr_rule.restart:
             raise MisconfigurationException('lr="restart" is not offered here; write "rewarm:<length>@<peak>" or "continue".')
         self.stem, self.head = stem, head
-        self._turns: dict[str, Any] = {"on": False, "offset": 0}
+        self._turns: dict[str, Any] = {"on": False, "offset": 0, "in_step": self.in_training_step}
         self._handles: list[RemovableHandle] = []
 
     def select(self, module: nn.Module) -> dict[str, nn.Module]:
@@ -212,7 +212,8 @@ def _turn(turns: dict[str, Any]) -> Callable[[nn.Module, Any], Any]:
     """A hook on the head that lets members answer in turns; a plain function, so that copies of the module share it."""
 
     def hook(layer: nn.Module, args: Any) -> Any:
-        if not (turns["on"] and layer.training):
+        # A network can be trained in evaluation mode; activation checkpointing repeats its calls in the backward pass.
+        if not (turns["on"] and (layer.training or turns["in_step"]() or torch._C._current_graph_task_id() != -1)):
             return None
         return (of_its_member(args[0], -1 if isinstance(layer, nn.Linear) else 1, turns["offset"]), *args[1:])
 
