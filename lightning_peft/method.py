@@ -226,7 +226,6 @@ class Method(Callback):
         """Return the constructor arguments as plain data."""
         return {key: as_plain(value) for key, value in self._arguments.items()}
 
-    @property
     def in_training_step(self) -> bool:
         """Whether the user's ``training_step`` runs now: only its calls of the network are the training's.
 

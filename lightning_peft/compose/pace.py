@@ -55,7 +55,9 @@ class Pace:
             )
         if found is not None:
             self._told = True
-            counted = f"takes {steps[0]} step{'s' if steps[0] > 1 else ''} of its first optimizer in an epoch of {batches} batches"
+            counted = (
+                f"takes {steps[0]} step{'s' if steps[0] > 1 else ''} of its first optimizer in an epoch of {batches} batches"
+            )
             rank_zero_warn(f"{type(run.module).__name__} {counted}, and {found}")
 
     def _of_total(self, steps: Mapping[int, int]) -> str | None:

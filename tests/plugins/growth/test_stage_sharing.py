@@ -271,10 +271,20 @@ def test_modules_that_are_refused(arguments: Any, reason: str) -> None:
     assert ties(module.blocks) == [0, 1, 2, 3]
 
 
-def test_a_module_that_was_expanded_is_not_shared_again() -> None:
-    run = grow([StageSharing(2, at="step:2")])
+def test_a_module_that_was_expanded_trains_on_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    run = grow([StageSharing(2, at="step:2", lr="rewarm:3")])
+    method = StageSharing(2, at="step:2", lr="rewarm:3")
+    with caplog.at_level("INFO"):
+        again = grow([method], module=run.module)
+    assert "expanded in an earlier training" in caplog.text
+    assert (method.done, method.changed_at, method.lr_factor(), ties(again.module.blocks)) == (1, None, 1.0, [0, 1, 2, 3])
+
+
+def test_a_module_that_was_cut_by_hand_is_refused() -> None:
+    module = Deep()
+    journal.edit(module, blocks_edit(module, "blocks", [0, 1, 2]))
     with pytest.raises(MisconfigurationException, match="are not shared by stages"):
-        grow([StageSharing(2, at="step:2")], module=run.module)
+        grow([StageSharing(2, at="step:2")], module=module)
 
 
 def test_two_methods_that_change_structure_are_refused() -> None:
