@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from pairs import CONFIGURATIONS, PAGE, PAIRS, STEPS, outcome, page, plain, run
+from pairs import CONFIGURATIONS, PAGE, PAIRS, STEPS, assert_clean, outcome, page, plain, run
 
 from lightning_peft import Lane, registry
 from lightning_peft.testing.ordinary import Elsewhere, left_behind
@@ -17,11 +17,11 @@ def test_every_registered_method_is_here() -> None:
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_alone(name: str) -> None:
     """It has an effect in these few steps, and follows a strategy that moves the module before callbacks are torn down."""
-    assert outcome(name) == ""
     runner, module = run(name, strategy=Elsewhere())
     assert runner.global_step == STEPS
     stayed = left_behind(module)
     assert not stayed, f"these did not follow the module: {stayed}"
+    assert_clean(module)
     lane = CONFIGURATIONS[name]().lane
     if lane == Lane.ADAPT:
         assert difference(plain()[1].answers, module.answers) is not None, "it answered as the network does: no effect"
