@@ -91,7 +91,9 @@ def test_the_reference_explains_inherited_arguments_and_shows_examples_as_code(t
     (tmp_path / "their.py").write_text(PACKAGE)
     monkeypatch.setattr(extension, "METHODS", "their")
     monkeypatch.setattr(extension, "ENGINE", "their")
-    read = griffe.load("their", search_paths=[tmp_path], extensions=griffe.Extensions(extension.Docstrings()), try_relative_path=False)
+    read = griffe.load(
+        "their", search_paths=[tmp_path], extensions=griffe.Extensions(extension.Docstrings()), try_relative_path=False
+    )
     sections = {section.kind.value: section for section in read["Method"].docstring.parse("google", warnings=False)}
     assert [(item.name, item.description) for item in sections["parameters"].value] == [("seed", "Its own words.")]
     inherited = {item.name: (str(item.annotation), item.description) for item in sections["other parameters"].value}
