@@ -136,7 +136,7 @@ class Method(Callback):
         return None
 
     def structure_changed(self, module: LightningModule, change: Change) -> None:
-        """Called after an edit: rename or drop state kept by tensor name. :meth:`attach` has run again if the edit asked for it."""
+        """Called after an edit: rename or drop state kept by tensor name. :meth:`attach` has run again if it was asked to."""
 
     def lr_factor(self) -> float:
         """Return a factor on all learning rates for the next optimizer step, on top of any scheduler."""
