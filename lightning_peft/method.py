@@ -18,16 +18,18 @@ from lightning_peft.attach.targets import TargetSpec, select
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Loss, Step
 from lightning_peft.compose.run import Run
+from lightning_peft.renewal import Origin
 from lightning_peft.strategies import adaptive
+from lightning_peft.structure import method_state
+from lightning_peft.structure.forms import Form
+from lightning_peft.structure.method_state import MethodState
 from lightning_peft.structure.plain import not_plain
-from lightning_peft.weights.maps import WeightMap, attach_map, attached_map
+from lightning_peft.weights.maps import WeightMap, attach_map, attached_map, plain_tensors
 
 if TYPE_CHECKING:
     from lightning_peft.attach.evaluation import Call
     from lightning_peft.attach.hub import Hub
     from lightning_peft.structure.edits import Change, Growth
-
-STATE_FORMAT = 1
 
 adaptive.register()  # whoever has a method can name the strategy
 
@@ -44,7 +46,12 @@ class Method(Callback):
     - :meth:`before_step` before and :meth:`after_step` after every real optimizer step;
     - :meth:`epoch_end` after every training epoch;
     - :meth:`adapt_start` and :meth:`adapt` (lane ``ADAPT``) to answer the network's calls in ``test`` and its like;
-    - :meth:`metrics` for numbers worth a curve, :meth:`state` and :meth:`load_state` for what must survive a crash.
+    - :meth:`metrics` for numbers worth a curve, :meth:`state` and :meth:`load_state` for what must survive a crash, and
+      :meth:`state_form` for what a damaged file must not bring back.
+
+    ``__init__`` makes what a method is before any run. When a training begins at its first step, the engine runs it again on
+    the same object with the same arguments, so that nothing of an earlier training is left; what was set on the object between
+    two runs stays.
 
     Args:
         targets: Layers to act on, in the grammar of :func:`lightning_peft.attach.targets.select`.
@@ -72,6 +79,7 @@ class Method(Callback):
 
     _hub: Hub | None = None
     _arguments: dict[str, Any]
+    _origin: Origin
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -81,6 +89,7 @@ class Method(Callback):
     def __new__(cls, *args: Any, **kwargs: Any) -> Method:
         self = super().__new__(cls)
         bound = inspect.signature(cls).bind_partial(*args, **kwargs)
+        self._origin = Origin(dict(bound.arguments))
         bound.apply_defaults()
         self._arguments = dict(bound.arguments)
         return self
@@ -158,6 +167,13 @@ class Method(Callback):
     def epoch_end(self, run: Run) -> None:
         """Act after a training epoch, on every rank."""
 
+    def awaited(self, run: Run) -> Iterable[str]:
+        """Name what was to come in this training and has not: events, phases, the end of a schedule; asked when a fit ends.
+
+        Each is warned of as ``"<name>: ... ended before <what was to come>"``, so say what, and when it would have come.
+        """
+        return ()
+
     def adapt_start(self, run: Run) -> None:
         """Prepare for an evaluation on its own; a checkpoint it loads is already in place.
 
@@ -185,6 +201,14 @@ class Method(Callback):
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state` gave."""
 
+    def state_form(self, tensors: Mapping[str, Tensor] | None) -> Form | None:
+        """Say what :meth:`state` looks like (:mod:`lightning_peft.structure.forms`), so that nothing else is loaded.
+
+        Args:
+            tensors: The module's tensors by plain name, to hold names and shapes against; ``None`` when it is not at hand.
+        """
+        return None
+
     def describe(self, module: nn.Module) -> str:
         """Say in a few words what the method does to this module, for the printed plan."""
         claims = list(self.claims(module))
@@ -201,6 +225,14 @@ class Method(Callback):
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments as plain data."""
         return {key: as_plain(value) for key, value in self._arguments.items()}
+
+    @property
+    def in_training_step(self) -> bool:
+        """Whether the user's ``training_step`` runs now: only its calls of the network are the training's.
+
+        The ``training`` flag of a layer does not say so: networks are fine-tuned in evaluation mode too.
+        """
+        return self._hub is not None and self._hub.run.in_step
 
     # What Lightning calls. Every hook goes to the hub, which acts once for all methods.
 
@@ -221,29 +253,39 @@ class Method(Callback):
                 f"state() of {self.name} holds something that is no plain data, and the checkpoint could not be resumed from: "
                 f"{found}. Return tensors, numbers, strings, lists and dicts only."
             )
-        return {"version": STATE_FORMAT, "steps": self.steps, "epochs": self._epochs_ended, "state": state}
+        return method_state.write(self.steps, self._epochs_ended, state)
+
+    # Lightning refuses two callbacks of one key when it finds this overridden, before the plan can say which argument helps.
+    state_dict.__wrapped__ = Callback.state_dict  # type: ignore[attr-defined]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
 
         Raises:
-            MisconfigurationException: The state has another version or shape.
+            MisconfigurationException: The state has another version or form; nothing of it is taken over then.
         """
-        if not isinstance(state_dict, dict) or state_dict.get("version") != STATE_FORMAT:
-            found = state_dict.get("version") if isinstance(state_dict, dict) else type(state_dict).__name__
-            raise MisconfigurationException(
-                f"The checkpoint holds state of {self.name} in format {found!r}; this version reads format {STATE_FORMAT}. "
-                "Use the version of lightning-peft that wrote it, or start from its baked weights."
-            )
-        steps, epochs, state = (state_dict.get(key) for key in ("steps", "epochs", "state"))
-        if type(steps) is not int or type(epochs) is not int or not isinstance(state, dict):
-            raise MisconfigurationException(
-                f"The checkpoint's state of {self.name} is malformed: it needs integers under 'steps' and 'epochs' and a dict "
-                "under 'state'. The file is damaged or was edited; resume from another one."
-            )
-        self.steps, self._epochs_ended = steps, epochs
+        saved = self.check_state_dict(state_dict, None if self._hub is None else self._hub.run.module)
+        self.steps, self._epochs_ended = saved.steps, saved.epochs
         self.restored = True
-        self.load_state(state)
+        try:
+            self.load_state(saved.state)
+        except MisconfigurationException:
+            raise
+        except Exception as error:  # what load_state meets in a damaged file, its author cannot foresee
+            raise method_state.not_restored(self.name, f"{type(error).__name__}: {error}") from error
+
+    def check_state_dict(self, state_dict: Any, module: nn.Module | None = None) -> MethodState:
+        """Refuse what :meth:`state_dict` cannot have returned, without touching the method.
+
+        Args:
+            state_dict: What a checkpoint holds.
+            module: The module, with the structure the checkpoint was saved with.
+
+        Raises:
+            MisconfigurationException: Another version, or another form.
+        """
+        form = self.state_form(None if module is None else plain_tensors(module))
+        return method_state.read(self.name, state_dict, form)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Enter the module's hub."""
@@ -251,13 +293,20 @@ class Method(Callback):
 
         self._hub = enter(trainer, pl_module)
 
+    def on_after_setup(self, fabric: Any, module: nn.Module) -> None:
+        """Refuse Fabric, which has no fit to be part of; it calls this when it sets a module up.
+
+        Raises:
+            MisconfigurationException: Always.
+        """
+        raise MisconfigurationException(
+            f"{self.name} was given to Fabric, which calls no method. Give it to lightning.pytorch.Trainer(callbacks=[...]) "
+            "and let that run a LightningModule; lightning_peft.functional has the mathematics for loops of your own."
+        )
+
     def _drive(self, event: str, *args: Any) -> None:
         if self._hub is not None and self._hub.driver is self:
             getattr(self._hub, event)(*args)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Optimizers exist and are not yet restored: bind to them."""
-        self._drive("bind_optimizers")
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Everything is restored: start, so that the sanity check sees what training will."""
@@ -285,16 +334,14 @@ class Method(Callback):
         """End the epoch for every method."""
         self._drive("end_epoch")
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Everything is restored: start to adapt."""
-        self._drive("start_evaluation")
-
-    on_validation_start = on_predict_start = on_test_start
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what did not come."""
+        self._drive("end_training")
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Note which batch comes."""
+        """Note which batch comes; before the first, start to adapt."""
         self._drive("begin_evaluation_batch", batch_idx, dataloader_idx)
 
     on_validation_batch_start = on_predict_batch_start = on_test_batch_start

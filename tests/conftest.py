@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import functools
 import logging
 
 import hypothesis
 import pytest
 import torch
+from lightning.pytorch.trainer.connectors import callback_connector
 
 # Doctests are collected from every module; two conftest.py would meet as modules of one name.
 collect_ignore_glob = ["conftest.py", "*/conftest.py"]
@@ -12,6 +14,10 @@ collect_ignore_glob = ["conftest.py", "*/conftest.py"]
 # A machine that does something else beside must not make a property look false.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
+
+# Every Trainer asks all installed packages for callbacks of theirs, which takes a tenth of a tiny training; the answer does not
+# change while tests run.
+callback_connector._load_external_callbacks = functools.cache(callback_connector._load_external_callbacks)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -9,9 +9,10 @@ import torch
 
 from lightning_peft import PSKD, Lane, Method, NMSparsity, WeightCompander, WeightMap
 from lightning_peft.testing import STYLES, MethodTester, run_ddp
-from lightning_peft.testing.callbacks import Probe, every_epoch
+from lightning_peft.testing.callbacks import every_epoch
+from lightning_peft.testing.probe import Probe
 from lightning_peft.testing.runs import fit
-from lightning_peft.testing.tester import EPOCHS
+from lightning_peft.testing.shared_runs import EPOCHS
 from lightning_peft.testing.toys import ToyEntropy, ToyScale, ToyThreshold
 
 

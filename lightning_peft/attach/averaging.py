@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_peft.structure.edits import Change
@@ -22,6 +23,13 @@ def _averaging(trainer: Trainer) -> Iterator[Any]:
         for callback in trainer.callbacks  # type: ignore[attr-defined]
         if isinstance(callback, (WeightAveraging, StochasticWeightAveraging))
     )
+
+
+def swapped_in(trainer: Trainer) -> list[WeightAveraging]:
+    """Averaging callbacks whose average stands in the module while a Trainer validates on its own, until they swap it out."""
+    if trainer.state.fn != TrainerFn.VALIDATING:
+        return []
+    return [each for each in _averaging(trainer) if isinstance(each, WeightAveraging) and each._average_model is not None]
 
 
 def rebuild(trainer: Trainer, module: LightningModule) -> None:

@@ -22,6 +22,16 @@ def forward_attribute(module: nn.Module) -> str:
     return "forward" if getattr(module, "_compiled_call_impl", None) is None else "_compiled_call_impl"
 
 
+def step_compiler(module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
+    """Return what compiles the steps of ``torch.compile(LightningModule)``; ``None`` for a module that is not compiled whole.
+
+    A compiled step compiles all it calls. What is taken out of it, because it must run as Python, leaves the network behind
+    uncompiled, unless that is compiled on its own.
+    """
+    context = getattr(module, "_compiler_ctx", None)
+    return None if context is None else context["dynamo_ctx"]
+
+
 @dataclass(slots=True)
 class Captured:
     """One call of a tapped module: positional arguments, keyword arguments, output."""
@@ -40,18 +50,23 @@ class Tap:
     Args:
         module: The module to watch.
         name: Its qualified name, for messages.
+        compiler: What :func:`step_compiler` gave for the LightningModule.
     """
 
-    def __init__(self, module: nn.Module, name: str) -> None:
+    def __init__(
+        self, module: nn.Module, name: str, compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+    ) -> None:
         self.name = name
         self.calls: list[Captured] = []
         self._module = module
+        self._compiler = compiler
         self._open = self._inside = False
         self._shim: Shim | None = None
 
     def install(self) -> None:
         """Start shadowing the module."""
-        self._shim = Shim(self._module, forward_attribute(self._module), self._record).install()
+        attribute, traced = forward_attribute(self._module), self._compiler is None
+        self._shim = Shim(self._module, attribute, self._record, traced=traced, compiler=self._compiler).install()
 
     def remove(self) -> None:
         """Stop shadowing the module and forget what was seen."""

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.attach import averaging
+from lightning_peft.attach import averaging, finetuning
 from lightning_peft.method import Method
 from lightning_peft.strategies.support import rewrap
 from lightning_peft.structure import carry, journal
@@ -71,6 +71,7 @@ def edit_training(
     for method in methods:
         method.structure_changed(module, change)
     averaging.carry(taken, trainer, module, change, values)  # copies what methods have just put on the module
+    finetuning.follow_edit(trainer, module)
     rewrap(trainer)
     rank_zero_info(describe(module, growth.edit))
     return change

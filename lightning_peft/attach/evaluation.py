@@ -106,6 +106,7 @@ class EvaluationShim:
     Args:
         network: The network.
         adapt: Answers a call; gradients are off when it is called, and it may enable them.
+        compiler: What :func:`~lightning_peft.attach.capture.step_compiler` gave for the LightningModule.
 
     Attributes:
         active: Whether calls are answered; otherwise the network answers itself.
@@ -113,14 +114,20 @@ class EvaluationShim:
         place: Batch and dataloader the next calls belong to.
     """
 
-    def __init__(self, network: nn.Module, adapt: Callable[[Call], Any]) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        adapt: Callable[[Call], Any],
+        compiler: Callable[[Forward], Forward] | None = None,
+    ) -> None:
         self.place = (0, 0)
         self.active = False
         self.passes = Passes()
         self._adapt = adapt
         self._device_type = next((p.device.type for p in network.parameters()), "cpu")
         self._busy = False
-        self._shim = Shim(network, forward_attribute(network), self._forward)
+        attribute = forward_attribute(network)
+        self._shim = Shim(network, attribute, self._forward, traced=False, compiler=compiler)
 
     def install(self) -> EvaluationShim:
         """Start answering."""

@@ -18,17 +18,24 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.attach import averaging
+from lightning_peft.attach.capture import step_compiler
 from lightning_peft.attach.editing import edit_training
 from lightning_peft.attach.evaluation import EvaluationShim, Passes
+from lightning_peft.attach.loader_state import restore_loader
+from lightning_peft.attach.neighbours import check_neighbours
 from lightning_peft.attach.network import resolve_network
 from lightning_peft.attach.sampling import SampleRecorder
 from lightning_peft.attach.saving import CheckpointHooks, JournalShim, method_record, structure_record
 from lightning_peft.attach.shim import Shim
 from lightning_peft.attach.steps import StepTerms
+from lightning_peft.attach.twins import warn_of_twins
+from lightning_peft.attach.unfinished import warn_unfinished
 from lightning_peft.compose.lanes import Lane, Resource
+from lightning_peft.compose.pace import Pace
 from lightning_peft.compose.plan import resolve
 from lightning_peft.compose.run import Run
 from lightning_peft.method import Method, methods_of, ordered
+from lightning_peft.renewal import give_back, note_begin, note_end, renew
 from lightning_peft.strategies.support import check_strategy
 from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure import journal
@@ -40,6 +47,9 @@ from lightning_peft.weights import stash
 from lightning_peft.weights.maps import detach_maps, forget_pristine, mapped_tensors
 
 _HUBS: weakref.WeakKeyDictionary[nn.Module, Hub] = weakref.WeakKeyDictionary()
+_LAST: weakref.WeakKeyDictionary[Method, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+"""The module each method took part in a fit of last."""
+
 _GROUPS: weakref.WeakKeyDictionary[nn.Module, list[list[list[str]]]] = weakref.WeakKeyDictionary()
 """Names in the optimizers of the last fit of a grown module, as they were with its maps on."""
 
@@ -67,7 +77,11 @@ def enter(trainer: Trainer, module: LightningModule) -> Hub:
     if hub is not None:  # another Trainer died without a word
         hub.leave(failed=True)
     hub = Hub(trainer, module)
-    hub.install()
+    try:
+        hub.install()
+    except Exception:
+        hub.let_go_of_methods(refused=True)
+        raise
     _HUBS[module] = hub  # last: a hub that was refused must not be found by the next fit of its Trainer
     return hub
 
@@ -113,6 +127,21 @@ def complete_checkpoint(trainer: Trainer, module: LightningModule, checkpoint: d
         checkpoint[files.KEY] |= structure_record(module, _GROUPS.get(module, []))
 
 
+def lr_factor_of(method: Method) -> float:
+    """Return what a method multiplies learning rates with.
+
+    Raises:
+        MisconfigurationException: It is no number from 0: the step would climb, or end in NaN.
+    """
+    factor = method.lr_factor()
+    if not (math.isfinite(factor) and factor >= 0.0):
+        raise MisconfigurationException(
+            f"{method.name} multiplies learning rates by {factor} at step {method.steps}; lr_factor() must return a finite "
+            "number from 0. No weight was changed in this step: remove the method from callbacks=, or mend its lr_factor()."
+        )
+    return factor
+
+
 class Hub:
     """Runs the methods of one Trainer on one module.
 
@@ -130,7 +159,12 @@ class Hub:
         self.driver = listed[0]
         self.methods = ordered(listed)
         self.run = Run(trainer, module, "", module)
+        self._pace = Pace(self.run)
         self._fitting = trainer.state.fn == TrainerFn.FITTING
+        self._held = [note_begin(method) for method in self.methods]
+        if self._fitting and self._begins_anew():
+            for method in self.methods:
+                renew(method)
         self._shims: list[Shim] = []
         self._handles: list[RemovableHandle] = []
         self._terms: StepTerms | None = None
@@ -138,9 +172,17 @@ class Hub:
         self._evaluation: EvaluationShim | None = None
         self._saving: CheckpointHooks | None = None
         self._first: list[Edit] = []
+        self._finished: list[Method] = []
         self._unscaled: list[tuple[dict[str, Any], Any]] = []
+        self._groups: list[int] = []
         self._gradients_pending = False
-        self._attached = self._moved = False
+        self._attached = self._moved = self._ready = False
+
+    def _begins_anew(self) -> bool:
+        """Whether a clock begins: in a Trainer that took no step, or for a module that the methods did not train last."""
+        module, trainer = self.run.module, self.run.trainer
+        known = (ref for method in self.methods if (ref := _LAST.get(method)) is not None)
+        return trainer.global_step == 0 or any(ref() is not module for ref in known)
 
     @property
     def active(self) -> bool:
@@ -154,7 +196,7 @@ class Hub:
         self._shadow(self.run.module, "setup", self._setup)
         if self._fitting and any(Resource.SAMPLE_INDEX in method.reads_now() for method in self.methods):
             self.run.samples = SampleRecorder(self.run.trainer)
-            self._shims.append(self.run.samples.install())
+            self.run.samples.install()
 
     def _shadow(self, owner: Any, name: str, handler: Callable[..., Any]) -> None:
         self._shims.append(Shim(owner, name, handler).install())
@@ -179,19 +221,23 @@ class Hub:
             self._first_edits()
         self.run.network_name, self.run.network = network_of(self.methods, module)
         plan = resolve(self.methods, module, self.run.network_name)
+        check_neighbours(self.run.trainer, self.methods, module)
         stashed = stash.peek(module)
         self._attached = True
         for method in self.methods:
             method.attach(module)
+        if self._fitting:
+            warn_of_twins(module)
         stash.restore(module, stashed)
         if self._fitting:
             if self._first or any(True for _ in mapped_tensors(module)):
                 averaging.rebuild(self.run.trainer, module)
             self._terms = StepTerms(self.run, self.methods, lambda: self.active)
             self._shadow(module, "training_step", self._terms.training_step)
+            self._shadow(module, "on_fit_start", self._fit_start)
         self._adapter = next((method for method in self.methods if method.lane == Lane.ADAPT), None)
         if self._adapter is not None and not self._fitting:
-            self._evaluation = EvaluationShim(self.run.network, self._adapter.adapt).install()
+            self._evaluation = EvaluationShim(self.run.network, self._adapter.adapt, step_compiler(module)).install()
         self._saving = CheckpointHooks(self.run, self.methods, fitting=self._fitting)
         self._shadow(module, "on_save_checkpoint", self._saving.save)
         self._shadow(module, "on_load_checkpoint", self._saving.load)
@@ -215,15 +261,16 @@ class Hub:
 
     # Training.
 
+    def _fit_start(self, inner: Callable[[], None]) -> None:
+        """Bind after every callback: finetuning ones replace the groups of a resumed optimizer in their ``on_fit_start``."""
+        self.bind_optimizers()
+        inner()
+
     def bind_optimizers(self) -> None:
         """Follow every optimizer's real steps and give the parameters of weight maps their own groups."""
         trainer = self.run.trainer
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        for mapped in mapped_tensors(self.run.module):
-            for weight_map in mapped.maps:
-                parameters = list(weight_map.parameters())
-                settings = (weight_map.optimizer_overrides, weight_map.lr_scale)
-                place_parameters(trainer.optimizers, schedulers, parameters, mapped.stored, *settings)
+        self._place_maps()
         if self._saving is not None and self._saving.groups is not None:
             regroup(self.run.module, trainer.optimizers, schedulers, self._saving.groups)
         if any(method.lane == Lane.STRUCTURE or method.restarts for method in self.methods):
@@ -234,11 +281,31 @@ class Hub:
                 self._handles.append(optimizer.register_step_pre_hook(self._scale_hook(scaling)))
             self._handles.append(optimizer.register_step_post_hook(self._step_hook(index)))
 
+    def _place_maps(self) -> None:
+        trainer = self.run.trainer
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        for mapped in mapped_tensors(self.run.module):
+            for weight_map in mapped.maps:
+                settings = (weight_map.optimizer_overrides, weight_map.lr_scale)
+                names = dict(weight_map.named_parameters(f"{mapped.name}.{weight_map.kind}"))
+                place_parameters(trainer.optimizers, schedulers, names, mapped.stored, *settings)
+        self._groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
+
+    def _follow_new_groups(self) -> None:
+        """Train the maps of weights that somebody, a finetuning callback for instance, has just begun to train."""
+        if [len(optimizer.param_groups) for optimizer in self.run.trainer.optimizers] == self._groups:
+            return
+        for mapped in mapped_tensors(self.run.module):
+            for weight_map in mapped.maps:
+                if weight_map.lane == Lane.REPARAM and mapped.stored.requires_grad:
+                    weight_map.requires_grad_(True)
+        self._place_maps()
+
     def _scale_hook(self, methods: Sequence[Method]) -> Callable[..., None]:
         """Multiply learning rates for one step only, so that schedulers, which compute from the last one, never see it."""
 
         def scale(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            factor = math.prod(method.lr_factor() for method in methods) if self.active and self.run.started else 1.0
+            factor = math.prod(map(lr_factor_of, methods)) if self.active and self.run.started else 1.0
             if factor != 1.0:
                 self._unscaled = [(group, group["lr"]) for group in optimizer.param_groups]
                 for group, lr in self._unscaled:
@@ -253,6 +320,7 @@ class Hub:
             self._unscaled = []
             if not self.active:
                 return
+            self._pace.step(index)
             if not self._moved:
                 self._moved = True
                 forget_pristine(self.run.module)
@@ -276,14 +344,20 @@ class Hub:
         if self.run.started:
             return
         self.run.started = True
-        if self.run.trainer.global_step == 0 and not any(method.restored for method in self.methods):
-            for method in self.methods:
-                method.steps = 0
+        if restore_loader(self.run.trainer) and self.run.samples is not None:
+            self.run.samples.restores = True
         self.run.step = max(method.steps for method in self.methods)
         for method in self.methods:
             method.steps = self.run.step
             method.start(self.run)
         self._end_missed_epoch()
+        self._get_ready()
+
+    def _get_ready(self) -> None:
+        """From here on there is no way back to before a checkpoint was loaded."""
+        self._ready = True
+        if self._saving is not None:
+            self._saving.before = None
 
     def _end_missed_epoch(self) -> None:
         """End the last epoch for methods whose state was saved after its last batch and before its end.
@@ -301,9 +375,11 @@ class Hub:
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Note the batch a step will see; between two optimizer steps, give the module the structure methods ask for."""
+        self._follow_new_groups()
         if not self._gradients_pending:
             self._edit()
         self._gradients_pending = True
+        self._pace.batch()
         if self._terms is not None:
             self._terms.batch = (batch, batch_idx)
         if self.run.samples is not None:
@@ -317,11 +393,19 @@ class Hub:
 
     def end_epoch(self) -> None:
         """Tell every method that an epoch is over."""
+        self._pace.end_epoch()
         if self.run.module.automatic_optimization:  # the next epoch begins with cleared gradients
             self._gradients_pending = False
         for method in self.methods:
             method.epoch_end(self.run)
             method._epochs_ended = self.run.epoch + 1
+        if self._terms is not None:
+            self._terms.end_epoch()
+
+    def end_training(self) -> None:
+        """Say what this training was to bring and has not."""
+        if self.run.started:
+            warn_unfinished(self.run, self.methods)
 
     def apply(self, loss: Tensor) -> Tensor:
         """Add every loss term to a loss of the user's."""
@@ -339,16 +423,28 @@ class Hub:
         if self.run.started or self._fitting:
             return
         self.run.started = True
+        for callback in averaging.swapped_in(self.run.trainer):
+            self._shadow(callback, "_swap_models", self._swap_back)
         # What a method keeps must not be made in the loop's inference mode, or it could never be changed in place.
         with torch.inference_mode(False), torch.no_grad():
             for method in self.methods:
                 if self._evaluation is not None or method.lane == Lane.STRUCTURE:
                     method.adapt_start(self.run)
+        self._get_ready()
         if self._evaluation is not None:
             self._evaluation.active = True
 
+    def _swap_back(self, inner: Callable[..., None], *args: Any) -> None:
+        """Let the adapting method give back what it adapted, the average, before that leaves the module."""
+        if self._adapter is not None and self._evaluation is not None and self._evaluation.active:
+            self._evaluation.active = False
+            with torch.inference_mode(False), torch.no_grad():
+                self._finish(self._adapter)
+        inner(*args)
+
     def begin_evaluation_batch(self, batch_idx: int, dataloader_idx: int) -> None:
-        """Note the batch whose calls come."""
+        """Note the batch whose calls come; at the first one every callback has put in place what is to be evaluated."""
+        self.start_evaluation()
         if self._evaluation is not None:
             self._evaluation.place = (batch_idx, dataloader_idx)
 
@@ -383,13 +479,31 @@ class Hub:
         try:
             for method in self.methods:
                 method.restored = False
-                method.finish(self.run)
+                self._finish(method)
         finally:
+            if self._saving is not None and self._saving.before is not None:
+                self._saving.before.restore()
             if self._attached:
                 self._strip(failed)
             else:
                 self._undo_first_edits()
             JournalShim.keep(module)
+            self.let_go_of_methods(refused=failed and not self._ready)
+
+    def let_go_of_methods(self, *, refused: bool) -> None:
+        """Note what the run leaves of each method; a run that was refused leaves all as it was."""
+        for method, held in zip(self.methods, self._held, strict=True):
+            if refused:
+                give_back(method, held)
+                continue
+            if self._fitting:
+                _LAST[method] = weakref.ref(self.run.module)
+            note_end(method)
+
+    def _finish(self, method: Method) -> None:
+        if method not in self._finished:
+            self._finished.append(method)
+            method.finish(self.run)
 
     def _strip(self, failed: bool) -> None:
         module = self.run.module

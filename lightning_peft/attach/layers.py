@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterator, Mapping
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lightning_peft.weights.mapped_layer import plain_class
+
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 _HEAD_NAMES = ("classifier", "score", "lm_head", "qa_outputs")
@@ -89,5 +91,5 @@ def _declared_heads(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def public_class(module: nn.Module) -> str:
-    """Class name without the subclass that ``parametrize`` makes."""
-    return (type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)).__name__
+    """Class name without the subclass that weight maps or ``parametrize`` make."""
+    return plain_class(module).__name__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -19,6 +19,7 @@ from lightning_peft.method import Method
 from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure import journal
 from lightning_peft.structure.carry import group_names
+from lightning_peft.structure.snapshot import ModuleSnapshot
 from lightning_peft.weights.maps import mapped_tensors, plain_tensors
 
 
@@ -76,10 +77,12 @@ class CheckpointHooks:
     Attributes:
         groups: Names of the parameters in each group of each optimizer when the loaded checkpoint was saved, if that differs
             from what ``configure_optimizers`` would list.
+        before: The module before the checkpoint was loaded, until the run is under way.
     """
 
     def __init__(self, run: Run, methods: Sequence[Method], *, fitting: bool) -> None:
         self.groups: list[list[list[str]]] | None = None
+        self.before: ModuleSnapshot | None = None
         self._trainer = run.trainer
         self._module = run.module
         self._methods = methods
@@ -96,37 +99,66 @@ class CheckpointHooks:
     def load(self, inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         """Check the file, and translate weights that were saved under other maps.
 
+        Whatever fails from here to the start of the run, here or elsewhere: the hub gives the module back what it was.
+
         Raises:
             CheckpointError: The file is damaged, or its optimizer state belongs to other maps.
         """
         section = files.read(checkpoint)
-        self._restructure(checkpoint, section)
+        if self._fitting:
+            files.check_order(checkpoint, section)
+        edits, groups = journal.read(section), self._groups(checkpoint, section)
+        saved = self._saved_states(checkpoint, section)
+        self.before = ModuleSnapshot(self._module)
+        self._restructure(checkpoint, edits)
+        self.groups = groups
         tensors = list(mapped_tensors(self._module, every_name=True))
         files.check_tensors(checkpoint["state_dict"], self._module)
+        for method, state in saved:
+            method.check_state_dict(state, self._module)
         if section is None or files.difference(section, tensors):
             self._adopt(checkpoint, section)
         if not self._fitting:
-            self._restore_methods(checkpoint)
+            for method, state in saved:
+                method.load_state_dict(state)
         inner(checkpoint)
 
-    def _restructure(self, checkpoint: dict[str, Any], section: dict[str, Any] | None) -> None:
+    def _groups(self, checkpoint: dict[str, Any], section: dict[str, Any] | None) -> list[list[list[str]]] | None:
+        """Names in the optimizers, which differ from what ``configure_optimizers`` lists when the module was edited."""
+        if section is None or not section.get("journal") or not checkpoint.get("optimizer_states"):
+            return None
+        return files.read_groups(section)
+
+    def _saved_states(self, checkpoint: dict[str, Any], section: dict[str, Any] | None) -> list[tuple[Method, Any]]:
+        """States to restore by method; Lightning restores them for a fit only, an evaluation needs those that say what is.
+
+        Raises:
+            MisconfigurationException: One is missing or malformed.
+        """
+        callbacks = checkpoint.get("callbacks")
+        if callbacks is None:  # a file of weights only
+            return []
+        if not isinstance(callbacks, Mapping):
+            raise files.CheckpointError(f'checkpoint["callbacks"] is a {type(callbacks).__name__}, not a dict of states.')
+        recorded = {record["name"] for record in section["methods"]} if section is not None else set()
+        wanted = [m for m in self._methods if self._fitting or m.lane in (Lane.STRUCTURE, Lane.REPORT)]
+        found = []
+        for method in wanted:
+            if method.state_key not in callbacks and method.name not in recorded:
+                continue
+            state = callbacks.get(method.state_key)
+            method.check_state_dict(state)
+            found.append((method, state))
+        return found
+
+    def _restructure(self, checkpoint: dict[str, Any], edits: list[dict[str, Any]]) -> None:
         """Give the module the structure of the file, so that its weights load strictly and its optimizers by position."""
-        edits = journal.read(section)
         old = {id(tensor) for tensor in plain_tensors(self._module).values()}
         if journal.replay(self._module, edits, checkpoint["state_dict"]):
             if not edits or any(edit.get("follow") for edit in edits):
                 follow(self._trainer, self._module, self._methods, old)
             if self._fitting:
                 averaging.rebuild(self._trainer, self._module)
-        if edits and section is not None and checkpoint.get("optimizer_states"):
-            self.groups = files.read_groups(section)
-
-    def _restore_methods(self, checkpoint: dict[str, Any]) -> None:
-        """Give methods the state they saved; Lightning restores callbacks for a fit only."""
-        saved = checkpoint.get("callbacks") or {}
-        for method in self._methods:
-            if method.lane in (Lane.STRUCTURE, Lane.REPORT) and method.state_key in saved:
-                method.load_state_dict(saved[method.state_key])
 
     def _adopt(self, checkpoint: dict[str, Any], section: dict[str, Any] | None) -> None:
         """Load weights that were trained under other maps: allowed for evaluation, not for resuming an optimizer."""

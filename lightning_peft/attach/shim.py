@@ -6,6 +6,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 Handler = Callable[..., Any]
 
 
@@ -21,14 +23,25 @@ class Shim:
         owner: The object whose method is shadowed; held weakly.
         name: Name of the method.
         handler: Called as ``handler(inner, *args, **kwargs)``, where ``inner`` is the method that was there before.
+        traced: Whether ``torch.compile`` may look into the handler when it compiles what calls the shim. A handler that keeps
+            tensors, changes modes or runs the method several times must run as Python.
+        compiler: Compiles the shadowed method on its own, for a handler that is not traced.
     """
 
-    def __init__(self, owner: Any, name: str, handler: Handler) -> None:
+    def __init__(
+        self,
+        owner: Any,
+        name: str,
+        handler: Handler,
+        *,
+        traced: bool = True,
+        compiler: Callable[[Handler], Handler] | None = None,
+    ) -> None:
         self._owner = weakref.ref(owner)
         self._name = name
-        self._handler: Handler | None = handler
+        self._handler: Handler | None = handler if traced else torch.compiler.disable(handler)  # type: ignore[no-untyped-call]
         self._shadowed = owner.__dict__.get(name)
-        self._inner: Handler = getattr(owner, name)
+        self._inner: Handler = getattr(owner, name) if compiler is None else compiler(getattr(owner, name))
         # Lightning follows exactly one level, so the chain of a user's own decorators is collapsed here.
         self.__wrapped__ = getattr(self._inner, "__wrapped__", self._inner)
         self.__name__ = name

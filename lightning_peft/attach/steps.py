@@ -10,7 +10,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_peft import registry
-from lightning_peft.attach.capture import Tap
+from lightning_peft.attach.capture import Tap, step_compiler
+from lightning_peft.attach.hand_steps import HandSteps
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Loss, Step, check_finite, combine, join_output, split_output
 from lightning_peft.compose.run import Run
@@ -37,11 +38,13 @@ class StepTerms:
         self._active = active
         self._losses: dict[str, Tensor] | None = None
         reads_network = any(method.reads_now() & {Resource.LOGITS, Resource.INPUTS} for method in methods)
-        self._network = Tap(run.network, run.network_name) if reads_network else None
+        compiler = step_compiler(run.module)
+        self._network = Tap(run.network, run.network_name, compiler) if reads_network else None
         self._features = self._feature_taps()
         self._taps = [*([self._network] if self._network else []), *self._features.values()]
         for tap in self._taps:
             tap.install()
+        self._hand_steps = HandSteps(run, methods)
 
     def _feature_taps(self) -> dict[str, Tap]:
         modules = dict(self.run.module.named_modules())
@@ -51,11 +54,12 @@ class StepTerms:
                 hint = registry.suggest(path, [*modules])
                 owner = type(self.run.module).__name__
                 raise MisconfigurationException(f"features: {path!r} is no submodule of {owner}.{hint}")
-            taps[path] = Tap(modules[path], path)
+            taps[path] = Tap(modules[path], path, step_compiler(self.run.module))
         return taps
 
     def remove(self) -> None:
-        """Take the taps off."""
+        """Take the taps off and stop watching."""
+        self._hand_steps.remove()
         for tap in self._taps:
             tap.remove()
 
@@ -66,8 +70,9 @@ class StepTerms:
         for tap in self._taps:
             tap.open()
         self._losses = None
+        self.run.in_step = True
         try:
-            output = inner(*args, **kwargs)
+            output = self._hand_steps.watch(inner, *args, **kwargs)
             if self.run.module.automatic_optimization:
                 if output is None:
                     return None
@@ -75,8 +80,14 @@ class StepTerms:
             self._check_applied()
             return output
         finally:
+            self.run.in_step = False
             for tap in self._taps:
                 tap.close()
+
+    def end_epoch(self) -> None:
+        """Refuse a module whose steps the methods did not see all epoch long."""
+        if self._active():
+            self._hand_steps.end_epoch()
 
     def _check_applied(self) -> None:
         if self._terms and self._losses is None:
@@ -87,14 +98,19 @@ class StepTerms:
             )
 
     def apply(self, loss: Tensor) -> Tensor:
-        """Add every loss term to the user's loss; before the methods are started the loss stays as it is."""
-        if not self._terms or not self._active() or not self.run.started:
+        """Add every loss term to the user's loss; before the methods are started the loss stays as it is.
+
+        A loss that is not finite stops the training, whatever the methods: none of them may learn from it.
+        """
+        if not self._active() or not self.run.started:
             return loss
-        step = Step(loss, *self.batch, self.run, self._network, self._features)
         terms: dict[str, Loss] = {}
-        check = loss.device.type == "cpu" or self._should_log
+        check = self._checks(loss)
         if check:
             check_finite(loss, terms)
+        if not self._terms:
+            return loss
+        step = Step(loss, *self.batch, self.run, self._network, self._features)
         for method in self._terms:
             term = method.loss(step)
             if term is not None:
@@ -105,6 +121,12 @@ class StepTerms:
         self._losses = {"base": loss.detach(), "total": total.detach()}
         self._losses |= {name: torch.as_tensor(term.value).detach() for name, term in terms.items()}
         return total
+
+    def _checks(self, loss: Tensor) -> bool:
+        """Whether to ask if the loss is finite: another device would have to be waited for, and a gradient scaler skips it."""
+        if getattr(self.run.trainer.precision_plugin, "scaler", None) is not None:
+            return False
+        return loss.device.type == "cpu" or self._should_log
 
     @property
     def _should_log(self) -> bool:

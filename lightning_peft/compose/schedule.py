@@ -57,15 +57,27 @@ class Point:
             return round(self.amount)
         length = total_steps if self.unit == "fraction" else steps_per_epoch
         if length is None or not 0 < length < math.inf:
-            kind, missing = {
-                "fraction": (f"{self.amount:.6g} of training", "Trainer(max_steps=...) or a loader with a length"),
-                "epoch": (f"{self.amount:.6g} epochs", "Trainer(limit_train_batches=...) or a loader with a length"),
-            }[self.unit]
-            raise MisconfigurationException(
-                f"A schedule point at {kind} cannot be placed: the length of the run is unknown ({length}). "
-                f"Give {missing}, or write the point as a number of optimizer steps."
-            )
+            setting = "max_steps" if self.unit == "fraction" else "limit_train_batches"
+            raise unplaced(self, "A schedule point", f"Trainer({setting}=...) or a loader with a length")
         return round(self.amount * length)
+
+
+def unplaced(point: Point, argument: str, cure: str) -> MisconfigurationException:
+    """Make the error for a point that is a part of a length nobody knows.
+
+    Args:
+        point: A fraction, or epochs.
+        argument: Where it was given.
+        cure: Settings that would make the length known.
+    """
+    place, length = {
+        "fraction": (f"{100 * point.amount:.6g} % of training", "training"),
+        "epoch": (f"{point.amount:.6g} epochs", "an epoch"),
+    }[point.unit]
+    return MisconfigurationException(
+        f"{argument} at {place} cannot be placed: the length of {length} is unknown. Give {cure}, or write the point as a "
+        "number of optimizer steps."
+    )
 
 
 def parse_point(spec: float | str) -> Point:
@@ -161,8 +173,14 @@ class Schedule:
         Raises:
             MisconfigurationException: If a needed length is unknown, or the schedule ends before it starts.
         """
-        start = parse_point(self.start).resolve(total_steps, steps_per_epoch)
-        end = parse_point(self.end).resolve(total_steps, steps_per_epoch)
+        return self.between(*(parse_point(point).resolve(total_steps, steps_per_epoch) for point in (self.start, self.end)))
+
+    def between(self, start: int, end: int) -> ResolvedSchedule:
+        """Tie the schedule to two optimizer steps.
+
+        Raises:
+            MisconfigurationException: It ends before it starts.
+        """
         if end < start:
             raise MisconfigurationException(
                 f"The schedule ends (end={self.end!r}, step {end}) before it starts (start={self.start!r}, step "

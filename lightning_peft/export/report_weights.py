@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_peft.export.bake import baked
 from lightning_peft.structure import checkpoint as files
+from lightning_peft.weights.mapped_layer import stored_key
 
 _NAMED_LAYERS = 60  # a bar a layer; longer lists are cut to the layers under a method
 
@@ -105,7 +106,7 @@ def weigh(checkpoint: Mapping[str, Any]) -> Weights:
     nonzero = sum(int(value.count_nonzero()) for value in values.values())
     if not maps:
         return Weights(rows, parameters, nonzero, state=state)
-    before = torch.cat([stored[files.stored_key(name)].flatten().float() for name in maps])
+    before = torch.cat([stored[stored_key(name)].flatten().float() for name in maps])
     after = torch.cat([state[name].flatten().float() for name in maps])
     # Ends at quantiles, because a few outliers would leave all others in one bin; a sample is enough to find them.
     sample = torch.cat([before, after])

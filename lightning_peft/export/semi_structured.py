@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from lightning_peft.attach.targets import TargetSpec, select
 from lightning_peft.export.nm_proof import prove_nm
 from lightning_peft.export.report import Table
+from lightning_peft.weights.mapped_layer import is_mapped
 
 PATTERN = (2, 4)
 
@@ -213,7 +214,7 @@ def semi_structured(
 
 
 def _facts(module: nn.Module, name: str, layer: nn.Linear, dtype: torch.dtype | None) -> SparseWeight:
-    parametrized = parametrize.is_parametrized(layer, "weight")
+    parametrized = is_mapped(layer, "weight") or parametrize.is_parametrized(layer, "weight")
     holder = module.get_submodule(name.rpartition(".")[0])
     odd = ""
     if isinstance(holder, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from lightning_peft.attach.layers import has_class, is_conv, is_linear
 from lightning_peft.attach.targets import TargetSpec, select
 from lightning_peft.weights.low_rank import SCHEMES, Scheme, as_matrix, decompose
+from lightning_peft.weights.mapped_layer import is_mapped
 
 
 def split_low_rank(
@@ -58,7 +59,7 @@ def split_low_rank(
     layers = select(module, targets, exclude) if ranks is None else {name: _layer(module, name) for name in ranks}
     made: dict[str, tuple[nn.Module, nn.Module, int]] = {}
     for name, layer in layers.items():
-        if parametrize.is_parametrized(layer):
+        if is_mapped(layer) or parametrize.is_parametrized(layer):
             raise MisconfigurationException(
                 f"{name} is under weight maps. Bake the module first: lightning_peft.bake(copy.deepcopy(module))."
             )
@@ -80,7 +81,7 @@ def _layer(module: nn.Module, name: str) -> nn.Module:
         layer = module.get_submodule(name)
     except AttributeError:
         raise MisconfigurationException(f"ranks= names {name!r}, which {type(module).__name__} does not have.") from None
-    if not _can_be_split(layer) and not parametrize.is_parametrized(layer):
+    if not (_can_be_split(layer) or is_mapped(layer) or parametrize.is_parametrized(layer)):
         raise MisconfigurationException(f"ranks= names {name!r}, a {type(layer).__name__}, which cannot be split.")
     return layer
 

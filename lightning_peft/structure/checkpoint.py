@@ -14,10 +14,14 @@ from torch import Tensor, nn
 
 from lightning_peft import registry
 from lightning_peft.structure.errors import CheckpointError as CheckpointError
-from lightning_peft.weights.maps import MappedTensor, WeightMap, mapped_tensors, split_name
+from lightning_peft.structure.forms import anything, dict_of, fields, maybe, text, whole
+from lightning_peft.weights.mapped_layer import map_prefix, stored_key
+from lightning_peft.weights.maps import MappedTensor, WeightMap, mapped_tensors
 
 KEY = "lightning_peft"
-FORMAT = 1
+FORMAT = 2
+ORDERED = 2
+"""Since this format optimizers hold a module's parameters in the module's own order, whether weight maps are on them or not."""
 
 MapRecord = dict[str, Any]
 
@@ -30,7 +34,10 @@ def describe(module: nn.Module, methods: Sequence[dict[str, Any]]) -> dict[str, 
 
 def section(weights: Mapping[str, list[MapRecord]], methods: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the library's part of a checkpoint from the records of weight maps by tensor name, and of methods."""
-    return {"version": FORMAT, "methods": list(methods), "weights": dict(weights)}
+    owners = [item["method"] for records in weights.values() for item in records]
+    # How many maps a method put on tensors is said twice, so that a list that lost one does not bake into a dense weight.
+    counted = [{**method, "maps": owners.count(method["method"])} for method in methods]
+    return {"version": FORMAT, "methods": counted, "weights": dict(weights)}
 
 
 def read(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -44,19 +51,47 @@ def read(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if not isinstance(section, dict) or not isinstance(section.get("version"), int):
         raise CheckpointError(f'checkpoint["{KEY}"] is malformed: it must be a dict with an integer "version".')
-    if section["version"] != FORMAT:
+    if not 1 <= section["version"] <= FORMAT:
         raise CheckpointError(
-            f"This checkpoint has lightning_peft format {section['version']}; this version of the library reads format "
+            f"This checkpoint has lightning_peft format {section['version']}; this version of the library reads formats 1 to "
             f"{FORMAT}. Upgrade lightning-peft, or bake the checkpoint with the version that wrote it."
         )
     weights = section.get("weights")
     if not isinstance(weights, dict) or not isinstance(section.get("methods"), list):
         raise CheckpointError(f'checkpoint["{KEY}"] is malformed: "weights" must be a dict and "methods" a list.')
+    for place, record in enumerate(section["methods"]):
+        _check_method(record, f'checkpoint["{KEY}"]["methods"][{place}]')
     for name, records in weights.items():
-        well_formed = isinstance(name, str) and isinstance(records, list) and all(map(_is_record, records))
+        well_formed = isinstance(name, str) and isinstance(records, list) and records and all(map(_is_record, records))
         if not well_formed:
             raise CheckpointError(f'checkpoint["{KEY}"]["weights"][{name!r}] is malformed: it must list weight maps.')
     return section
+
+
+def check_order(checkpoint: Mapping[str, Any], section: Mapping[str, Any] | None) -> None:
+    """Refuse to restore optimizer state by position that was saved in another order of parameters.
+
+    Raises:
+        CheckpointError: The file was written before :data:`ORDERED`, with weight maps.
+    """
+    if section and section["version"] < ORDERED and section["weights"] and checkpoint.get("optimizer_states"):
+        raise CheckpointError(
+            "This checkpoint was saved by an earlier version of lightning-peft, whose optimizers held parameters under weight "
+            "maps in another order, so it cannot be resumed. Start anew from its weights: "
+            "model = lightning_peft.load_from_checkpoint(ModelClass, path), then fit without ckpt_path."
+        )
+
+
+def _check_counts(section: Mapping[str, Any]) -> None:
+    """Refuse to bake a section that lists more or fewer weight maps of a method than it says the method had."""
+    owners = [item["method"] for records in section["weights"].values() for item in records]
+    for record in section.get("methods", ()):
+        listed = owners.count(record["method"])
+        if record.get("maps", listed) != listed:
+            raise CheckpointError(
+                f"{record['method']} had {record['maps']} weight maps when the checkpoint was saved, and it lists {listed} of "
+                f'them: checkpoint["{KEY}"]["weights"] is damaged or was edited. Use another checkpoint.'
+            )
 
 
 def read_groups(section: Mapping[str, Any]) -> list[list[list[str]]]:
@@ -76,6 +111,16 @@ def _is_nest(value: object, depth: int) -> bool:
     return isinstance(value, list) and all(isinstance(v, str) if depth == 1 else _is_nest(v, depth - 1) for v in value)
 
 
+def _check_method(record: object, place: str) -> None:
+    found = _METHOD({key: record.get(key) for key in _METHOD_FORMS} if isinstance(record, dict) else record, place)
+    if found is not None:
+        raise CheckpointError(f"The record of a method is malformed: {found}.")
+
+
+_METHOD_FORMS = {"method": text, "name": text, "config": dict_of(anything), "steps": whole(), "maps": maybe(whole())}
+_METHOD = fields(_METHOD_FORMS)
+
+
 def _is_record(item: object) -> bool:
     return (
         isinstance(item, dict)
@@ -83,22 +128,6 @@ def _is_record(item: object) -> bool:
         and isinstance(item.get("method"), str)
         and isinstance(item.get("config"), dict)
     )
-
-
-def stored_key(name: str) -> str:
-    """Return the state-dict key of the stored value of a mapped tensor.
-
-    Example:
-        >>> stored_key("model.fc.weight")
-        'model.fc.parametrizations.weight.original'
-    """
-    path, attribute = split_name(name)
-    return f"{path}.parametrizations.{attribute}.original" if path else f"parametrizations.{attribute}.original"
-
-
-def map_prefix(name: str, position: int) -> str:
-    """Return what the state-dict keys of the map at a position of a mapped tensor begin with."""
-    return f"{stored_key(name).removesuffix('original')}{position}."
 
 
 def rebuild_map(item: MapRecord) -> WeightMap:
@@ -148,9 +177,12 @@ def bake_state_dict(state: Mapping[str, Tensor], section: Mapping[str, Any]) -> 
                     value = weight_map.bake(value)
             except Exception as error:
                 raise CheckpointError(f"The state of the weight map {item['map']!r} on {name} does not fit: {error}") from error
+        if left := next((key for key in plain if key.startswith(map_prefix(name, 0)[: -len("0.")])), None):
+            raise CheckpointError(f"The checkpoint holds {left}, but lists no weight map on {name} that it belongs to.")
         if value.shape != shape:
             raise CheckpointError(f"The weight maps on {name} change its shape from {tuple(shape)} to {tuple(value.shape)}.")
         plain[name] = value
+    _check_counts(section)
     return plain
 
 

@@ -9,15 +9,16 @@ each position a block of its own again.
 from __future__ import annotations
 
 import copy
+import reprlib
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 from lightning_peft.structure import depth_settings as settings
 from lightning_peft.structure.errors import CheckpointError
+from lightning_peft.weights.mapped_layer import plain_class
 from lightning_peft.weights.maps import detach_maps, plain_tensors
 
 Blocks: TypeAlias = "nn.ModuleList | nn.Sequential"
@@ -46,8 +47,7 @@ def signature(block: nn.Module) -> str:
         True
     """
     shapes = ",".join(f"{name}{tuple(tensor.shape)}" for name, tensor in sorted(plain_tensors(block).items()))
-    cls = type(block).__bases__[0] if parametrize.is_parametrized(block) else type(block)
-    return f"{cls.__name__}:{zlib.crc32(shapes.encode()):08x}"
+    return f"{plain_class(block).__name__}:{zlib.crc32(shapes.encode()):08x}"
 
 
 def ties(blocks: Blocks) -> list[int]:
@@ -111,7 +111,9 @@ def check_blocks(module: nn.Module, edit: Mapping[str, Any]) -> None:
     if not isinstance(path, str) or type(count) is not int or not isinstance(sources, list) or not isinstance(kinds, list):
         raise CheckpointError("A recorded change of blocks is malformed: it needs 'path', 'from', 'sources' and 'block'.")
     if not sources or not all(type(source) is int and 0 <= source < count for source in sources):
-        raise CheckpointError(f"A recorded change of {path} names blocks {sources} of {count}; they count from 0.")
+        raise CheckpointError(
+            f"A recorded change of {path} names blocks {reprlib.repr(sources)} of {count}; they count from 0."
+        )
     settings.check_rates(edit)
     blocks = blocks_at(module, path)
     now = sorted({signature(block) for block in blocks})
@@ -122,8 +124,8 @@ def check_blocks(module: nn.Module, edit: Mapping[str, Any]) -> None:
         )
     if edit.get("tied", list(range(count))) != ties(blocks):
         raise CheckpointError(
-            f"A change of {path} was made on a list in which other blocks are the same one: {edit.get('tied')} against "
-            f"{ties(blocks)}. The record is damaged, or the model's class shares blocks and did not then."
+            f"A change of {path} was made on a list in which other blocks are the same one: {reprlib.repr(edit.get('tied'))} "
+            f"against {reprlib.repr(ties(blocks))}. The record is damaged, or the model's class shares blocks and did not then."
         )
 
 

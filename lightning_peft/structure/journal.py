@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_peft.structure import edits
+from lightning_peft.structure import edits, foresight
 from lightning_peft.structure.edits import Change, Edit
 from lightning_peft.structure.errors import CheckpointError
 
@@ -25,6 +25,19 @@ _JOURNALS: weakref.WeakKeyDictionary[nn.Module, list[Change]] = weakref.WeakKeyD
 def journal_of(module: nn.Module) -> list[Edit]:
     """Return the edits a module has been through, oldest first."""
     return [change.edit for change in _JOURNALS.get(module, ())]
+
+
+def changes_of(module: nn.Module) -> list[Change]:
+    """Return what those edits did, oldest first."""
+    return list(_JOURNALS.get(module, ()))
+
+
+def set_changes(module: nn.Module, changes: Sequence[Change]) -> None:
+    """Let a module have been through these changes and no others."""
+    if changes:
+        _JOURNALS[module] = list(changes)
+    else:
+        _JOURNALS.pop(module, None)
 
 
 def write(edit_list: Sequence[Edit]) -> dict[str, Any]:
@@ -100,6 +113,9 @@ def replay(module: nn.Module, journal: Sequence[Edit], state: Mapping[str, Any])
     if not own and journal and _has_structure(module, journal, state):
         _JOURNALS[module] = edits.adopt(module, journal)
         return False
+    if len(own) == common:
+        edits.check(module, journal[common])
+    foresight.check_sizes(journal, state)
     if len(own) > common:
         _rehearse(module, common, journal)
     for _ in range(len(own) - common):

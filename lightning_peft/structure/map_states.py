@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_peft.structure import checkpoint as files
 from lightning_peft.weights import stash
+from lightning_peft.weights.mapped_layer import map_prefix
 from lightning_peft.weights.maps import mapped_tensors
 
 MapStates = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]
@@ -43,7 +44,7 @@ def states_of_checkpoint(checkpoint: Mapping[str, Any], kind: str) -> MapStates:
     for name, records in ({} if section is None else section["weights"]).items():
         for position, record in enumerate(records):
             if record["map"] == kind:
-                prefix = files.map_prefix(name, position)
+                prefix = map_prefix(name, position)
                 tensors = checkpoint["state_dict"].items()
                 state = {key.removeprefix(prefix): value for key, value in tensors if key.startswith(prefix)}
                 found[name] = (record["config"], state)

@@ -6,8 +6,10 @@ All of them classify vectors of 16 numbers into 3 classes and train in milliseco
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,9 +17,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_peft.attach.hub import apply_terms
+from lightning_peft.weights.maps import plain_name
 
 FEATURES, CLASSES = 16, 3
 
@@ -50,6 +53,18 @@ def loader(
     inputs = torch.randn(samples, FEATURES, generator=generator)
     labels = (inputs[:, 0] > 0.5).long() + (inputs[:, :4].sum(1) > 0).long()
     return DataLoader(TensorDataset(inputs, labels), batch_size=batch_size, shuffle=shuffle, num_workers=workers)
+
+
+class Stream(IterableDataset[tuple[Tensor, ...]]):
+    """The samples of :func:`loader` one after the other, from a source that does not know how many it has."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        return iter(loader().dataset)  # type: ignore[call-overload,no-any-return]
+
+
+def stream(batch_size: int = 8) -> DataLoader[tuple[Tensor, ...]]:
+    """The batches of :func:`loader` from a loader without a length."""
+    return DataLoader(Stream(), batch_size=batch_size)
 
 
 def trainer(**overrides: Any) -> Trainer:
@@ -112,6 +127,56 @@ class Plain(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return self.make_optimizer(self.parameters())
+
+
+class Bare(Plain):
+    """Asks nothing of Lightning: logs nothing, has no scheduler, and does not want to know how long the training is."""
+
+    def base_loss(self, batch: Any) -> Tensor:
+        """Cross-entropy of a batch."""
+        return F.cross_entropy(self.logits(batch[0]), batch[1])
+
+
+class Shared(Plain):
+    """Uses one layer in two places, so that its weight has two names."""
+
+    def build(self) -> None:
+        self.model = mlp()
+        self.model.insert(3, self.model[2])
+        self.model.insert(3, nn.ReLU())
+
+
+class Teaching(Plain):
+    """Keeps a teacher, a copy of its network that follows it parameter by parameter, as code with a momentum encoder does.
+
+    Attributes:
+        astray: Parameters of the teacher that followed another than their namesake, so far.
+    """
+
+    def build(self) -> None:
+        super().build()
+        self.teacher = copy.deepcopy(self.model).requires_grad_(False)
+        self.names = [name for name, _ in self.model.named_parameters()]
+        self.astray: set[str] = set()
+
+    def base_loss(self, batch: Any) -> Tensor:
+        """Cross-entropy of a batch, and the distance from the teacher."""
+        with torch.no_grad():
+            target = self.teacher(batch[0])
+        return super().base_loss(batch) + 0.1 * F.mse_loss(self.model(batch[0]), target)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Move the teacher half the way to the network, with partners found by their place."""
+        old, new = ({plain_name(name): p for name, p in part.named_parameters()} for part in (self.teacher, self.model))
+        expected = {name: old[name].lerp(new[name], 0.5) for name in self.names}
+        for of_teacher, of_network in zip(self.teacher.parameters(), self.model.parameters(), strict=False):
+            of_teacher.lerp_(of_network, 0.5)
+        self.astray |= {name for name in self.names if not torch.equal(old[name], expected[name])}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.follow()
+        return self.base_loss(batch)
 
 
 class Root(Plain):
@@ -251,6 +316,7 @@ class ResidualBlock(nn.Module):
         return output
 
 
+@cache
 def deepened(style: type[Plain], blocks: int = 4) -> type[Plain]:
     """The same style of module with a list of equal blocks in front, for methods that change depth.
 
@@ -266,7 +332,10 @@ def deepened(style: type[Plain], blocks: int = 4) -> type[Plain]:
     def forward(self: Any, inputs: Tensor) -> Any:
         return style.forward(self, self.blocks(inputs))
 
-    return type(f"Deep{style.__name__}", (style,), {"build": build, "forward": forward, "__module__": __name__})
+    name = f"Deep{blocks}{style.__name__}"
+    deep = type(name, (style,), {"build": build, "forward": forward, "__module__": __name__, "__qualname__": name})
+    globals()[name] = deep  # where pickle looks for the class of a module
+    return deep
 
 
 STYLES: tuple[type[Plain], ...] = (

@@ -25,6 +25,7 @@ _EXPECTED = (
     "Be aware that when using `ckpt_path`, callbacks used to create",
     "Checkpoint directory .* exists and is not empty",
     "Using ModelCheckpoint with manual optimization and every_n_train_steps",
+    ".*: this fit ended after",
 )
 
 
@@ -62,6 +63,7 @@ def fit(
     data: Any = None,
     resume: str | Path | None = None,
     module: LightningModule | None = None,
+    expected: Sequence[str] = _EXPECTED,
     **overrides: Any,
 ) -> Fit:
     """Train a tiny module with methods.
@@ -76,6 +78,7 @@ def fit(
         data: Training loader; a small one by default.
         resume: Checkpoint to resume from, read with ``weights_only=True``.
         module: Train this one instead of a new one.
+        expected: Warnings that do not matter, as patterns.
         **overrides: Passed to ``Trainer``.
     """
     seed_all(seed)
@@ -86,9 +89,11 @@ def fit(
     runner = trainer(callbacks=callbacks, **overrides)
     with warnings.catch_warnings():
         # Resuming an interrupted epoch, without the ModelCheckpoint or in another folder, is what these runs are for.
-        for message in _EXPECTED:
+        for message in expected:
             warnings.filterwarnings("ignore", message=message)
-        runner.fit(module, data or loader(), loader(8), ckpt_path=resume, weights_only=True if resume else None)
+        runner.fit(
+            module, loader() if data is None else data, loader(8), ckpt_path=resume, weights_only=True if resume else None
+        )
     return Fit(runner, module, methods, losses)
 
 

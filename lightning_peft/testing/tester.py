@@ -3,44 +3,45 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 
 import lightning_peft
 from lightning_peft.compose.lanes import Lane
-from lightning_peft.method import Method
 from lightning_peft.structure.checkpoint import KEY
 from lightning_peft.structure.plain import not_plain
-from lightning_peft.testing.callbacks import FailAt, PlannedError, Probe, StopAfter, every_epoch, shape_of
-from lightning_peft.testing.ddp import run_ddp
-from lightning_peft.testing.modules import STYLES, Plain, loader, trainer
-from lightning_peft.testing.runs import Fit, assert_clean, assert_same, fit
+from lightning_peft.testing.callbacks import FailAt, PlannedError, StopAfter, every_epoch
+from lightning_peft.testing.life_cycle import LifeCycleChecks
+from lightning_peft.testing.modules import Plain, loader, trainer
+from lightning_peft.testing.ordinary import OrdinaryChecks
+from lightning_peft.testing.probe import shape_of
+from lightning_peft.testing.runs import Fit, assert_same
+from lightning_peft.testing.shared_runs import EPOCHS, Factory, probe_of
 from lightning_peft.testing.toys import ToyEntropy
 from lightning_peft.testing.trace import difference, without
 
-EPOCHS = 3
-Factory = Callable[[], Method]
 
-
-class MethodTester:
+class MethodTester(LifeCycleChecks, OrdinaryChecks):
     """Subclass it in a test file, name the configurations to test, and pytest does the rest.
 
     Every check that a method cannot pass by its nature can be switched off with a sentence that says why; it shows up as
-    skipped, with that sentence.
+    skipped, with that sentence. Where the method must refuse instead, the sentence is a pattern that its refusal matches.
 
     Attributes:
         methods: Functions without arguments, each returning a new method in one configuration.
         no_accumulation: Why training on k small batches differs from training on one big one.
         no_exact_bake: Why the baked module computes something else than the module in training.
         no_styles: Names of module styles (``STYLES``) the method refuses, each with the reason.
+        no_stream: Pattern of the refusal to train on a loader without a length.
+        no_shared: Pattern of the refusal of a network that uses one layer in two places.
+        no_teacher: Pattern of the refusal of a module that holds a copy of its network.
         new_parameters: Why the module ends with other parameter objects than it was given.
         removed_parts: Why the module ends with fewer layers than it was given.
         tolerance: Largest difference of a weight that counts as rounding in the checks that are not bit for bit.
@@ -62,70 +63,6 @@ class MethodTester:
     tolerance: ClassVar[float] = 1e-5
     adapted: ClassVar[Callable[[type[Plain]], type[Plain]]] = staticmethod(lambda style: style)
 
-    @property
-    def style(self) -> type[Plain]:
-        """The module that most checks train."""
-        return self._adapted(Plain)
-
-    def _adapted(self, style: type[Plain]) -> type[Plain]:
-        adapted: type[Plain] = self._once(("style", style), lambda: type(self).adapted(style))
-        return adapted
-
-    def _fit(self, methods: Sequence[Method], **settings: Any) -> Fit:
-        return fit(methods, **{"style": self.style, **settings})
-
-    def pytest_generate_tests(self, metafunc: Any) -> None:
-        """Run each test for every configuration, and some of them for every module style."""
-        if "factory" in metafunc.fixturenames:
-            ids = [repr(factory())[:60] for factory in self.methods]
-            metafunc.parametrize("factory", list(self.methods), ids=ids)
-        if "style" in metafunc.fixturenames:
-            metafunc.parametrize("style", STYLES, ids=[style.__name__ for style in STYLES])
-
-    _runs: ClassVar[dict[Any, Any]]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls._runs = {}
-
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
-        # Class-scoped fixtures would do, were they not deprecated on test classes.
-        if key not in self._runs:
-            try:
-                self._runs[key] = make()
-            except Exception as error:
-                self._runs[key] = error
-        if isinstance(self._runs[key], Exception):
-            raise self._runs[key]
-        return self._runs[key]
-
-    @pytest.fixture(autouse=True)
-    def _one_thread(self) -> Iterator[None]:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        yield
-        torch.set_num_threads(threads)
-
-    @pytest.fixture
-    def folder(self, factory: Factory, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """Where the reference training of a configuration keeps its checkpoints."""
-        path: Path = self._once(("folder", factory), lambda: tmp_path_factory.mktemp("method"))
-        return path
-
-    @pytest.fixture
-    def reference(self, factory: Factory, folder: Path) -> Fit:
-        """One uninterrupted training with a checkpoint of every epoch, which most checks compare with."""
-        run: Fit = self._once(factory, lambda: self._fit([factory()], after=[every_epoch(folder), Probe()], max_epochs=EPOCHS))
-        return run
-
-    @pytest.fixture
-    def two_ranks(self) -> list[Any]:
-        """What each of two processes found, for all configurations in one launch."""
-        home = type(self)
-        names = {"source": inspect.getfile(home), "module": home.__module__, "tester": home.__qualname__}
-        results: list[Any] = self._once("two ranks", lambda: run_ddp("lightning_peft.testing.ranks:train_on_rank", names))
-        return results
-
     # Does it train, and does it do anything?
 
     def test_trains(self, factory: Factory, reference: Fit) -> None:
@@ -135,16 +72,14 @@ class MethodTester:
         first, last = sum(losses[:size]) / size, sum(losses[-size:]) / size
         assert last < first, f"the module's own loss went from {first:.4f} to {last:.4f} in {EPOCHS} epochs: it must fall"
         if reference.methods[0].lane != Lane.REPORT:
-            plain = self._fit([], max_epochs=EPOCHS)
-            same = difference(dict(plain.module.state_dict()), dict(reference.module.state_dict())) is None
+            same = difference(dict(self._plain().module.state_dict()), dict(reference.module.state_dict())) is None
             assert not same, "the trained weights are exactly those of a training without the method: it did nothing"
 
     def test_accumulation(self, factory: Factory) -> None:
         if self.no_accumulation:
             pytest.skip(self.no_accumulation)
-        big = self._fit([factory()], optimizer="sgd", data=loader(32, 8))
         small = self._fit([factory()], optimizer="sgd", data=loader(32, 4), accumulate_grad_batches=2)
-        self._assert_close(big, small, "2 batches of 4 accumulated against 1 batch of 8")
+        self._assert_close(self._descended(factory), small, "2 batches of 4 accumulated against 1 batch of 8")
 
     def test_bf16(self, factory: Factory) -> None:
         run = self._fit([factory()], precision="bf16-mixed")
@@ -155,14 +90,13 @@ class MethodTester:
     # torch's compiler looks at this attribute of every input, and hides its warning in a way that "error" defeats.
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
     def test_compiled(self, factory: Factory) -> None:
-        eager = self._fit([factory()], optimizer="sgd")
         torch.manual_seed(0)
         module = self.style("sgd")
         for child in module.children():
             child.compile(backend="aot_eager")
         compiled = self._fit([factory()], module=module)
         torch._dynamo.reset()
-        self._assert_close(eager, compiled, "eager against a compiled submodule")
+        self._assert_close(self._descended(factory), compiled, "eager against a compiled submodule")
 
     # Does it go on exactly where it stopped?
 
@@ -186,9 +120,17 @@ class MethodTester:
 
     def test_fits_again(self, factory: Factory) -> None:
         first = self._fit([factory()])
+        left = first.state()
         again = self._fit(first.methods, module=first.module)
         assert all(map(math.isfinite, again.losses)), f"second fit of one module: the loss became {again.losses}"
         self._assert_clean(again.module, "two fits")
+        twice = again.state()
+        other = self._fit(first.methods)
+        found = difference(left, other.state())
+        assert found is None, f"a new module trained with a used object, against a new object: {found}"
+        anew = self._fit([factory()], module=other.module)
+        found = difference(twice, anew.state())
+        assert found is None, f"a module trained again with a used object, against a new object: {found}"
 
     # Is the module left as it was?
 
@@ -250,14 +192,14 @@ class MethodTester:
         self._assert_clean(first, averaging)
 
     def test_copies(self, reference: Fit) -> None:
-        probe = _probe(reference)
+        probe = probe_of(reference)
         assert torch.equal(probe.live, probe.copied), "copy.deepcopy(module) in training computes something else than module"
         assert probe.independent, "changing the weights of copy.deepcopy(module) changed what module computes"
 
     # Does it end in an ordinary module?
 
     def test_bake_equals_training(self, reference: Fit) -> None:
-        probe = _probe(reference)
+        probe = probe_of(reference)
         found = difference(shape_of(self.style()), probe.baked_shape)
         assert found is None, f"bake(copy.deepcopy(module)) is no ordinary module: {found}"
         if self.no_exact_bake:
@@ -281,15 +223,3 @@ class MethodTester:
         expected = without(plain["trace"], first["trace"]) if self.removed_parts else plain["trace"]
         found = difference(expected, first["trace"])
         assert found is None, f"DDP left something on the module: {found}"
-
-    def _assert_clean(self, module: LightningModule, after: str) -> None:
-        assert_clean(module, after, fewer=bool(self.removed_parts))
-
-    def _assert_close(self, a: Fit, b: Fit, what: str) -> None:
-        pairs = zip(a.module.named_parameters(), b.module.named_parameters(), strict=True)
-        name, error = max(((name, (p - q).abs().max().item()) for (name, p), (_, q) in pairs), key=lambda pair: pair[1])
-        assert error <= self.tolerance, f"{what}: {name} differs by {error:.3g}, more than {self.tolerance}"
-
-
-def _probe(run: Fit) -> Probe:
-    return next(callback for callback in run.trainer.callbacks if isinstance(callback, Probe))  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ They stand in for other people's methods wherever a test needs some, and are the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Step
 from lightning_peft.compose.run import Run
 from lightning_peft.method import Method
+from lightning_peft.structure.forms import Form, fields, whole
 from lightning_peft.weights.maps import WeightMap
 
 
@@ -106,11 +108,7 @@ class ToyEntropy(Method):
     def __init__(self, weight: float = 0.1, *, network: str | None = None, name: str | None = None) -> None:
         super().__init__(network=network, name=name)
         self.weight = weight
-        self.seen: dict[str, Any] = {}
-
-    def start(self, run: Run) -> None:
-        if not self.seen:
-            self.seen = {"optimizer_steps": 0, "epochs": 0, "last_index": torch.zeros(0, dtype=torch.int64)}
+        self.seen: dict[str, Any] = {"optimizer_steps": 0, "epochs": 0, "last_index": torch.zeros(0, dtype=torch.int64)}
 
     def loss(self, step: Step) -> Tensor:
         self.seen["last_index"] = step.sample_index
@@ -129,5 +127,13 @@ class ToyEntropy(Method):
     def state(self) -> dict[str, Any]:
         return dict(self.seen)
 
+    def state_form(self, tensors: Mapping[str, Tensor] | None) -> Form:
+        return fields({"optimizer_steps": whole(), "epochs": whole(), "last_index": _indices})
+
     def load_state(self, state: dict[str, Any]) -> None:
         self.seen = dict(state)
+
+
+def _indices(value: Any, place: str) -> str | None:
+    fits = isinstance(value, Tensor) and value.dtype == torch.int64 and value.ndim == 1
+    return None if fits else f"{place} is no vector of sample positions"

@@ -46,11 +46,7 @@ def keep_largest(
     if not 0.0 <= amount <= 1.0:
         raise MisconfigurationException(f"amount={amount} is a share of the weights, from 0 to 1.")
     for name, values in scores.items():
-        if values.isnan().any():
-            raise MisconfigurationException(
-                f"Scores of {name} are NaN, so nothing can be ranked: its weights, gradients or inputs are. Look for the step "
-                "where the loss became NaN, with Trainer(detect_anomaly=True)."
-            )
+        check_scores(name, values)
     if scope == "row":
         return {name: _rows(values, amount) for name, values in scores.items()}
     if scope == "layer":
@@ -65,6 +61,23 @@ def keep_largest(
         kept = _kept_of_size(flat, torch.cat([sizes[name].flatten() for name in scores]).to(flat.device), amount)
     parts = torch.split(kept, [values.numel() for values in scores.values()])
     return {name: _connected(part, values).view_as(values) for part, (name, values) in zip(parts, scores.items(), strict=True)}
+
+
+def check_scores(name: str, values: Tensor) -> None:
+    """Refuse to rank what is NaN.
+
+    Args:
+        name: What is scored, for the message.
+        values: Its scores.
+
+    Raises:
+        MisconfigurationException: Some are NaN.
+    """
+    if values.isnan().any():
+        raise MisconfigurationException(
+            f"Scores of {name} are NaN, so nothing can be ranked: its weights, gradients or inputs are. Look for the step "
+            "where the loss became NaN, with Trainer(detect_anomaly=True)."
+        )
 
 
 def _share(amount: float, count: int) -> int:

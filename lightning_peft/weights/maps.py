@@ -1,15 +1,15 @@
 """Weight maps: functions between the tensor an optimizer stores and the weight a layer uses.
 
-Maps sit on ``torch.nn.utils.parametrize``, so every reader of ``layer.weight`` sees the mapped weight, whatever code reads it.
+Every reader of ``layer.weight`` sees the mapped weight, whatever code reads it (:mod:`lightning_peft.weights.mapped_layer`).
 On one tensor they are applied in lane order: stored value, reparametrisation, low-rank delta, mask.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,55 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_peft.compose.lanes import Lane
-
-
-class WeightMap(nn.Module):
-    """One function on one stored tensor; subclasses define :meth:`forward` and, when they need one, ``right_inverse``.
-
-    Learnable parameters are ordinary ``nn.Parameter`` attributes. Tensors that must not be averaged by EMA or saved (masks)
-    are plain attributes: they follow the module across devices but are no buffers, because averaging buffers turns a mask
-    into fractions.
-
-    Attributes:
-        kind: Name under which a checkpoint records the map.
-        lane: Where the map stands on its tensor.
-        optimizer_overrides: Hyperparameters of the parameter group its own parameters train in, for instance
-            ``{"weight_decay": 0.0}``.
-        lr_scale: Factor on the learning rate of that group.
-    """
-
-    kind: ClassVar[str]
-    lane: ClassVar[Lane]
-    owner: str = ""  # name of the method that attached the map; set by Method.map_weight
-    optimizer_overrides: ClassVar[dict[str, float]] = {}
-    lr_scale: float = 1.0
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Map the value coming from the lane below to the value for the lane above; same shape and dtype."""
-        raise NotImplementedError
-
-    def bake(self, weight: Tensor) -> Tensor:
-        """Map a value for good; differs from :meth:`forward` only where training sees something softer."""
-        return self.forward(weight)
-
-    def config(self) -> dict[str, Any]:
-        """Constructor arguments as plain data, so that a file can be baked without the model's class."""
-        return {}
-
-    def detached(self) -> None:
-        """Let go of whatever else than its tensor the map holds on to; called when it is taken off."""
-
-    def record(self) -> dict[str, Any]:
-        """Describe the map for a checkpoint, as plain data."""
-        return {"map": self.kind, "method": self.owner, "config": self.config()}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightMap:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, fn(value))
-        return self
-
+from lightning_peft.weights.map_modules import MapModules
+from lightning_peft.weights.mapped_layer import MapChain, MappedLayer, chain_on, is_mapped, stored_key, take_chain
+from lightning_peft.weights.weight_map import WeightMap as WeightMap
 
 MapT = TypeVar("MapT", bound=WeightMap)
 
@@ -79,19 +33,25 @@ class MappedTensor:
     attribute: str
 
     @property
-    def chain(self) -> parametrize.ParametrizationList:
-        """The parametrizations on the tensor."""
-        return self.layer.parametrizations[self.attribute]  # type: ignore[index,return-value]
+    def chain(self) -> MapChain:
+        """The maps with what it takes to undo them."""
+        assert isinstance(self.layer, MappedLayer)
+        return self.layer.weight_maps[self.attribute]
 
     @property
     def maps(self) -> list[WeightMap]:
         """The maps, innermost first."""
-        return list(self.chain)  # type: ignore[arg-type]
+        return list(self.chain.maps)
 
     @property
     def stored(self) -> nn.Parameter:
         """What the optimizer updates."""
-        return self.chain.original  # type: ignore[return-value]
+        return self.layer._parameters[self.attribute]  # type: ignore[return-value]
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the tensor was not changed since its maps came, so that the value it had before can come back."""
+        return self.stored._version == self.chain.version
 
     def entering(self, weight_map: WeightMap) -> Tensor:
         """Return the value one of the maps is given by those below it, without a graph."""
@@ -112,10 +72,7 @@ class MappedTensor:
 
     def baked(self) -> Tensor:
         """The value this tensor has in an ordinary module."""
-        value: Tensor = self.stored.detach()
-        for weight_map in self.maps:
-            value = weight_map.bake(value)
-        return value.detach()
+        return self.chain.bake(self.stored)
 
 
 def mapped_tensors(module: nn.Module, *, every_name: bool = False) -> Iterator[MappedTensor]:
@@ -127,10 +84,8 @@ def mapped_tensors(module: nn.Module, *, every_name: bool = False) -> Iterator[M
             state dict does; by default it comes once, under the first.
     """
     for prefix, layer in module.named_modules(remove_duplicate=not every_name):
-        if not parametrize.is_parametrized(layer):
-            continue
-        for attribute, chain in layer.parametrizations.items():
-            if all(isinstance(entry, WeightMap) for entry in chain):
+        if isinstance(layer, MappedLayer):
+            for attribute in layer.weight_maps:
                 yield MappedTensor(f"{prefix}.{attribute}" if prefix else attribute, layer, attribute)
 
 
@@ -154,8 +109,7 @@ def plain_tensors(module: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = module.state_dict(keep_vars=True)
     tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
     for mapped in mapped_tensors(module, every_name=True):
-        path, attribute = split_name(mapped.name)
-        prefix = f"{path}.parametrizations.{attribute}." if path else f"parametrizations.{attribute}."
+        prefix = stored_key(mapped.name).removesuffix("original")
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
         tensors[mapped.name] = mapped.stored
     return tensors
@@ -210,9 +164,7 @@ def attached_map(module: nn.Module, name: str, like: WeightMap) -> WeightMap | N
     """Return the map of the same owner and kind that the tensor called ``name`` carries already, if it does."""
     path, attribute = split_name(name)
     layer = module.get_submodule(path)
-    if not parametrize.is_parametrized(layer, attribute):
-        return None
-    maps = (entry for entry in MappedTensor(name, layer, attribute).chain if isinstance(entry, WeightMap))
+    maps = layer.weight_maps[attribute].maps if isinstance(layer, MappedLayer) and attribute in layer.weight_maps else []
     return next((entry for entry in maps if (entry.owner, entry.kind) == (like.owner, like.kind)), None)
 
 
@@ -234,39 +186,56 @@ def attach_map(module: nn.Module, name: str, weight_map: WeightMap) -> MappedTen
     """
     path, attribute = split_name(name)
     layer = module.get_submodule(path)
+    stored = _mappable(layer, path, attribute)
     mapped = MappedTensor(name, layer, attribute)
+    begun = None if is_mapped(layer, attribute) else _beginning(weight_map, stored)
+    chain = chain_on(layer, attribute)
+    chain.maps.append(weight_map)
+    if begun is not None:
+        chain.pristine = stored.detach().clone()
+        with torch.no_grad():
+            stored.copy_(begun)
+    if len(chain.maps) == 1:
+        chain.version = stored._version
+    MapModules.show(module)
+    return mapped
+
+
+def _mappable(layer: nn.Module, path: str, attribute: str) -> nn.Parameter:
+    """Return a layer's own parameter, or refuse when it is none or somebody else computes it."""
     if parametrize.is_parametrized(layer, attribute):
-        if not all(isinstance(entry, WeightMap) for entry in mapped.chain):
-            others = ", ".join(type(entry).__name__ for entry in mapped.chain)
-            raise MisconfigurationException(
-                f"{name} is already parametrized by {others}, which would be lost when the result is baked. Remove it with "
-                f"torch.nn.utils.parametrize.remove_parametrizations first, or pass exclude=[{path!r}]."
-            )
-        parametrize.register_parametrization(layer, attribute, weight_map, unsafe=True)
-        return mapped
+        others = ", ".join(type(entry).__name__ for entry in layer.parametrizations[attribute])  # type: ignore[index]
+        raise MisconfigurationException(
+            f"{path}.{attribute} is already parametrized by {others}, which would be lost when the result is baked. Remove it "
+            f"with torch.nn.utils.parametrize.remove_parametrizations first, or pass exclude=[{path!r}]."
+        )
     if any(type(hook).__name__ in {"WeightNorm", "SpectralNorm"} for hook in layer._forward_pre_hooks.values()):
         raise MisconfigurationException(
             f"{path} uses the old torch.nn.utils.weight_norm or spectral_norm, which rewrites its weight in a hook. Use "
             f"torch.nn.utils.parametrizations and exclude the layer, or pass exclude=[{path!r}]."
         )
-    order = list(layer._parameters)
-    before = getattr(layer, attribute)
-    if not isinstance(before, nn.Parameter):
-        raise MisconfigurationException(f"{name} is not a parameter of {type(layer).__name__}; maps need a trainable tensor.")
-    if weight_map.lane == Lane.REPARAM and not before.requires_grad:
+    stored = layer._parameters.get(attribute)
+    if stored is None:
+        getattr(layer, attribute)
+        raise MisconfigurationException(
+            f"{path}.{attribute} is not a parameter of {type(layer).__name__}; maps need a trainable tensor."
+        )
+    return stored
+
+
+@torch.no_grad()
+def _beginning(weight_map: WeightMap, stored: nn.Parameter) -> Tensor | None:
+    """Return the stored value at which a first map gives the value its tensor has; ``None`` when it has no inverse."""
+    if weight_map.lane == Lane.REPARAM and not stored.requires_grad:
         weight_map.requires_grad_(False)  # the other view of a frozen tensor is frozen; deltas and masks train beside one
-    pristine = before.detach().clone() if hasattr(weight_map, "right_inverse") else None
-    parametrize.register_parametrization(layer, attribute, weight_map, unsafe=True)
-    mapped.chain.__dict__["peft_order"] = order
-    mapped.chain.__dict__["peft_pristine"] = pristine
-    mapped.chain.__dict__["peft_version"] = mapped.stored._version
-    return mapped
+    inverse = getattr(weight_map, "right_inverse", None)
+    return None if inverse is None else inverse(stored.detach())
 
 
 def forget_pristine(module: nn.Module) -> None:
     """Free the copies that :func:`detach_maps` would need to undo an attachment; training has made them useless."""
     for mapped in mapped_tensors(module):
-        mapped.chain.__dict__["peft_pristine"] = None
+        mapped.chain.pristine = None
 
 
 Leave = Literal["baked", "live", "pristine", "unmasked"]
@@ -274,7 +243,7 @@ Leave = Literal["baked", "live", "pristine", "unmasked"]
 
 @torch.no_grad()
 def detach_maps(module: nn.Module, leave: Leave = "baked") -> None:
-    """Take all weight maps off a module; names, classes, parameter objects and their order are as before.
+    """Take all weight maps off a module; classes and parameter objects are as before.
 
     Args:
         module: The module.
@@ -289,33 +258,13 @@ def detach_maps(module: nn.Module, leave: Leave = "baked") -> None:
         if id(stored) not in values:  # a tied tensor is mapped once
             values[id(stored)] = _final_value(mapped, leave)
     for mapped in tensors:
-        order: list[str] = mapped.chain.__dict__["peft_order"]
-        stored = mapped.stored
         for weight_map in mapped.maps:
             weight_map.detached()
-        _strip(mapped.layer, mapped.attribute)
+        take_chain(mapped.layer, mapped.attribute)
+        stored = mapped.stored
         if id(stored) in values:
             stored.copy_(values.pop(id(stored)))
-        parameters = mapped.layer._parameters
-        for key in [key for key in order if key in parameters]:
-            parameters[key] = parameters.pop(key)
-
-
-def _strip(layer: nn.Module, attribute: str) -> None:
-    """Undo one registration; ``torch`` edits the generated class for that, which a deep copy shares with its original."""
-    parametrized = type(layer)
-    chains = layer.parametrizations
-    stored = chains[attribute].original  # type: ignore[index,union-attr]
-    del chains[attribute]  # type: ignore[operator,union-attr]
-    if len(chains) == 0:  # type: ignore[arg-type]
-        del layer.parametrizations
-        layer.__class__ = parametrized.__bases__[0]
-    else:
-        namespace = {
-            key: value for key, value in vars(parametrized).items() if key not in (attribute, "__dict__", "__weakref__")
-        }
-        layer.__class__ = type(parametrized.__name__, parametrized.__bases__, namespace)
-    layer.register_parameter(attribute, stored)
+    MapModules.hide(module)
 
 
 def _final_value(mapped: MappedTensor, leave: Leave) -> Tensor:
@@ -323,8 +272,8 @@ def _final_value(mapped: MappedTensor, leave: Leave) -> Tensor:
         return mapped.baked()
     if leave == "unmasked":
         return mapped.unmasked()
-    if leave == "pristine" and mapped.stored._version == mapped.chain.__dict__["peft_version"]:
-        pristine: Tensor | None = mapped.chain.__dict__["peft_pristine"]
+    if leave == "pristine" and mapped.untouched:
+        pristine = mapped.chain.pristine
         return mapped.stored.detach() if pristine is None else pristine
     live: Tensor = getattr(mapped.layer, mapped.attribute)
     return live.detach()

@@ -70,13 +70,13 @@ def restore(module: nn.Module, stash: dict[str, StashedTensor]) -> None:
         stashed = stash.get(mapped.name)
         if stashed is None or [item["map"] for item in stashed.records] != [weight_map.kind for weight_map in mapped.maps]:
             continue
-        if mapped.chain.__dict__["peft_pristine"] is None:
-            mapped.chain.__dict__["peft_pristine"] = mapped.stored.detach().clone()
+        if mapped.chain.pristine is None:
+            mapped.chain.pristine = mapped.stored.detach().clone()
         mapped.stored.copy_(stashed.value)
         for weight_map, state in zip(mapped.maps, stashed.states, strict=True):
             weight_map.load_state_dict(state)
         # An evaluation that starts here must end with the module it was given.
-        mapped.chain.__dict__["peft_version"] = mapped.stored._version
+        mapped.chain.version = mapped.stored._version
 
 
 def _identity(module: nn.Module, name: str) -> tuple[int, int]:

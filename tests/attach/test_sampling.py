@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, WeightedRandomSampler
 
 from lightning_peft import Lane, Method, Resource
-from lightning_peft.attach.sampling import RecordingBatchSampler
+from lightning_peft.attach.draws import RecordingBatchSampler
 from lightning_peft.testing import modules
 from lightning_peft.testing.ddp import run_ddp
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BackboneFinetuning
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
@@ -17,7 +18,7 @@ from lightning_peft.testing import Plain, loader
 from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.runs import assert_same, fit
 from lightning_peft.testing.toys import ToyThreshold
-from lightning_peft.weights.maps import attach_map, mapped_tensors
+from lightning_peft.weights.maps import attach_map, mapped_tensors, set_plain_values
 from lightning_peft_plugins.regularizers.functional import compand, compand_inverse, compander_scales
 from lightning_peft_plugins.regularizers.weight_compander import CompanderMap, WeightCompander
 
@@ -96,7 +97,7 @@ class TestMap:
         layer.weight.data.copy_(plain)
         attached(layer, **options)
         assert (layer.weight - plain).abs().max() <= 1e-6 * plain.abs().max()
-        assert layer.weight.abs().max() < layer.parametrizations.weight[0].log_a.exp() * math.pi / 2
+        assert layer.weight.abs().max() < layer.weight_maps["weight"].maps[0].log_a.exp() * math.pi / 2
 
     @pytest.mark.parametrize("value", [0.0, 0.3, -2.0])
     def test_constant_weights(self, value: float) -> None:
@@ -105,7 +106,7 @@ class TestMap:
         attached(layer)
         assert torch.allclose(layer.weight, torch.full((3, 4), value), rtol=1e-6, atol=0)
         layer(torch.randn(2, 4)).sum().backward()
-        assert layer.parametrizations.weight.original.grad.abs().min() > 0, "zero weights can still learn"
+        assert layer._parameters["weight"].grad.abs().min() > 0, "zero weights can still learn"
 
     def test_documented_defaults(self) -> None:
         weight = torch.randn(8, 8)
@@ -119,7 +120,7 @@ class TestMap:
     def test_assigned_weights_are_kept_whatever_their_size(self) -> None:
         layer = attached(nn.Linear(4, 3))
         big = 100 * torch.randn(3, 4)
-        layer.weight = big
+        set_plain_values(layer, {"weight": big})
         assert torch.allclose(layer.weight, big, rtol=1e-6)
 
     @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
@@ -127,9 +128,9 @@ class TestMap:
         layer = nn.Linear(64, 32)
         plain = layer.weight.detach().clone()
         attached(layer)
-        log_a = layer.parametrizations.weight[0].log_a.item()
+        log_a = layer.weight_maps["weight"].maps[0].log_a.item()
         layer.to(dtype)
-        assert layer.parametrizations.weight[0].log_a.item() == log_a, "scales survive the conversion exactly"
+        assert layer.weight_maps["weight"].maps[0].log_a.item() == log_a, "scales survive the conversion exactly"
         assert layer.weight.dtype == dtype
         assert ((layer.weight - plain).abs() <= tolerance * plain.abs() + 1e-6).all()
         layer(torch.randn(2, 64, dtype=dtype)).float().sum().backward()
@@ -304,3 +305,32 @@ class TestTraining:
         with pytest.raises(MisconfigurationException, match=r"model\.2\.weight .*exclude 'model\.2'"):
             fit([WeightCompander()], module=module)
         assert [type(layer) for layer in module.model] == before
+
+
+class Finetuned(Plain):
+    """Trains its head first, in the way ``BackboneFinetuning`` asks for."""
+
+    def build(self) -> None:
+        super().build()
+        self.backbone = self.model[:2]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+
+
+def test_scales_of_a_backbone_begin_to_train_when_it_does() -> None:
+    trained: dict[int, set[str]] = {}
+
+    class Follow(WeightCompander):
+        def after_step(self, run) -> None:
+            names = {parameter: name for name, parameter in run.module.named_parameters()}
+            held = {names[p] for group in run.trainer.optimizers[0].param_groups for p in group["params"]}
+            trained[run.epoch] = {name for name in held if "log_a" in name}
+            super().after_step(run)
+
+    method = Follow()
+    run = fit([method], after=[BackboneFinetuning(unfreeze_backbone_at_epoch=1)], style=Finetuned, max_epochs=2)
+    scale = "model.0.parametrizations.weight.0.log_a"
+    assert scale not in trained[0]
+    assert scale in trained[1]
+    assert all(map(math.isfinite, run.losses))

@@ -80,7 +80,7 @@ def test_what_is_left_behind(net, leave, factor):
     weight = net[0].weight.detach().clone()
     attach_map(net, "0.weight", Half())
     with torch.no_grad():
-        net[0].parametrizations.weight.original.mul_(2.0)  # trained: the pristine value means nothing any more
+        net[0]._parameters["weight"].mul_(2.0)  # trained: the pristine value means nothing any more
     detach_maps(net, leave)
     assert torch.allclose(net[0].weight, weight * 2.0 * factor)
 
@@ -94,9 +94,9 @@ def test_pristine_undoes_an_attachment_that_was_never_trained(net):
 
 def test_forget_pristine_frees_the_copies(net):
     mapped = attach_map(net, "0.weight", ScaleMap(3.0))
-    assert mapped.chain.__dict__["peft_pristine"] is not None
+    assert mapped.chain.pristine is not None
     forget_pristine(net)
-    assert mapped.chain.__dict__["peft_pristine"] is None
+    assert mapped.chain.pristine is None
 
 
 def test_masks_are_no_buffers_but_follow_the_module(net):

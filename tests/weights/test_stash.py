@@ -75,7 +75,7 @@ def test_the_next_fit_in_this_process_goes_on_from_the_stored_values():
 
     class Look(ToyThreshold):
         def start(self, run):
-            seen.append(run.module.model[0].parametrizations.weight.original.detach().clone())
+            seen.append(run.module.model[0]._parameters["weight"].detach().clone())
 
     fit([ToyScale(), Look(0.2, name="toy_threshold")], module=first.module)
     assert torch.equal(seen[0], kept)
@@ -88,7 +88,7 @@ def test_other_maps_start_from_what_the_module_shows():
 
     class Look(ToyThreshold):
         def start(self, run):
-            seen.append(run.module.model[0].parametrizations.weight.original.detach().clone())
+            seen.append(run.module.model[0]._parameters["weight"].detach().clone())
 
     fit([Look(0.0)], module=first.module)
     assert torch.equal(seen[0], shown)

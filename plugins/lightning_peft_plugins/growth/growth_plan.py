@@ -10,6 +10,7 @@ from torch import nn
 from lightning_peft.structure.depth import blocks_at, blocks_edit
 from lightning_peft.structure.depth_settings import drop_rates, redrawn
 from lightning_peft.structure.edits import Edit, Operator
+from lightning_peft.structure.journal import journal_of
 from lightning_peft.structure.width_edit import width_edit
 from lightning_peft.structure.width_map import WidthMap
 from lightning_peft_plugins.growth.block_lists import check_equal, find_blocks
@@ -33,6 +34,7 @@ class GrowthPlan:
     Attributes:
         found: Whether :meth:`find` has looked at a module.
         path: Qualified name of the list of blocks; ``""`` when depth does not change.
+        past: Events that an earlier training of the module went through.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class GrowthPlan:
         self.sizes, self.start, self.blocks = sizes, start, blocks
         self.outputs, self.width_map, self.follow = outputs, width_map, follow
         self.found, self.path, self._network = False, "", ""
+        self.past = 0
         self._built = 0
         self._ends: dict[str, tuple[float, float]] = {}
         self._deepens = start is not None or any(DEPTH in size for size in sizes)
@@ -69,27 +72,39 @@ class GrowthPlan:
         """
         self._network = network
         if self._deepens:
-            self._find_blocks(module, None if grown else self.start)
-        for size in self.sizes:
+            self._find_blocks(module, self._first_of(module) if grown else None)
+        self.past = self._events_past(module) if grown else 0
+        if self._deepens:
+            self._check_depths(module, None if grown else self.start)
+        for size in self.sizes[self.past :]:
             if width := width_of(size):
                 self._width_edit(module, width)
                 break  # later ones start from what this one makes
         self.found = True
 
-    def _find_blocks(self, module: nn.Module, start: int | None) -> None:
+    def _find_blocks(self, module: nn.Module, first: Edit | None) -> None:
+        """Find the list, and how it was built: as it is, unless a training began with a part of it."""
         self.path = find_blocks(module, self.blocks, self._network)
         check_equal(module, self.path)
         blocks = list(blocks_at(module, self.path))
-        self._built = len(blocks)
-        rates = drop_rates(blocks)
+        self._built = len(blocks) if first is None else first["from"]
+        rates = drop_rates(blocks) if first is None else first["old_rates"]
         self._ends = {name: (values[0], values[-1]) for name, values in rates.items() if redrawn(values, 2)}
+
+    def _first_of(self, module: nn.Module) -> Edit | None:
+        """The edit by which the module began small."""
+        edits = journal_of(module)
+        return edits[0] if self.start is not None and edits and edits[0]["op"] == "blocks" and "event" not in edits[0] else None
+
+    def _check_depths(self, module: nn.Module, start: int | None) -> None:
+        blocks = list(blocks_at(module, self.path))
         self.operator.settings(blocks[0], self.outputs)
         if start is not None and not 0 < start <= len(blocks):
             raise MisconfigurationException(f"start={start}: {self.path} has {len(blocks)} blocks to begin with.")
         if start == 1 and self._ends:
             raise MisconfigurationException("A single block has no stochastic depth to grow from: begin with start=2 or more.")
         now = start or len(blocks)
-        for size in self.sizes:
+        for size in self.sizes[self.past :]:
             target = self._depth(size)
             if target is None:
                 continue
@@ -121,6 +136,23 @@ class GrowthPlan:
         """
         if event < len(self.sizes):
             self.edit(module, event, part)
+
+    def _events_past(self, module: nn.Module) -> int:
+        """Count the events whose size an edited module has already, because an earlier training went through them."""
+        if not journal_of(module):
+            return 0
+        return max((event + 1 for event, size in enumerate(self.sizes) if self._has(module, size)), default=0)
+
+    def _has(self, module: nn.Module, size: Size) -> bool:
+        width, depth = width_of(size), self._depth(size)
+        return (depth is None or len(blocks_at(module, self.path)) == depth) and (not width or self._is_wide(module, width))
+
+    def _is_wide(self, module: nn.Module, width: Size) -> bool:
+        axes = next((edit["axes"] for edit in reversed(journal_of(module)) if edit["op"] == "resize"), {})
+        now = {axis: new for axis, (_, new) in axes.items()}
+        if {"kv_heads", "groups"} <= set(now):
+            now["heads"] = now["kv_heads"] * now["groups"]
+        return all(now.get(axis) == units for axis, units in width.items())
 
     def edit(self, module: nn.Module, event: int, part: int) -> tuple[Edit, Operator | None, bool]:
         """Return one edit of an event.

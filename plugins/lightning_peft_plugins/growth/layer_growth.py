@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from lightning_peft.compose.run import Run
 from lightning_peft.registry import suggest
 from lightning_peft.structure.carry import RULES
 from lightning_peft.structure.edits import Change, Growth
+from lightning_peft.structure.forms import Form, whole
 from lightning_peft.structure.journal import journal_of
 from lightning_peft.structure.width_map import WidthMap
 from lightning_peft_plugins.growth.growth_plan import GrowthPlan
@@ -117,15 +118,10 @@ class LayerGrowth(TimedMethod):
         self.seed, self.grow_time = seed, grow_time
         self.operator_steps, self.operator_lr = operator_steps, operator_lr
         self._masks: list[Masks] = []
-
-    def forget(self) -> None:
-        """Stand before the first growth."""
-        super().forget()
         self._parts = 0
 
     def first_edit(self, module: LightningModule) -> Growth | None:
         """Begin with the first blocks, if asked to."""
-        self.forget()
         self.plan.find(module, self._network_name(module))
         edit = self.plan.first_edit(module)
         return None if edit is None else Growth(edit | {"by": self.name, "step": 0})
@@ -147,12 +143,18 @@ class LayerGrowth(TimedMethod):
         super().start(run)
         if not self.plan.found:
             self.plan.find(run.module, self._network_name(run.module), grown=True)
+        if not self.restored and self.plan.past:
+            self.done = self.plan.past
+            rank_zero_info(
+                f"{self.name}: the module has been grown before to what to= asks for, so it trains on as it is. To grow it "
+                "further, give a larger to=; to grow again, build a new module."
+            )
         self.plan.check_next(run.module, self.done, self._parts)
         self._mask_again(run.module)
 
     def next_edit(self, run: Run) -> Growth | None:
         """Grow when the time of the next event has come: first wider, then deeper."""
-        if self._parts == 0 and (self._masks or not self.due):
+        if self._parts == 0 and (self._masks or not self.due(run)):
             return None
         edit, operator, last = self.plan.edit(run.module, self.done, self._parts)
         edit |= {"by": self.name, "event": self.done, "step": self.steps, "seed": self.seed + self.done}
@@ -223,6 +225,9 @@ class LayerGrowth(TimedMethod):
     def state(self) -> dict[str, Any]:
         """How far growth has come."""
         return super().state() | {"parts": self._parts}
+
+    def state_fields(self) -> dict[str, Form]:
+        return super().state_fields() | {"parts": whole()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.attach.network import resolve_network
+from lightning_peft.attach.shim import Shim
 from lightning_peft.attach.targets import TargetSpec
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
@@ -118,8 +119,8 @@ class MixtureGrowth(TimedMethod):
         if self.lr_rule.restart:
             raise MisconfigurationException('lr="restart" is not offered here; write "rewarm:<length>@<peak>" or "continue".')
         self.stem, self.head = stem, head
-        self._turns = {"on": False, "offset": 0}
-        self._handles: list[RemovableHandle] = []
+        self._turns: dict[str, Any] = {"on": False, "offset": 0}
+        self._shims: list[Shim] = []
 
     def select(self, module: nn.Module) -> dict[str, nn.Module]:
         """Return the layers between stem and head."""
@@ -148,7 +149,6 @@ class MixtureGrowth(TimedMethod):
                 )
         maps = self._maps(run.module)
         if all(weight_map.plain for _, weight_map in maps):
-            self.forget()
             self._split(maps)
         elif not self.done and any((m.coefficients * ~own_shares(m.coefficients)).any() for _, m in maps):
             self.mark_done()  # by an earlier fit
@@ -156,7 +156,13 @@ class MixtureGrowth(TimedMethod):
         self._take_turns(run.module)
         _, network = resolve_network(run.module, self.network)
         for layer in head_layers(network, self.head).values():
-            self._handles.append(layer.register_forward_pre_hook(_turn(self._turns)))
+            self._shims.append(Shim(layer, "forward", partial(self._answer, layer)).install())
+
+    def _answer(self, layer: nn.Module, inner: Callable[..., Tensor], features: Tensor) -> Tensor:
+        """In training, let the head see of each sample what its member made of it."""
+        if self._turns["on"] and layer.training:
+            features = of_its_member(features, -1 if isinstance(layer, nn.Linear) else 1, self._turns["offset"])
+        return inner(features)
 
     @torch.no_grad()
     def _split(self, maps: list[tuple[MappedTensor, MixtureMap]]) -> None:
@@ -177,7 +183,7 @@ class MixtureGrowth(TimedMethod):
 
     def after_step(self, run: Run) -> None:
         """Fuse the members when the moment has come."""
-        if self.due:
+        if self.due(run, stepped=True):
             self.mark_done()
             self._fuse(run.module)
         self._take_turns(run.module)
@@ -193,9 +199,9 @@ class MixtureGrowth(TimedMethod):
 
     def finish(self, run: Run) -> None:
         """Let every sample have all features again."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        for shim in self._shims:
+            shim.remove()
+        self._shims = []
 
     def describe(self, module: nn.Module) -> str:
         """Say what is mixed and when."""
@@ -207,14 +213,3 @@ class MixtureGrowth(TimedMethod):
         shares = [weight_map.coefficients for _, weight_map in self._maps(run.module)]
         cross = torch.stack([(entry * ~own_shares(entry)).abs().sum() / 4 for entry in shares]).mean()
         return {"fused": float(self.done), "cross": cross, "lr_factor": self.lr_factor()}
-
-
-def _turn(turns: dict[str, Any]) -> Callable[[nn.Module, Any], Any]:
-    """A hook on the head that lets members answer in turns; a plain function, so that copies of the module share it."""
-
-    def hook(layer: nn.Module, args: Any) -> Any:
-        if not (turns["on"] and layer.training):
-            return None
-        return (of_its_member(args[0], -1 if isinstance(layer, nn.Linear) else 1, turns["offset"]), *args[1:])
-
-    return hook

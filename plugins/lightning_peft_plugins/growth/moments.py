@@ -9,7 +9,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
 from lightning_peft.compose.run import Run
+from lightning_peft.structure.forms import entries, fields, number, whole
 from lightning_peft_plugins.growth.triggers import Plateau, parse_trigger, tokens_in
+
+MOMENT = fields({"tokens": whole(), "plateau": entries(number(infinite=True), whole())})
+"""What :meth:`Moment.state` looks like."""
 
 
 class Moment:
@@ -23,28 +27,36 @@ class Moment:
     """
 
     def __init__(self, at: str | float, monitor: str | None = None, patience: int = 3, min_delta: float = 0.01) -> None:
-        self.trigger = parse_trigger(at)
+        self.at, self.trigger = at, parse_trigger(at)
         self.monitor = monitor
         self._plateau = Plateau(patience, min_delta)
         self._tokens = 0
         self._point = 0
 
-    def reset(self) -> None:
-        """Forget an earlier training."""
-        self._tokens = 0
-        self._plateau.restart()
-
     def start(self, run: Run) -> None:
-        """Place a point of training in this one."""
-        if self.trigger.point is not None:
-            total = run.total_steps if self.trigger.point.unit == "fraction" else None
-            self._point = self.trigger.point.resolve(total, run.steps_per_epoch)
+        """Place a point of training in this one; whole epochs are where they are, whatever they are long."""
+        if self.trigger.point is not None and self._epoch is None:
+            self._point = run.place(self.trigger.point, "at=")
 
-    def come(self, steps: int) -> bool:
-        """Whether the moment has come after so many optimizer steps."""
+    @property
+    def _epoch(self) -> int | None:
+        point = self.trigger.point
+        return int(point.amount) if point is not None and point.unit == "epoch" and point.amount % 1 == 0 else None
+
+    def come(self, steps: int, epochs: int) -> bool:
+        """Whether the moment has come after so many optimizer steps and whole epochs."""
         if self.trigger.kind == "plateau":
             return self._plateau.reached
+        if self._epoch is not None:
+            return epochs >= self._epoch
         return self._tokens >= self.trigger.tokens if self.trigger.kind == "tokens" else steps >= self._point
+
+    def __str__(self) -> str:
+        if self.trigger.kind == "plateau":
+            return f"a plateau: {self._plateau.waited} of {self._plateau.patience} looks had seen no progress"
+        if self.trigger.kind == "tokens":
+            return f"{self.trigger.tokens:.6g} tokens, of which {self._tokens} were seen"
+        return f"at={self.at!r}" if self._epoch is not None else f"at={self.at!r}, step {self._point}"
 
     def count(self, trainer: Trainer, batch: Any) -> None:
         """Count the tokens of a batch on all ranks, when they matter."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
@@ -85,7 +86,6 @@ class StageSharing(TimedMethod):
 
     def first_edit(self, module: LightningModule) -> Growth | None:
         """Let the positions of each stage hold one block."""
-        self.forget()
         self._find(module)
         blocks = list(blocks_at(module, self._path))
         lengths = self._lengths(len(blocks))
@@ -133,6 +133,12 @@ class StageSharing(TimedMethod):
                 raise MisconfigurationException(f"{self.name} and {other.name} both change structure. Remove one of them.")
         super().start(run)
         self._path = self._path or self._list_in(run.module)
+        if not self.restored and self._expanded_before(run.module):
+            self.done = 1
+            rank_zero_info(
+                f"{self.name}: the stages of {self._path} were expanded in an earlier training, so it trains on as it is. To "
+                "share again, build a new module."
+            )
         if not self.done and self._shared(run.module) is None:
             raise MisconfigurationException(
                 f"The blocks of {self._path} are not shared by stages: this module, or the checkpoint, comes from a training "
@@ -144,9 +150,14 @@ class StageSharing(TimedMethod):
         edits = [edit for edit in journal_of(module) if edit["path"] == self._path]
         return edits[-1] if edits and edits[-1].get("shared") else None
 
+    def _expanded_before(self, module: nn.Module) -> bool:
+        """Whether a training of this method gave every position a block of its own."""
+        edits = [edit for edit in journal_of(module) if edit["path"] == self._path]
+        return len(edits) > 1 and edits[-1].get("by") == self.name and not edits[-1].get("shared")
+
     def next_edit(self, run: Run) -> Growth | None:
         """Give every position a block of its own when the moment has come."""
-        if not self.due:
+        if not self.due(run):
             return None
         shared: Edit = self._shared(run.module)  # type: ignore[assignment]
         kin = ties(blocks_at(run.module, self._path))

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from lightning_peft.compose.run import Run
 from lightning_peft.method import Method
+from lightning_peft.structure.forms import Form, fields, list_of, maybe, whole
 from lightning_peft_plugins.growth.lr_rules import parse_lr_rule
-from lightning_peft_plugins.growth.moments import Moment
+from lightning_peft_plugins.growth.moments import MOMENT, Moment
 
 
 class TimedMethod(Method):
     """Base of the methods that change the network at moments of its training and may warm learning rates up again.
 
-    Subclasses ask :attr:`due` and say :meth:`mark_done`.
+    Subclasses ask :meth:`due` and say :meth:`mark_done`.
 
     Args:
         at: When: ``"step:5000"``, ``"epoch:2"``, ``"30%"``, ``"tokens:1e9"``, ``"plateau"``, or a list of them.
@@ -48,14 +50,8 @@ class TimedMethod(Method):
         self.moments = [Moment(event, monitor, patience, min_delta) for event in events]
         self.lr_rule = parse_lr_rule(lr)
         self._warmup = 0
-        self.forget()
-
-    def forget(self) -> None:
-        """Stand before the first change."""
         self.done = 0
         self.changed_at: int | None = None
-        for moment in self.moments:
-            moment.reset()
 
     def start(self, run: Run) -> None:
         """Place the moments in this training."""
@@ -63,15 +59,22 @@ class TimedMethod(Method):
             moment.start(run)
         self._warmup = self.lr_rule.warmup(run)
 
-    @property
-    def due(self) -> bool:
-        """Whether the next change is, if there is one."""
-        return self.done < len(self.moments) and self.moments[self.done].come(self.steps)
+    def due(self, run: Run, *, stepped: bool = False) -> bool:
+        """Whether the next change is due, if there is one: before a step, or just after it (``stepped``)."""
+        epochs = run.epoch + int(stepped and run.trainer.is_last_batch)
+        return self.done < len(self.moments) and self.moments[self.done].come(self.steps, epochs)
 
     def mark_done(self, whole: bool = True) -> None:
         """Count a change, made now, or note the moment of one whose other part is still to come."""
         self.done += whole
         self.changed_at = self.steps
+
+    def awaited(self, run: Run) -> Iterator[str]:
+        """The changes that did not come, and the end of a warm-up."""
+        for moment in self.moments[self.done :]:
+            yield f"its change at {moment}"
+        if self.changed_at is not None and self.steps < self.changed_at + self._warmup:
+            yield f"the end of the warm-up at step {self.changed_at + self._warmup}"
 
     def lr_factor(self) -> float:
         """Warm up after a change."""
@@ -91,6 +94,17 @@ class TimedMethod(Method):
     def state(self) -> dict[str, Any]:
         """How many changes are made, when the last was, and what the moments have seen."""
         return {"done": self.done, "changed_at": self.changed_at, "moments": [moment.state() for moment in self.moments]}
+
+    def state_fields(self) -> dict[str, Form]:
+        """Form of each entry of the state, which subclasses add to."""
+        return {
+            "done": whole(0, len(self.moments)),
+            "changed_at": maybe(whole()),
+            "moments": list_of(MOMENT, len(self.moments)),
+        }
+
+    def state_form(self, tensors: Mapping[str, Tensor] | None) -> Form:
+        return fields(self.state_fields())
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.done, self.changed_at = state["done"], state["changed_at"]

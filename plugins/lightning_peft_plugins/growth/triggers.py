@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ class Plateau:
     waited: int = 0
 
     def look(self, value: float) -> None:
-        """Take a new value into account.
+        """Take a new value into account; one that is NaN or infinite says nothing.
 
         Example:
             >>> plateau = Plateau(patience=2, min_delta=0.01)
@@ -100,6 +101,8 @@ class Plateau:
             >>> plateau.reached
             True
         """
+        if not math.isfinite(value):
+            return
         if value < self.best * (1 - self.min_delta if self.best > 0 else 1 + self.min_delta):
             self.best, self.waited = value, 0
         else:
@@ -109,7 +112,3 @@ class Plateau:
     def reached(self) -> bool:
         """Whether there was no progress for long enough."""
         return self.waited >= self.patience
-
-    def restart(self) -> None:
-        """Begin anew, with another network."""
-        self.best, self.waited = float("inf"), 0

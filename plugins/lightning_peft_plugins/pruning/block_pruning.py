@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, Literal
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule
@@ -21,11 +22,13 @@ from lightning_peft.method import Method
 from lightning_peft.registry import suggest
 from lightning_peft.structure.depth import blocks_at, blocks_edit
 from lightning_peft.structure.edits import Change, Growth
+from lightning_peft.structure.forms import Form, dict_of, fields, maybe, whole
 from lightning_peft.structure.optimizers import trained_by
+from lightning_peft.weights.choose import check_scores
 from lightning_peft_plugins.pruning.block_budget import Choice, goal, lowest
-from lightning_peft_plugins.pruning.block_watch import BlockWatch, Seen
+from lightning_peft_plugins.pruning.block_watch import SEEN, BlockWatch, Seen
 from lightning_peft_plugins.pruning.block_weights import magnitude_of, taylor_of
-from lightning_peft_plugins.pruning.residual_lists import BlockList, lists_to_prune
+from lightning_peft_plugins.pruning.residual_lists import BlockList, lists_form, lists_to_prune
 from lightning_peft_plugins.pruning.timeline import Timeline
 
 SCORES = ("influence", "taylor", "magnitude")
@@ -95,16 +98,12 @@ class BlockPruning(Method):
         self.schedule = Schedule(start, start if end is None else end, "constant" if end is None else shape)
         self.every = parse_point(every)
         self.timeline: Timeline | None = None
-        self.watch = BlockWatch(self._in_training, self._scores_calls)
-        self._forget()
-
-    def _forget(self) -> None:
+        self.watch = BlockWatch(lambda: self.in_training_step, self._scores_calls)
         self.lists: dict[str, BlockList] = {}
         self._goal: int | None = None
         self._gone = 0
         self._cut_at: int | None = None
         self._due: list[tuple[str, list[int]]] = []
-        self.watch.seen.clear()
 
     def claims(self, module: nn.Module) -> list[str]:
         """No tensor is mapped."""
@@ -112,15 +111,9 @@ class BlockPruning(Method):
 
     def start(self, run: Run) -> None:
         """Place the cuts in this training, and find the lists."""
-        if not self.restored:
-            self._forget()
         if not self.lists:
             self.lists = lists_to_prune(run.module, run.network_name, self.targets, self.exclude)
         self.timeline = Timeline.of_cuts(self.schedule, self.every, run, watched=True)
-
-    def _in_training(self) -> bool:
-        # A network fine-tuned in eval mode is watched; what a callback calls in eval mode between two steps is not.
-        return self._hub is not None and bool(self._hub.run.trainer.training) and self._hub.run.module.training
 
     def _watches(self) -> bool:
         return self.timeline is not None and self.timeline.watched(self.steps)
@@ -221,6 +214,8 @@ class BlockPruning(Method):
         wanted = int(self._goal * self.timeline.amounts.value(self.steps) + 1e-9) - self._gone
         seen = self._seen(run)
         scores = {name: self._score(run, name, block) for name, block in seen.items()}
+        for name in (name for name, block in seen.items() if block.scored or self.score == "magnitude"):
+            check_scores(name, torch.tensor(scores[name]))
         stays = {name: f"has the {self.score} {score}" for name, score in scores.items() if not math.isfinite(score)}
         stays |= {name: why for name, block in seen.items() if (why := block.why_it_stays())}
         free = {path: self._free(path, stays) for path in self.lists}
@@ -238,6 +233,12 @@ class BlockPruning(Method):
             self._gone += change.edit["from"] - len(sources)
             self.lists[path] = self.lists[path].without(sources)
             self.watch.rename(change.new_name)
+
+    def awaited(self, run: Run) -> Iterator[str]:
+        """The last cut, with the whole amount."""
+        last = None if self.timeline is None else self.timeline.amounts.end
+        if last is not None and (self._cut_at is None or self._cut_at < last):
+            yield f"the last cut at step {last}"
 
     def finish(self, run: Run) -> None:
         """Stop looking at blocks."""
@@ -263,6 +264,17 @@ class BlockPruning(Method):
             "cut_at": self._cut_at,
             "seen": self.watch.state(),
         }
+
+    def state_form(self, tensors: Mapping[str, Tensor] | None) -> Form:
+        return fields(
+            {
+                "lists": lists_form(tensors),
+                "goal": maybe(whole()),
+                "gone": whole(),
+                "cut_at": maybe(whole()),
+                "seen": dict_of(SEEN),
+            }
+        )
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.lists = {path: BlockList(**found) for path, found in state["lists"].items()}

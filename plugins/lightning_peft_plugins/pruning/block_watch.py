@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_peft.attach.capture import forward_attribute
 from lightning_peft.attach.layers import own_parameters
 from lightning_peft.attach.shim import Shim
+from lightning_peft.structure.forms import fields, maybe, tensor, text, whole
 from lightning_peft_plugins.pruning.block_influence import block_influence
 
 
@@ -41,7 +42,9 @@ class Seen:
     def add(self, score: Tensor) -> None:
         """Take a score into account."""
         # A state that was loaded can be on another device than the block.
-        self.score = score if self.score is None else self.score.to(score.device) + score
+        before = torch.zeros_like(score) if self.score is None else self.score.to(score.device)
+        # A call that was not finite says no more than those before it; asked without waiting for the device.
+        self.score = before + torch.where(score.isfinite(), score, before / max(1, self.scored))
         self.scored += 1
 
     def mean(self) -> float:
@@ -55,6 +58,12 @@ class Seen:
         if self.misfits:
             return f"changes the shape ({self.shapes or 'on another rank'})"
         return "" if self.links else "passes nothing on to another block of its list"
+
+
+SEEN = fields(
+    {"score": maybe(tensor([])), "scored": whole(), "calls": whole(), "misfits": whole(), "links": whole(), "shapes": text}
+)
+"""What :class:`Seen` looks like in a checkpoint."""
 
 
 class BlockWatch:

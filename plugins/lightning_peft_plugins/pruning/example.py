@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_peft.structure.forms import dict_of, fields, flag, list_of, text, whole
+
+_MOST = 2**28  # numbers in one input of one sample
 
 
 def record(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,3 +72,22 @@ def _made(value: Any, device: torch.device) -> Any:
         return {key: _made(item, device) for key, item in value["items"].items()}
     made = [_made(item, device) for item in value["list"]]
     return tuple(made) if value["tuple"] else made
+
+
+def example_form(value: Any, place: str) -> str | None:
+    """What :func:`record` returns, with tensors no larger than a call may need."""
+    return fields({"args": list_of(_value_form), "kwargs": dict_of(_value_form)})(value, place)
+
+
+def _value_form(value: Any, place: str) -> str | None:
+    if not isinstance(value, dict):
+        plain = value is None or isinstance(value, (bool, int, float, str))
+        return None if plain else f"{place} is no recorded argument"
+    if "shape" in value:
+        if (found := fields({"shape": list_of(whole()), "dtype": text})(value, place)) is not None:
+            return found
+        known = isinstance(getattr(torch, value["dtype"], None), torch.dtype)
+        return None if known and math.prod(value["shape"]) <= _MOST else f"{place} is no tensor that can be made"
+    if "items" in value:
+        return fields({"items": dict_of(_value_form)})(value, place)
+    return fields({"list": list_of(_value_form), "tuple": flag})(value, place)

@@ -172,7 +172,7 @@ class FTWT(Method):
     def start(self, run: Run) -> None:
         """Place the cool-down, and watch what layers cost in the first step."""
         if self.cooldown is not None:
-            self._frozen_from = self.cooldown.resolve(run.total_steps, run.steps_per_epoch)
+            self._frozen_from = run.place(self.cooldown, "cooldown=")
         trained = trained_by(*run.trainer.optimizers)
         for name, gate in self.gates(run.module):
             if gate.predictor.weight not in trained:
@@ -242,6 +242,11 @@ class FTWT(Method):
             f"operations ({sum(self._costs.of.values()) / 1e6:,.1f} MFLOPs a sample), {1 - left:.1%} fewer, once predictors "
             "choose as the channels' activity says."
         )
+
+    def awaited(self, run: Run) -> Iterator[str]:
+        """The cool-down."""
+        if self._frozen_from is not None and run.step < self._frozen_from:
+            yield f"the cool-down from step {self._frozen_from} on"
 
     def describe(self, module: nn.Module) -> str:
         """Say how many units are gated, and how many of them can skip on both sides."""

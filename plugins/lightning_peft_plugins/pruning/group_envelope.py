@@ -71,6 +71,8 @@ class GroupEnvelope(MaskedPruning):
         if not norms:
             return
         flat = torch.cat([values.flatten() for values in norms])
+        if not flat.isfinite().all():  # one layer that is NaN would spread to all through what they are compared by
+            return
         rates = torch.cat(
             [torch.full_like(values.flatten(), rate) for values, (_, _, rate) in zip(norms, targets, strict=True)]
         )

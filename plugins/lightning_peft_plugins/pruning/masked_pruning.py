@@ -19,7 +19,8 @@ from lightning_peft.compose.schedule import Schedule, Shape, parse_point
 from lightning_peft.method import Method, methods_of
 from lightning_peft.registry import suggest
 from lightning_peft.structure.edits import Change
-from lightning_peft.weights.choose import SCOPES, Scope, keep_largest
+from lightning_peft.structure.forms import Form, fields, flag, maybe, whole
+from lightning_peft.weights.choose import SCOPES, Scope, check_scores, keep_largest
 from lightning_peft.weights.groups import Grouping, parse_grouping
 from lightning_peft.weights.maps import MappedTensor, maps_of
 from lightning_peft.weights.nm import nm_mask
@@ -27,7 +28,7 @@ from lightning_peft.weights.nm_layout import input_dim
 from lightning_peft.weights.nm_pattern import parse_pattern
 from lightning_peft_plugins.pruning.decay import add_decay
 from lightning_peft_plugins.pruning.mask_map import MaskMap, PruneRule
-from lightning_peft_plugins.pruning.rewind import Rewind
+from lightning_peft_plugins.pruning.rewind import Rewind, rewind_form
 from lightning_peft_plugins.pruning.scores import SCORES
 from lightning_peft_plugins.pruning.statistics import FROM_CALLS
 from lightning_peft_plugins.pruning.timeline import Timeline
@@ -136,7 +137,7 @@ class MaskedPruning(Method):
         self.fades, self.alpha = not self.rule.masked, alpha
         self.decays = strength if rule == "decay" else 0.0
         self.timeline: Timeline | None = None
-        self.watch = Watch(self.score.reads, self._watches)
+        self.watch = Watch(self.score.reads, self._watches, lambda: self.in_training_step)
         self._chosen_at: int | None = None
         self._shrunk_at: int | None = None
         self.rewind_to = None if rewind is None else parse_point(rewind)
@@ -190,7 +191,7 @@ class MaskedPruning(Method):
     def _prepare_rewind(self, run: Run) -> None:
         assert self.rewind_to is not None
         assert self.timeline is not None
-        self._rewind_at = self.rewind_to.resolve(run.total_steps, run.steps_per_epoch)
+        self._rewind_at = run.place(self.rewind_to, "rewind=")
         if self._rewind_at >= self.timeline.amounts.start:
             raise MisconfigurationException(
                 f"rewind= goes back to step {self._rewind_at}, but masks are chosen from step {self.timeline.amounts.start} "
@@ -260,6 +261,7 @@ class MaskedPruning(Method):
             dim = input_dim(mapped.layer)
             weight = mapped.entering(mask)
             value = self.score.value(weight, seen, dim)
+            check_scores(mapped.name, value)
             seen.clear()
             if self.nm is not None:
                 mask.hold(nm_mask(value.contiguous(), *self.nm, dim))
@@ -292,6 +294,14 @@ class MaskedPruning(Method):
         """Stop looking at inputs."""
         self.watch.close()
 
+    def awaited(self, run: Run) -> Iterator[str]:
+        """The last choice, with the whole amount, and the way back after it."""
+        last = None if self.timeline is None else self.timeline.amounts.end
+        if last is not None and self._chosen_at != last and self.steps < last:
+            yield f"the last choice of masks at step {last}"
+        elif self._rewind_due:
+            yield f"going back to step {self._rewind_at}, for which a further step was needed"
+
     def describe(self, module: nn.Module) -> str:
         """Name what is pruned by what, and when."""
         given = self._arguments
@@ -319,6 +329,19 @@ class MaskedPruning(Method):
             "rewind_due": self._rewind_due,
             "seen": self.watch.state(),
         }
+
+    def state_form(self, tensors: Mapping[str, Tensor] | None) -> Form:
+        return fields(
+            {
+                "chosen_at": maybe(whole()),
+                "shrunk_at": maybe(whole()),
+                "again": whole(),
+                "masked": flag,
+                "rewind": rewind_form(tensors),
+                "rewind_due": flag,
+                "seen": self.watch.form(tensors),
+            }
+        )
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._chosen_at, self._shrunk_at, self._again = state["chosen_at"], state["shrunk_at"], state["again"]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft.attach.targets import TargetSpec, select
 from lightning_peft.structure.depth import signature, ties
+from lightning_peft.structure.forms import Form, dict_of, fields, list_of, whole
 
 
 @dataclass
@@ -35,6 +37,25 @@ class BlockList:
         """
         now = {old: new for new, old in enumerate(sources)}
         return BlockList(*([now[old] for old in places if old in now] for places in (self.blocks, self.may_go, self.named)))
+
+
+def lists_form(tensors: Mapping[str, Tensor] | None) -> Form:
+    """What lists look like in a checkpoint: positions of blocks that the module has, those that may go among them."""
+    form = dict_of(fields(dict.fromkeys(("blocks", "may_go", "named"), list_of(whole()))))
+
+    def check(value: Any, place: str) -> str | None:
+        if (found := form(value, place)) is not None:
+            return found
+        for path, places in value.items():
+            starts = () if tensors is None else tuple(f"{path}.{block}." for block in places["blocks"])
+            lost = next((start for start in starts if not any(name.startswith(start) for name in tensors or ())), None)
+            if lost is not None:
+                return f"{place}[{path!r}] names {lost[:-1]}, which is no block of the module"
+            if not set(places["named"]) <= set(places["may_go"]) <= set(places["blocks"]):
+                return f"{place}[{path!r}] lets blocks go that it does not list"
+        return None
+
+    return check
 
 
 def residual_lists(network: nn.Module, name: str = "") -> dict[str, list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lightning_peft.compose.run import Run
 from lightning_peft.structure.carry import reset_states
+from lightning_peft.structure.forms import Form, anything, dict_of
 from lightning_peft.weights.maps import plain_tensors
 
 
@@ -40,3 +42,20 @@ class Rewind:
     def state(self) -> dict[str, Any]:
         """They, as plain data."""
         return dict(self.values)
+
+
+def rewind_form(tensors: Mapping[str, Tensor] | None) -> Form:
+    """What :meth:`Rewind.state` looks like: nothing yet, or all tensors of the module."""
+
+    def check(value: Any, place: str) -> str | None:
+        if (found := dict_of(anything, tensors)(value, place)) is not None:
+            return found
+        if tensors is not None and value and (lost := next((name for name in tensors if name not in value), None)) is not None:
+            return f"{place} lacks {lost!r}"
+        for name, item in value.items():
+            like = None if tensors is None else tensors[name]
+            if not isinstance(item, Tensor) or (like is not None and (item.shape, item.dtype) != (like.shape, like.dtype)):
+                return f"{place}[{name!r}] is no tensor like the module's"
+        return None
+
+    return check

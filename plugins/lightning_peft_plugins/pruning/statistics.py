@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
+from lightning_peft.structure.forms import Form, dict_of, fields, tensor, whole
 from lightning_peft_plugins.pruning.deviations import deviation_ratio
 
 Quantity: TypeAlias = Literal["|g|", "g^2", "|wg|", "x^2", "sd"]
@@ -66,6 +67,8 @@ class Statistics:
 
     def _add(self, quantity: str, value: Tensor) -> None:
         value = value.to(torch.promote_types(value.dtype, torch.float32))
+        # Where a step was not finite nothing was seen; asked without waiting for the device.
+        value = torch.where(value.isfinite(), value, 0.0)
         if quantity in self.sums:
             self.sums[quantity] += value
         else:
@@ -100,3 +103,22 @@ class Statistics:
         """Take back what :meth:`state` gave."""
         self.sums, self.steps = dict(state["sums"]), int(state["steps"])
         self.samples, self.calls = int(state["samples"]), int(state["calls"])
+
+
+def statistics_form(quantities: Collection[str], shape: Sequence[int] | None) -> Form:
+    """What :meth:`Statistics.state` looks like for a weight of some shape; ``None`` when that is not known."""
+
+    def sums(value: Any, place: str) -> str | None:
+        if (found := dict_of(tensor(), quantities, "quantity of this score")(value, place)) is not None:
+            return found
+        for quantity, item in value.items():
+            fits = shape is None or (
+                item.ndim == 1 and len(item) in shape[:2] if quantity in FROM_CALLS else list(item.shape) == list(shape)
+            )
+            if not fits or (item < 0).any():
+                return (
+                    f"{place}[{quantity!r}] of shape {tuple(item.shape)} is no sum over a weight of shape {tuple(shape or ())}"
+                )
+        return None
+
+    return fields({"sums": sums, "steps": whole(), "samples": whole(), "calls": whole()})

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.attach.capture import forward_attribute
+from lightning_peft.attach.capture import forward_attribute, step_compiler
 from lightning_peft.attach.layers import is_norm, own_parameters
 from lightning_peft.attach.shim import Shim
 from lightning_peft.attach.targets import TargetSpec, select
@@ -22,10 +22,12 @@ from lightning_peft.compose.schedule import Schedule, Shape, parse_point
 from lightning_peft.method import Method
 from lightning_peft.registry import suggest
 from lightning_peft.structure.edits import Change, Edit, Growth
+from lightning_peft.structure.forms import Form, dict_of, fields, maybe, number, whole
+from lightning_peft.weights.choose import check_scores
 from lightning_peft_plugins.pruning.budget import Limits, StructuredScope
 from lightning_peft_plugins.pruning.channels import Baseline, Channels, Counted
 from lightning_peft_plugins.pruning.dependency import torch_pruning
-from lightning_peft_plugins.pruning.example import record
+from lightning_peft_plugins.pruning.example import example_form, record
 from lightning_peft_plugins.pruning.scores import SCORES
 from lightning_peft_plugins.pruning.timeline import Timeline
 from lightning_peft_plugins.pruning.watch import Watch
@@ -114,16 +116,12 @@ class StructuredPruning(Method):
         self.schedule = Schedule(start, last, "constant" if end is None else shape, (0.0, float(amount)))
         self.every = parse_point(every)
         self.timeline: Timeline | None = None
-        self.watch = Watch(self.score.reads, self._watches)
+        self.watch = Watch(self.score.reads, self._watches, lambda: self.in_training_step)
         self._shim: Shim | None = None
-        self._forget()
-
-    def _forget(self) -> None:
         self._example: dict[str, Any] | None = None
         self._baseline: Baseline | None = None
         self._cut_at: int | None = None
         self._cost = 0.0
-        self.watch.seen.clear()
 
     def claims(self, module: nn.Module) -> list[str]:
         """No tensor is mapped."""
@@ -132,16 +130,17 @@ class StructuredPruning(Method):
     def start(self, run: Run) -> None:
         """Place the cuts in this training, and wait for a call of the network."""
         torch_pruning()  # its absence must show before the training, not at the first cut
-        if not self.restored:
-            self._forget()
         self.timeline = Timeline.of_cuts(self.schedule, self.every, run, watched=bool(self.score.reads))
         self._allowed(run)
         if self._example is None:
-            self._shim = Shim(run.network, forward_attribute(run.network), self._recorder(run)).install()
+            compiler = step_compiler(run.module)
+            self._shim = Shim(
+                run.network, forward_attribute(run.network), self._recorder(run), traced=False, compiler=compiler
+            ).install()
 
     def _recorder(self, run: Run) -> Any:
         def see(inner: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._example is None and run.trainer.training:
+            if self._example is None and self.in_training_step:
                 self._example = record(args, kwargs)
             return inner(*args, **kwargs)
 
@@ -225,11 +224,18 @@ class StructuredPruning(Method):
                 )
             else:
                 values[name] = torch.zeros_like(weight)  # frozen: the gradient says nothing of it
+            check_scores(prefix + name, values[name])
         return values
 
     def structure_changed(self, module: LightningModule, change: Change) -> None:
         """Let go of what was seen of tensors that are no more what they were."""
         self.watch.forget(change)
+
+    def awaited(self, run: Run) -> Iterator[str]:
+        """The last cut, with the whole amount."""
+        last = None if self.timeline is None else self.timeline.amounts.end
+        if last is not None and (self._cut_at is None or self._cut_at < last):
+            yield f"the last cut at step {last}"
 
     def finish(self, run: Run) -> None:
         """Stop waiting for a call."""
@@ -256,6 +262,17 @@ class StructuredPruning(Method):
             "cost": self._cost,
             "seen": self.watch.state(),
         }
+
+    def state_form(self, tensors: Mapping[str, Tensor] | None) -> Form:
+        return fields(
+            {
+                "example": maybe(example_form),
+                "baseline": maybe(fields({"cost": number(0.0), "units": dict_of(whole(1))})),
+                "cut_at": maybe(whole()),
+                "cost": number(0.0),
+                "seen": self.watch.form(tensors),
+            }
+        )
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._example, self._cut_at, self._cost = state["example"], state["cut_at"], state["cost"]

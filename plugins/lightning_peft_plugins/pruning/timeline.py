@@ -30,8 +30,9 @@ class Timeline:
             run: The training.
             watched: Whether the first choice waits until something was seen for ``every`` steps.
         """
-        total, epoch = run.total_steps, run.steps_per_epoch
-        amounts, length = schedule.resolve(total, epoch), max(1, every.resolve(total, epoch))
+        amounts = run.resolve(schedule)
+        # One choice that waits for nothing needs no length, so neither does the training.
+        length = max(1, run.place(every, "every=")) if watched or amounts.end > amounts.start else 1
         first = max(length if watched else 0, amounts.start)
         return cls(replace(amounts, start=first, end=max(first, amounts.end)), length)
 
@@ -41,7 +42,8 @@ class Timeline:
         line = cls.of_choices(schedule, every, run, watched=watched)
         first = max(1, line.amounts.start)
         # The last cut must leave a step to train, or nothing would follow it.
-        last = max(first, min(line.amounts.end, run.total_steps - 1))
+        end = run.end
+        last = max(first, line.amounts.end if end is None else min(line.amounts.end, end - 1))
         return replace(line, amounts=replace(line.amounts, start=first, end=last))
 
     def due(self, step: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from lightning_peft.compose.lanes import Lane
 from lightning_peft.compose.run import Run
 from lightning_peft.method import Method
 from lightning_peft.structure.edits import Change
+from lightning_peft.structure.forms import Form, dict_of, fields, tensors_like, whole
 from lightning_peft.structure.optimizers import trained_by
 from lightning_peft.weights.low_rank import SCHEMES, Scheme, truncate
 from lightning_peft.weights.maps import mapped_tensors
@@ -78,7 +79,7 @@ class TrainedRankPruning(Method):
         self._names: list[str] = []
         self._moving: list[str] = []
         self._untrained: dict[str, Tensor] = {}
-        self._last = 0.0
+        self._last: int | None = None
 
     def select(self, module: nn.Module) -> dict[str, nn.Module]:
         """Refuse layers that the scheme does not know."""
@@ -101,7 +102,12 @@ class TrainedRankPruning(Method):
                     f"{name} is under a weight map of {mapped[name]}, so the rank of what is stored is not that of the weight. "
                     f"Leave the layer out of one of them with exclude=[{name.rpartition('.')[0]!r}]."
                 )
-        self._last = run.trainer.estimated_stepping_batches  # infinite when the Trainer has no end
+        self._last = run.end
+        if self._last is None:
+            rank_zero_warn(
+                f"{self.name}: the end of this training is not known, so the last truncation comes up to {self.period} steps "
+                "before it. With Trainer(max_steps=...) it comes after the last step."
+            )
         if self.steps == 0:
             self._untrained = {name: run.module.get_parameter(name).detach().clone() for name in self._names}
             self._truncate(run, self._names)
@@ -125,6 +131,11 @@ class TrainedRankPruning(Method):
         if self._moving and (self.steps % self.period == 0 or self.steps == self._last):
             self._truncate(run, self._moving)
         self._moving, self._untrained = [], {}
+
+    def awaited(self, run: Run) -> Iterator[str]:
+        """The truncation after the last step."""
+        if self.steps % self.period and self.steps != self._last:
+            yield f"the last truncation: its weights moved for {self.steps % self.period} steps since"
 
     @torch.no_grad()
     def finish(self, run: Run) -> None:
@@ -157,6 +168,9 @@ class TrainedRankPruning(Method):
     def state(self) -> dict[str, Any]:
         """Ranks, and sub-gradients of which the step is still to come."""
         return {"ranks": dict(self.ranks), "pulls": dict(self._pulls)}
+
+    def state_form(self, tensors: Mapping[str, Tensor] | None) -> Form:
+        return fields({"ranks": dict_of(whole(), tensors), "pulls": tensors_like(tensors)})
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.ranks, self._pulls = dict(state["ranks"]), dict(state["pulls"])

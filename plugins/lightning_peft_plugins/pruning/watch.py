@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.attach.capture import forward_attribute
 from lightning_peft.attach.shim import Shim
 from lightning_peft.structure.edits import Change
+from lightning_peft.structure.forms import Form, anything, dict_of
 from lightning_peft.structure.optimizers import trained_by
 from lightning_peft.weights.maps import MappedTensor
-from lightning_peft_plugins.pruning.statistics import FROM_CALLS, Quantity, Statistics
+from lightning_peft_plugins.pruning.statistics import FROM_CALLS, Quantity, Statistics, statistics_form
 
 
 class Watch:
@@ -22,10 +23,11 @@ class Watch:
     Args:
         reads: What is to be seen; nothing is watched for an empty set.
         wanted: Whether what happens now bears on a choice.
+        in_step: Whether a call of a layer is part of a training step.
     """
 
-    def __init__(self, reads: frozenset[Quantity], wanted: Callable[[], bool]) -> None:
-        self.reads, self.wanted = reads, wanted
+    def __init__(self, reads: frozenset[Quantity], wanted: Callable[[], bool], in_step: Callable[[], bool]) -> None:
+        self.reads, self.wanted, self.in_step = reads, wanted, in_step
         self.seen: dict[str, Statistics] = {}
         self._shims: list[Shim] = []
 
@@ -45,7 +47,7 @@ class Watch:
     def _see(self, layer: nn.Module, seen: Statistics) -> Callable[..., Any]:
         def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             output = inner(*args, **kwargs)
-            if layer.training and self.wanted():
+            if self.in_step() and self.wanted():
                 given = args[0] if args else next(iter(kwargs.values()))
                 seen.see_inputs(layer, given)
                 seen.see_outputs(layer, given, output)
@@ -76,6 +78,18 @@ class Watch:
     def state(self) -> dict[str, Any]:
         """What was seen, as plain data."""
         return {name: seen.state() for name, seen in self.seen.items()}
+
+    def form(self, tensors: Mapping[str, Tensor] | None) -> Form:
+        """What :meth:`state` looks like, names and shapes held against tensors where they are at hand."""
+
+        def check(value: Any, place: str) -> str | None:
+            if (found := dict_of(anything, tensors)(value, place)) is not None:
+                return found
+            shapes = {name: None if tensors is None else tensors[name].shape for name in value}
+            forms = {name: statistics_form(self.reads, shape) for name, shape in shapes.items()}
+            return next(filter(None, (form(value[name], f"{place}[{name!r}]") for name, form in forms.items())), None)
+
+        return check
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state` gave."""

@@ -117,8 +117,6 @@ class PSKD(Method):
         self._total = self.epochs or _epochs_of(run)
         if self._total == 1:
             rank_zero_info("PSKD changes nothing in a training of one epoch: the first epoch is plain cross entropy.")
-        if run.trainer.global_step == 0 and not run.trainer.fit_loop.is_resuming:
-            self.memory = self._copy = self._loaded = None
         loaded, self._loaded = self._loaded, None
         if loaded and self.teacher == "memory":
             rows: Tensor = loaded["probabilities"]
@@ -126,7 +124,13 @@ class PSKD(Method):
             self.memory.load(rows, loaded["seen"])
         elif loaded:
             self._copy = _frozen(run.network)
-            self._copy.load_state_dict(loaded["weights"])
+            try:
+                self._copy.load_state_dict(loaded["weights"])
+            except (RuntimeError, TypeError, AttributeError) as error:
+                raise MisconfigurationException(
+                    f"{self.name} was not restored: the teacher's weights in the checkpoint are not those of this "
+                    "network. Resume from another checkpoint, or start anew from the weights, without ckpt_path."
+                ) from error
 
     def loss(self, step: Step) -> Loss | None:
         if self.alpha == 0:
@@ -203,8 +207,6 @@ class PSKD(Method):
             return {"teacher": "memory", **self.memory.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.memory = self._copy = None
-        self._outbox.clear()
         saved = state.get("teacher", self.teacher)
         if saved != self.teacher:
             raise MisconfigurationException(
@@ -212,6 +214,8 @@ class PSKD(Method):
             )
         if state and not (fits_memory(state) if saved == "memory" else isinstance(state.get("weights"), dict)):
             raise MisconfigurationException("The checkpoint's state of PSKD is malformed; resume from another checkpoint.")
+        self.memory = self._copy = None
+        self._outbox.clear()
         self._loaded = state or None
 
     def _distil_copy(self, step: Step, logits: Tensor, alpha: float) -> Loss:

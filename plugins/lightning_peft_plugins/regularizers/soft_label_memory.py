@@ -206,6 +206,8 @@ def fits_memory(state: dict[str, Any]) -> bool:
         and rows.is_floating_point()
         and seen.dtype == torch.bool
         and seen.shape == rows.shape[:1]
+        and len(rows) <= MOST_ROWS
+        and bool(rows.isfinite().all() and (rows >= 0).all())
         and isinstance(state.get("fixed"), bool)
     )
 

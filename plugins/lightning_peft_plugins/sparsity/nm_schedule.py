@@ -17,6 +17,9 @@ RECIPES: tuple[str, ...] = get_args(Recipe)
 # `decay="auto"` keeps that end point whatever the length of the training.
 OFFICIAL_EXPONENT = 10.9
 
+NEVER = 2**63 - 1
+"""Stands for a step that no training reaches, in a timeline without an end."""
+
 
 @dataclass(frozen=True)
 class Timeline:
@@ -24,8 +27,8 @@ class Timeline:
 
     Attributes:
         dense_end: First step of the sparse phase.
-        sparse_end: First step of the fine-tune phase, in which the mask is binary.
-        total: Steps of the whole training.
+        sparse_end: First step of the fine-tune phase, in which the mask is binary; :data:`NEVER` without one.
+        total: Steps of the whole training; :data:`NEVER` when nobody knows.
     """
 
     dense_end: int
@@ -38,6 +41,16 @@ class Timeline:
                 f"The phases do not fit into {self.total} steps: dense until {self.dense_end}, sparse until {self.sparse_end}. "
                 "Shorten dense= or fine_tune=."
             )
+
+
+def needs_end(recipe: str, coefficient: float | None) -> bool:
+    """Whether the sparse phase of a recipe depends on how long it is.
+
+    Example:
+        >>> needs_end("sr-ste", None), needs_end("mdgf-linear", None), needs_end("mdgf-linear", 1e-3)
+        (False, True, False)
+    """
+    return recipe.startswith("sdgf") or (recipe.startswith("mdgf") and coefficient is None)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.compose.schedule import parse_point
 from lightning_peft.method import Method
+from lightning_peft.structure.forms import Form, fields, list_of, whole
 from lightning_peft.weights.maps import maps_of
 from lightning_peft.weights.nm_layout import input_dim, inputs
 from lightning_peft.weights.nm_pattern import parse_pattern
 from lightning_peft_plugins.sparsity.nm_map import HeldNMMap, MaskRule, NMMap
-from lightning_peft_plugins.sparsity.nm_schedule import RECIPES, Recipe, Timeline, phase_at
+from lightning_peft_plugins.sparsity.nm_schedule import NEVER, RECIPES, Recipe, Timeline, needs_end, phase_at
 
 
 class NMSparsity(Method):
@@ -143,11 +144,23 @@ class NMSparsity(Method):
 
     def start(self, run: Run) -> None:
         """Fix the phases of this training."""
-        total = run.total_steps
-        dense_end = self.dense.resolve(total, run.steps_per_epoch)
-        self.timeline = Timeline(dense_end, total - self.fine_tune.resolve(total, run.steps_per_epoch), total)
+        dense_end = run.place(self.dense, "dense=")
+        if self.fine_tune.amount or needs_end(self.recipe, self.coefficient):
+            self.timeline = Timeline(dense_end, self._sparse_end(run), run.total_steps)
+        else:
+            total = run.end or NEVER
+            self.timeline = Timeline(dense_end, total, total)
         self._enter_phase()
         self._refresh(run.module, fresh_only=True)
+
+    def _sparse_end(self, run: Run) -> int:
+        try:
+            return run.place_from_end(self.fine_tune, "fine_tune=")
+        except MisconfigurationException as error:
+            raise MisconfigurationException(
+                f'{error} A training without an end can have recipe="sr-ste", "ste" or "one-shot", or an MDGF recipe with decay= '
+                "per step, all with fine_tune=0."
+            ) from None
 
     def after_step(self, run: Run) -> None:
         """Move to the phase of the new step and choose held masks anew when their time has come."""
@@ -156,6 +169,14 @@ class NMSparsity(Method):
             once = self.recipe == "one-shot"
             if once or self.steps % self.refresh == 0:
                 self._refresh(run.module, fresh_only=once)
+
+    def awaited(self, run: Run) -> Iterator[str]:
+        """The phase in which masks are binary, and of the whole pattern."""
+        line = self.timeline
+        if line is not None and self.steps < line.dense_end:
+            yield f"masks began at step {line.dense_end}, so its weights are dense"
+        elif line is not None and self.steps < line.sparse_end and self.recipe.startswith(("mdgf", "sdgf")):
+            yield f"masks took their final form at step {line.sparse_end}"
 
     def _enter_phase(self) -> None:
         if self.timeline is None:
@@ -186,7 +207,15 @@ class NMSparsity(Method):
         line = self.timeline
         return {"timeline": [] if line is None else [line.dense_end, line.sparse_end, line.total]}
 
+    def state_form(self, tensors: Mapping[str, Tensor] | None) -> Form:
+        return fields({"timeline": _timeline_form})
+
     def load_state(self, state: dict[str, Any]) -> None:
         if state["timeline"]:
             self.timeline = Timeline(*(int(step) for step in state["timeline"]))
         self._enter_phase()
+
+
+def _timeline_form(value: Any, place: str) -> str | None:
+    found = list_of(whole(), 0, 3)(value, place)
+    return found or (None if value == sorted(value) else f"{place} is {value}, but phases end one after the other")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,23 +29,31 @@ class UseBatchStatistics:
     """Makes BatchNorm layers normalise with the statistics of each batch, in training and in evaluation mode alike.
 
     Without running statistics a BatchNorm layer has no others, whatever ``eval()`` says and whoever says it (Tent, Wang et al.,
-    ICLR 2021). They are kept here and given back by :meth:`restore`; in between, the state dict lacks them.
+    ICLR 2021). The layers keep theirs, for whoever moves, copies, saves or averages the module meanwhile; a twin without them
+    answers the calls.
 
     Args:
         layers: The layers.
     """
 
     def __init__(self, layers: Iterable[BatchNorm]) -> None:
-        self._kept = [(m, m.running_mean, m.running_var, m.track_running_stats) for m in layers]
-        for layer, *_ in self._kept:
-            layer.running_mean = layer.running_var = None
-            layer.track_running_stats = False
+        self._shims = [Shim(layer, "forward", partial(_on_twin, layer), traced=False).install() for layer in layers]
 
     def restore(self) -> None:
-        """Give the running statistics back."""
-        for layer, mean, variance, track in self._kept:
-            layer.running_mean, layer.running_var, layer.track_running_stats = mean, variance, track
-        self._kept = []
+        """Let the layers answer for themselves."""
+        for shim in self._shims:
+            shim.remove()
+        self._shims = []
+
+
+def _on_twin(layer: BatchNorm, inner: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """Run the forward pass on an object that shares everything with a layer but has no running statistics."""
+    twin = type(layer).__new__(type(layer))
+    buffers = {**layer._buffers, "running_mean": None, "running_var": None}
+    twin.__dict__ = {**vars(layer), "_buffers": buffers, "track_running_stats": False}
+    twin.__dict__.pop("forward", None)  # the shim, which would send the call here again
+    output: Tensor = twin.forward(*args, **kwargs)
+    return output
 
 
 class SourceStatistics:
@@ -62,9 +72,8 @@ class SourceStatistics:
 class BlendStatistics(SourceStatistics):
     """Moves the running statistics of BatchNorm layers towards those of each batch that comes, for that batch only or for good.
 
-    A hook before each layer writes ``(1 - weight) * base + weight * batch`` into its running statistics, with the unbiased
-    variance, as the official code of BN adaptation does. The base is the source's; with ``accumulate`` it is the blend of the
-    batch before.
+    Before each call a layer's running statistics become ``(1 - weight) * base + weight * batch``, with the unbiased variance,
+    as in the official code of BN adaptation. The base is the source's; with ``accumulate`` it is the blend of the batch before.
 
     Args:
         layers: The layers, in evaluation mode when they are called.
@@ -76,10 +85,16 @@ class BlendStatistics(SourceStatistics):
         self._weight = weight
         self._accumulate = accumulate
         super().__init__(layers)
-        self._hooks = [
-            layer.register_forward_pre_hook(lambda layer, args, m=mean, v=variance: self._blend(layer, args[0], m, v))
+        self._shims = [
+            Shim(layer, "forward", partial(self._forward, layer, mean, variance), traced=False).install()
             for layer, mean, variance in self._source
         ]
+
+    def _forward(
+        self, layer: BatchNorm, mean: Tensor, variance: Tensor, inner: Callable[[Tensor], Tensor], x: Tensor
+    ) -> Tensor:
+        self._blend(layer, x, mean, variance)
+        return inner(x)
 
     def _blend(self, layer: BatchNorm, x: Tensor, mean: Tensor, variance: Tensor) -> None:
         over = [0, *range(2, x.ndim)]
@@ -93,10 +108,10 @@ class BlendStatistics(SourceStatistics):
         layer.running_var.copy_(torch.lerp(base[1], batch_variance, self._weight))
 
     def restore(self) -> None:
-        """Take the hooks off; the statistics stay as they are."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        """Give the layers their own forward pass back; the statistics stay as they are."""
+        for shim in self._shims:
+            shim.remove()
+        self._shims = []
 
 
 class FrozenStatistics:
@@ -111,9 +126,7 @@ class FrozenStatistics:
     def __init__(self, layers: Iterable[BatchNorm]) -> None:
         self._mode = "off"
         self._seen: dict[BatchNorm, deque[tuple[Tensor, Tensor]]] = {}
-        self._shims = [
-            Shim(layer, "forward", lambda inner, x, layer=layer: self._forward(layer, inner, x)).install() for layer in layers
-        ]
+        self._shims = [Shim(layer, "forward", partial(self._forward, layer), traced=False).install() for layer in layers]
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -174,8 +187,7 @@ class RobustStatistics(SourceStatistics):
         self._moving = False
         super().__init__(layers)
         self._shims = [
-            Shim(layer, "forward", lambda inner, x, layer=layer: self._forward(layer, inner, x)).install()
-            for layer, *_ in self._source
+            Shim(layer, "forward", partial(self._forward, layer), traced=False).install() for layer, *_ in self._source
         ]
 
     @contextmanager

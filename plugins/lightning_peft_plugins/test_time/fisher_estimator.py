@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from lightning_peft.attach.targets import TargetSpec
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.method import Method
+from lightning_peft.structure.forms import Form, fields, tensors_like
 from lightning_peft.weights.fisher import diagonal_fisher
 from lightning_peft_plugins.test_time.batch_statistics import UseBatchStatistics, batch_norms
 
@@ -78,6 +80,11 @@ class FisherEstimator(Method):
             )
         self._estimate(run, loaders)
 
+    def awaited(self, run: Run) -> Iterator[str]:
+        """The estimate."""
+        if not self.scores:
+            yield "its estimate at the end of the last epoch"
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score in a validation on its own, unless a checkpoint brought scores."""
         if trainer.state.fn == TrainerFn.VALIDATING and self._hub is not None and not self.scores:
@@ -90,10 +97,19 @@ class FisherEstimator(Method):
         samples = -(-self.samples // ranks)
         own = network_fisher(run, names, first_loader(loaders), samples, self.convention, self.statistics)
         # Every rank reads its own share of the data.
-        self.scores = {name: run.trainer.strategy.reduce(score, reduce_op="mean") for name, score in own.items()}
+        scores = {name: run.trainer.strategy.reduce(score, reduce_op="mean") for name, score in own.items()}
+        if all(score.isfinite().all() for score in scores.values()):
+            self.scores = scores
+        else:
+            rank_zero_warn(
+                f"{self.name} scored nothing after step {run.step}: the gradients of the network are NaN or infinite."
+            )
 
     def state(self) -> dict[str, Any]:
         return {"scores": self.scores}
+
+    def state_form(self, tensors: Mapping[str, Tensor] | None) -> Form:
+        return fields({"scores": tensors_like(tensors)})
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.scores = dict(state["scores"])
@@ -102,7 +118,8 @@ class FisherEstimator(Method):
 def _is_last(run: Run) -> bool:
     trainer = run.trainer
     epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else float("inf")
-    return trainer.should_stop or run.epoch + 1 >= epochs or run.step >= trainer.estimated_stepping_batches
+    # As Lightning counts: all optimizers, when the module optimises by hand.
+    return trainer.should_stop or run.epoch + 1 >= epochs or 0 <= trainer.max_steps <= trainer.global_step
 
 
 def network_fisher(

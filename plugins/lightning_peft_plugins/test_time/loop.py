@@ -130,7 +130,8 @@ class DescentMethod(StreamMethod):
         self._batch_statistics.restore()
         for parameter, required, gradient in self._held:
             parameter.requires_grad_(required)
-            parameter.grad = gradient
+            # Lightning moves a module to the CPU before it calls teardown, and gradients held here do not move with it.
+            parameter.grad = None if gradient is None else gradient.to(parameter.device, parameter.dtype)
         self.parameters, self.source, self._held, self.optimizer = {}, {}, [], None
 
     # What subclasses call.

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_peft.attach.averaging import swapped_in
 from lightning_peft.attach.evaluation import Call
 from lightning_peft.attach.network import as_logits
 from lightning_peft.attach.targets import TargetSpec
@@ -73,6 +74,11 @@ class StreamMethod(Method):
         Should this fail half way, :meth:`to_source` and :meth:`release` are called all the same.
         """
         self.run = run
+        if self.keep and (averaging := swapped_in(run.trainer)):
+            raise MisconfigurationException(
+                f"{type(averaging[0]).__name__} has put its average into the module for this validation, so {self.name} with "
+                "keep=True would adapt the average and lose it. Leave keep=True out, or use trainer.test, which swaps nothing."
+            )
         self.updates = 0
         self._place: tuple[int, int] | None = None
         self._batch = {}

@@ -1,0 +1,84 @@
+"""Checks that a module under methods is an ordinary module to whoever looks at it in the middle of a training."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
+
+from lightning_peft.testing.modules import Shared, Teaching
+from lightning_peft.testing.probe import Probe
+from lightning_peft.testing.runs import Fit
+from lightning_peft.testing.shared_runs import Factory, SharedRuns, probe_of
+
+
+class Elsewhere(SingleDeviceStrategy):
+    """Moves the module when a run is over, as Lightning's strategies do before callbacks are torn down.
+
+    Double precision stands for another device, because every machine has it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(device=torch.device("cpu"))
+
+    def teardown(self) -> None:
+        super().teardown()
+        assert self.lightning_module is not None
+        self.lightning_module.double()
+
+
+def left_behind(module: nn.Module) -> list[str]:
+    """Names of floating-point tensors of a module that did not follow it to :class:`Elsewhere`."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    for path, part in module.named_modules():
+        tensors += [(f"{path}.{name}", value) for name, value in vars(part).items() if isinstance(value, Tensor)]
+    return [name for name, tensor in tensors if tensor.is_floating_point() and tensor.dtype != torch.float64]
+
+
+class OrdinaryChecks(SharedRuns):
+    """Order of parameters, pickles, a move at the end, and code that matches parameters by their place."""
+
+    no_shared: ClassVar[str] = ""
+    no_teacher: ClassVar[str] = ""
+
+    def test_parameters_keep_their_places(self, reference: Fit) -> None:
+        found = probe_of(reference).misplaced
+        assert found is None, found
+
+    def test_pickles_are_baked(self, reference: Fit) -> None:
+        for route, found in probe_of(reference).pickled.items():
+            assert found is None, f"{route} in training against bake(copy.deepcopy(module)): {found}"
+
+    def test_pickles_of_a_shared_layer_are_baked(self, factory: Factory) -> None:
+        if self.no_shared:
+            with pytest.raises(MisconfigurationException, match=self.no_shared):
+                self._fit([factory()], style=self._adapted(Shared))
+            return
+        probe = probe_of(self._fit([factory()], style=self._adapted(Shared), after=[Probe(3)]))
+        assert probe.misplaced is None, probe.misplaced
+        for route, found in probe.pickled.items():
+            assert found is None, f"a layer used twice, {route} in training against bake(copy.deepcopy(module)): {found}"
+
+    def test_follows_a_move_at_the_end(self, factory: Factory) -> None:
+        torch.manual_seed(0)
+        module = self.style("sgd")
+        before = dict(module.named_parameters())
+        moved = self._fit([factory()], module=module, strategy=Elsewhere())
+        stayed = left_behind(module)
+        assert not stayed, f"the strategy moved the module before callbacks were torn down; these stayed behind: {stayed}"
+        after = dict(module.named_parameters())
+        replaced = [name for name in before if name in after and after[name] is not before[name]]
+        assert self.new_parameters or not replaced, f"these parameters were replaced by others in the move: {replaced}"
+        self._assert_close(self._descended(factory), moved, "a module that stays against one that is moved at the end")
+
+    def test_a_teacher_follows_by_place(self, factory: Factory) -> None:
+        if self.no_teacher:
+            with pytest.raises(MisconfigurationException, match=self.no_teacher):
+                self._fit([factory()], style=self._adapted(Teaching))
+            return
+        module: Any = self._fit([factory()], style=self._adapted(Teaching)).module
+        assert not module.astray, f"of a teacher that follows by zip(parameters()), these follow others: {module.astray}"

@@ -1,0 +1,257 @@
+"""A layer under weight maps: its parameters stay where they are, and reading one gives what the maps make of it.
+
+``torch.nn.utils.parametrize`` moves a parameter into a submodule, which renames it, puts it behind the others in
+``parameters()`` and makes the module impossible to pickle. Code that pairs two networks by position, as every moving average
+of a network does, would then pair weights with biases. Here only the class of the layer changes, and only while maps are on.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lightning_peft.compose.lanes import Lane
+from lightning_peft.weights.weight_map import WeightMap
+
+
+class MapChain:
+    """The maps on one parameter, innermost first.
+
+    Attributes:
+        maps: The maps.
+        pristine: Value the parameter had before the maps came, as long as going back to it means anything.
+        version: Counts in-place changes of the parameter; ``pristine`` is void once it has moved on.
+    """
+
+    def __init__(self) -> None:
+        self.maps: list[WeightMap] = []
+        self.pristine: Tensor | None = None
+        self.version = 0
+
+    def __call__(self, stored: Tensor) -> Tensor:
+        """Return the weight the layer sees."""
+        frozen, value = not stored.requires_grad, stored
+        for weight_map in self.maps:
+            if frozen and weight_map.lane == Lane.REPARAM:  # the other view of a frozen tensor is frozen
+                with torch.no_grad():
+                    value = weight_map(value)
+            else:
+                value = weight_map(value)
+        return value
+
+    def bake(self, stored: Tensor) -> Tensor:
+        """Return the weight of an ordinary layer, without a graph."""
+        value = stored.detach()
+        with torch.no_grad():
+            for weight_map in self.maps:
+                value = weight_map.bake(value)
+        return value.detach()
+
+
+class MappedLayer(nn.Module):
+    """What the class of a layer gains while maps are on its parameters.
+
+    In a state dict a parameter under maps goes by the names ``torch.nn.utils.parametrize`` would give it,
+    ``parametrizations.weight.original`` and ``parametrizations.weight.0.<...>``, so that no module without maps loads a file
+    of stored values by mistake.
+    """
+
+    plain_class: ClassVar[type[nn.Module]]
+    weight_maps: dict[str, MapChain]
+
+    @property
+    def parametrizations(self) -> nn.Module:
+        """The maps as modules, where ``functional_call`` and ``get_submodule`` look for them by name; a user's own go first."""
+        own = self._modules.get("parametrizations")
+        if own is not None:
+            return own
+        view = nn.Module()
+        for name, chain in self.weight_maps.items():
+            view.add_module(name, nn.ModuleList(chain.maps))
+        return view
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MappedLayer:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for chain in self.weight_maps.values():
+            for weight_map in chain.maps:
+                weight_map._apply(fn)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        own: OrderedDict[str, Any] = OrderedDict()
+        super()._save_to_state_dict(own, prefix, keep_vars)
+        stored = {f"{prefix}{name}": stored_key(f"{prefix}{name}") for name in self.weight_maps}
+        destination.update({stored.get(key, key): value for key, value in own.items()})
+        for start, weight_map in self._named_maps(prefix):
+            weight_map.state_dict(destination=destination, prefix=start, keep_vars=keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        stored = {f"{prefix}{name}": stored_key(f"{prefix}{name}") for name in self.weight_maps}
+        mine = tuple(key.removesuffix("original") for key in stored.values())
+        own = {key: value for key, value in state_dict.items() if key not in stored and not key.startswith(mine)}
+        own |= {name: state_dict[key] for name, key in stored.items() if key in state_dict}
+        missing: list[str] = []
+        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        missing_keys.extend(stored.get(key, key) for key in missing)
+        known = set(stored.values())
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
+        for start, weight_map in self._named_maps(prefix):
+            state = {key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)}
+            known.update(start + key for key in state)
+            try:
+                result = weight_map.load_state_dict(state, strict=False, assign=assign)
+            except RuntimeError as error:
+                error_msgs.append(f"{start.removesuffix('.')}: {error}")
+                continue
+            missing_keys.extend(start + key for key in result.missing_keys)
+            unexpected_keys.extend(start + key for key in result.unexpected_keys)
+        if strict:
+            others = (key for key in state_dict if key in stored or (key.startswith(mine) and key not in known))
+            unexpected_keys.extend(others)
+
+    def _named_maps(self, prefix: str) -> Iterator[tuple[str, WeightMap]]:
+        """Every map with what its state-dict keys begin with."""
+        for name, chain in self.weight_maps.items():
+            for position, weight_map in enumerate(chain.maps):
+                yield map_prefix(f"{prefix}{name}", position), weight_map
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        inherited = getattr(super(), "__deepcopy__", None)
+        if inherited is not None:
+            return inherited(memo)
+        reduced: Any = super().__reduce_ex__(4)
+        make, arguments, state = reduced[:3]
+        twin = make(*arguments)
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(state, memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the ordinary layer that baking would leave."""
+        return _baked_twin(self).__reduce_ex__(1)  # later protocols insist on the class of the object at hand
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class a module has without the subclass that weight maps, or ``parametrize``, make of it.
+
+    Example:
+        >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+        >>> type(layer).__name__, plain_class(layer).__name__
+        ('ParametrizedLinear', 'Linear')
+    """
+    cls = type(module).plain_class if isinstance(module, MappedLayer) else type(module)
+    return cls.__bases__[0] if parametrize.is_parametrized(module) else cls
+
+
+def is_mapped(module: nn.Module, attribute: str | None = None) -> bool:
+    """Whether a module's own parameters, or the one of that name, are under weight maps."""
+    return isinstance(module, MappedLayer) and (attribute is None or attribute in module.weight_maps)
+
+
+def stored_key(name: str) -> str:
+    """Return the state-dict key of the stored value of a parameter under maps.
+
+    Example:
+        >>> stored_key("model.fc.weight")
+        'model.fc.parametrizations.weight.original'
+    """
+    path, _, attribute = name.rpartition(".")
+    return f"{path}.parametrizations.{attribute}.original" if path else f"parametrizations.{attribute}.original"
+
+
+def map_prefix(name: str, position: int) -> str:
+    """Return what the state-dict keys of the map at a position on a parameter begin with.
+
+    Example:
+        >>> map_prefix("model.fc.weight", 0)
+        'model.fc.parametrizations.weight.0.'
+    """
+    return f"{stored_key(name).removesuffix('original')}{position}."
+
+
+def chain_on(layer: nn.Module, attribute: str) -> MapChain:
+    """Return the chain of maps on a layer's own parameter, an empty new one where there is none."""
+    chains: dict[str, MapChain] = dict(layer.weight_maps) if isinstance(layer, MappedLayer) else {}
+    if attribute not in chains:
+        chains[attribute] = MapChain()
+        _set_chains(layer, chains)
+    return chains[attribute]
+
+
+def take_chain(layer: nn.Module, attribute: str) -> MapChain:
+    """Take the chain of maps off a layer's own parameter, and give the layer its class back when no other is left."""
+    assert isinstance(layer, MappedLayer)
+    chains = dict(layer.weight_maps)
+    chain = chains.pop(attribute)
+    _set_chains(layer, chains)
+    return chain
+
+
+def _set_chains(layer: Any, chains: dict[str, MapChain]) -> None:
+    cls = type(layer).plain_class if isinstance(layer, MappedLayer) else type(layer)
+    if chains:
+        vars(layer)["weight_maps"] = chains
+        layer.__class__ = _mapped_class(cls, tuple(chains))
+    else:
+        layer.__class__ = cls
+        del vars(layer)["weight_maps"]
+
+
+_CLASSES: weakref.WeakValueDictionary[tuple[type, tuple[str, ...]], type] = weakref.WeakValueDictionary()
+"""One class for all layers of a kind, so that a compiled step is compiled once for them."""
+
+
+def _mapped_class(cls: type[nn.Module], attributes: tuple[str, ...]) -> type:
+    found = _CLASSES.get((cls, attributes))
+    if found is None:
+        names = {"__module__": cls.__module__, "plain_class": cls}
+        found = type(f"Mapped{cls.__name__}", (MappedLayer, cls), names | {name: _reader(name) for name in attributes})
+        _CLASSES[cls, attributes] = found
+    return found
+
+
+def _reader(name: str) -> property:
+    def read(self: MappedLayer) -> Tensor:
+        try:
+            return self.weight_maps[name](self._parameters[name])  # type: ignore[arg-type]
+        except AttributeError as error:
+            # A module answers one of its own by looking for a parameter of that name: the stored value, without the maps.
+            raise RuntimeError(f"A weight map on {name!r} failed: {error}") from error
+
+    return property(read)
+
+
+_TWINS: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictionary()
+"""Baked parameters that a pickler still holds, by the stored one: what layers share they share in the file too."""
+
+
+def _baked_twin(layer: MappedLayer) -> nn.Module:
+    cls = type(layer).plain_class
+    twin = cls.__new__(cls)
+    state = {key: value for key, value in vars(layer).items() if key != "weight_maps"}
+    state["_parameters"] = parameters = copy.copy(layer._parameters)
+    for name, chain in layer.weight_maps.items():
+        stored: Any = parameters[name]
+        value = chain.bake(stored)
+        known = _TWINS.get(id(stored))
+        if known is None or not torch.equal(known, value):
+            known = _TWINS[id(stored)] = nn.Parameter(value.clone(), requires_grad=stored.requires_grad)
+        parameters[name] = known
+    vars(twin).update(state)
+    return twin

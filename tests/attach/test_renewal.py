@@ -1,0 +1,147 @@
+"""What a method remembers of a run, and when it forgets that."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_peft import Lane, Method
+from lightning_peft.compose.schedule import Schedule
+from lightning_peft.testing.callbacks import FailAt, PlannedError, every_epoch
+from lightning_peft.testing.modules import Plain, loader, trainer
+from lightning_peft.testing.runs import fit
+from lightning_peft.testing.toys import ToyEntropy, ToyScale
+
+
+class Diary(Method):
+    """Remembers in every way a method can: a number, a list, an object, an attribute of its own making."""
+
+    lane = Lane.REPORT
+
+    def __init__(self, size=3, *extra, when=None, **kwargs):
+        super().__init__(**kwargs)
+        self.size, self.extra, self.when = size, extra, when
+        self.seen, self.count, self.box = [], 0, {"last": None}
+
+    def after_step(self, run):
+        self.count += 1
+        self.seen.append(run.step)
+        self.box["last"] = run.step
+        self.found = run.step
+
+    def state(self):
+        return {"count": self.count}
+
+    def load_state(self, state):
+        self.count = state["count"] + 0
+        self.seen.append("loaded")
+
+
+def test_a_new_trainer_begins_anew_and_a_continued_one_does_not():
+    method = Diary()
+    module = fit([method], max_epochs=1).module
+    assert (method.count, method.seen, method.found) == (4, [1, 2, 3, 4], 4)  # what a run leaves stays until the next
+    run = fit([method], module=module, max_epochs=1)
+    assert (method.count, method.seen) == (4, [1, 2, 3, 4])
+    run.trainer.fit_loop.max_epochs = 2
+    run.trainer.fit(run.module, loader())
+    assert (method.count, method.steps) == (8, 8)
+
+
+def test_another_module_begins_anew_even_in_the_same_trainer():
+    method = Diary()
+    runner = trainer(callbacks=[method], max_epochs=1)
+    runner.fit(Plain(), loader())
+    runner.fit_loop.max_epochs = 2
+    runner.fit(Plain(), loader())
+    assert method.seen == [1, 2, 3, 4]
+
+
+def test_what_its_user_sets_stays():
+    method = Diary(5, "a", "b")
+    method.when, method.size, method.mark = Schedule(0, 4, "linear", (0.0, 1.0)), 6, "set before the first fit"
+    fit([method])
+    method.size, method.note = 7, "set between two fits"
+    for _ in range(2):
+        fit([method])
+        assert (method.size, method.extra, method.note, method.count) == (7, ("a", "b"), "set between two fits", 4)
+        assert method.mark == "set before the first fit"
+    assert method.config()["size"] == 5  # as it was built
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda method: pickle.loads(pickle.dumps(method))], ids=["copy", "pickle"])
+def test_copies_forget_too(copied):
+    method = Diary()
+    fit([method])
+    method.size = 1e300
+    twin = copied(method)
+    fit([twin])
+    assert (twin.count, twin.seen, twin.size, method.count) == (4, [1, 2, 3, 4], 1e300, 4)
+
+
+def test_a_failed_fit_is_forgotten():
+    method = Diary()
+    with pytest.raises(PlannedError):
+        fit([method], after=[FailAt(2)])
+    assert method.count == 2
+    fit([method])
+    assert (method.count, method.seen) == (4, [1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
+def test_a_refused_resume_gives_back_method_and_module(used, tmp_path):
+    fit([Diary(), ToyEntropy(), ToyScale()], after=[every_epoch(tmp_path)])
+    checkpoint = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
+    # Whatever fails, and however late: here the optimizer, which Lightning restores last.
+    checkpoint["optimizer_states"] = [{"state": {}, "param_groups": []}]
+    torch.save(checkpoint, tmp_path / "bad.ckpt")
+    methods = [Diary(), ToyEntropy(), ToyScale()]
+    if used:
+        fit(methods, max_epochs=2)
+    states, seen = [method.state_dict() for method in methods], list(methods[0].seen)
+    torch.manual_seed(3)
+    module = Plain()
+    before = {name: (id(value), value.clone()) for name, value in module.named_parameters()}
+    with pytest.raises(ValueError, match="parameter groups"):
+        fit(methods, module=module, resume=tmp_path / "bad.ckpt", max_epochs=2)
+    after = {name: (id(value), value) for name, value in module.named_parameters()}
+    assert list(before) == list(after)
+    assert all(before[name][0] == after[name][0] and torch.equal(before[name][1], after[name][1]) for name in before)
+    assert repr(states) == repr([method.state_dict() for method in methods])
+    assert (methods[0].seen, methods[0].restored) == (seen, False)
+    fit(methods, module=module)
+    assert methods[0].seen == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("factor", [-0.5, math.nan, math.inf])
+def test_an_impossible_learning_rate_factor(factor):
+    class Climbs(Method):
+        lane = Lane.REPORT
+
+        def lr_factor(self):
+            return factor
+
+    torch.manual_seed(0)
+    module = Plain()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(
+        MisconfigurationException, match=r"climbs multiplies learning rates by .* at step 0.*finite number from 0"
+    ):
+        fit([Climbs()], module=module)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_a_load_state_that_fails_says_whose():
+    class Careless(Diary):
+        def load_state(self, state):
+            self.count = state["missing"]
+
+    with pytest.raises(
+        MisconfigurationException, match=r"careless was not restored: .*KeyError: 'missing'.*start from its weights"
+    ):
+        Careless().load_state_dict(Careless().state_dict())

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import ast
+import copy
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_peft.attach.twins import twins, warn_of_twins
+from lightning_peft.testing.modules import Plain, mlp
+from lightning_peft.testing.runs import fit
+from lightning_peft.testing.toys import ScaleMap, ThresholdMap, ToyScale
+from lightning_peft.weights.maps import attach_map
+
+
+class Momentum(Plain):
+    """A teacher follows the network by the position of its parameters, as in BYOL, MoCo and DINO."""
+
+    def build(self) -> None:
+        super().build()
+        self.teacher = copy.deepcopy(self.model).requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            for slow, fast in zip(self.teacher.parameters(), self.model.parameters(), strict=True):
+                slow.lerp_(fast, 0.5)
+        return self.base_loss(batch)
+
+    def configure_optimizers(self):
+        return self.make_optimizer(self.model.parameters())
+
+
+class Beside(Momentum):
+    """Has one more layer, beside teacher and student."""
+
+    def build(self) -> None:
+        super().build()
+        self.extra = nn.Linear(3, 3)
+
+    def forward(self, inputs):
+        return self.extra(self.model(inputs))
+
+    def configure_optimizers(self):
+        return self.make_optimizer([*self.model.parameters(), *self.extra.parameters()])
+
+
+def test_a_copy_of_a_reparametrised_weight_is_found_and_no_other():
+    net = nn.Module()
+    torch.manual_seed(0)
+    net.student, net.other = mlp(), mlp()
+    net.teacher = copy.deepcopy(net.student)
+    for part in (net.student, net.other, net.teacher):
+        nn.init.zeros_(part[0].bias)
+    for name in ("student.0.weight", "student.0.bias"):
+        attach_map(net, name, ScaleMap())
+    attach_map(net, "student.2.weight", ThresholdMap())
+    assert twins(net) == {"student.0.weight": "teacher.0.weight"}
+    attach_map(net, "teacher.0.weight", ScaleMap())
+    assert twins(net) == {}
+
+
+def test_a_teacher_is_warned_of_and_the_advice_is_right():
+    with pytest.warns(UserWarning, match=r"teacher\.0\.weight is a copy of model\.0\.weight, and 2 more") as caught:
+        fit([ToyScale(exclude=r"re:^teacher\.")], style=Momentum)
+    advice = re.search(r"exclude=(\[.*\])\.$", str(caught[0].message))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message="The .*dataloader. does not have many workers")
+        warnings.filterwarnings("ignore", message="The number of training batches")
+        method = ToyScale(exclude=ast.literal_eval(advice[1]))
+        run = fit([method], style=Beside)
+    assert list(method.claims(run.module)) == ["extra.weight"]
+
+
+def test_a_single_layer_is_named():
+    net = nn.Module()
+    net.fc = nn.Linear(4, 4)
+    net.slow = copy.deepcopy(net.fc)
+    attach_map(net, "fc.weight", ScaleMap())
+    with pytest.warns(UserWarning, match=r"exclude=\['fc', 'slow'\]"):
+        warn_of_twins(net)

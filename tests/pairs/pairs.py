@@ -1,0 +1,247 @@
+"""Every registered method in one small configuration, and what two of them do in one short training.
+
+``python tests/pairs/pairs.py`` writes the outcomes into ``docs/composition.md``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import traceback
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_peft as peft
+from lightning_peft import Lane, Method
+from lightning_peft.testing.modules import trainer
+from lightning_peft.testing.trace import difference, trace, without
+
+CLASSES, STEPS = 4, 4
+PAGE = Path(__file__).parents[2] / "docs" / "composition.md"
+
+CONFIGURATIONS: dict[str, Callable[[], Method]] = {
+    "BatchNormAdapt": peft.BatchNormAdapt,
+    "BlockPruning": lambda: peft.BlockPruning(1, start=2),
+    "CoTTA": lambda: peft.CoTTA(views=2, threshold=1.0),
+    "DeYO": lambda: peft.DeYO(lr=0.1, e_threshold=2.0, drop=-1.0),
+    "EATA": lambda: peft.EATA(lr=0.1, fisher_alpha=0.0, e_margin=2.0, d_margin=2.0),
+    "ETA": lambda: peft.ETA(lr=0.1, e_margin=2.0, d_margin=2.0),
+    "FTWT": lambda: peft.FTWT(0.8, tokens="sample"),
+    "FisherEstimator": peft.FisherEstimator,
+    "GBLM": lambda: peft.GBLM(0.5, exclude=()),
+    "GroupEnvelope": lambda: peft.GroupEnvelope(0.5, exclude=(), end=3),
+    "ISSP": lambda: peft.ISSP(0.5, exclude=(), end=3),
+    "LAME": lambda: peft.LAME(neighbours=2),
+    "LayerGrowth": lambda: peft.LayerGrowth(at="step:2", start=2),
+    "MEMO": lambda: peft.MEMO(views=2, lr=0.1),
+    "MagnitudePruning": lambda: peft.MagnitudePruning(0.5, exclude=()),
+    "MaskedPruning": lambda: peft.MaskedPruning(0.5, "taylor", exclude=(), start=1, end=3, every=1),
+    "MixtureGrowth": lambda: peft.MixtureGrowth(at="step:2"),
+    "NMSparsity": lambda: peft.NMSparsity("2:4", targets="all-weights"),
+    "PERP": lambda: peft.PERP(exclude=()),
+    "PSKD": peft.PSKD,
+    "RDumb": lambda: peft.RDumb(lr=0.1, e_margin=2.0, d_margin=2.0),
+    "ROID": lambda: peft.ROID(lr=0.1),
+    "RoTTA": lambda: peft.RoTTA(lr=0.1, capacity=4, every=4),
+    "SAP": lambda: peft.SAP(exclude=(), start=2, end=3, every=1),
+    "SAR": lambda: peft.SAR(lr=0.1, e_margin=2.0),
+    "StageSharing": lambda: peft.StageSharing([2, 2], at="step:2"),
+    "StructuredPruning": lambda: peft.StructuredPruning(0.4, start=2),
+    "Tent": lambda: peft.Tent(lr=0.1),
+    "TrainedRankPruning": lambda: peft.TrainedRankPruning(0.5, period=2, exclude=()),
+    "Wanda": lambda: peft.Wanda(0.5, exclude=()),
+    "WeightCompander": peft.WeightCompander,
+}
+PAIRS = list(itertools.combinations(CONFIGURATIONS, 2))
+
+
+class Block(nn.Module):
+    """A residual block, ``(batch, 8, height, width)`` in and out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv1, self.conv2 = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output: Tensor = inputs + self.conv2(self.conv1(self.norm(inputs)).relu())
+        return output
+
+
+class Network(nn.Module):
+    """Has something for every method: convolutions, batch norms, a list of equal residual blocks, a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.Sequential(*(Block() for _ in range(4)))
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        output: Tensor = self.head(self.norm(self.blocks(self.stem(images))).relu().mean((2, 3)))
+        return output
+
+
+class Classifier(LightningModule):
+    """Asks nothing of Lightning: no logging, no scheduler, no question about the length of the training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = Network()
+        self.answers: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> Any:
+        return self.network(images)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0])
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.answers.append(self(batch[0]).clone())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@cache
+def data(samples: int = 8, seed: int = 0) -> TensorDataset:
+    """Images and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(samples, 3, 8, 8, generator=generator)
+    return TensorDataset(images, torch.randint(CLASSES, (samples,), generator=generator))
+
+
+def batches(seed: int = 0) -> DataLoader[Any]:
+    """Two batches of four."""
+    return DataLoader(data(seed=seed), batch_size=4)
+
+
+def run(*names: str, **settings: Any) -> tuple[Trainer, Classifier]:
+    """Train for four steps with validation and its sanity check; methods that adapt act in a test afterwards."""
+    torch.manual_seed(0)
+    module = Classifier()
+    methods = [CONFIGURATIONS[name]() for name in names]
+    runner = trainer(callbacks=methods, max_epochs=2, num_sanity_val_steps=2, **settings)
+    runner.fit(module, batches(), batches(1))
+    if not methods or any(method.lane == Lane.ADAPT for method in methods):
+        runner.test(module, batches(2), verbose=False)
+    return runner, module
+
+
+@cache
+def plain() -> tuple[Trainer, Classifier]:
+    """The same without a method."""
+    return run()
+
+
+@cache
+def outcome(*names: str) -> str:
+    """What methods do together: ``""`` when they train and leave a clean module, else the words of the refusal.
+
+    Raises:
+        AssertionError: They left something on the module, broke it, or were refused without help.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*(gone before|never|did not).*", category=UserWarning)
+            _, module = run(*names)
+    except MisconfigurationException as error:
+        assert_helpful(error, names)
+        return str(error)
+    assert_clean(module)
+    return ""
+
+
+def assert_helpful(error: MisconfigurationException, names: Iterable[str]) -> None:
+    """Fail unless a refusal is the library's own, and names both methods or what to do."""
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    assert "lightning_peft" in raised_in, f"a refusal from {raised_in}: {error}"
+    both = all(CONFIGURATIONS[name]().name in str(error) for name in names)
+    cure = any(word in str(error) for word in ("exclude=", "targets=", "network=", "Remove ", "Train with", "Give "))
+    assert both or cure, f"a refusal that names neither both methods nor a cure: {error}"
+
+
+def assert_clean(module: Classifier) -> None:
+    """Fail unless a module is finite and carries nothing that plain Lightning would not have left."""
+    broken = [name for name, value in module.state_dict().items() if not value.isfinite().all()]
+    broken += [f"answers[{number}]" for number, answer in enumerate(module.answers) if not answer.isfinite().all()]
+    assert not broken, f"not finite: {broken}"
+    clean, now = trace(plain()[1]), trace(module)
+    found = difference(without(clean, now), without(now, clean))
+    assert found is None, f"plain Lightning against these methods: {found}"
+    mapped = [name for name in now["state"] if "parametrizations" in name]
+    assert not mapped, f"weight maps were left on {mapped}"
+
+
+# The page.
+
+
+def page() -> str:
+    """The contents of ``docs/composition.md``."""
+    refused: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for first, second in PAIRS:
+        if words := outcome(first, second):
+            refused[_reason(words, (first, second))].append((first, second))
+    count = sum(map(len, refused.values()))
+    lines = [
+        "# What goes together",
+        "",
+        f"Each pair of the {len(CONFIGURATIONS)} methods was trained for {STEPS} steps on a small convolutional network, with a "
+        "validation loader and",
+        "Lightning's sanity check, and tested afterwards; a test repeats it and compares. Both methods act on the whole network.",
+        "",
+        f"**{len(PAIRS) - count} of {len(PAIRS)} pairs train together** and leave a clean module. The other {count} are refused "
+        "when `fit` or `test` begins,",
+        "each with a message that says why:",
+        "",
+        "| refused together | the message (A, B: the two methods) |",
+        "| --- | --- |",
+    ]
+    for reason, pairs in sorted(refused.items(), key=lambda item: (-len(item[1]), item[0])):
+        lines.append(f"| {_grouped(pairs)} | {reason} |")
+    return "\n".join([*lines, "", "Written by `python tests/pairs/pairs.py`."]) + "\n"
+
+
+def _reason(words: str, names: tuple[str, str]) -> str:
+    """The refusal with the two methods called A and B, so that equal reasons are equal."""
+    called = {CONFIGURATIONS[name]().name: name for name in names}
+    places = sorted(called, key=lambda name: words.find(name) if name in words else len(words))
+    for letter, name in zip("AB", places, strict=True):
+        words = words.replace(name, letter).replace(called[name], letter)
+    return words.replace("|", r"\|")
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> str:
+    """Say which pairs, in as few words as they take."""
+    partners: dict[str, set[str]] = defaultdict(set)
+    for first, second in pairs:
+        partners[first].add(second)
+        partners[second].add(first)
+    if all(partners[name] == set(partners) - {name} for name in partners) and len(partners) > 2:
+        return f"any two of {', '.join(partners)}"
+    groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    left = {name: set(others) for name, others in partners.items()}
+    while any(left.values()):
+        name = max(left, key=lambda name: len(left[name]))
+        others = tuple(sorted(left.pop(name)))
+        groups[others].append(name)
+        for other in others:
+            left[other].discard(name)
+    return "; ".join(f"{', '.join(names)} with {', '.join(others)}" for others, names in groups.items())
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
