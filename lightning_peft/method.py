@@ -145,10 +145,10 @@ class Method(Callback):
         return None
 
     def structure_changed(self, module: LightningModule, change: Change) -> None:
-        """Learn what was edited, to carry over what is kept by name; :meth:`attach` was called again before, if wanted."""
+        """Called after an edit: rename or drop state kept by tensor name. :meth:`attach` has run again if it was asked to."""
 
     def lr_factor(self) -> float:
-        """Return what the learning rates of the next optimizer step are multiplied with, beside any scheduler."""
+        """Return a factor on all learning rates for the next optimizer step, on top of any scheduler."""
         return 1.0
 
     def start(self, run: Run) -> None:

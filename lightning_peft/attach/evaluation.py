@@ -72,7 +72,7 @@ class Passes:
 
     Attributes:
         forward: Samples of all forward passes.
-        backward: Samples of the forward passes whose graph was walked back through, chosen for the loss or not.
+        backward: Samples in forward passes that were backpropagated through, whether or not they entered the loss.
     """
 
     forward: int = 0

@@ -23,7 +23,7 @@ class Resource(Enum):
 
     ``LOGITS``, ``INPUTS``, ``FEATURES`` and ``SAMPLE_INDEX`` are read. ``LOSS_SCALE`` has room for one writer per
     training step, ``PREDICTIONS`` for one per evaluation; ``WEIGHT_MAP``, ``DELTA`` and ``MASK`` for one writer per tensor.
-    A reader of ``STRUCTURE`` relies on it as it is, so there can be no writer beside it.
+    A method that reads ``STRUCTURE`` assumes it is fixed and cannot be combined with one that writes it.
     """
 
     LOGITS = "logits"

@@ -134,7 +134,7 @@ def apply(module: nn.Module, edit: Edit) -> Change:
 
 
 def adopt(module: nn.Module, journal: Sequence[Edit]) -> list[Change]:
-    """Take a module that its class built with the structure a journal leads to as one that went through it.
+    """Treat a module already built with the final structure as if the journal had been applied.
 
     It gets the numbers its class cannot know: LEMON scales the epsilon of norms, and copies of blocks inherit that.
 

@@ -85,7 +85,7 @@ def take_back(module: nn.Module) -> Change:
 
 
 def hand_on(module: nn.Module, twin: nn.Module) -> None:
-    """Let a copy of a module have been through the same edits; it cannot undo them."""
+    """Copy the edit history to a copy of the module, without the data needed to undo it."""
     _JOURNALS[twin] = [Change(what) for what in journal_of(module)]
 
 

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = sorted(
-    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docs/evidence/*.md")]
-    + [*ROOT.glob("plugins/*/*/cards/*.md")]
-)
+PATTERNS = ("README.md", "CONTRIBUTING.md", "docs/*.md", "docs/evidence/*.md", "plugins/*/*/cards/*.md")
+PAGES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 RECIPES = sorted(ROOT.glob("recipes/lightning_peft_recipes/**/*.yaml"))
 FENCE = re.compile(r"^```(?P<language>\w*)(?P<title>[^\n]*)\n(?P<text>.*?)^```", re.MULTILINE | re.DOTALL)
 

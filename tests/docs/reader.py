@@ -41,9 +41,10 @@ class MyModule(LightningModule):
             "norm": nn.BatchNorm2d(CHANNELS),
             "act": nn.ReLU(),
             "layer1": Block(),
-            "layer2": nn.Sequential(*(Block() for _ in range(8))),
+            "layer2": nn.Sequential(*(Block() for _ in range(4))),
             "pool": nn.AdaptiveAvgPool2d(1),
             "flat": nn.Flatten(),
+            "neck": nn.Linear(CHANNELS, CHANNELS),
             "fc": nn.Linear(CHANNELS, CLASSES),
         }
         self.model = nn.Sequential(OrderedDict(parts))

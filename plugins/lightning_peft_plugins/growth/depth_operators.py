@@ -85,7 +85,7 @@ def zeroed(values: Mapping[str, Tensor], edit: Edit, generator: torch.Generator)
 
 
 def drawn(values: Mapping[str, Tensor], edit: Edit, generator: torch.Generator) -> dict[str, Tensor]:
-    """New blocks from N(0, 0.02), norms and biases as in their source: what MSG's mask then lets in by and by."""
+    """New blocks from N(0, 0.02), norms and biases as in their source: MSG's mask lets them in gradually."""
     found = {}
     for place in new_places(edit["sources"]):
         source = f"{edit['path']}.{edit['sources'][place]}."

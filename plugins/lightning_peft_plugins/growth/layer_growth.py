@@ -40,7 +40,7 @@ class LayerGrowth(TimedMethod):
     ``"interpolate"`` repeats each block in its place, ``"last-k"`` copies the last blocks on top, ``"zero"`` stacks copies
     whose output layers are zero, so that the network computes what it did, ``"stackedbert"`` stacks and copies the optimizer's
     moments. Operators that widen too: ``"net2net"`` and ``"fpi"`` repeat units, ``"aki"`` takes them from the next block,
-    ``"lemon"`` is lossless for any width, ``"msg"`` adds random units and blocks behind a mask that opens by and by,
+    ``"lemon"`` is lossless for any width, ``"msg"`` adds random units and blocks behind a mask that opens gradually,
     ``"ligo"`` learns how to mix the old weights in a hundred batches.
 
     Args:

@@ -28,7 +28,7 @@ class GrowthOperator:
         optimizer_state: What the official code does with the optimizer.
         restart_steps: Whether it counts Adam's steps from 0 again.
         lr: What it does with the learning rate.
-        masked: Whether new parts are let in by and by.
+        masked: Whether new parts are let in gradually.
         learnt: Whether values come from an operator that is learnt at the moment of growth.
     """
 
