@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 
+from lightning_peft.namespaces import both
 from lightning_peft.structure.edits import Change
 from lightning_peft.weights.maps import plain_name, plain_values, set_plain_values
 
@@ -20,7 +21,7 @@ def _averaging(trainer: Trainer) -> Iterator[Any]:
     return (
         callback
         for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging))
+        if isinstance(callback, both(WeightAveraging, StochasticWeightAveraging))
     )
 
 
