@@ -37,6 +37,7 @@ from lightning_peft.compose.pace import Pace
 from lightning_peft.compose.plan import resolve
 from lightning_peft.compose.run import Run
 from lightning_peft.method import Method, methods_of, ordered
+from lightning_peft.namespaces import own
 from lightning_peft.strategies.support import check_strategy
 from lightning_peft.structure import journal
 from lightning_peft.structure.carry import regroup
@@ -161,7 +162,7 @@ class Hub:
 
     def _setup(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         inner(*args, **kwargs)
-        if is_overridden("configure_model", self.run.module):
+        if is_overridden("configure_model", self.run.module, own(LightningModule, self.run.module)):
             self._shadow(self.run.module, "configure_model", self._configure_model)
         else:
             self.attach()

@@ -48,7 +48,14 @@ class Choice:
 
 
 def adapt(
-    name: str, overrides: Sequence[str], choice: Choice, console: Console, *, out: Path | None, checkpoint: Path | None
+    name: str,
+    overrides: Sequence[str],
+    choice: Choice,
+    console: Console,
+    *,
+    out: Path | None,
+    checkpoint: Path | None,
+    trusted: bool = False,
 ) -> Outcome:
     """Get the source model, then run every method on every stream; what is finished in the folder is not repeated.
 
@@ -59,6 +66,7 @@ def adapt(
         console: Where to show progress.
         out: Folder for everything; by default ``runs/adapt/<recipe>``.
         checkpoint: Take the source from this checkpoint instead of training it.
+        trusted: Whether Python objects in checkpoints may be rebuilt.
 
     Raises:
         UsageError: No such recipe or method, data without shifts, or a folder used with other settings.
@@ -70,7 +78,7 @@ def adapt(
     recipe = find(name)
     out = out or Path("runs") / "adapt" / recipe.name
     console.print(f"[bold]{recipe.name}[/]  {recipe.summary}", highlight=False)
-    source = Source(recipe, overrides)
+    source = Source(recipe, overrides, trusted)
     chosen = source.choose(choice.methods)
     data = source.data
     if not (isinstance(data, ShiftedData) and callable(data.shifts)):
@@ -91,6 +99,7 @@ def adapt(
             name,
             *choice.flags(),
             *(["--checkpoint", str(checkpoint)] if checkpoint else []),
+            *(["--trusted"] if trusted else []),
             *overrides,
         ]
     )

@@ -29,6 +29,7 @@ class Source:
     Args:
         recipe: The recipe.
         overrides: LightningCLI arguments.
+        trusted: Whether Python objects in checkpoints may be rebuilt.
 
     Attributes:
         methods: Methods that adapt.
@@ -38,8 +39,8 @@ class Source:
         UsageError: The recipe cannot be used as given, or has no method that adapts.
     """
 
-    def __init__(self, recipe: Recipe, overrides: Sequence[str]) -> None:
-        self._recipe, self._overrides = recipe, overrides
+    def __init__(self, recipe: Recipe, overrides: Sequence[str], trusted: bool = False) -> None:
+        self._recipe, self._overrides, self._trusted = recipe, overrides, trusted
         self._adapting = [name for name in methods_in(recipe, overrides) if registry.find(name).lane == Lane.ADAPT]
         if not self._adapting:
             raise UsageError(
@@ -102,7 +103,7 @@ class Source:
         check_config(out, parsed)
         if checkpoint is None and parsed.config.trainer.max_epochs != 0:
             console.print("[dim]source model[/]", highlight=False)
-            job = Job(self._recipe, self._overrides, out / "source", path, "source", self._adapting)
+            job = Job(self._recipe, self._overrides, out / "source", path, "source", self._adapting, trusted=self._trusted)
             trial = train(job, console)
             note = f"Source: trained by this recipe, seed {trial.seed}, {trial.epochs} epochs."
             monitor = self._recipe.monitor
@@ -112,26 +113,25 @@ class Source:
             note = f"Source: {checkpoint}." if checkpoint else "Source: the model as the recipe builds it, not trained further."
             if not path.is_file():
                 self._take(checkpoint, path)
-        _load(path, self.model, self.companions)
+        self._load(path, self.model, self.companions)
         return note
 
     def _take(self, checkpoint: Path | None, path: Path) -> None:
         """Validate an untrained source, in which estimators see clean data, and save it."""
         cli = launch(self._recipe, self._overrides, self._adapting, quiet)
         if checkpoint is not None:
-            _load(checkpoint, cli.model, methods_of(cli.trainer.callbacks))  # type: ignore[attr-defined]
+            self._load(checkpoint, cli.model, methods_of(cli.trainer.callbacks))  # type: ignore[attr-defined]
         cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
         with whole(path) as part:
             cli.trainer.save_checkpoint(part)
 
-
-def _load(path: Path, model: LightningModule, methods: Iterable[Method]) -> None:
-    """Give a module the ordinary weights in a checkpoint, and methods what they had saved in it."""
-    found = read_checkpoint(path)
-    model.load_state_dict(baked(found)["state_dict"])
-    for method in methods:
-        if method.state_key in found.get("callbacks", {}):
-            method.load_state_dict(found["callbacks"][method.state_key])
+    def _load(self, path: Path, model: LightningModule, methods: Iterable[Method]) -> None:
+        """Give a module the ordinary weights in a checkpoint, and methods what they had saved in it."""
+        found = read_checkpoint(path, trusted=self._trusted)
+        model.load_state_dict(baked(found)["state_dict"])
+        for method in methods:
+            if method.state_key in found.get("callbacks", {}):
+                method.load_state_dict(found["callbacks"][method.state_key])
 
 
 def _distinct(methods: Sequence[Method]) -> list[Method]:

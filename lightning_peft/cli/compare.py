@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -31,6 +32,7 @@ def compare(
     dense: bool = False,
     seeds: int = 3,
     out: Path | None = None,
+    trusted: bool = False,
 ) -> Outcome:
     """Train the full recipe and each variant with every seed; finished trainings are read back, killed ones continue.
 
@@ -43,6 +45,7 @@ def compare(
         dense: Also a variant without any.
         seeds: Seeds 0 to ``seeds - 1``.
         out: Folder for everything; by default ``runs/compare/<recipe>``.
+        trusted: Whether Python objects in checkpoints may be rebuilt when a training continues.
 
     Raises:
         UsageError: No such recipe or method, nothing to compare, or a folder used with other settings.
@@ -56,10 +59,10 @@ def compare(
     curves: dict[str, list[Curves]] = {}
     for seed in range(seeds):  # seeds outside, so that an early look at the results is a fair one
         for label, left_out in plans.items():
-            job = _job(recipe, overrides, out, label, left_out, seed)
+            job = replace(_job(recipe, overrides, out, label, left_out, seed), trusted=trusted)
             trials.setdefault(label, []).append(_one(job, console))
             curves.setdefault(label, []).append(read_curves(job.folder / CURVES))
-    command = _command(name, overrides, without, each, dense, seeds)
+    command = _command(name, overrides, without, each, dense, seeds) + (" --trusted" if trusted else "")
     comparison = Comparison(recipe.name, recipe.monitor, trials, command, curves)
     reach = comparison.reach()
     report = comparison_report(comparison)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lightning_peft.assets import Asset
 
 
-def bake(path: Path, out: Path | None) -> Outcome:
+def bake(path: Path, out: Path | None, *, trusted: bool = False) -> Outcome:
     """Bake a checkpoint file and say what was applied.
 
     Raises:
@@ -33,14 +33,14 @@ def bake(path: Path, out: Path | None) -> Outcome:
     from lightning_peft.export.report_proof import proof_data, proof_fact, proof_table, prove
     from lightning_peft.export.report_weights import weigh
 
-    checkpoint = read_checkpoint(existing(path))
+    checkpoint = read_checkpoint(existing(path), trusted=trusted)
     target = out or path.with_name(f"{path.stem}.baked{path.suffix}")
     if target.exists() and target.samefile(path):
         raise UsageError(f"The baked file would replace {path}, which could not be resumed any more. Choose another with -o.")
     weights = weigh(checkpoint)
     proofs = prove(checkpoint, weights.state)
     target.parent.mkdir(parents=True, exist_ok=True)
-    bake_checkpoint(path, target)
+    bake_checkpoint(path, target, trusted=trusted)
     applied = [{"name": row.name, "maps": list(row.maps), "nonzero": row.nonzero, "total": row.total} for row in weights.mapped]
 
     def show(console: Console) -> None:
@@ -59,7 +59,7 @@ def bake(path: Path, out: Path | None) -> Outcome:
     return Outcome(data, show)
 
 
-def report(path: Path, out: Path | None) -> Outcome:
+def report(path: Path, out: Path | None, *, trusted: bool = False) -> Outcome:
     """Write the report of a checkpoint.
 
     Raises:
@@ -68,7 +68,8 @@ def report(path: Path, out: Path | None) -> Outcome:
     """
     from lightning_peft.export.report_checkpoint import checkpoint_report
 
-    made = checkpoint_report(existing(path), shlex.join(["lightning-peft", "report", str(path)]))
+    command = shlex.join(["lightning-peft", "report", str(path), *(["--trusted"] if trusted else [])])
+    made = checkpoint_report(existing(path), command, trusted=trusted)
     folder = out or path.with_name(f"{path.stem}-report")
     files = made.save(folder)
 

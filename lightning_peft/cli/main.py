@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 AGAIN = " The same command goes on from there."
 TAKES_OVERRIDES = ("run", "compare", "adapt", "export", "report")
+READS_CHECKPOINTS = ("run", "compare", "adapt", "bake", "export", "report")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,10 +52,17 @@ def build_parser() -> _Parser:
         "--json", action="store_true", help="print one JSON document to standard output, all else to standard error"
     )
     shared.add_argument("--traceback", action="store_true", help="on errors, show where they come from")
+    trusting = _Parser(add_help=False)
+    trusting.add_argument(
+        "--trusted",
+        action="store_true",
+        help="rebuild Python objects that a checkpoint holds, which can run any code: only for files whose source you know",
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(name: str, text: str, epilog: str | None = None) -> _Parser:
-        return commands.add_parser(name, help=text, description=text, epilog=epilog, parents=[shared], allow_abbrev=False)
+        parents = [shared, trusting] if name in READS_CHECKPOINTS else [shared]
+        return commands.add_parser(name, help=text, description=text, epilog=epilog, parents=parents, allow_abbrev=False)
 
     add("list", "list methods and recipes")
     add("show", "show the card of a method").add_argument("name", metavar="METHOD")
@@ -120,23 +128,32 @@ def dispatch(options: argparse.Namespace, overrides: Sequence[str], console: Con
         from lightning_peft.cli import listing
 
         return listing.list_all() if options.command == "list" else listing.show_method(options.name)
-    if options.command in TAKES_OVERRIDES and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a recipe may name classes of the project it lies in
+    if options.command in READS_CHECKPOINTS and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a recipe, or a checkpoint's objects, may name classes of the project they lie in
     if options.command == "run":
         from lightning_peft.cli.run import run
 
         baseline = not options.no_baseline
-        return run(options.recipe, overrides, options.out, console, baseline=baseline, resume=options.resume)
+        return run(
+            options.recipe, overrides, options.out, console, baseline=baseline, resume=options.resume, trusted=options.trusted
+        )
     if options.command == "compare":
         from lightning_peft.cli.compare import compare
 
-        chosen = {"each": options.each, "dense": options.dense, "seeds": options.seeds, "out": options.out}
+        chosen = {
+            "each": options.each,
+            "dense": options.dense,
+            "seeds": options.seeds,
+            "out": options.out,
+            "trusted": options.trusted,
+        }
         return compare(options.recipe, overrides, options.without, console, **chosen)
     if options.command == "adapt":
         from lightning_peft.cli.adapt import Choice, adapt
 
         picked = Choice(options.methods, options.shifts, options.severities, options.protocols, options.seeds, options.clean)
-        return adapt(options.recipe, overrides, picked, console, out=options.out, checkpoint=options.checkpoint)
+        files = {"out": options.out, "checkpoint": options.checkpoint, "trusted": options.trusted}
+        return adapt(options.recipe, overrides, picked, console, **files)
     return _dispatch_files(options, overrides)
 
 
@@ -146,8 +163,11 @@ def _dispatch_files(options: argparse.Namespace, overrides: Sequence[str]) -> Ou
         from lightning_peft.cli import export
 
         if options.command == "export":
-            return export.export(options.checkpoint, options.to, options.out, options.recipe, overrides)
-        return export.deployment(options.checkpoint, options.before, options.recipe, overrides, options.out, options.device)
+            return export.export(
+                options.checkpoint, options.to, options.out, options.recipe, overrides, trusted=options.trusted
+            )
+        where = {"out": options.out, "device": options.device, "trusted": options.trusted}
+        return export.deployment(options.checkpoint, options.before, options.recipe, overrides, **where)
     from lightning_peft.cli import files
 
     if options.command == "report" and options.recipe is not None:
@@ -155,9 +175,9 @@ def _dispatch_files(options: argparse.Namespace, overrides: Sequence[str]) -> Ou
 
         raise UsageError("--recipe is for --before CKPT: a report on one checkpoint reads the file alone.")
     if options.command == "bake":
-        return files.bake(options.checkpoint, options.out)
+        return files.bake(options.checkpoint, options.out, trusted=options.trusted)
     if options.command == "report":
-        return files.report(options.checkpoint, options.out)
+        return files.report(options.checkpoint, options.out, trusted=options.trusted)
     if options.action == "fetch":
         return files.fetch_assets(options.names, everything=options.all)
     return files.list_assets()

@@ -24,7 +24,14 @@ DENSE, COMPOSED = "dense", "composed"
 
 
 def run(
-    name: str, overrides: Sequence[str], out: Path | None, console: Console, *, baseline: bool = True, resume: bool = False
+    name: str,
+    overrides: Sequence[str],
+    out: Path | None,
+    console: Console,
+    *,
+    baseline: bool = True,
+    resume: bool = False,
+    trusted: bool = False,
 ) -> Outcome:
     """Train the dense baseline and the composed recipe, test both, bake, report.
 
@@ -35,6 +42,7 @@ def run(
         console: Where to show progress.
         baseline: Whether to train the baseline when the recipe has one.
         resume: Whether to continue what ``out`` holds.
+        trusted: Whether Python objects in its checkpoints may be rebuilt.
 
     Raises:
         UsageError: No such recipe, wrong overrides, a missing extra, or a folder in use.
@@ -42,7 +50,7 @@ def run(
     recipe = find_for("run", name)
     methods = methods_in(recipe, overrides)
     out = claim(out, recipe, resume)
-    composed = Job(recipe, overrides, out / COMPOSED, out / "model.ckpt", COMPOSED)
+    composed = Job(recipe, overrides, out / COMPOSED, out / "model.ckpt", COMPOSED, trusted=trusted)
     jobs = [composed]
     if baseline and recipe.baseline and methods:
         dense = out / DENSE
@@ -55,9 +63,11 @@ def run(
             f"[dim]{place}/{len(jobs)}[/] {job.name} ({what}){', done already' if job.finished else ''}", highlight=False
         )
         trials[job.name] = train(job, console)
-    bake_checkpoint(out / "model.ckpt", out / "baked.ckpt")
-    checkpoint = read_checkpoint(out / "model.ckpt")
+    bake_checkpoint(out / "model.ckpt", out / "baked.ckpt", trusted=trusted)
+    checkpoint = read_checkpoint(out / "model.ckpt", trusted=trusted)
     weights = weigh(checkpoint)
+    command = ["lightning-peft", "run", name, *overrides]
+    command += [*([] if baseline else ["--no-baseline"]), *(["--trusted"] if trusted else [])]
     evidence = RunEvidence(
         name=recipe.name,
         summary=recipe.summary,
@@ -67,7 +77,7 @@ def run(
         weights=weights,
         proofs=prove(checkpoint, weights.state),
         curves={job.name: read_curves(job.folder / CURVES) for job in jobs},
-        command=shlex.join(["lightning-peft", "run", name, *overrides, *([] if baseline else ["--no-baseline"])]),
+        command=shlex.join(command),
     )
     report = run_report(evidence)
     files = report.save(out)

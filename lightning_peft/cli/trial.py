@@ -37,6 +37,7 @@ class Job:
         name: Name in tables and plots.
         without: Class names of methods to leave out.
         seed: Seed of everything; ``None`` leaves it to the recipe.
+        trusted: Whether Python objects in its checkpoint may be rebuilt, should it continue.
     """
 
     recipe: Recipe
@@ -46,6 +47,7 @@ class Job:
     name: str
     without: Sequence[str] = ()
     seed: int | None = None
+    trusted: bool = False
 
     @property
     def finished(self) -> bool:
@@ -115,7 +117,7 @@ def train(job: Job, console: Console) -> Trial:
 def _fit(cli: RecipeCLI, job: Job) -> None:
     last = job.checkpoint if job.checkpoint.is_file() else None
     with interruptible(cli.trainer):
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last, weights_only=True)
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last, weights_only=not job.trusted)
 
 
 def _last_checkpoint(path: Path) -> ModelCheckpoint:
