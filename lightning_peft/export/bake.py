@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -121,10 +122,12 @@ def load_from_checkpoint(cls: type[LightningT], path: str | Path, **kwargs: Any)
         An ordinary module that computes what the trained one does.
 
     Raises:
-        CheckpointError: See :func:`read_checkpoint` and :func:`baked`.
+        CheckpointError: See :func:`read_checkpoint` and :func:`baked`; or LightningCLI trained another class.
     """
     checkpoint = baked(read_checkpoint(path))
     edits = journal.read(checkpoint.get(files.KEY))
+    if edits:
+        cls = _claim_class(cls, checkpoint)
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     buffer.seek(0)
@@ -142,3 +145,25 @@ def load_from_checkpoint(cls: type[LightningT], path: str | Path, **kwargs: Any)
     module.__class__ = cls
     JournalShim.keep(module)
     return module
+
+
+def _claim_class(cls: type[LightningT], checkpoint: dict[str, Any]) -> type[LightningT]:
+    """Return the class LightningCLI recorded, and strike its name out of the checkpoint.
+
+    Lightning would look for the name among subclasses of the class it loads with, and that one is made for the occasion. As
+    there, only classes that are imported already count.
+    """
+    hyper = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY)
+    if not isinstance(hyper, Mapping) or "_class_path" not in hyper:
+        return cls
+    name = str(hyper["_class_path"])
+    module, _, attribute = name.rpartition(".")
+    found = getattr(sys.modules.get(module), attribute, None)
+    if not (isinstance(found, type) and issubclass(found, cls)):
+        raise files.CheckpointError(
+            f"The checkpoint was trained as {name}, which is neither {cls.__name__} nor an imported class that inherits from it. "
+            f"Import {attribute or name} and pass it instead of {cls.__name__}."
+        )
+    plain = {key: value for key, value in hyper.items() if key != "_class_path"}
+    checkpoint[cls.CHECKPOINT_HYPER_PARAMS_KEY] = plain
+    return found
