@@ -50,15 +50,16 @@ class RecipeCLI(LightningCLI):
         known = {action.dest.split(".")[0] for action in parser._actions}
         own, named = split_named(cast(list[str], args), known)
         self.config = parser.parse_args(own)
-        apply_named(named, self._entries())
+        apply_named(named, self.entries())
 
     def before_instantiate_classes(self) -> None:
         """Leave methods out before they are built."""
         if not self.without:
             return
-        self.config.trainer.callbacks = [entry for entry in self._entries() if class_name(entry) not in self.without]
+        self.config.trainer.callbacks = [entry for entry in self.entries() if class_name(entry) not in self.without]
 
-    def _entries(self) -> list[Namespace]:
+    def entries(self) -> list[Namespace]:
+        """Return the parsed callbacks."""
         callbacks = self.config.trainer.callbacks or []
         return callbacks if isinstance(callbacks, list) else [callbacks]
 
@@ -76,16 +77,6 @@ def quiet_lightning() -> None:
     """Leave out Lightning's announcements of seeds and devices; warnings stay."""
     for part in ("pytorch", "fabric"):
         logging.getLogger(f"lightning.{part}").setLevel(logging.WARNING)
-
-
-def quiet(arguments: dict[str, Any]) -> None:
-    """Let a Trainer write and show nothing; arguments are changed in place, as an :data:`Adjust` does."""
-    arguments |= {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
 
 
 @contextlib.contextmanager

@@ -161,7 +161,7 @@ def _claim_class(cls: type[LightningT], checkpoint: dict[str, Any]) -> type[Ligh
     found = getattr(sys.modules.get(module), attribute, None)
     if not (isinstance(found, type) and issubclass(found, cls)):
         raise files.CheckpointError(
-            f"The checkpoint was trained as {name}, which is neither {cls.__name__} nor an imported class that inherits from it. "
+            f"The checkpoint was trained as {name}, which is neither {cls.__name__} nor an imported subclass of it. "
             f"Import {attribute or name} and pass it instead of {cls.__name__}."
         )
     plain = {key: value for key, value in hyper.items() if key != "_class_path"}
