@@ -13,9 +13,10 @@ from lightning.pytorch import LightningModule
 from rich.console import Console
 
 from lightning_peft.attach.network_inputs import NetworkInputs
+from lightning_peft.cli.beside import quiet
 from lightning_peft.cli.console import Outcome, facts, grid
 from lightning_peft.cli.files import existing
-from lightning_peft.cli.launch import launch, methods_in, quiet, quiet_lightning
+from lightning_peft.cli.launch import launch, methods_in, quiet_lightning
 from lightning_peft.cli.recipes import UsageError, find
 from lightning_peft.export.bake import baked, read_checkpoint
 from lightning_peft.export.restore import restore
@@ -55,12 +56,27 @@ def export(
             target.parent.mkdir(parents=True, exist_ok=True)
             torch.export.save(program, target)
     checked = [] if form == "safetensors" else ["example batch", "another batch size"]
+    lines = _loading(form, target)
+    if checked:
+        exec("\n".join(lines), {})
 
     def show(console: Console) -> None:
         note = " and compared with eager on two batch sizes" if checked else ""
-        console.print(f"Wrote [bold]{target}[/]{note}", soft_wrap=True)
+        console.print(f"Wrote [bold]{target}[/]{note}. Load it with:\n", soft_wrap=True)
+        console.print("\n".join(f"    {line}" for line in lines), highlight=False, markup=False, soft_wrap=True)
 
-    return Outcome({"source": str(path), "target": str(target), "form": form, "compared_on": checked}, show)
+    data = {"source": str(path), "target": str(target), "form": form, "compared_on": checked, "loading": lines}
+    return Outcome(data, show)
+
+
+def _loading(form: str, target: Path) -> list[str]:
+    """Return the lines that load an exported file as ``net``, or into a ``net`` of the user's class."""
+    place = repr(str(target.resolve()))
+    return {
+        "onnx": ["import onnxruntime", f"net = onnxruntime.InferenceSession({place}, providers=['CPUExecutionProvider'])"],
+        "exported": ["import torch", f"net = torch.export.load({place}).module()"],
+        "safetensors": ["import lightning_peft", f"lightning_peft.load_baked(net, {place})  # net: built by your class"],
+    }[form]
 
 
 def deployment(

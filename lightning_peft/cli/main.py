@@ -26,7 +26,11 @@ READS_CHECKPOINTS = ("run", "compare", "adapt", "bake", "export", "report")
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, with the nearest names where a choice was wrong."""
 
+    as_json = False
+
     def error(self, message: str) -> NoReturn:
+        if _Parser.as_json:
+            _print_failure(message, 2)
         self.exit(2, f"error: {message}\n{self.format_usage()}")
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
@@ -71,6 +75,11 @@ def build_parser() -> _Parser:
     run.add_argument("recipe", metavar="RECIPE", help="packaged name, or path of a LightningCLI YAML file")
     run.add_argument("--out", type=Path, help="folder for everything (default: runs/RECIPE, numbered when taken)")
     run.add_argument("--no-baseline", action="store_true", help="leave out the dense baseline")
+    run.add_argument(
+        "--check",
+        action="store_true",
+        help="only try it in a few steps: build, train, validate, test, bake, load, report",
+    )
     run.add_argument("--resume", action="store_true", help="continue a killed run from its last checkpoint")
     compare = add("compare", "train a recipe with methods left out, over seeds, and compare", more)
     compare.add_argument("recipe", metavar="RECIPE", help="packaged name, or path of a LightningCLI YAML file")
@@ -128,15 +137,15 @@ def dispatch(options: argparse.Namespace, overrides: Sequence[str], console: Con
         from lightning_peft.cli import listing
 
         return listing.list_all() if options.command == "list" else listing.show_method(options.name)
-    if options.command in READS_CHECKPOINTS and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a recipe, or a checkpoint's objects, may name classes of the project they lie in
+    if options.command in READS_CHECKPOINTS:
+        _let_import(getattr(options, "recipe", None))
     if options.command == "run":
-        from lightning_peft.cli.run import run
+        from lightning_peft.cli.run import check, run
 
-        baseline = not options.no_baseline
-        return run(
-            options.recipe, overrides, options.out, console, baseline=baseline, resume=options.resume, trusted=options.trusted
-        )
+        settings = {"baseline": not options.no_baseline, "trusted": options.trusted}
+        if options.check:
+            return check(options.recipe, overrides, console, **settings)
+        return run(options.recipe, overrides, options.out, console, resume=options.resume, **settings)
     if options.command == "compare":
         from lightning_peft.cli.compare import compare
 
@@ -155,6 +164,14 @@ def dispatch(options: argparse.Namespace, overrides: Sequence[str], console: Con
         files = {"out": options.out, "checkpoint": options.checkpoint, "trusted": options.trusted}
         return adapt(options.recipe, overrides, picked, console, **files)
     return _dispatch_files(options, overrides)
+
+
+def _let_import(recipe: str | None) -> None:
+    """Let a recipe, or a checkpoint's objects, name classes of the folder the command is given in, and of the recipe's own."""
+    folders = [Path.cwd()]
+    if recipe is not None and Path(recipe).suffix in (".yaml", ".yml") and Path(recipe).is_file():
+        folders.append(Path(recipe).resolve().parent)
+    sys.path += [str(folder) for folder in folders if str(folder) not in sys.path]
 
 
 def _dispatch_files(options: argparse.Namespace, overrides: Sequence[str]) -> Outcome:
@@ -193,6 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0 done, 2 an error that is explained in one message, 130 interrupted.
     """
     parser = build_parser()
+    _Parser.as_json = "--json" in (sys.argv[1:] if argv is None else argv)
     options, overrides = parser.parse_known_args(argv)
     if overrides and (options.command not in TAKES_OVERRIDES or not getattr(options, "recipe", None)):
         parser.error(f"{options.command} does not know {' '.join(overrides)}")
@@ -203,19 +221,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     with quiet, warnings.catch_warnings():
         _silence()
         console = Console()
+        status = 0
         try:
             outcome = dispatch(options, overrides, console)
-        except KeyboardInterrupt:
-            hints = {"run": " Continue with --resume.", "compare": AGAIN, "adapt": AGAIN}
-            hint = hints.get(options.command, "")
-            print(f"interrupted.{hint}", file=sys.stderr)
-            return 130
-        except Exception as error:
-            if options.traceback:
-                traceback.print_exc()
-            else:
-                print(f"error: {_message(error)}", file=sys.stderr)
-            return 2
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            status, message = _failure(error, options)
+            if status == 0:  # an argument such as --print_config, which prints and ends
+                return 0
+    if status:
+        print(message, file=sys.stderr)
+        if options.json:
+            _print_failure(message, status)
+        return status
     try:
         if options.json:
             from lightning_peft.export.report import to_json
@@ -227,6 +244,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _failure(error: BaseException, options: argparse.Namespace) -> tuple[int, str]:
+    """Return exit code and message of a command that did not come to its end."""
+    if isinstance(error, KeyboardInterrupt):
+        hints = {"run": " Continue with --resume.", "compare": AGAIN, "adapt": AGAIN}
+        return 130, f"interrupted.{hints.get(options.command, '')}"
+    if isinstance(error, SystemExit):
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        return status, f"error: ended early, with exit code {error.code}"
+    if options.traceback:
+        traceback.print_exc()
+    assert isinstance(error, Exception)
+    return 2, f"error: {_message(error)}"
+
+
+def _print_failure(message: str, status: int) -> None:
+    """Print the one JSON document of a command that failed."""
+    import json
+
+    print(json.dumps({"error": message.removeprefix("error: "), "exit_code": status}, indent=2))
 
 
 def _message(error: Exception) -> str:
