@@ -165,6 +165,7 @@ EVALUATED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
 @pytest.mark.parametrize("name", EVALUATED)
 def test_calls_in_a_training_step_count_whatever_the_flag(name):
     """Without dropout and batch statistics the flag changes nothing, so both trainings must end in the same weights."""

@@ -24,6 +24,7 @@ from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import FEATURES, Plain, ResidualBlock, deepened
 from lightning_peft.testing.runs import Fit, assert_same
 from lightning_peft.testing.trace import difference
+from lightning_peft_plugins.growth import stage_sharing
 
 HERE = str(Path(__file__))
 TENSORS = len(ResidualBlock().state_dict())
@@ -271,12 +272,13 @@ def test_modules_that_are_refused(arguments: Any, reason: str) -> None:
     assert ties(module.blocks) == [0, 1, 2, 3]
 
 
-def test_a_module_that_was_expanded_trains_on_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_module_that_was_expanded_trains_on_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(stage_sharing, "rank_zero_info", said.append)
     run = grow([StageSharing(2, at="step:2", lr="rewarm:3")])
     method = StageSharing(2, at="step:2", lr="rewarm:3")
-    with caplog.at_level("INFO"):
-        again = grow([method], module=run.module)
-    assert "expanded in an earlier training" in caplog.text
+    again = grow([method], module=run.module)
+    assert "expanded in an earlier training" in "".join(said)
     assert (method.done, method.changed_at, method.lr_factor(), ties(again.module.blocks)) == (1, None, 1.0, [0, 1, 2, 3])
 
 
