@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from lightning_peft import PSKD, Lane, Method, NMSparsity, WeightCompander, WeightMap
+from lightning_peft import Lane, Method, NMSparsity, WeightCompander, WeightMap
 from lightning_peft.testing import STYLES, MethodTester, run_ddp
 from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.probe import Probe
@@ -40,11 +40,6 @@ class TestNMSparsity(MethodTester):
 
 class TestWeightCompander(MethodTester):
     methods = [WeightCompander, lambda: WeightCompander(headroom=1.2, slope=4.0, learnable=False)]
-
-
-class TestPSKD(MethodTester):
-    methods = [PSKD, lambda: PSKD(alpha=0.5, teacher="copy")]
-    no_stream = "The training dataset is iterable, so its samples have no index|length of an epoch|epochs"
 
 
 # Methods that are wrong in one way each, and the check that must say so.

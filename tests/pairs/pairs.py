@@ -129,21 +129,20 @@ def batches(seed: int = 0) -> DataLoader[Any]:
     return DataLoader(data(seed=seed), batch_size=4)
 
 
-def run(*names: str, strategy: Any = "auto") -> tuple[Trainer, Classifier]:
+def run(*methods: Method, strategy: Any = "auto") -> tuple[Trainer, Classifier]:
     """Train for four steps with validation and its sanity check; methods that adapt act in a test afterwards.
 
     Args:
-        names: Methods.
+        methods: The methods, new.
         strategy: Strategy of the last of these runs.
     """
     torch.manual_seed(0)
     module = Classifier()
-    methods = [CONFIGURATIONS[name]() for name in names]
     tests = not methods or any(method.lane == Lane.ADAPT for method in methods)
-    runner = trainer(callbacks=methods, max_epochs=2, num_sanity_val_steps=2, strategy="auto" if tests else strategy)
+    runner = trainer(callbacks=list(methods), max_epochs=2, num_sanity_val_steps=2, strategy="auto" if tests else strategy)
     runner.fit(module, batches(), batches(1))
     if tests:
-        tester = trainer(callbacks=methods, strategy=strategy)
+        tester = trainer(callbacks=list(methods), strategy=strategy)
         tester.test(module, batches(2), verbose=False)
     return runner, module
 
@@ -164,7 +163,7 @@ def outcome(*names: str) -> str:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*(gone before|never|did not).*", category=UserWarning)
-            _, module = run(*names)
+            _, module = run(*(CONFIGURATIONS[name]() for name in names))
     except MisconfigurationException as error:
         assert_helpful(error, names)
         return str(error)
