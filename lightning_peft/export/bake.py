@@ -62,7 +62,8 @@ def baked(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     state = dict(checkpoint["state_dict"])
     if section is None:
         return {**kept, "state_dict": state}
-    history = {"version": section["version"], "methods": section["methods"], "weights": {}}
+    done = [{key: value for key, value in record.items() if key != "maps"} for record in section["methods"]]
+    history = {"version": section["version"], "methods": done, "weights": {}}
     if edits := journal.read(section):
         history["journal"] = journal.write(edits)
     return {**kept, "state_dict": files.bake_state_dict(state, section), files.KEY: history}
