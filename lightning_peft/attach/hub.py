@@ -423,14 +423,15 @@ class Hub:
                 method.restored = False
                 method.finish(self.run)
         finally:
-            if self._saving is not None and self._saving.before is not None:
+            refused = failed and not self._ready
+            if refused and self._saving is not None and self._saving.before is not None:
                 self._saving.before.restore()
             if self._attached:
                 self._strip(failed)
             else:
                 self._undo_first_edits()
             JournalShim.keep(module)
-            self.let_go_of_methods(refused=failed and not self._ready)
+            self.let_go_of_methods(refused=refused)
 
     def let_go_of_methods(self, *, refused: bool) -> None:
         """Note what the run leaves of each method; a run that was refused leaves all as it was."""
