@@ -404,14 +404,15 @@ class Hub:
                 method.restored = False
                 self._finish(method)
         finally:
-            if self._saving is not None and self._saving.before is not None:
+            refused = failed and not self._ready
+            if refused and self._saving is not None and self._saving.before is not None:
                 self._saving.before.restore()
             if self._attached:
                 self._strip(failed)
             else:
                 self._undo_first_edits()
             JournalShim.keep(module)
-            self.lives.end(refused=failed and not self._ready)
+            self.lives.end(refused=refused)
 
     def _finish(self, method: Method) -> None:
         if method not in self._finished:

@@ -184,3 +184,11 @@ def test_calls_in_a_training_step_count_whatever_the_flag(name):
     assert difference(*weights) is None
     plain = fit([make()], style=style).module
     assert difference(dict(plain.state_dict()), weights[0]) is None
+
+
+@pytest.mark.filterwarnings("ignore:.*is already reached.*", "ignore:`Trainer.fit` stopped")
+def test_a_finished_training_that_is_resumed_keeps_what_was_loaded(tmp_path):
+    """Lightning skips such a fit, without a start; nothing was refused."""
+    run = fit([ToyEntropy(), ToyScale()], after=[every_epoch(tmp_path)])
+    again = fit([ToyEntropy(), ToyScale()], seed=4, resume=tmp_path / "epoch=0.ckpt", max_epochs=1)
+    assert difference(dict(run.module.state_dict()), dict(again.module.state_dict())) is None

@@ -16,6 +16,7 @@ from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Loss, Step
 from lightning_peft.compose.run import Run
 from lightning_peft.method import Method
+from lightning_peft.weights.maps import detach_maps
 from lightning_peft_plugins.regularizers.batch_index import index_in_batch
 from lightning_peft_plugins.regularizers.prediction_outbox import PredictionOutbox
 from lightning_peft_plugins.regularizers.pskd_functional import pskd_alpha, soft_cross_entropy
@@ -289,5 +290,10 @@ def _class_logits(logits: Tensor) -> Tensor:
 
 
 def _frozen(network: nn.Module) -> nn.Module:
-    """Copy a network as a teacher: shims do not travel with copies, and evaluation mode draws no random numbers."""
-    return copy.deepcopy(network).eval().requires_grad_(False)
+    """Copy a network as a teacher: shims do not travel with copies, and evaluation mode draws no random numbers.
+
+    Weights become what its layers see now: a soft mask that goes on hardening would make another teacher after a resume.
+    """
+    teacher = copy.deepcopy(network)
+    detach_maps(teacher, "live")
+    return teacher.eval().requires_grad_(False)
