@@ -39,7 +39,9 @@ class Shim:
     ) -> None:
         self._owner = weakref.ref(owner)
         self._name = name
-        self._handler: Handler | None = handler if traced else torch.compiler.disable(handler)
+        self._handler: Handler | None = handler
+        if not traced:
+            self._handler = torch.compiler.disable(handler)  # type: ignore[no-untyped-call]
         self._shadowed = owner.__dict__.get(name)
         self._inner: Handler = getattr(owner, name) if compiler is None else compiler(getattr(owner, name))
         # Lightning follows exactly one level, so the chain of a user's own decorators is collapsed here.
