@@ -142,6 +142,7 @@ class Hub:
         self._saving: CheckpointHooks | None = None
         self._first: list[Edit] = []
         self._finished: list[Method] = []
+        self._groups: list[list[list[str]]] = []
         self._unscaled: list[tuple[dict[str, Any], Any]] = []
         self._gradients_pending = False
         self._attached = self._moved = False
@@ -337,9 +338,15 @@ class Hub:
             self._terms.end_epoch()
 
     def end_training(self) -> None:
-        """Say what this training was to bring and has not."""
-        if self.run.started:
-            warn_unfinished(self.run, self.methods)
+        """Say what this training was to bring and has not; note names while optimizers hold what the module does.
+
+        Lightning moves the module before it calls ``teardown``, to where parameters may become other objects.
+        """
+        if not self.run.started:
+            return
+        warn_unfinished(self.run, self.methods)
+        if journal.journal_of(self.run.module):
+            self._groups = group_names(self.run.module, self.run.trainer.optimizers)
 
     def apply(self, loss: Tensor) -> Tensor:
         """Add every loss term to a loss of the user's."""
@@ -428,7 +435,7 @@ class Hub:
     def _strip(self, failed: bool) -> None:
         module = self.run.module
         if self._fitting and self.run.started and journal.journal_of(module):
-            _GROUPS[module] = group_names(module, self.run.trainer.optimizers)
+            _GROUPS[module] = self._groups or group_names(module, self.run.trainer.optimizers)
         if self._fitting:
             stash.fill(module)
         detach_maps(module, "baked" if self._fitting and not failed else "pristine")
