@@ -326,9 +326,14 @@ class Hub:
             self._terms.end_epoch()
 
     def end_training(self) -> None:
-        """Say what this training was to bring and has not."""
-        if self.run.started:
-            warn_unfinished(self.run, self.methods)
+        """Say what this training was to bring and has not; note names while optimizers hold what the module does.
+
+        Lightning moves the module before it calls ``teardown``, to where parameters may become other objects.
+        """
+        if not self.run.started:
+            return
+        warn_unfinished(self.run, self.methods)
+        after_fit.note_groups(self.run.trainer, self.run.module)
 
     def apply(self, loss: Tensor) -> Tensor:
         """Add every loss term to a loss of the user's."""
@@ -421,7 +426,7 @@ class Hub:
 
     def _strip(self, failed: bool) -> None:
         module = self.run.module
-        if self._fitting and self.run.started:
+        if self._fitting and self.run.started and failed:
             after_fit.note_groups(self.run.trainer, module)
         if self._fitting:
             stash.fill(module)

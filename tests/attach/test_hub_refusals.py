@@ -95,13 +95,6 @@ def test_two_masks_on_one_tensor():
     fit([ToyThreshold(exclude="model.0"), ToyThreshold(name="again", targets="model.0")])
 
 
-def test_two_methods_of_one_name():
-    # Lightning itself refuses two callbacks of one state_key when the Trainer is built.
-    with pytest.raises(RuntimeError, match="more than one stateful callback of type `ToyScale`"):
-        fit([ToyScale(targets="0"), ToyScale(targets="2")])
-    fit([ToyScale(targets="0"), ToyScale(targets="2", name="second")])
-
-
 class NaNLoss(Plain):
     def base_loss(self, batch):
         return super().base_loss(batch) * (math.nan if self.trainer.training else 1.0)

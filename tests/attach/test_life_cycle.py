@@ -145,8 +145,15 @@ class Backboned(Plain):
         return self.make_optimizer([p for p in self.parameters() if p.requires_grad])
 
 
+class Shallow(Backboned):
+    """Without a residual stream that begins at the input, which cannot be cut."""
+
+    def build(self):
+        self.backbone, self.head = mlp(), nn.Linear(CLASSES, CLASSES)
+
+
 CHANGES = {
-    "StructuredPruning": lambda at: StructuredPruning(0.2, exclude="backbone.0", start=at),
+    "StructuredPruning": lambda at: StructuredPruning(0.2, start=at),
     "BlockPruning": lambda at: BlockPruning(1, start=at, every=1),
     "LayerGrowth": lambda at: LayerGrowth("stack", at=at, start=2),
 }
@@ -158,10 +165,11 @@ def test_a_change_of_structure_beside_finetuning_resumes(change, at, tmp_path):
     def callbacks():
         return [BackboneFinetuning(unfreeze_backbone_at_epoch=2, verbose=False)]
 
+    style = Shallow if change is CHANGES["StructuredPruning"] else Backboned
     at = {"1ep": "step:6", "2ep": "step:10"}[at]
-    run = fit([change(at)], style=Backboned, after=[*callbacks(), every_epoch(tmp_path)], max_epochs=4)
+    run = fit([change(at)], style=style, after=[*callbacks(), every_epoch(tmp_path)], max_epochs=4)
     sizes = [sum(map(len, (group["params"] for group in run.trainer.optimizers[0].param_groups)))]
-    resumed = fit([change(at)], style=Backboned, seed=3, after=callbacks(), resume=tmp_path / "epoch=2.ckpt", max_epochs=4)
+    resumed = fit([change(at)], style=style, seed=3, after=callbacks(), resume=tmp_path / "epoch=2.ckpt", max_epochs=4)
     sizes.append(sum(map(len, (group["params"] for group in resumed.trainer.optimizers[0].param_groups))))
     assert sizes[0] == sizes[1] == len(list(run.module.parameters()))
     assert [name for name, _ in run.module.named_parameters()] == [name for name, _ in resumed.module.named_parameters()]
