@@ -30,6 +30,7 @@ OPTIONAL = {
     "onnx",
     "onnxscript",
     "onnxruntime",
+    "pytorch_lightning",
 }
 TEST_ONLY = {"pytest", "hypothesis"}
 

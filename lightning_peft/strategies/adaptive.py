@@ -13,7 +13,8 @@ NAME = "adaptive_ddp"
 class AdaptiveDDPStrategy(DDPStrategy):
     """DDP for networks that grow in training: ``Trainer(strategy="adaptive_ddp")``.
 
-    Stock ``"ddp"`` works just as well; this one also lets code of yours that edits the module say so, by :meth:`rewrap`.
+    Stock ``"ddp"`` works just as well, and with ``pytorch_lightning`` it is the one to name; this one also lets code of yours
+    that edits the module say so, by :meth:`rewrap`.
 
     Args:
         **kwargs: Those of :class:`~lightning.pytorch.strategies.DDPStrategy`.
