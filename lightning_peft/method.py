@@ -18,6 +18,7 @@ from lightning_peft.attach.targets import TargetSpec, select
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Loss, Step
 from lightning_peft.compose.run import Run
+from lightning_peft.namespaces import inherit_both
 from lightning_peft.renewal import Origin
 from lightning_peft.strategies import adaptive
 from lightning_peft.structure import method_state
@@ -83,10 +84,12 @@ class Method(Callback):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        inherit_both(Method, Callback)
         cls.__signature__ = whole_signature(cls)  # type: ignore[attr-defined]
         registry.define(cls)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Method:
+        inherit_both(Method, Callback)  # pytorch_lightning may have been imported since the class was
         self = super().__new__(cls)
         bound = inspect.signature(cls).bind_partial(*args, **kwargs)
         self._origin = Origin(dict(bound.arguments))
@@ -226,7 +229,6 @@ class Method(Callback):
         """Return the constructor arguments as plain data."""
         return {key: as_plain(value) for key, value in self._arguments.items()}
 
-    @property
     def in_training_step(self) -> bool:
         """Whether the user's ``training_step`` runs now: only its calls of the network are the training's.
 

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from lightning_peft import PSKD, Lane, Method, NMSparsity, WeightCompander, WeightMap
+from lightning_peft import Lane, Method, NMSparsity, WeightCompander, WeightMap
 from lightning_peft.testing import STYLES, MethodTester, run_ddp
 from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.probe import Probe
@@ -26,6 +26,7 @@ class TestToyThreshold(MethodTester):
 
 class TestToyEntropy(MethodTester):
     methods = [ToyEntropy]
+    no_stream = "The training dataset is iterable, so its samples have no index"
 
 
 class TestNMSparsity(MethodTester):
@@ -39,10 +40,6 @@ class TestNMSparsity(MethodTester):
 
 class TestWeightCompander(MethodTester):
     methods = [WeightCompander, lambda: WeightCompander(headroom=1.2, slope=4.0, learnable=False)]
-
-
-class TestPSKD(MethodTester):
-    methods = [PSKD, lambda: PSKD(alpha=0.5, teacher="copy")]
 
 
 # Methods that are wrong in one way each, and the check that must say so.
@@ -121,6 +118,83 @@ class Evaluating(ToyScale):
                 parameter.add_(1.0)
 
 
+class AsksTheEpoch(ToyEntropy):
+    """Wants to know the length of an epoch before there is a loader."""
+
+    def start(self, run):
+        super().start(run)
+        self.length = int(run.trainer.num_training_batches)
+
+
+class AsksTheLoader(ToyScale):
+    def after_step(self, run):
+        self.length = len(run.trainer.train_dataloader)
+
+
+class AsksTheLog(ToyEntropy):
+    """Relies on a metric that not every module logs."""
+
+    def after_step(self, run):
+        assert "loss" in run.trainer.callback_metrics, "nobody logged a loss"
+
+
+class Validating(ToyEntropy):
+    """Weighs its term by how often it was shown validation batches, the sanity check among them."""
+
+    looks = 0
+
+    def on_validation_batch_end(self, *args):
+        self.looks += 1
+
+    def loss(self, step):
+        return super().loss(step) * (1 + self.looks)
+
+
+class Reordering(ToyEntropy):
+    """Moves a weight behind the bias of its layer, as ``torch.nn.utils.parametrize`` does."""
+
+    def attach(self, module):
+        self.layer = module.model[0]
+        self.layer.weight = self.layer._parameters.pop("weight")
+
+    def finish(self, run):
+        self.layer.bias = self.layer._parameters.pop("bias")
+
+
+class Unpicklable(ToyEntropy):
+    def attach(self, module):
+        module.kept = lambda: None
+
+    def finish(self, run):
+        del run.module.kept
+
+
+class HeldAside(ToyEntropy):
+    """Has another tensor stand in for a bias during the run, and puts the old one back when all is over."""
+
+    def attach(self, module):
+        self.held = module.model[0].bias
+        module.model[0].bias = torch.nn.Parameter(self.held.detach().clone())
+
+    def finish(self, run):
+        run.module.model[0].bias = self.held
+
+
+class Replacing(ToyEntropy):
+    def finish(self, run):
+        run.module.model[0].bias = torch.nn.Parameter(run.module.model[0].bias.detach().clone())
+
+
+class Wrapping(ToyEntropy):
+    """Gives one of two names of a layer another layer, which pickles as such."""
+
+    def attach(self, module):
+        self.first, module.model[4] = module.model[4], torch.nn.Sequential(module.model[4])
+
+    def finish(self, run):
+        run.module.model[4] = self.first
+
+
 def run_of(factory, folder):
     return fit([factory()], after=[every_epoch(folder), Probe()], max_epochs=EPOCHS)
 
@@ -138,13 +212,40 @@ def run_of(factory, folder):
         (OrderDependent, lambda t, f, d: t.test_order_of_callbacks_is_irrelevant(f), r"\[method, companion\] against"),
         (FullPrecision, lambda t, f, d: t.test_bf16(f), "must leave parameters in float32"),
         (Evaluating, lambda t, f, d: t.test_evaluation_changes_nothing(f), "validate of an untrained module changed it"),
+        (AsksTheEpoch, lambda t, f, d: t.test_ends_after_steps(f, run_of(f, d)), "cannot convert float infinity"),
+        (AsksTheEpoch, lambda t, f, d: t.test_validates_before_it_trains(f, run_of(f, d)), "cannot convert float infinity"),
+        (AsksTheLoader, lambda t, f, d: t.test_trains_on_a_stream(f, run_of(f, d)), "has no len"),
+        (AsksTheLog, lambda t, f, d: t.test_validates_before_it_trains(f, run_of(f, d)), "nobody logged a loss"),
+        (Validating, lambda t, f, d: t.test_validates_before_it_trains(f, run_of(f, d)), "without against with a sanity check"),
+        (Reordering, lambda t, f, d: t.test_parameters_keep_their_places(run_of(f, d)), r"'0\.weight' against '0\.bias'"),
+        (Reordering, lambda t, f, d: t.test_a_teacher_follows_by_place(f), r"these follow others.*0\.weight"),
+        (Unpicklable, lambda t, f, d: t.test_pickles_are_baked(run_of(f, d)), "dumps.*in training against.*lambda"),
+        (Wrapping, lambda t, f, d: t.test_pickles_of_a_shared_layer_are_baked(f), "a layer used twice"),
+        (HeldAside, lambda t, f, d: t.test_follows_a_move_at_the_end(f), r"these stayed behind: \['model\.0\.bias'\]"),
+        (
+            Replacing,
+            lambda t, f, d: t.test_follows_a_move_at_the_end(f),
+            "replaced by others in the move: .*0.bias",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_the_tester_notices(factory, check, message, tmp_path):
     tester = type("Tester", (MethodTester,), {"methods": [factory]})()
-    with pytest.raises(AssertionError, match=message):
+    with pytest.raises((AssertionError, OverflowError, TypeError), match=message):
         check(tester, factory, tmp_path)
+
+
+@pytest.mark.parametrize("attribute", ["no_stream", "no_shared", "no_teacher"])
+def test_a_refusal_that_does_not_come_is_noticed(attribute, tmp_path):
+    tester = type("Tester", (MethodTester,), {"methods": [ToyThreshold], attribute: "never said"})()
+    checks = {
+        "no_stream": lambda: tester.test_trains_on_a_stream(ToyThreshold, None),
+        "no_shared": lambda: tester.test_pickles_of_a_shared_layer_are_baked(ToyThreshold),
+        "no_teacher": lambda: tester.test_a_teacher_follows_by_place(ToyThreshold),
+    }
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        checks[attribute]()
 
 
 def failing():

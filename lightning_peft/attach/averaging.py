@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from lightning_peft.namespaces import both
 from lightning_peft.structure.edits import Change
 from lightning_peft.weights.maps import plain_name, plain_values, set_plain_values
 
@@ -21,7 +22,7 @@ def _averaging(trainer: Trainer) -> Iterator[Any]:
     return (
         callback
         for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging))
+        if isinstance(callback, both(WeightAveraging, StochasticWeightAveraging))
     )
 
 
@@ -29,7 +30,7 @@ def swapped_in(trainer: Trainer) -> list[WeightAveraging]:
     """Averaging callbacks whose average stands in the module while a Trainer validates on its own, until they swap it out."""
     if trainer.state.fn != TrainerFn.VALIDATING:
         return []
-    return [each for each in _averaging(trainer) if isinstance(each, WeightAveraging) and each._average_model is not None]
+    return [each for each in _averaging(trainer) if isinstance(each, both(WeightAveraging)) and each._average_model is not None]
 
 
 def rebuild(trainer: Trainer, module: LightningModule) -> None:

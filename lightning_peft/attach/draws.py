@@ -61,8 +61,11 @@ class ResumableDraws(Draws):
 def record(batch_sampler: Iterable[Any]) -> Draws:
     """Begin a pass that is recorded, and that looks as resumable to its loader as the one it stands for."""
     inner = iter(batch_sampler)
-    resumable = hasattr(inner, "state_dict") and hasattr(inner, "load_state_dict")
-    return (ResumableDraws if resumable else Draws)(inner)
+    return (ResumableDraws if _is_resumable(inner) else Draws)(inner)
+
+
+def _is_resumable(value: object) -> bool:
+    return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
 
 
 class RecordingBatchSampler:
@@ -105,6 +108,23 @@ class RecordingBatchSampler:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _itself, (self.inner,)
+
+
+class ResumableBatchSampler(RecordingBatchSampler):
+    """Stands in for a batch sampler that can be saved; loaders look for the two methods on the class."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the batch sampler itself."""
+        return self.inner.state_dict()  # type: ignore[no-any-return]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved position."""
+        self.inner.load_state_dict(state)
+
+
+def listen_to(batch_sampler: Any, wanted: Callable[[], bool]) -> RecordingBatchSampler:
+    """Return the stand-in for a batch sampler, one as resumable as it is; see :class:`RecordingBatchSampler`."""
+    return (ResumableBatchSampler if _is_resumable(batch_sampler) else RecordingBatchSampler)(batch_sampler, wanted)
 
 
 def _itself(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 
+from lightning_peft.namespaces import both
 from lightning_peft.structure.optimizers import parameter_names
 
 
@@ -17,7 +18,7 @@ def follow_edit(trainer: Trainer, module: LightningModule) -> None:
     """
     names = parameter_names(module)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, BaseFinetuning):
+        if isinstance(callback, both(BaseFinetuning)):
             for index in callback._internal_optimizer_metadata:
                 groups = trainer.optimizers[index].param_groups
                 callback._internal_optimizer_metadata[index] = callback._apply_mapping_to_param_groups(groups, names)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,16 +16,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_peft.attach import averaging
+from lightning_peft.attach import after_fit, averaging
 from lightning_peft.attach.capture import step_compiler
 from lightning_peft.attach.editing import edit_training
 from lightning_peft.attach.evaluation import EvaluationShim, Passes
 from lightning_peft.attach.loader_state import restore_loader
+from lightning_peft.attach.map_groups import MapGroups
+from lightning_peft.attach.method_lives import MethodLives
 from lightning_peft.attach.neighbours import check_neighbours
 from lightning_peft.attach.network import resolve_network
 from lightning_peft.attach.sampling import SampleRecorder
-from lightning_peft.attach.saving import CheckpointHooks, JournalShim, method_record, structure_record
+from lightning_peft.attach.saving import CheckpointHooks, JournalShim
 from lightning_peft.attach.shim import Shim
+from lightning_peft.attach.step_rates import StepRates
 from lightning_peft.attach.steps import StepTerms
 from lightning_peft.attach.twins import warn_of_twins
 from lightning_peft.attach.unfinished import warn_unfinished
@@ -35,23 +37,16 @@ from lightning_peft.compose.pace import Pace
 from lightning_peft.compose.plan import resolve
 from lightning_peft.compose.run import Run
 from lightning_peft.method import Method, methods_of, ordered
-from lightning_peft.renewal import give_back, note_begin, note_end, renew
+from lightning_peft.namespaces import own
 from lightning_peft.strategies.support import check_strategy
-from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure import journal
-from lightning_peft.structure.carry import group_names, regroup
+from lightning_peft.structure.carry import regroup
 from lightning_peft.structure.edits import Edit
-from lightning_peft.structure.optimizers import place_parameters
 from lightning_peft.structure.schedulers import FreshSchedule
 from lightning_peft.weights import stash
 from lightning_peft.weights.maps import detach_maps, forget_pristine, mapped_tensors
 
 _HUBS: weakref.WeakKeyDictionary[nn.Module, Hub] = weakref.WeakKeyDictionary()
-_LAST: weakref.WeakKeyDictionary[Method, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
-"""The module each method took part in a fit of last."""
-
-_GROUPS: weakref.WeakKeyDictionary[nn.Module, list[list[list[str]]]] = weakref.WeakKeyDictionary()
-"""Names in the optimizers of the last fit of a grown module, as they were with its maps on."""
 
 
 def network_of(methods: Iterable[Method], module: nn.Module) -> tuple[str, nn.Module]:
@@ -80,7 +75,7 @@ def enter(trainer: Trainer, module: LightningModule) -> Hub:
     try:
         hub.install()
     except Exception:
-        hub.let_go_of_methods(refused=True)
+        hub.lives.end(refused=True)
         raise
     _HUBS[module] = hub  # last: a hub that was refused must not be found by the next fit of its Trainer
     return hub
@@ -110,36 +105,9 @@ def apply_terms(module: LightningModule, loss: Tensor) -> Tensor:
 
 
 def complete_checkpoint(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Give a checkpoint saved after a fit the training-time tensors, which left the module when the fit ended."""
-    if module in _HUBS or files.KEY in checkpoint:
-        return
-    stashed = stash.peek(module)
-    edits = journal.journal_of(module)
-    if not stashed and not edits:
-        return
-    state = checkpoint["state_dict"]
-    for name, tensor in stashed.items():
-        files.training_state(state, name, tensor.value, tensor.states)
-    methods = ordered(methods_of(trainer.callbacks))  # type: ignore[attr-defined]
-    records = {name: tensor.records for name, tensor in stashed.items()}
-    checkpoint[files.KEY] = files.section(records, [method_record(method) for method in methods])
-    if edits:
-        checkpoint[files.KEY] |= structure_record(module, _GROUPS.get(module, []))
-
-
-def lr_factor_of(method: Method) -> float:
-    """Return what a method multiplies learning rates with.
-
-    Raises:
-        MisconfigurationException: It is no number from 0: the step would climb, or end in NaN.
-    """
-    factor = method.lr_factor()
-    if not (math.isfinite(factor) and factor >= 0.0):
-        raise MisconfigurationException(
-            f"{method.name} multiplies learning rates by {factor} at step {method.steps}; lr_factor() must return a finite "
-            "number from 0. No weight was changed in this step: remove the method from callbacks=, or mend its lr_factor()."
-        )
-    return factor
+    """Make a checkpoint saved after a fit as complete as the hub makes those saved during it."""
+    if module not in _HUBS:
+        after_fit.complete(trainer, module, checkpoint)
 
 
 class Hub:
@@ -161,10 +129,9 @@ class Hub:
         self.run = Run(trainer, module, "", module)
         self._pace = Pace(self.run)
         self._fitting = trainer.state.fn == TrainerFn.FITTING
-        self._held = [note_begin(method) for method in self.methods]
-        if self._fitting and self._begins_anew():
-            for method in self.methods:
-                renew(method)
+        self.lives = MethodLives(self.methods, trainer, module, fitting=self._fitting)
+        self._rates = StepRates(self.methods, lambda: self.active and self.run.started)
+        self._map_groups = MapGroups(self.run)
         self._shims: list[Shim] = []
         self._handles: list[RemovableHandle] = []
         self._terms: StepTerms | None = None
@@ -173,16 +140,8 @@ class Hub:
         self._saving: CheckpointHooks | None = None
         self._first: list[Edit] = []
         self._finished: list[Method] = []
-        self._unscaled: list[tuple[dict[str, Any], Any]] = []
-        self._groups: list[int] = []
         self._gradients_pending = False
         self._attached = self._moved = self._ready = False
-
-    def _begins_anew(self) -> bool:
-        """Whether a clock begins: in a Trainer that took no step, or for a module that the methods did not train last."""
-        module, trainer = self.run.module, self.run.trainer
-        known = (ref for method in self.methods if (ref := _LAST.get(method)) is not None)
-        return trainer.global_step == 0 or any(ref() is not module for ref in known)
 
     @property
     def active(self) -> bool:
@@ -203,7 +162,7 @@ class Hub:
 
     def _setup(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         inner(*args, **kwargs)
-        if is_overridden("configure_model", self.run.module):
+        if is_overridden("configure_model", self.run.module, own(LightningModule, self.run.module)):
             self._shadow(self.run.module, "configure_model", self._configure_model)
         else:
             self.attach()
@@ -270,54 +229,18 @@ class Hub:
         """Follow every optimizer's real steps and give the parameters of weight maps their own groups."""
         trainer = self.run.trainer
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        self._place_maps()
+        self._map_groups.place()
         if self._saving is not None and self._saving.groups is not None:
             regroup(self.run.module, trainer.optimizers, schedulers, self._saving.groups)
         if any(method.lane == Lane.STRUCTURE or method.restarts for method in self.methods):
             self.run.schedules = [FreshSchedule.of(scheduler) for scheduler in schedulers]
-        scaling = [method for method in self.methods if type(method).lr_factor is not Method.lr_factor]
         for index, optimizer in enumerate(trainer.optimizers):
-            if scaling:
-                self._handles.append(optimizer.register_step_pre_hook(self._scale_hook(scaling)))
+            self._handles += self._rates.follow(optimizer)
             self._handles.append(optimizer.register_step_post_hook(self._step_hook(index)))
-
-    def _place_maps(self) -> None:
-        trainer = self.run.trainer
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        for mapped in mapped_tensors(self.run.module):
-            for weight_map in mapped.maps:
-                settings = (weight_map.optimizer_overrides, weight_map.lr_scale)
-                names = dict(weight_map.named_parameters(f"{mapped.name}.{weight_map.kind}"))
-                place_parameters(trainer.optimizers, schedulers, names, mapped.stored, *settings)
-        self._groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
-
-    def _follow_new_groups(self) -> None:
-        """Train the maps of weights that somebody, a finetuning callback for instance, has just begun to train."""
-        if [len(optimizer.param_groups) for optimizer in self.run.trainer.optimizers] == self._groups:
-            return
-        for mapped in mapped_tensors(self.run.module):
-            for weight_map in mapped.maps:
-                if weight_map.lane == Lane.REPARAM and mapped.stored.requires_grad:
-                    weight_map.requires_grad_(True)
-        self._place_maps()
-
-    def _scale_hook(self, methods: Sequence[Method]) -> Callable[..., None]:
-        """Multiply learning rates for one step only, so that schedulers, which compute from the last one, never see it."""
-
-        def scale(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            factor = math.prod(map(lr_factor_of, methods)) if self.active and self.run.started else 1.0
-            if factor != 1.0:
-                self._unscaled = [(group, group["lr"]) for group in optimizer.param_groups]
-                for group, lr in self._unscaled:
-                    group["lr"] = lr * factor
-
-        return scale
 
     def _step_hook(self, index: int) -> Callable[..., None]:
         def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            for group, lr in self._unscaled:
-                group["lr"] = lr
-            self._unscaled = []
+            self._rates.give_back()
             if not self.active:
                 return
             self._pace.step(index)
@@ -375,7 +298,7 @@ class Hub:
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Note the batch a step will see; between two optimizer steps, give the module the structure methods ask for."""
-        self._follow_new_groups()
+        self._map_groups.follow()
         if not self._gradients_pending:
             self._edit()
         self._gradients_pending = True
@@ -488,17 +411,7 @@ class Hub:
             else:
                 self._undo_first_edits()
             JournalShim.keep(module)
-            self.let_go_of_methods(refused=failed and not self._ready)
-
-    def let_go_of_methods(self, *, refused: bool) -> None:
-        """Note what the run leaves of each method; a run that was refused leaves all as it was."""
-        for method, held in zip(self.methods, self._held, strict=True):
-            if refused:
-                give_back(method, held)
-                continue
-            if self._fitting:
-                _LAST[method] = weakref.ref(self.run.module)
-            note_end(method)
+            self.lives.end(refused=failed and not self._ready)
 
     def _finish(self, method: Method) -> None:
         if method not in self._finished:
@@ -507,8 +420,8 @@ class Hub:
 
     def _strip(self, failed: bool) -> None:
         module = self.run.module
-        if self._fitting and self.run.started and journal.journal_of(module):
-            _GROUPS[module] = group_names(module, self.run.trainer.optimizers)
+        if self._fitting and self.run.started:
+            after_fit.note_groups(self.run.trainer, module)
         if self._fitting:
             stash.fill(module)
         detach_maps(module, "baked" if self._fitting and not failed else "pristine")

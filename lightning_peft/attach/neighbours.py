@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_peft.compose.lanes import Resource
 from lightning_peft.method import Method
+from lightning_peft.namespaces import both
 
 
 def check_neighbours(trainer: Trainer, methods: Sequence[Method], module: LightningModule) -> None:
@@ -26,7 +27,7 @@ def check_neighbours(trainer: Trainer, methods: Sequence[Method], module: Lightn
         MisconfigurationException: Names both, and what to do.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelPruning):
+        if isinstance(callback, both(ModelPruning)):
             for method in methods:
                 _check_pruning(callback, method, module)
         if _is_finetuning_scheduler(callback) and trainer.state.fn == "fit":

@@ -11,6 +11,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_peft.namespaces import both, own
+
 _DOMINANT = 0.99  # share of the parameters that makes a child *the* network
 
 
@@ -45,7 +47,7 @@ def resolve_network(module: nn.Module, name: str | None = None) -> tuple[str, nn
     for child, size in sizes.items():
         if size >= _DOMINANT * total:
             return child, module.get_submodule(child)
-    if not isinstance(module, LightningModule) or type(module).forward is not LightningModule.forward:
+    if not isinstance(module, both(LightningModule)) or type(module).forward is not own(LightningModule, module).forward:
         return "", module
     shares = ", ".join(f"{child!r} ({100 * size / max(total, 1):.0f} % of the parameters)" for child, size in sizes.items())
     raise MisconfigurationException(

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_peft.attach.draws import Draws, RecordingBatchSampler
+from lightning_peft.attach.draws import Draws, RecordingBatchSampler, listen_to
 from lightning_peft.attach.shim import Shim
 
 FIX = 'Give the index in the batch instead: sample_index="<key or position>", for instance sample_index="index" or "2".'
@@ -179,9 +179,7 @@ class SampleRecorder:
             return
         self._loader, self._problem = loader, self._why_not(loader)
         if self._problem is None:
-            self._recorder = RecordingBatchSampler(
-                loader.batch_sampler, lambda: self._setting_up or bool(self._trainer.training)
-            )
+            self._recorder = listen_to(loader.batch_sampler, lambda: self._setting_up or bool(self._trainer.training))
             # DataLoader refuses the assignment once it is built, but reads the attribute for every new iterator. One that
             # persistent workers or a look at its state left behind holds the sampler it was built with.
             vars(loader)["batch_sampler"] = self._recorder

@@ -12,6 +12,8 @@ from rich.console import Console
 from lightning_peft.cli.adapt_source import Source
 from lightning_peft.cli.adapt_trials import Trials
 from lightning_peft.cli.console import Outcome, facts, grid
+from lightning_peft.cli.files import existing
+from lightning_peft.cli.folders import held
 from lightning_peft.cli.recipes import UsageError, check_seeds, find
 from lightning_peft.export.report_adaptation import Study, adaptation_report, cost_table, method_table, part_table
 from lightning_peft.shifts.data import ShiftedData, choose_parts
@@ -48,7 +50,14 @@ class Choice:
 
 
 def adapt(
-    name: str, overrides: Sequence[str], choice: Choice, console: Console, *, out: Path | None, checkpoint: Path | None
+    name: str,
+    overrides: Sequence[str],
+    choice: Choice,
+    console: Console,
+    *,
+    out: Path | None,
+    checkpoint: Path | None,
+    trusted: bool = False,
 ) -> Outcome:
     """Get the source model, then run every method on every stream; what is finished in the folder is not repeated.
 
@@ -59,6 +68,7 @@ def adapt(
         console: Where to show progress.
         out: Folder for everything; by default ``runs/adapt/<recipe>``.
         checkpoint: Take the source from this checkpoint instead of training it.
+        trusted: Whether Python objects in checkpoints may be rebuilt.
 
     Raises:
         UsageError: No such recipe or method, data without shifts, or a folder used with other settings.
@@ -67,10 +77,12 @@ def adapt(
     check_seeds(choice.seeds)
     for protocol in choice.protocols:
         check_protocol(protocol)
+    if checkpoint is not None:
+        existing(checkpoint)
     recipe = find(name)
     out = out or Path("runs") / "adapt" / recipe.name
     console.print(f"[bold]{recipe.name}[/]  {recipe.summary}", highlight=False)
-    source = Source(recipe, overrides)
+    source = Source(recipe, overrides, trusted)
     chosen = source.choose(choice.methods)
     data = source.data
     if not (isinstance(data, ShiftedData) and callable(data.shifts)):
@@ -81,9 +93,10 @@ def adapt(
     parts = choose_parts(data.shifts(), choice.shifts, choice.severities)
     size = f"{len(chosen)} methods and the source, {len(parts)} shifts, {', '.join(choice.protocols)}, {choice.seeds} seeds"
     console.print(f"[dim]{size}[/]", highlight=False)
-    note = source.obtain(out, checkpoint, console)
-    trials = Trials(source, data, parts, chosen, out / "episodes", choice.clean, console)
-    records = trials.run(choice.protocols, choice.seeds)
+    with held(out):
+        note = source.obtain(out, checkpoint, console)
+        trials = Trials(source, data, parts, chosen, out / "episodes", choice.clean, console)
+        records = trials.run(choice.protocols, choice.seeds)
     command = shlex.join(
         [
             "lightning-peft",
@@ -91,6 +104,7 @@ def adapt(
             name,
             *choice.flags(),
             *(["--checkpoint", str(checkpoint)] if checkpoint else []),
+            *(["--trusted"] if trusted else []),
             *overrides,
         ]
     )

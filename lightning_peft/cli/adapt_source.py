@@ -11,14 +11,19 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 
 from lightning_peft import registry
-from lightning_peft.cli.launch import launch, methods_in, parse, quiet, quiet_lightning
+from lightning_peft.cli.beside import quiet
+from lightning_peft.cli.files import existing
+from lightning_peft.cli.folders import check_settings, file_digest, settings
+from lightning_peft.cli.launch import launch, methods_in, parse, quiet_lightning
+from lightning_peft.cli.loading import find_loading
 from lightning_peft.cli.recipes import Recipe, UsageError
-from lightning_peft.cli.trial import Job, check_config, train
+from lightning_peft.cli.trial import Job, train
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.export.bake import baked, read_checkpoint
 from lightning_peft.export.report_trial import show
 from lightning_peft.files import whole
 from lightning_peft.method import Method, methods_of
+from lightning_peft.shifts.data import content_digest
 
 CHECKPOINT = "source.ckpt"
 
@@ -29,8 +34,11 @@ class Source:
     Args:
         recipe: The recipe.
         overrides: LightningCLI arguments.
+        trusted: Whether Python objects in checkpoints may be rebuilt.
 
     Attributes:
+        made_with: Settings of the study, once :meth:`obtain` was called.
+        digest: Digest of the source's tensors and of the companions' states, likewise.
         methods: Methods that adapt.
         companions: Other methods that evaluations need, such as estimators with what they learnt.
 
@@ -38,8 +46,9 @@ class Source:
         UsageError: The recipe cannot be used as given, or has no method that adapts.
     """
 
-    def __init__(self, recipe: Recipe, overrides: Sequence[str]) -> None:
-        self._recipe, self._overrides = recipe, overrides
+    def __init__(self, recipe: Recipe, overrides: Sequence[str], trusted: bool = False) -> None:
+        self._recipe, self._overrides, self._trusted = recipe, overrides, trusted
+        self.made_with = self.digest = ""
         self._adapting = [name for name in methods_in(recipe, overrides) if registry.find(name).lane == Lane.ADAPT]
         if not self._adapting:
             raise UsageError(
@@ -94,17 +103,22 @@ class Source:
         """Train or take the source once, keep it in ``out``, and load it; return where its weights come from.
 
         Raises:
-            UsageError: ``out`` holds a study with other settings.
+            UsageError: ``out`` holds a study with other settings or another source, or there is no such checkpoint.
             CheckpointError: The checkpoint cannot be read.
         """
         path = out / CHECKPOINT
         parsed = parse(self._recipe, self._overrides)
-        check_config(out, parsed)
-        if checkpoint is None and parsed.config.trainer.max_epochs != 0:
+        trained = checkpoint is None and parsed.config.trainer.max_epochs != 0
+        origin = "trained by the recipe" if trained else "as the recipe builds it"
+        if checkpoint is not None:
+            origin = f"a checkpoint with sha256 {file_digest(existing(checkpoint))}"
+        job = Job(self._recipe, self._overrides, out / "source", path, "source", self._adapting, trusted=self._trusted)
+        self.made_with = settings(parsed, [f"source model: {origin}"])
+        check_settings(out, self.made_with, kept=job.kept)
+        if trained:
             console.print("[dim]source model[/]", highlight=False)
-            job = Job(self._recipe, self._overrides, out / "source", path, "source", self._adapting)
             trial = train(job, console)
-            note = f"Source: trained by this recipe, seed {trial.seed}, {trial.epochs} epochs."
+            note = f"Source: trained by this recipe, {trial.seed_text}, {trial.epochs} epochs."
             monitor = self._recipe.monitor
             if monitor in trial.metrics:
                 note += f" {monitor}: {show(monitor, trial.metrics[monitor])} on the clean test set."
@@ -112,26 +126,28 @@ class Source:
             note = f"Source: {checkpoint}." if checkpoint else "Source: the model as the recipe builds it, not trained further."
             if not path.is_file():
                 self._take(checkpoint, path)
-        _load(path, self.model, self.companions)
-        return note
+        self._load(path, self.model, self.companions)
+        self.digest = content_digest([self.model.state_dict(), [method.state_dict() for method in self.companions]])
+        loading = find_loading(parsed, path, path, self.model.state_dict(), trusted=self._trusted)
+        lines = f" `{'; '.join(loading.lines)}`" if loading.lines else ""
+        return f"{note} {loading.text}{lines}"
 
     def _take(self, checkpoint: Path | None, path: Path) -> None:
         """Validate an untrained source, in which estimators see clean data, and save it."""
         cli = launch(self._recipe, self._overrides, self._adapting, quiet)
         if checkpoint is not None:
-            _load(checkpoint, cli.model, methods_of(cli.trainer.callbacks))  # type: ignore[attr-defined]
+            self._load(checkpoint, cli.model, methods_of(cli.trainer.callbacks))  # type: ignore[attr-defined]
         cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
         with whole(path) as part:
             cli.trainer.save_checkpoint(part)
 
-
-def _load(path: Path, model: LightningModule, methods: Iterable[Method]) -> None:
-    """Give a module the ordinary weights in a checkpoint, and methods what they had saved in it."""
-    found = read_checkpoint(path)
-    model.load_state_dict(baked(found)["state_dict"])
-    for method in methods:
-        if method.state_key in found.get("callbacks", {}):
-            method.load_state_dict(found["callbacks"][method.state_key])
+    def _load(self, path: Path, model: LightningModule, methods: Iterable[Method]) -> None:
+        """Give a module the ordinary weights in a checkpoint, and methods what they had saved in it."""
+        found = read_checkpoint(path, trusted=self._trusted)
+        model.load_state_dict(baked(found)["state_dict"])
+        for method in methods:
+            if method.state_key in found.get("callbacks", {}):
+                method.load_state_dict(found["callbacks"][method.state_key])
 
 
 def _distinct(methods: Sequence[Method]) -> list[Method]:

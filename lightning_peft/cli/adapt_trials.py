@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence, Sized
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.data import Subset
 
 from lightning_peft.cli.adapt_source import Source
+from lightning_peft.cli.folders import digest
 from lightning_peft.cli.launch import interruptible
 from lightning_peft.export.report_adaptation import SOURCE, error
 from lightning_peft.method import Method, snake_case
-from lightning_peft.shifts.data import CLEAN, Part, ShiftedData
+from lightning_peft.shifts.data import CLEAN, Part, ShiftedData, data_digest
 from lightning_peft.shifts.loader import labels_in, stream_loader
 from lightning_peft.shifts.record import EpisodeRecord, StreamRecorder
 from lightning_peft.shifts.streams import Episode, episodes, rising_and_falling
@@ -87,6 +89,7 @@ class Trials:
         self._template = self.data.test_dataloader()
         self._sets = {CLEAN: self._template.dataset}
         self._sets |= {part: self.data.shifted(part.shift, part.severity) for part in needed}
+        self._digests = {part: data_digest(samples) for part, samples in self._sets.items()}
         labels_in(self._template, Subset(self._sets[CLEAN], range(1)))  # refuses data without labels before anything is run
         # Reading labels makes every sample of a set. Only one protocol orders by them; to the others a set's size is enough.
         self._labels: dict[Part, Sized] = {**self._sets}  # type: ignore[dict-item]
@@ -99,9 +102,10 @@ class Trials:
         name = label(method)
         place = re.sub(r"[^\w.-]+", "-", episode.name)
         path = self.folder / f"{protocol}-seed-{seed}" / place / f"{name}.json"
+        made_with = digest(" ".join([self.source.made_with, self.source.digest, *(self._digests[p] for p in episode.parts)]))
         if path.is_file():
             record = EpisodeRecord.read(path)
-            if record.stream == episode.digest():
+            if record.stream == episode.digest() and record.made_with == made_with:
                 advance(record.samples)
                 return record
         seed_everything(seed, verbose=False)
@@ -111,7 +115,7 @@ class Trials:
         loader = stream_loader(self._template, self._sets, episode)
         with interruptible(trainer):
             trainer.test(self.source.model, loader, verbose=False)
-        record = recorder.record(episode, name, protocol, seed)
+        record = replace(recorder.record(episode, name, protocol, seed), made_with=made_with)
         record.write(path)
         return record
 

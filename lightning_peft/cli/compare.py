@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from lightning_peft import registry
 from lightning_peft.cli.console import Outcome, grid
+from lightning_peft.cli.folders import held
 from lightning_peft.cli.launch import methods_in
 from lightning_peft.cli.recipes import Recipe, UsageError, check_seeds, find_for
-from lightning_peft.cli.trial import CURVES, Job, train
+from lightning_peft.cli.trial import CURVES, Job, preflight, train
 from lightning_peft.export.report_comparison import Comparison, comparison_report, cost_table, metric_table
 from lightning_peft.export.report_curves import Curves, read_curves
 from lightning_peft.export.report_reach import reach_tables
@@ -31,6 +33,7 @@ def compare(
     dense: bool = False,
     seeds: int = 3,
     out: Path | None = None,
+    trusted: bool = False,
 ) -> Outcome:
     """Train the full recipe and each variant with every seed; finished trainings are read back, killed ones continue.
 
@@ -43,23 +46,43 @@ def compare(
         dense: Also a variant without any.
         seeds: Seeds 0 to ``seeds - 1``.
         out: Folder for everything; by default ``runs/compare/<recipe>``.
+        trusted: Whether Python objects in checkpoints may be rebuilt when a training continues.
 
     Raises:
         UsageError: No such recipe or method, nothing to compare, or a folder used with other settings.
     """
     check_seeds(seeds)
+    if any(word.partition("=")[0] == "--seed_everything" for word in overrides):
+        raise UsageError("compare sets the seed of each training itself: choose how many with --seeds.")
     recipe = find_for("run", name)
     plans = variants(methods_in(recipe, overrides), without, each=each, dense=dense)
     out = out or Path("runs") / "compare" / recipe.name
+    command = _command(name, overrides, without, each, dense, seeds) + (" --trusted" if trusted else "")
     console.print(f"[bold]{recipe.name}[/]  {len(plans)} variants x {seeds} seeds in {out}", highlight=False)
+    with held(out):
+        return _compare(recipe, overrides, plans, out, console, seeds, command, trusted=trusted)
+
+
+def _compare(
+    recipe: Recipe,
+    overrides: Sequence[str],
+    plans: Mapping[str, Sequence[str]],
+    out: Path,
+    console: Console,
+    seeds: int,
+    command: str,
+    *,
+    trusted: bool,
+) -> Outcome:
     trials: dict[str, list[Trial]] = {}
     curves: dict[str, list[Curves]] = {}
+    for label, left_out in plans.items():
+        preflight(_job(recipe, overrides, out, label, left_out, 0))
     for seed in range(seeds):  # seeds outside, so that an early look at the results is a fair one
         for label, left_out in plans.items():
-            job = _job(recipe, overrides, out, label, left_out, seed)
+            job = replace(_job(recipe, overrides, out, label, left_out, seed), trusted=trusted)
             trials.setdefault(label, []).append(_one(job, console))
             curves.setdefault(label, []).append(read_curves(job.folder / CURVES))
-    command = _command(name, overrides, without, each, dense, seeds)
     comparison = Comparison(recipe.name, recipe.monitor, trials, command, curves)
     reach = comparison.reach()
     report = comparison_report(comparison)

@@ -13,9 +13,10 @@ from lightning.pytorch import LightningModule
 from rich.console import Console
 
 from lightning_peft.attach.network_inputs import NetworkInputs
+from lightning_peft.cli.beside import quiet
 from lightning_peft.cli.console import Outcome, facts, grid
 from lightning_peft.cli.files import existing
-from lightning_peft.cli.launch import launch, methods_in, quiet, quiet_lightning
+from lightning_peft.cli.launch import launch, methods_in, quiet_lightning
 from lightning_peft.cli.recipes import UsageError, find
 from lightning_peft.export.bake import baked, read_checkpoint
 from lightning_peft.export.restore import restore
@@ -25,7 +26,9 @@ from lightning_peft.structure import journal
 ENDINGS = {"safetensors": "-baked", "onnx": ".onnx", "exported": ".pt2"}
 
 
-def export(path: Path, form: str, out: Path | None, recipe: str | None, overrides: Sequence[str]) -> Outcome:
+def export(
+    path: Path, form: str, out: Path | None, recipe: str | None, overrides: Sequence[str], *, trusted: bool = False
+) -> Outcome:
     """Write a checkpoint's baked network in a portable form, compared with eager where it can run.
 
     Raises:
@@ -39,13 +42,13 @@ def export(path: Path, form: str, out: Path | None, recipe: str | None, override
     path = existing(path)
     target = out or path.with_name(path.stem + ENDINGS[form])
     if form == "safetensors":
-        save_baked(path, target)
+        save_baked(path, target, trusted=trusted)
     else:
         if recipe is None:
             raise UsageError(
                 f"--to {form} runs the network on an example: name the recipe it was trained with, --recipe RECIPE."
             )
-        (module,), examples = _built(recipe, overrides, [path], batches=1)
+        (module,), examples = _built(recipe, overrides, [path], trusted, batches=1)
         if form == "onnx":
             to_onnx(module, target, examples.inputs[0])
         else:
@@ -53,16 +56,38 @@ def export(path: Path, form: str, out: Path | None, recipe: str | None, override
             target.parent.mkdir(parents=True, exist_ok=True)
             torch.export.save(program, target)
     checked = [] if form == "safetensors" else ["example batch", "another batch size"]
+    lines = _loading(form, target)
+    if checked:
+        exec("\n".join(lines), {})
 
     def show(console: Console) -> None:
         note = " and compared with eager on two batch sizes" if checked else ""
-        console.print(f"Wrote [bold]{target}[/]{note}", soft_wrap=True)
+        console.print(f"Wrote [bold]{target}[/]{note}. Load it with:\n", soft_wrap=True)
+        console.print("\n".join(f"    {line}" for line in lines), highlight=False, markup=False, soft_wrap=True)
 
-    return Outcome({"source": str(path), "target": str(target), "form": form, "compared_on": checked}, show)
+    data = {"source": str(path), "target": str(target), "form": form, "compared_on": checked, "loading": lines}
+    return Outcome(data, show)
+
+
+def _loading(form: str, target: Path) -> list[str]:
+    """Return the lines that load an exported file as ``net``, or into a ``net`` of the user's class."""
+    place = repr(str(target.resolve()))
+    return {
+        "onnx": ["import onnxruntime", f"net = onnxruntime.InferenceSession({place}, providers=['CPUExecutionProvider'])"],
+        "exported": ["import torch", f"net = torch.export.load({place}).module()"],
+        "safetensors": ["import lightning_peft", f"lightning_peft.load_baked(net, {place})  # net: built by your class"],
+    }[form]
 
 
 def deployment(
-    path: Path, before: Path, recipe: str | None, overrides: Sequence[str], out: Path | None, device: str
+    path: Path,
+    before: Path,
+    recipe: str | None,
+    overrides: Sequence[str],
+    *,
+    out: Path | None,
+    device: str,
+    trusted: bool = False,
 ) -> Outcome:
     """Measure a checkpoint's network beside that of another, on the recipe's test data, and write a report.
 
@@ -76,7 +101,7 @@ def deployment(
     path, before = existing(path), existing(before)
     if recipe is None:
         raise UsageError("--before runs both networks on test data: name the recipe they were trained with, --recipe RECIPE.")
-    (one, other), examples = _built(recipe, overrides, [before, path])
+    (one, other), examples = _built(recipe, overrides, [before, path], trusted)
     labelled = list(zip(examples.inputs, examples.labels, strict=True))
     batches = None
     if all(labels is not None for _, labels in labelled):
@@ -91,6 +116,7 @@ def deployment(
         recipe,
         "--device",
         device,
+        *(["--trusted"] if trusted else []),
         *overrides,
     ]
     found = compare_deployments(
@@ -116,7 +142,7 @@ def deployment(
 
 
 def _built(
-    name: str, overrides: Sequence[str], paths: Sequence[Path], batches: int | None = None
+    name: str, overrides: Sequence[str], paths: Sequence[Path], trusted: bool, batches: int | None = None
 ) -> tuple[list[LightningModule], NetworkInputs]:
     """Build the recipe's model once for each checkpoint, fill it, and see what its network is given in tests."""
     recipe, examples = find(name), NetworkInputs()
@@ -132,7 +158,7 @@ def _built(
     cli.model.configure_model()
     modules = [copy.deepcopy(cli.model) for _ in paths]
     for module, path in zip(modules, paths, strict=True):
-        checkpoint = baked(read_checkpoint(path))
+        checkpoint = baked(read_checkpoint(path, trusted=trusted))
         restore(module, checkpoint["state_dict"], journal.read(sections.read(checkpoint)))
     cli.trainer.test(modules[0], datamodule=cli.datamodule, verbose=False)
     if not examples.inputs:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lightning_peft.assets import Asset
 
 
-def bake(path: Path, out: Path | None) -> Outcome:
+def bake(path: Path, out: Path | None, *, trusted: bool = False) -> Outcome:
     """Bake a checkpoint file and say what was applied.
 
     Raises:
@@ -32,15 +32,24 @@ def bake(path: Path, out: Path | None) -> Outcome:
     from lightning_peft.export.bake import bake_checkpoint, read_checkpoint
     from lightning_peft.export.report_proof import proof_data, proof_fact, proof_table, prove
     from lightning_peft.export.report_weights import weigh
+    from lightning_peft.structure import checkpoint as sections
+    from lightning_peft.structure import journal
 
-    checkpoint = read_checkpoint(existing(path))
+    checkpoint = read_checkpoint(existing(path), trusted=trusted)
     target = out or path.with_name(f"{path.stem}.baked{path.suffix}")
     if target.exists() and target.samefile(path):
         raise UsageError(f"The baked file would replace {path}, which could not be resumed any more. Choose another with -o.")
     weights = weigh(checkpoint)
     proofs = prove(checkpoint, weights.state)
     target.parent.mkdir(parents=True, exist_ok=True)
-    bake_checkpoint(path, target)
+    bake_checkpoint(path, target, trusted=trusted)
+    edits = journal.read(sections.read(checkpoint))
+    name = repr(str(target))
+    line = f"net = MyModule.load_from_checkpoint({name}, weights_only={not trusted})"
+    note = "It loads without lightning_peft, with your class and the arguments it was trained with:"
+    if edits:
+        line = f"net = lightning_peft.load_from_checkpoint(MyModule, {name}{', trusted=True' if trusted else ''})"
+        note = f"Its structure changed in training ({len(edits)} changes), which your class alone may not build. Load it with:"
     applied = [{"name": row.name, "maps": list(row.maps), "nonzero": row.nonzero, "total": row.total} for row in weights.mapped]
 
     def show(console: Console) -> None:
@@ -53,13 +62,21 @@ def bake(path: Path, out: Path | None) -> Outcome:
             console.print()
             console.print(grid(proof_table(proofs)))
             console.print(facts((proof_fact(proofs),)))
-        console.print(f"\nWrote [bold]{target}[/]", soft_wrap=True)
+        console.print(f"\nWrote [bold]{target}[/]. {note}\n", soft_wrap=True)
+        console.print(f"    {line}", highlight=False, markup=False, soft_wrap=True)
 
-    data = {"source": str(path), "target": str(target), "applied": applied, "nm_proof": proof_data(proofs)}
+    data = {
+        "source": str(path),
+        "target": str(target),
+        "applied": applied,
+        "structural_changes": len(edits),
+        "load": line,
+        "nm_proof": proof_data(proofs),
+    }
     return Outcome(data, show)
 
 
-def report(path: Path, out: Path | None) -> Outcome:
+def report(path: Path, out: Path | None, *, trusted: bool = False) -> Outcome:
     """Write the report of a checkpoint.
 
     Raises:
@@ -68,7 +85,8 @@ def report(path: Path, out: Path | None) -> Outcome:
     """
     from lightning_peft.export.report_checkpoint import checkpoint_report
 
-    made = checkpoint_report(existing(path), shlex.join(["lightning-peft", "report", str(path)]))
+    command = shlex.join(["lightning-peft", "report", str(path), *(["--trusted"] if trusted else [])])
+    made = checkpoint_report(existing(path), command, trusted=trusted)
     folder = out or path.with_name(f"{path.stem}-report")
     files = made.save(folder)
 

@@ -7,13 +7,14 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
-from jsonargparse import ArgumentError, Namespace
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from lightning_peft import registry
-from lightning_peft.cli.recipes import Recipe, UsageError, check_extras
+from lightning_peft.cli.classes import class_name, is_method
+from lightning_peft.cli.explain import as_usage_errors
+from lightning_peft.cli.overrides import apply_named, split_named
+from lightning_peft.cli.recipes import Recipe, check_extras
 
 Adjust = Callable[[dict[str, Any]], None]
 
@@ -45,16 +46,22 @@ class RecipeCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, without the parent's warning about the arguments this process was started with."""
-        self.config = parser.parse_args(cast(list[str], args))
+        """Parse, without the parent's warning about the arguments this process was started with, and set what is named."""
+        known = {action.dest.split(".")[0] for action in parser._actions}
+        own, named = split_named(cast(list[str], args), known)
+        self.config = parser.parse_args(own)
+        apply_named(named, self.entries())
 
     def before_instantiate_classes(self) -> None:
         """Leave methods out before they are built."""
         if not self.without:
             return
+        self.config.trainer.callbacks = [entry for entry in self.entries() if class_name(entry) not in self.without]
+
+    def entries(self) -> list[Namespace]:
+        """Return the parsed callbacks."""
         callbacks = self.config.trainer.callbacks or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        self.config.trainer.callbacks = [entry for entry in callbacks if class_name(entry) not in self.without]
+        return callbacks if isinstance(callbacks, list) else [callbacks]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer after :attr:`adjust` has seen its arguments."""
@@ -70,16 +77,6 @@ def quiet_lightning() -> None:
     """Leave out Lightning's announcements of seeds and devices; warnings stay."""
     for part in ("pytorch", "fabric"):
         logging.getLogger(f"lightning.{part}").setLevel(logging.WARNING)
-
-
-def quiet(arguments: dict[str, Any]) -> None:
-    """Let a Trainer write and show nothing; arguments are changed in place, as an :data:`Adjust` does."""
-    arguments |= {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
 
 
 @contextlib.contextmanager
@@ -99,11 +96,6 @@ def interruptible(trainer: Trainer) -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def class_name(entry: Namespace) -> str:
-    """Return the class name in a parsed callback entry."""
-    return str(entry.get("class_path", "")).rsplit(".", 1)[-1]
-
-
 def launch(recipe: Recipe, overrides: Sequence[str], without: Sequence[str] = (), adjust: Adjust | None = None) -> RecipeCLI:
     """Build everything a recipe describes.
 
@@ -117,14 +109,14 @@ def launch(recipe: Recipe, overrides: Sequence[str], without: Sequence[str] = ()
         UsageError: An extra is missing, or LightningCLI refuses the file or an override.
     """
     check_extras(recipe)
-    with _as_usage_errors(recipe):
+    with as_usage_errors(recipe):
         return RecipeCLI(["--config", str(recipe.path), *overrides], without, adjust)
 
 
 def parse(recipe: Recipe, overrides: Sequence[str], without: Sequence[str] = ()) -> RecipeCLI:
     """Parse what :func:`launch` would, without building or seeding anything; arguments as there."""
     check_extras(recipe)
-    with _as_usage_errors(recipe):
+    with as_usage_errors(recipe):
         return _ParseOnly(["--config", str(recipe.path), *overrides], without)
 
 
@@ -145,35 +137,3 @@ class _ParseOnly(RecipeCLI):
 
     def instantiate_classes(self) -> None:
         pass
-
-
-def is_method(name: str) -> bool:
-    """Whether a class name is that of a method, installed or defined by what was imported so far."""
-    if name in registry.installed():
-        return True
-    try:
-        registry.find(name)
-    except MisconfigurationException:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _as_usage_errors(recipe: Recipe) -> Iterator[None]:
-    # Class names alone ("class_path: NMSparsity") resolve among classes that are already imported.
-    for entry in registry.installed().values():
-        with contextlib.suppress(MisconfigurationException):
-            entry.load()
-    try:
-        yield
-    except ArgumentError as error:
-        raise UsageError(
-            f"The recipe {recipe.name} ({recipe.path}) cannot be used as given: {_essence(error.message)}"
-        ) from error
-
-
-def _essence(message: str) -> str:
-    """Keep of jsonargparse's report on a union type what a user can act on."""
-    noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "- Expected a <class 'NoneType'>")
-    lines = [line.strip() for line in str(message).splitlines()]
-    return " ".join(line.removeprefix("- ") for line in lines if line and not line.startswith(noise))

@@ -20,12 +20,17 @@ if TYPE_CHECKING:
 
 AGAIN = " The same command goes on from there."
 TAKES_OVERRIDES = ("run", "compare", "adapt", "export", "report")
+READS_CHECKPOINTS = ("run", "compare", "adapt", "bake", "export", "report")
 
 
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, with the nearest names where a choice was wrong."""
 
+    as_json = False
+
     def error(self, message: str) -> NoReturn:
+        if _Parser.as_json:
+            _print_failure(message, 2)
         self.exit(2, f"error: {message}\n{self.format_usage()}")
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
@@ -51,10 +56,17 @@ def build_parser() -> _Parser:
         "--json", action="store_true", help="print one JSON document to standard output, all else to standard error"
     )
     shared.add_argument("--traceback", action="store_true", help="on errors, show where they come from")
+    trusting = _Parser(add_help=False)
+    trusting.add_argument(
+        "--trusted",
+        action="store_true",
+        help="rebuild Python objects that a checkpoint holds, which can run any code: only for files whose source you know",
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(name: str, text: str, epilog: str | None = None) -> _Parser:
-        return commands.add_parser(name, help=text, description=text, epilog=epilog, parents=[shared], allow_abbrev=False)
+        parents = [shared, trusting] if name in READS_CHECKPOINTS else [shared]
+        return commands.add_parser(name, help=text, description=text, epilog=epilog, parents=parents, allow_abbrev=False)
 
     add("list", "list methods and recipes")
     add("show", "show the card of a method").add_argument("name", metavar="METHOD")
@@ -63,6 +75,11 @@ def build_parser() -> _Parser:
     run.add_argument("recipe", metavar="RECIPE", help="packaged name, or path of a LightningCLI YAML file")
     run.add_argument("--out", type=Path, help="folder for everything (default: runs/RECIPE, numbered when taken)")
     run.add_argument("--no-baseline", action="store_true", help="leave out the dense baseline")
+    run.add_argument(
+        "--check",
+        action="store_true",
+        help="only try it in a few steps: build, train, validate, test, bake, load, report",
+    )
     run.add_argument("--resume", action="store_true", help="continue a killed run from its last checkpoint")
     compare = add("compare", "train a recipe with methods left out, over seeds, and compare", more)
     compare.add_argument("recipe", metavar="RECIPE", help="packaged name, or path of a LightningCLI YAML file")
@@ -120,24 +137,41 @@ def dispatch(options: argparse.Namespace, overrides: Sequence[str], console: Con
         from lightning_peft.cli import listing
 
         return listing.list_all() if options.command == "list" else listing.show_method(options.name)
-    if options.command in TAKES_OVERRIDES and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a recipe may name classes of the project it lies in
+    if options.command in READS_CHECKPOINTS:
+        _let_import(getattr(options, "recipe", None))
     if options.command == "run":
-        from lightning_peft.cli.run import run
+        from lightning_peft.cli.run import check, run
 
-        baseline = not options.no_baseline
-        return run(options.recipe, overrides, options.out, console, baseline=baseline, resume=options.resume)
+        settings = {"baseline": not options.no_baseline, "trusted": options.trusted}
+        if options.check:
+            return check(options.recipe, overrides, console, **settings)
+        return run(options.recipe, overrides, options.out, console, resume=options.resume, **settings)
     if options.command == "compare":
         from lightning_peft.cli.compare import compare
 
-        chosen = {"each": options.each, "dense": options.dense, "seeds": options.seeds, "out": options.out}
+        chosen = {
+            "each": options.each,
+            "dense": options.dense,
+            "seeds": options.seeds,
+            "out": options.out,
+            "trusted": options.trusted,
+        }
         return compare(options.recipe, overrides, options.without, console, **chosen)
     if options.command == "adapt":
         from lightning_peft.cli.adapt import Choice, adapt
 
         picked = Choice(options.methods, options.shifts, options.severities, options.protocols, options.seeds, options.clean)
-        return adapt(options.recipe, overrides, picked, console, out=options.out, checkpoint=options.checkpoint)
+        files = {"out": options.out, "checkpoint": options.checkpoint, "trusted": options.trusted}
+        return adapt(options.recipe, overrides, picked, console, **files)
     return _dispatch_files(options, overrides)
+
+
+def _let_import(recipe: str | None) -> None:
+    """Let a recipe, or a checkpoint's objects, name classes of the folder the command is given in, and of the recipe's own."""
+    folders = [Path.cwd()]
+    if recipe is not None and Path(recipe).suffix in (".yaml", ".yml") and Path(recipe).is_file():
+        folders.append(Path(recipe).resolve().parent)
+    sys.path += [str(folder) for folder in folders if str(folder) not in sys.path]
 
 
 def _dispatch_files(options: argparse.Namespace, overrides: Sequence[str]) -> Outcome:
@@ -146,8 +180,11 @@ def _dispatch_files(options: argparse.Namespace, overrides: Sequence[str]) -> Ou
         from lightning_peft.cli import export
 
         if options.command == "export":
-            return export.export(options.checkpoint, options.to, options.out, options.recipe, overrides)
-        return export.deployment(options.checkpoint, options.before, options.recipe, overrides, options.out, options.device)
+            return export.export(
+                options.checkpoint, options.to, options.out, options.recipe, overrides, trusted=options.trusted
+            )
+        where = {"out": options.out, "device": options.device, "trusted": options.trusted}
+        return export.deployment(options.checkpoint, options.before, options.recipe, overrides, **where)
     from lightning_peft.cli import files
 
     if options.command == "report" and options.recipe is not None:
@@ -155,9 +192,9 @@ def _dispatch_files(options: argparse.Namespace, overrides: Sequence[str]) -> Ou
 
         raise UsageError("--recipe is for --before CKPT: a report on one checkpoint reads the file alone.")
     if options.command == "bake":
-        return files.bake(options.checkpoint, options.out)
+        return files.bake(options.checkpoint, options.out, trusted=options.trusted)
     if options.command == "report":
-        return files.report(options.checkpoint, options.out)
+        return files.report(options.checkpoint, options.out, trusted=options.trusted)
     if options.action == "fetch":
         return files.fetch_assets(options.names, everything=options.all)
     return files.list_assets()
@@ -173,6 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0 done, 2 an error that is explained in one message, 130 interrupted.
     """
     parser = build_parser()
+    _Parser.as_json = "--json" in (sys.argv[1:] if argv is None else argv)
     options, overrides = parser.parse_known_args(argv)
     if overrides and (options.command not in TAKES_OVERRIDES or not getattr(options, "recipe", None)):
         parser.error(f"{options.command} does not know {' '.join(overrides)}")
@@ -183,19 +221,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     with quiet, warnings.catch_warnings():
         _silence()
         console = Console()
+        status = 0
         try:
             outcome = dispatch(options, overrides, console)
-        except KeyboardInterrupt:
-            hints = {"run": " Continue with --resume.", "compare": AGAIN, "adapt": AGAIN}
-            hint = hints.get(options.command, "")
-            print(f"interrupted.{hint}", file=sys.stderr)
-            return 130
-        except Exception as error:
-            if options.traceback:
-                traceback.print_exc()
-            else:
-                print(f"error: {_message(error)}", file=sys.stderr)
-            return 2
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            status, message = _failure(error, options)
+            if status == 0:  # an argument such as --print_config, which prints and ends
+                return 0
+    if status:
+        print(message, file=sys.stderr)
+        if options.json:
+            _print_failure(message, status)
+        return status
     try:
         if options.json:
             from lightning_peft.export.report import to_json
@@ -207,6 +244,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _failure(error: BaseException, options: argparse.Namespace) -> tuple[int, str]:
+    """Return exit code and message of a command that did not come to its end."""
+    if isinstance(error, KeyboardInterrupt):
+        hints = {"run": " Continue with --resume.", "compare": AGAIN, "adapt": AGAIN}
+        return 130, f"interrupted.{hints.get(options.command, '')}"
+    if isinstance(error, SystemExit):
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        return status, f"error: ended early, with exit code {error.code}"
+    if options.traceback:
+        traceback.print_exc()
+    assert isinstance(error, Exception)
+    return 2, f"error: {_message(error)}"
+
+
+def _print_failure(message: str, status: int) -> None:
+    """Print the one JSON document of a command that failed."""
+    import json
+
+    print(json.dumps({"error": message.removeprefix("error: "), "exit_code": status}, indent=2))
 
 
 def _message(error: Exception) -> str:

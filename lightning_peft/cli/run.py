@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import shlex
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from filelock import FileLock
 from rich.console import Console
 
 from lightning_peft.cli.console import Outcome, facts, grid
-from lightning_peft.cli.launch import methods_in
+from lightning_peft.cli.folders import CONFIG, held, try_hold
+from lightning_peft.cli.launch import methods_in, parse
+from lightning_peft.cli.loading import find_loading
 from lightning_peft.cli.recipes import Recipe, UsageError, find_for
-from lightning_peft.cli.trial import CONFIG, CURVES, Job, train
+from lightning_peft.cli.trial import CURVES, RESULT, Job, preflight, train
 from lightning_peft.export.bake import bake_checkpoint, read_checkpoint
 from lightning_peft.export.report_curves import read_curves
 from lightning_peft.export.report_plots import available
@@ -21,10 +27,23 @@ from lightning_peft.export.report_run import RunEvidence, outcome_table, run_rep
 from lightning_peft.export.report_weights import weigh
 
 DENSE, COMPOSED = "dense", "composed"
+# Enough for events at tenths of a training, two epochs because much goes wrong where one ends.
+FEW_STEPS = (
+    *("--trainer.max_epochs", "2", "--trainer.max_steps", "-1", "--trainer.limit_train_batches", "6"),
+    *("--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"),
+    *("--trainer.val_check_interval", "1.0", "--trainer.check_val_every_n_epoch", "1"),
+)
 
 
 def run(
-    name: str, overrides: Sequence[str], out: Path | None, console: Console, *, baseline: bool = True, resume: bool = False
+    name: str,
+    overrides: Sequence[str],
+    out: Path | None,
+    console: Console,
+    *,
+    baseline: bool = True,
+    resume: bool = False,
+    trusted: bool = False,
 ) -> Outcome:
     """Train the dense baseline and the composed recipe, test both, bake, report.
 
@@ -35,19 +54,65 @@ def run(
         console: Where to show progress.
         baseline: Whether to train the baseline when the recipe has one.
         resume: Whether to continue what ``out`` holds.
+        trusted: Whether Python objects in its checkpoints may be rebuilt.
 
     Raises:
         UsageError: No such recipe, wrong overrides, a missing extra, or a folder in use.
     """
     recipe = find_for("run", name)
     methods = methods_in(recipe, overrides)
-    out = claim(out, recipe, resume)
-    composed = Job(recipe, overrides, out / COMPOSED, out / "model.ckpt", COMPOSED)
+    with claim(out, recipe, resume) as folder:
+        return _run(recipe, name, overrides, methods, folder, console, baseline=baseline, trusted=trusted)
+
+
+def check(name: str, overrides: Sequence[str], console: Console, *, baseline: bool = True, trusted: bool = False) -> Outcome:
+    """Try everything :func:`run` would do in a few steps, in a folder that is thrown away.
+
+    Args:
+        name: Recipe name or path.
+        overrides: LightningCLI arguments.
+        console: Where to show progress.
+        baseline: Whether to try the baseline when the recipe has one.
+        trusted: Whether Python objects in its checkpoints may be rebuilt.
+
+    Raises:
+        UsageError: As :func:`run`.
+    """
+    recipe = find_for("run", name)
+    with tempfile.TemporaryDirectory(prefix="lightning-peft-") as folder:
+        few = [*overrides, *FEW_STEPS, "--trainer.default_root_dir", folder]
+        methods = methods_in(recipe, few)
+        made = _run(recipe, name, few, methods, Path(folder), console, baseline=baseline, trusted=trusted)
+    lines = made.data["loading"]
+    steps = ["build", "train", "validate", "test", "bake", *(["load"] if lines else []), "report"]
+
+    def show(console: Console) -> None:
+        console.print(f"\n[bold]{recipe.name}[/] can be run: {', '.join(steps)} all worked in a few steps.", highlight=False)
+        if not lines:
+            console.print(made.data["loading_note"], highlight=False, soft_wrap=True)
+
+    return Outcome({"recipe": recipe.name, "checked": steps, "loads": bool(lines)}, show)
+
+
+def _run(
+    recipe: Recipe,
+    name: str,
+    overrides: Sequence[str],
+    methods: Sequence[str],
+    out: Path,
+    console: Console,
+    *,
+    baseline: bool,
+    trusted: bool,
+) -> Outcome:
+    composed = Job(recipe, overrides, out / COMPOSED, out / "model.ckpt", COMPOSED, trusted=trusted)
     jobs = [composed]
     if baseline and recipe.baseline and methods:
         dense = out / DENSE
         jobs.insert(0, replace(composed, folder=dense, checkpoint=dense / "model.ckpt", name=DENSE, without=methods))
     trials = {}
+    for job in jobs:
+        preflight(job)
     console.print(f"[bold]{recipe.name}[/]  {recipe.summary}", highlight=False)
     for place, job in enumerate(jobs, 1):
         what = "no methods" if job.without else ", ".join(methods) or "no methods"
@@ -55,9 +120,14 @@ def run(
             f"[dim]{place}/{len(jobs)}[/] {job.name} ({what}){', done already' if job.finished else ''}", highlight=False
         )
         trials[job.name] = train(job, console)
-    bake_checkpoint(out / "model.ckpt", out / "baked.ckpt")
-    checkpoint = read_checkpoint(out / "model.ckpt")
+    bake_checkpoint(out / "model.ckpt", out / "baked.ckpt", trusted=trusted)
+    checkpoint = read_checkpoint(out / "model.ckpt", trusted=trusted)
     weights = weigh(checkpoint)
+    command = ["lightning-peft", "run", name, *overrides]
+    command += [*([] if baseline else ["--no-baseline"]), *(["--trusted"] if trusted else [])]
+    baked = out / "baked.ckpt"
+    state = read_checkpoint(baked, trusted=trusted)["state_dict"]
+    loading = find_loading(parse(recipe, overrides, ()), baked, out / "model.ckpt", state, trusted=trusted)
     evidence = RunEvidence(
         name=recipe.name,
         summary=recipe.summary,
@@ -67,7 +137,9 @@ def run(
         weights=weights,
         proofs=prove(checkpoint, weights.state),
         curves={job.name: read_curves(job.folder / CURVES) for job in jobs},
-        command=shlex.join(["lightning-peft", "run", name, *overrides, *([] if baseline else ["--no-baseline"])]),
+        loading=loading.lines,
+        loading_note=loading.text,
+        command=shlex.join(command),
     )
     report = run_report(evidence)
     files = report.save(out)
@@ -79,7 +151,9 @@ def run(
         console.print(grid(outcome_table(evidence)))
         console.print()
         console.print(facts(report.facts))
-        console.print(f"\nReport [bold]{out / 'report.html'}[/], ordinary model [bold]{out / 'baked.ckpt'}[/]", soft_wrap=True)
+        console.print(f"\nReport [bold]{out / 'report.html'}[/]", soft_wrap=True)
+        console.print(loading.text, highlight=False, soft_wrap=True)
+        console.print("\n".join(f"    {line}" for line in loading.lines), highlight=False, markup=False, soft_wrap=True)
         if not available():
             console.print('[dim]The report has no plots: pip install "lightning-peft[report]"[/]')
 
@@ -88,28 +162,61 @@ def run(
     return Outcome({**report.data, "facts": facts_data, "out": str(out), "files": [str(path) for path in made]}, show)
 
 
-def claim(out: Path | None, recipe: Recipe, resume: bool) -> Path:
-    """Choose the folder of a run: the one given, or the first free of ``runs/<recipe>``, ``runs/<recipe>-2``, ...
+@contextlib.contextmanager
+def claim(out: Path | None, recipe: Recipe, resume: bool) -> Iterator[Path]:
+    """Hold the folder of a run: the one given, or the first free of ``runs/<recipe>``, ``runs/<recipe>-2``, ...
 
-    With ``resume`` it is the one given, or the latest of those.
+    With ``resume`` it is the one given, or the latest of those. A folder is free when no command works in it, and nothing
+    that cost time is there.
 
     Raises:
-        UsageError: The folder given holds a run, or there is none to resume.
+        UsageError: The folder given holds a run or is in use, or there is none to resume.
     """
-    if out is not None:
-        used = any((out / part / CONFIG).is_file() for part in (DENSE, COMPOSED))
-        if used and not resume:
-            raise UsageError(f"{out} holds a run already: add --resume to continue it, or choose another folder with --out.")
-        if resume and not used:
-            raise UsageError(f"There is no run in {out} to resume. Leave out --resume to start one.")
-        return out
-    taken: list[Path] = []
-    place = folder = Path("runs") / recipe.name
-    while place.exists():
-        taken.append(place)
-        place = folder.with_name(f"{folder.name}-{len(taken) + 1}")
-    if resume and not taken:
+    if out is None:
+        first = Path("runs") / recipe.name
+        lock, out = _latest(first) if resume else _first_free(first)
+        try:
+            yield out
+        finally:
+            lock.release()
+        return
+    if _used(out) and not resume:
+        raise UsageError(f"{out} holds a run already: add --resume to continue it, or choose another folder with --out.")
+    if resume and not _started(out):
+        raise UsageError(f"There is no run in {out} to resume. Leave out --resume to start one.")
+    with held(out):
+        yield out
+
+
+def _first_free(first: Path) -> tuple[FileLock, Path]:
+    for place in _places(first):
+        if not _used(place) and (lock := try_hold(place)) is not None:
+            return lock, place
+    raise AssertionError("places have no end")
+
+
+def _latest(first: Path) -> tuple[FileLock, Path]:
+    found = [place for place in itertools.takewhile(Path.exists, _places(first)) if _started(place)]
+    if not found:
         raise UsageError(
-            f"There is no run in {folder} to resume. Leave out --resume to start one, or name its folder with --out."
+            f"There is no run in {first} to resume. Leave out --resume to start one, or name its folder with --out."
         )
-    return taken[-1] if resume else place
+    lock = try_hold(found[-1])
+    if lock is None:
+        raise UsageError(f"Another command is working in {found[-1]}. Wait for it, or name another folder with --out.")
+    return lock, found[-1]
+
+
+def _places(first: Path) -> Iterator[Path]:
+    yield first
+    yield from (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+
+
+def _used(out: Path) -> bool:
+    """Whether a folder has a result, or a checkpoint to continue from."""
+    names = ("model.ckpt", f"{DENSE}/model.ckpt", f"{DENSE}/{RESULT}", f"{COMPOSED}/{RESULT}")
+    return any((out / name).is_file() for name in names)
+
+
+def _started(out: Path) -> bool:
+    return _used(out) or any((out / part / CONFIG).is_file() for part in (DENSE, COMPOSED))

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 
 from lightning_peft.attach.confidence import ConfidenceRecorder, reliability_bins
 from lightning_peft.attach.flop_meter import FlopMeter
+from lightning_peft.cli.beside import LastEpoch, quiet, stand_beside
+from lightning_peft.cli.folders import check_settings, digest, settings
 from lightning_peft.cli.launch import RecipeCLI, interruptible, launch, parse, quiet_lightning
 from lightning_peft.cli.recipes import Recipe, UsageError
-from lightning_peft.cli.watch import EpochLines, RandomState, Stopwatch
+from lightning_peft.cli.watch import EpochLines, ForwardMeter, RandomState, Stopwatch
 from lightning_peft.compose.plan import plan
 from lightning_peft.export.report_trial import Trial
+from lightning_peft.files import whole
 from lightning_peft.method import methods_of, ordered
 
-CONFIG, RESULT, CURVES = "config.yaml", "trial.json", "curves"
+RESULT, CURVES = "trial.json", "curves"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Job:
         name: Name in tables and plots.
         without: Class names of methods to leave out.
         seed: Seed of everything; ``None`` leaves it to the recipe.
+        trusted: Whether Python objects in its checkpoint may be rebuilt, should it continue.
+        made_from: What its result depends on besides recipe and overrides; see :func:`lightning_peft.cli.folders.settings`.
     """
 
     recipe: Recipe
@@ -46,11 +51,35 @@ class Job:
     name: str
     without: Sequence[str] = ()
     seed: int | None = None
+    trusted: bool = False
+    made_from: Sequence[str] = ()
 
     @property
     def finished(self) -> bool:
         """Whether its result is there."""
         return (self.folder / RESULT).is_file()
+
+    @property
+    def kept(self) -> bool:
+        """Whether there is anything to go on from: its result or a checkpoint."""
+        return self.finished or self.checkpoint.is_file()
+
+    def arguments(self) -> list[str]:
+        """Return its LightningCLI arguments, seed included."""
+        return [*self.overrides, *([] if self.seed is None else ["--seed_everything", str(self.seed)])]
+
+
+def preflight(job: Job) -> None:
+    """Build what a job trains and resolve its plan, so that a mistake is answered before another job has cost time.
+
+    Raises:
+        UsageError: It cannot be built.
+        MisconfigurationException: Its methods do not fit each other or the module.
+    """
+    if job.kept:
+        return
+    quiet_lightning()
+    _printed_plan(launch(job.recipe, job.arguments(), job.without, quiet))
 
 
 def train(job: Job, console: Console) -> Trial:
@@ -67,33 +96,32 @@ def train(job: Job, console: Console) -> Trial:
         UsageError: The folder holds a run with other settings.
         KeyboardInterrupt: The user stopped it; the last checkpoint is in place.
     """
-    stopwatch, meter, confidence = Stopwatch(), FlopMeter(), ConfidenceRecorder()
+    quiet_lightning()
+    made_with = settings(parse(job.recipe, job.arguments(), job.without), job.made_from)
+    check_settings(job.folder, made_with, kept=job.kept)
+    if job.finished:
+        return _read(job, made_with)
+    if not job.kept:  # what a run that failed early had logged
+        shutil.rmtree(job.folder / CURVES, ignore_errors=True)
+    stopwatch, meter, confidence, forward = Stopwatch(), FlopMeter(), ConfidenceRecorder(), ForwardMeter()
     lines = EpochLines(console, job.name, stopwatch)
-    own: list[Callback] = [stopwatch, meter, RandomState(), confidence, lines, _last_checkpoint(job.checkpoint)]
-    if console.is_terminal:
-        own.append(RichProgressBar(leave=False))
+    own = [stopwatch, meter, RandomState(), confidence, forward, lines, LastEpoch(job.checkpoint)]
+    overruled: list[str] = []
 
     def adjust(arguments: dict[str, Any]) -> None:
-        arguments["callbacks"] += own
-        arguments["logger"] = CSVLogger(job.folder, name=CURVES, flush_logs_every_n_steps=20)
-        arguments["default_root_dir"] = job.folder
-        arguments["enable_progress_bar"] = console.is_terminal
-        arguments["enable_model_summary"] = False
+        overruled.extend(stand_beside(arguments, own, job.folder, CURVES, terminal=console.is_terminal))
 
-    quiet_lightning()
-    seed = [] if job.seed is None else ["--seed_everything", str(job.seed)]
-    overrides = [*job.overrides, *seed]
-    check_config(job.folder, parse(job.recipe, overrides, job.without))
-    if job.finished:
-        return Trial.read(job.folder / RESULT)
-    cli = launch(job.recipe, overrides, job.without, adjust)
+    cli = launch(job.recipe, job.arguments(), job.without, adjust)
+    for sentence in overruled:
+        console.print(f"  [dim]{sentence}[/]", highlight=False, soft_wrap=True)
     printed = _printed_plan(cli)
     _fit(cli, job)
-    results = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+    with interruptible(cli.trainer):
+        results = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     parameters = list(cli.model.parameters())
     trial = Trial(
         name=job.name,
-        seed=int(cli.config.seed_everything or 0),
+        seed=seed_of(cli),
         methods=[
             {"method": type(method).__name__, "name": method.name, "config": method.config()}
             for method in ordered(methods_of(cli.trainer.callbacks))  # type: ignore[attr-defined]
@@ -107,6 +135,9 @@ def train(job: Job, console: Console) -> Trial:
         parameters=sum(parameter.numel() for parameter in parameters),
         nonzero=sum(int(parameter.count_nonzero()) for parameter in parameters),
         calibration=reliability_bins(confidence.confidence, confidence.correct) if confidence.confidence else [],
+        forward_flops=forward.flops,
+        notes=overruled,
+        made_with=digest(made_with),
     )
     trial.write(job.folder / RESULT)
     return trial
@@ -115,18 +146,23 @@ def train(job: Job, console: Console) -> Trial:
 def _fit(cli: RecipeCLI, job: Job) -> None:
     last = job.checkpoint if job.checkpoint.is_file() else None
     with interruptible(cli.trainer):
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last, weights_only=True)
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last, weights_only=not job.trusted)
+    if not job.checkpoint.is_file():  # no epoch came to its end, as with max_epochs 0
+        with whole(job.checkpoint) as part:
+            cli.trainer.save_checkpoint(part)
 
 
-def _last_checkpoint(path: Path) -> ModelCheckpoint:
-    """Keep the state at the end of the last whole epoch, the point from which a resumed run repeats nothing."""
-    return ModelCheckpoint(
-        dirpath=path.parent,
-        filename=path.stem,
-        every_n_epochs=1,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
+def _read(job: Job, made_with: str) -> Trial:
+    trial = Trial.read(job.folder / RESULT)
+    if trial.made_with not in ("", digest(made_with)):
+        raise UsageError(f"{job.folder / RESULT} is of a run with other settings. Choose another folder with --out.")
+    return trial
+
+
+def seed_of(cli: RecipeCLI) -> int | None:
+    """Return the seed a recipe was built with; ``None`` where it asked for none."""
+    seed = cli.config.seed_everything
+    return None if seed is False or seed is None else int(seed)
 
 
 def _printed_plan(cli: RecipeCLI) -> str:
@@ -139,25 +175,3 @@ def _printed_plan(cli: RecipeCLI) -> str:
         if is_overridden("configure_model", cli.model):  # the module is not complete before the run
             return ""
         raise
-
-
-def check_config(folder: Path, cli: RecipeCLI) -> None:
-    """Write the full configuration of a new run; refuse to continue one that has another.
-
-    Raises:
-        UsageError: The folder holds a run with other settings.
-    """
-    path = folder / CONFIG
-    now = cli.parser.dump(cli.config, skip_none=False)
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(now)
-        return
-    then = path.read_text()
-    if then == now:
-        return
-    changed = [line.strip() for line in now.splitlines() if line not in then.splitlines()]
-    raise UsageError(
-        f"{folder} holds a run with other settings; changed are: {'; '.join(changed[:4]) or 'lines left out'}. Repeat its "
-        "overrides to continue it, or choose another folder with --out."
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
-from lightning_peft.attach.flop_meter import SECONDS, in_training
+from lightning_peft.attach.batches import tensors_of
+from lightning_peft.attach.flop_count import FlopCount
+from lightning_peft.attach.flop_meter import SECONDS, compiled, in_training
 from lightning_peft.export.report_trial import duration, show
 
 
@@ -47,6 +50,40 @@ class Stopwatch(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
         self.seconds = float(state_dict["seconds"])
+
+
+class ForwardMeter(Callback):
+    """Counts the FLOPs of the first test batch, in the way FlopMeter counts those of training.
+
+    Attributes:
+        flops: FLOPs a sample; 0 when they are not known.
+    """
+
+    def __init__(self) -> None:
+        self.flops = 0.0
+        self._counting = ExitStack()
+        self._count: FlopCount | None = None
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Begin with the first batch."""
+        if batch_idx == dataloader_idx == 0 and not compiled(pl_module):
+            self._count = self._counting.enter_context(FlopCount())
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Divide by the samples of the batch."""
+        self._counting.close()
+        if self._count is not None:
+            tensors = [tensor for tensor in tensors_of(batch) if tensor.dim()]
+            self.flops = self._count.total / len(tensors[0]) if tensors and len(tensors[0]) else 0.0
+        self._count = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop counting."""
+        self._counting.close()
 
 
 class RandomState(Callback):
@@ -95,6 +132,7 @@ class EpochLines(Callback):
         """Print."""
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("peft/")}
         shown = "  ".join(f"[dim]{name}[/] {show(name, value)}" for name, value in sorted(metrics.items()))
-        place = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        last = trainer.max_epochs
+        place = f"epoch {trainer.current_epoch + 1}{f'/{last}' if last is not None and last > 0 else ''}"
         took = duration(self.stopwatch.total())
         self.console.print(f"  [bold]{self.name}[/] {place}  {shown}  [dim]{took}[/]", highlight=False, soft_wrap=True)

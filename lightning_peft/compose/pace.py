@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_peft.compose.run import Run
 
@@ -15,8 +15,9 @@ TOLERANCE = 0.05
 class Pace:
     """Counts what an epoch really has, since only the module knows how many batches it makes a step of.
 
-    Schedules are laid out before the first step, for one step of the first optimizer a batch. A module under manual optimization
-    may take fewer or more, and only an epoch of it can tell; then this says how to give the training its true length.
+    Schedules are laid out before the first step, for one step of the first optimizer a batch. A module under manual
+    optimization may take fewer or more, and only an epoch of it can tell; then this says how to give the training its true
+    length.
 
     Args:
         run: The run.
@@ -54,7 +55,9 @@ class Pace:
             )
         if found is not None:
             self._told = True
-            counted = f"takes {steps[0]} steps of its first optimizer in an epoch of {batches} batches"
+            counted = (
+                f"takes {steps[0]} step{'s' if steps[0] > 1 else ''} of its first optimizer in an epoch of {batches} batches"
+            )
             rank_zero_warn(f"{type(run.module).__name__} {counted}, and {found}")
 
     def _of_total(self, steps: Mapping[int, int]) -> str | None:

@@ -12,6 +12,7 @@ from torch import nn
 from lightning_peft.attach.sampling import SampleRecorder
 from lightning_peft.compose.course import Course
 from lightning_peft.compose.schedule import Point, ResolvedSchedule, Schedule, parse_point
+from lightning_peft.namespaces import both
 from lightning_peft.structure.schedulers import FreshSchedule
 
 
@@ -157,5 +158,5 @@ class Run:
 
     def _accumulation(self) -> Mapping[int, int]:
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        by_epoch = [entry for entry in callbacks if isinstance(entry, GradientAccumulationScheduler)]
+        by_epoch = [entry for entry in callbacks if isinstance(entry, both(GradientAccumulationScheduler))]
         return by_epoch[-1].scheduling if by_epoch else {0: self.trainer.accumulate_grad_batches}

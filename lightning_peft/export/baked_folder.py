@@ -23,23 +23,28 @@ from lightning_peft.export.manifest import FORMAT as FORMAT
 from lightning_peft.export.manifest import MANIFEST, WEIGHTS, file_digest, manifest, read_manifest, record
 from lightning_peft.export.restore import restore
 from lightning_peft.method import Method, methods_of, ordered
+from lightning_peft.namespaces import both
 from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure import journal
 
 
-def save_baked(source: nn.Module | str | Path, folder: str | Path, *, methods: Iterable[Method] | None = None) -> Path:
+def save_baked(
+    source: nn.Module | str | Path, folder: str | Path, *, methods: Iterable[Method] | None = None, trusted: bool = False
+) -> Path:
     """Write a baked model as safetensors with a manifest; nothing in the folder is pickled.
 
     Args:
         source: A module, in training, trained or baked (it stays as it is), or a checkpoint file.
         folder: Folder to write; it must not exist or be empty, and appears only when it is complete.
         methods: Methods to record for a module; by default those of its Trainer. A checkpoint has its own record.
+        trusted: Whether Python objects in a checkpoint may be rebuilt; see
+            :func:`~lightning_peft.export.reading.read_checkpoint`. None of them reaches the folder.
 
     Returns:
         ``folder``.
 
     Raises:
-        CheckpointError: The checkpoint is damaged.
+        CheckpointError: The checkpoint is damaged, or holds Python objects and is not trusted.
         MisconfigurationException: safetensors is missing, the folder is in use, or the module saves something else than
             tensors.
     """
@@ -49,7 +54,7 @@ def save_baked(source: nn.Module | str | Path, folder: str | Path, *, methods: I
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise MisconfigurationException(f"{folder} is in use. Choose a folder that does not exist yet, or is empty.")
-    found = _of_module(source, methods) if isinstance(source, nn.Module) else _of_checkpoint(Path(source))
+    found = _of_module(source, methods) if isinstance(source, nn.Module) else _of_checkpoint(Path(source), trusted)
     tensors, tied = _untied(found.state)
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
@@ -145,16 +150,16 @@ class _Baked:
 
 def _of_module(module: nn.Module, methods: Iterable[Method] | None) -> _Baked:
     if methods is None:
-        trainer = module._trainer if isinstance(module, LightningModule) else None
+        trainer = module._trainer if isinstance(module, both(LightningModule)) else None
         methods = ordered(methods_of(trainer.callbacks)) if trainer is not None else ()  # type: ignore[attr-defined]
     records = [method_record(method) for method in methods]
-    hyper_parameters = dict(module.hparams) if isinstance(module, LightningModule) else {}
+    hyper_parameters = dict(module.hparams) if isinstance(module, both(LightningModule)) else {}
     state = bake(copy.deepcopy(module)).state_dict()
     return _Baked(state, journal.journal_of(module), records, hyper_parameters)
 
 
-def _of_checkpoint(path: Path) -> _Baked:
-    checkpoint = baked(read_checkpoint(path))
+def _of_checkpoint(path: Path, trusted: bool) -> _Baked:
+    checkpoint = baked(read_checkpoint(path, trusted=trusted))
     section = files.read(checkpoint)
     records = section["methods"] if section else []
     return _Baked(checkpoint["state_dict"], journal.read(section), records, checkpoint.get("hyper_parameters", {}))

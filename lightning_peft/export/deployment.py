@@ -16,6 +16,7 @@ from lightning_peft.export.deployment_figures import DeploymentReport, Figures
 from lightning_peft.export.deployment_layers import count_flops, layer_costs, time_layers
 from lightning_peft.export.deployment_quality import judge, moved
 from lightning_peft.export.plain_network import Inputs, batch_size, plain_network, with_batch_size
+from lightning_peft.namespaces import both
 from lightning_peft.weights.maps import mapped_tensors
 
 
@@ -140,7 +141,7 @@ def _figures(network: nn.Module, samples: list[Inputs], latencies: list[Latency]
 @contextlib.contextmanager
 def _ready(module: nn.Module) -> Iterator[tuple[nn.Module, torch.device]]:
     """Put a network into evaluation mode for a while; a LightningModule's, or one under weight maps, is copied and baked."""
-    if isinstance(module, LightningModule) or next(mapped_tensors(module), None) is not None:
+    if isinstance(module, both(LightningModule)) or next(mapped_tensors(module), None) is not None:
         module = plain_network(module)
     if any(isinstance(parameter, torch.sparse.SparseSemiStructuredTensor) for parameter in module.parameters()):
         raise MisconfigurationException(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft.attach.network import resolve_network
 from lightning_peft.export.bake import bake
+from lightning_peft.namespaces import both
 
 Inputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 """What a network is called with: a tensor, positional arguments (tuple), or keyword arguments (mapping)."""
@@ -30,7 +31,7 @@ def plain_network(module: nn.Module, network: str | None = None) -> nn.Module:
     Raises:
         MisconfigurationException: The network cannot be told.
     """
-    if isinstance(module, LightningModule) or network is not None:
+    if isinstance(module, both(LightningModule)) or network is not None:
         _, module = resolve_network(module, network)
     plain: nn.Module = bake(copy.deepcopy(module)).eval()
     return plain.requires_grad_(False)

@@ -98,7 +98,7 @@ def adaptation_report(study: Study) -> Report:
     for protocol in study.protocols():
         seeds = len(study.seeds(protocol))
         text = (
-            f"{PROTOCOLS[protocol].capitalize()}. {seeds} seed{'s' if seeds != 1 else ''}: mean ± standard deviation. A seed "
+            f"{PROTOCOLS[protocol].capitalize()}. {seeds} seed{'s: mean ± standard deviation' if seeds != 1 else ''}. A seed "
             "gives all methods the same stream.",
         )
         figures = [
@@ -137,7 +137,7 @@ def method_table(study: Study, protocol: str) -> Table:
             lost = _forgetting(study, protocol, method)
             row += [
                 _percent(study.spread(protocol, method, clean_error)),
-                "" if lost is None else f"{100 * lost.mean:+.1f} ± {100 * lost.std:.1f}",
+                "" if lost is None else lost.text(1, unit=100, sign="+"),
             ]
         rows.append(tuple(row))
     columns = ("method", "error, %", "ECE, %", *(("clean after, %", "forgets") if ends_clean else ()))
@@ -192,7 +192,7 @@ def _forgetting(study: Study, protocol: str, method: str) -> Spread | None:
 
 
 def _percent(spread: Spread) -> str:
-    return f"{100 * spread.mean:.1f} ± {100 * spread.std:.1f}"
+    return spread.text(1, unit=100)
 
 
 def _errors(study: Study, protocol: str) -> dict[str, list[float]]:

@@ -14,22 +14,24 @@ from lightning_peft.export.report_weights_section import weights_section
 from lightning_peft.structure import checkpoint as files
 
 
-def checkpoint_report(path: str | Path, command: str = "") -> Report:
+def checkpoint_report(path: str | Path, command: str = "", *, trusted: bool = False) -> Report:
     """Describe a checkpoint from what is in it.
 
     Args:
         path: Checkpoint written during or after training, or a baked one.
         command: Command to name as the maker.
+        trusted: Whether Python objects in the file may be rebuilt; see
+            :func:`~lightning_peft.export.reading.read_checkpoint`. The report leaves them out.
 
     Returns:
         The report; ``save`` it.
 
     Raises:
-        CheckpointError: The file is no checkpoint, damaged, or not plain data.
+        CheckpointError: The file is no checkpoint, damaged, or holds Python objects and is not trusted.
         FileNotFoundError: There is no such file.
     """
     path = Path(path)
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, trusted=trusted)
     section = files.read(checkpoint)
     weights = weigh(checkpoint)
     proofs = prove(checkpoint, weights.state)

@@ -60,9 +60,10 @@ def comparison_report(comparison: Comparison) -> Report:
     """Write the report of an ablation."""
     metrics, reach = comparison.metrics(), comparison.reach()
     seeds = len(next(iter(comparison.trials.values())))
+    spread = "mean, standard deviation, lowest, highest" if seeds > 1 else "one training says nothing of the spread over seeds"
     text = (
-        f"{seeds} seed{'s' if seeds != 1 else ''} for each variant: mean, standard deviation, lowest, highest. Differences to "
-        "the full recipe are taken seed by seed, because a seed gives all variants the same data order.",
+        f"{seeds} seed{'s' if seeds != 1 else ''} for each variant: {spread}. Differences to the full recipe are taken seed by "
+        "seed, because a seed gives all variants the same data order.",
     )
     sections = (
         Section("Ablation", text, (cost_table(comparison),)),
@@ -120,15 +121,11 @@ def cost_table(comparison: Comparison) -> Table:
 
 
 def _mean(metric: str, spread: Spread) -> str:
-    if is_share(metric):
-        return f"{100 * spread.mean:.1f} ± {100 * spread.std:.1f} %"
-    return f"{spread.mean:.4f} ± {spread.std:.4f}"
+    return f"{spread.text(1, unit=100)} %" if is_share(metric) else spread.text(4)
 
 
 def _difference(metric: str, spread: Spread) -> str:
-    unit = 100 if is_share(metric) else 1
-    digits = 1 if is_share(metric) else 4
-    return f"{unit * spread.mean:+.{digits}f} ± {unit * spread.std:.{digits}f}"
+    return spread.text(1, unit=100, sign="+") if is_share(metric) else spread.text(4, sign="+")
 
 
 def _density(trials: Sequence[Trial]) -> str:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
+from lightning_peft.attach.flop_meter import FLOPS
 from lightning_peft.export import report_plots as plots
 from lightning_peft.export.nm_proof import NMProof
 from lightning_peft.export.report import Fact, Figure, Report, Section, Table, number
-from lightning_peft.export.report_curves import Curve, Curves, first_logged, over_epochs, over_steps
+from lightning_peft.export.report_curves import Curve, Curves, first_logged, over_cost, over_epochs, over_steps
 from lightning_peft.export.report_proof import proof_data, proof_fact, proof_section
-from lightning_peft.export.report_trial import Trial, duration, lower_is_better, short, show, show_difference
+from lightning_peft.export.report_trial import (
+    Trial,
+    duration,
+    flop_text,
+    flop_unit,
+    lower_is_better,
+    short,
+    show,
+    show_difference,
+)
 from lightning_peft.export.report_weights import Weights
 from lightning_peft.export.report_weights_section import weights_section
 
@@ -30,6 +40,8 @@ class RunEvidence:
         weights: Weights of the composed run's checkpoint.
         proofs: N:M proof of its layers.
         curves: Logged numbers of each run by its name.
+        loading: Lines of Python that load the trained network.
+        loading_note: What to say about them.
         command: Command that made it.
     """
 
@@ -41,6 +53,8 @@ class RunEvidence:
     dense: Trial | None = None
     proofs: list[NMProof] = field(default_factory=list)
     curves: Mapping[str, Curves] = field(default_factory=dict)
+    loading: tuple[str, ...] = ()
+    loading_note: str = ""
     command: str = ""
 
     @property
@@ -64,6 +78,8 @@ def run_report(evidence: RunEvidence) -> Report:
         sections.append(
             Section("Plan", ("Methods in the order they act, whatever their order in the callbacks list.",), code=composed.plan)
         )
+    if evidence.loading_note:
+        sections.append(Section("Loading it", (evidence.loading_note,), code="\n".join(evidence.loading)))
     sections.extend(section for section in (_training(evidence), _calibration(evidence)) if section is not None)
     if evidence.proofs:
         sections.append(proof_section(evidence.proofs))
@@ -94,6 +110,10 @@ def outcome_table(evidence: RunEvidence) -> Table:
         rows.append(tuple(row))
     difference = ("",) if len(trials) == 2 else ()
     shares = [100 * trial.nonzero / max(trial.parameters, 1) for trial in trials]
+    for head, costs in (("FLOPs a sample", [t.forward_flops for t in trials]), ("training FLOPs", [t.flops for t in trials])):
+        if all(costs):
+            rows.append((head, *(flop_text(cost) for cost in costs), *difference))
+    rows.append(("parameters", *(number(trial.parameters) for trial in trials), *difference))
     rows.append(("non-zero parameters", *(number(trial.nonzero) for trial in trials), *difference))
     rows.append(("share of all parameters", *(f"{share:.1f} %" for share in shares), *difference))
     rows.append(("training", *(duration(trial.seconds) for trial in trials), *difference))
@@ -103,10 +123,10 @@ def outcome_table(evidence: RunEvidence) -> Table:
 
 def _outcome(evidence: RunEvidence) -> Section:
     composed = evidence.composed
-    text = f"{composed.epochs} epochs, {composed.steps:,} optimizer steps, seed {composed.seed}."
+    text = f"{composed.epochs} epochs, {composed.steps:,} optimizer steps, {composed.seed_text}."
     if evidence.dense is not None:
         text += " Dense is the same recipe, seed and data order with the methods left out."
-    return Section("Outcome", (text,), (outcome_table(evidence),))
+    return Section("Outcome", (text, *composed.notes), (outcome_table(evidence),))
 
 
 def _methods(trial: Trial) -> Section:
@@ -125,7 +145,7 @@ def _methods(trial: Trial) -> Section:
 
 def _facts(evidence: RunEvidence) -> tuple[Fact, ...]:
     composed, dense = evidence.composed, evidence.dense
-    facts = []
+    facts = _savings(composed, dense)
     ece = next((name for name in composed.metrics if short(name) == "ece"), None)
     for name in dict.fromkeys(name for name in (evidence.monitor, ece) if name in composed.metrics):
         assert name is not None
@@ -149,21 +169,39 @@ def _facts(evidence: RunEvidence) -> tuple[Fact, ...]:
     return tuple(facts)
 
 
+def _savings(composed: Trial, dense: Trial | None) -> list[Fact]:
+    """Return the costs in which the runs differ, which is what a method that changes structure is for."""
+    costs = (
+        ("FLOPs a sample", composed.forward_flops, dense and dense.forward_flops, flop_text),
+        ("parameters", composed.parameters, dense and dense.parameters, number),
+        ("training FLOPs", composed.flops, dense and dense.flops, flop_text),
+    )
+    facts = []
+    for label, own, other, text in costs:
+        if not own or not other or abs(own - other) < 0.01 * other:
+            continue
+        change = f"{100 * abs(own - other) / other:.0f} % {'fewer' if own < other else 'more'}"
+        facts.append(Fact(label, text(own), f"dense {text(other)}, {change}", own < other))
+    return facts
+
+
 def _training(evidence: RunEvidence) -> Section | None:
     figures = []
     runs = evidence.curves
     wanted = "val/" + short(evidence.monitor)
     score = first_logged(runs.values(), (wanted, wanted.replace("/", "_"), "val/loss", "val_loss"))
     panels: dict[str, dict[str, Curve]] = {}
+    by_epoch = score is not None and all(_one_an_epoch(run, score) for run in runs.values())
+    over = over_epochs if by_epoch else over_steps
     if score is not None:
-        panels[score.replace("/", " ")] = _by_run(runs, score)
+        panels[score.replace("/", " ")] = _by_run(runs, score, over)
     val_loss = first_logged(runs.values(), ("val/loss", "val_loss"))
     if val_loss not in (None, score):
         assert val_loss is not None
-        panels[val_loss.replace("/", " ")] = _by_run(runs, val_loss)
+        panels[val_loss.replace("/", " ")] = _by_run(runs, val_loss, over)
     if panels:
-        draw = partial(plots.lines, panels, "epoch", integer=True)
-        figures.append(Figure("curves", "Validation after each epoch, composed beside dense.", draw))
+        figures.append(_validation(panels, by_epoch))
+    figures[:0] = _cost(evidence, score)
     composed = runs.get(evidence.composed.name, {})
     losses = {
         name.rsplit("/", 1)[-1]: curve
@@ -191,8 +229,39 @@ def _training(evidence: RunEvidence) -> Section | None:
     return Section("Training", (), (), tuple(figures)) if figures else None
 
 
-def _by_run(runs: Mapping[str, Curves], name: str) -> dict[str, Curve]:
-    return {run: curve for run, curves in runs.items() if (curve := over_epochs(curves, name)) is not None}
+def _validation(panels: Mapping[str, Mapping[str, Curve]], by_epoch: bool) -> Figure:
+    if by_epoch:
+        draw = partial(plots.lines, panels, "epoch", integer=True)
+        return Figure("curves", "Validation after each epoch, composed beside dense.", draw)
+    return Figure(
+        "curves", "Validation while it trained, composed beside dense.", partial(plots.lines, panels, "optimizer step")
+    )
+
+
+def _cost(evidence: RunEvidence, score: str | None) -> list[Figure]:
+    """Return the validation metric over what was spent, where a step of one run costs more than a step of the other."""
+    flops = [trial.flops for trial in evidence.trials]
+    if score is None or len(flops) < 2 or not min(flops) or max(flops) < 1.01 * min(flops):
+        return []
+    scale, unit = flop_unit(max(flops))
+    curves: dict[str, Curve] = {}
+    for run, logged in evidence.curves.items():
+        curve = over_cost(logged, score, FLOPS)
+        if curve is not None:
+            curves[run] = ([x / scale for x in curve[0]], curve[1])
+    if not curves:
+        return []
+    draw = partial(plots.lines, {score.replace("/", " "): curves}, f"training FLOPs, {unit}")
+    return [Figure("cost", "Validation over what training had cost until then, composed beside dense.", draw)]
+
+
+def _one_an_epoch(curves: Curves, name: str) -> bool:
+    epochs = [point.epoch for point in curves.get(name, [])]
+    return len(set(epochs)) == len(epochs)
+
+
+def _by_run(runs: Mapping[str, Curves], name: str, over: Callable[[Curves, str], Curve | None]) -> dict[str, Curve]:
+    return {run: curve for run, curves in runs.items() if (curve := over(curves, name)) is not None}
 
 
 def _schedules(curves: Curves) -> dict[str, dict[str, Curve]]:
@@ -224,6 +293,8 @@ def _data(evidence: RunEvidence) -> dict[str, Any]:
         "recipe": evidence.name,
         "monitor": evidence.monitor,
         **{trial.name: asdict(trial) for trial in evidence.trials},
+        "loading": list(evidence.loading),
+        "loading_note": evidence.loading_note,
         "weights": evidence.weights.as_data(),
         "nm_proof": proof_data(evidence.proofs),
     }

@@ -22,22 +22,25 @@ class Trial:
 
     Attributes:
         name: ``"dense"``, ``"composed"``, ``"without PSKD"``.
-        seed: Seed of everything.
+        seed: Seed of everything; ``None`` for a run without one.
         methods: Class name, log name and arguments of each method.
         plan: The printed plan.
         metrics: Test metrics.
         seconds: Time in ``fit``, validation included, summed over the sessions of a resumed run.
         flops: Floating point operations of the training steps in one process, as
             :class:`~lightning_peft.attach.flop_meter.FlopMeter` counts them; 0 when they are not known.
+        forward_flops: The same of one sample's way through the tested network; 0 when it is not known.
         epochs: Epochs trained.
         steps: Optimizer steps taken.
         parameters: Trainable and frozen values of the module.
         nonzero: How many of them are not zero in the final, baked module.
         calibration: Reliability bins of the test samples; empty when they could not be told from the module.
+        notes: Settings of the recipe that were overruled, a sentence each.
+        made_with: Digest of all its settings; empty in files of versions that did not write one.
     """
 
     name: str
-    seed: int
+    seed: int | None
     methods: list[dict[str, Any]] = field(default_factory=list)
     plan: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -48,6 +51,14 @@ class Trial:
     parameters: int = 0
     nonzero: int = 0
     calibration: Bins = field(default_factory=list)
+    forward_flops: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    made_with: str = ""
+
+    @property
+    def seed_text(self) -> str:
+        """The seed for people."""
+        return "no seed" if self.seed is None else f"seed {self.seed}"
 
     def write(self, path: Path) -> None:
         """Write it whole or not at all, so that a file found later is a finished trial."""

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_peft.attach.saving import JournalShim
+from lightning_peft.namespaces import both
 from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure import journal
 from lightning_peft.weights.maps import mapped_tensors
@@ -43,7 +44,7 @@ def restore(module: nn.Module, state: Mapping[str, Any], edits: Sequence[dict[st
                 journal.take_back(module)
         raise
     module.load_state_dict(dict(state), strict=strict)
-    if isinstance(module, LightningModule):
+    if isinstance(module, both(LightningModule)):
         JournalShim.keep(module)
 
 

@@ -57,6 +57,7 @@ class EpisodeRecord:
         forward: Samples of all forward passes.
         backward: Samples of the forward passes whose graph was walked back through.
         seconds: Wall time of the evaluation loop.
+        made_with: Digest of the source model, data, recipe and versions it was made with; empty where nobody said.
     """
 
     method: str
@@ -71,6 +72,7 @@ class EpisodeRecord:
     forward: int
     backward: int
     seconds: float
+    made_with: str = ""
 
     @property
     def samples(self) -> int:

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import (
 
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.method import Method
+from lightning_peft.namespaces import both
 from lightning_peft.strategies.adaptive import rewrap_ddp
 
 _GROW_FIRST = (
@@ -34,7 +35,7 @@ def strategy_kind(strategy: Strategy) -> str:
         (ModelParallelStrategy, "fsdp2"),
         (DeepSpeedStrategy, "deepspeed"),
     ]
-    return next((kind for cls, kind in kinds if isinstance(strategy, cls)), type(strategy).__name__)
+    return next((kind for cls, kind in kinds if isinstance(strategy, both(cls))), type(strategy).__name__)
 
 
 def check_strategy(trainer: Trainer, methods: Iterable[Method]) -> None:
@@ -55,5 +56,5 @@ def check_strategy(trainer: Trainer, methods: Iterable[Method]) -> None:
 
 def rewrap(trainer: Trainer) -> None:
     """Let the strategy see that the module has other parameters than before."""
-    if isinstance(trainer.strategy, DDPStrategy):
+    if isinstance(trainer.strategy, both(DDPStrategy)):
         rewrap_ddp(trainer.strategy)

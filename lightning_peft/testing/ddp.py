@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import faulthandler
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -67,43 +69,50 @@ def _launch(function: str, arguments: Mapping[str, Any], processes: int, timeout
         "WORLD_SIZE": str(processes),
         "NODE_RANK": "0",
     }
-    command = [sys.executable, "-c", "from lightning_peft.testing import ddp; ddp.main()", function, str(folder)]
-    started: list[subprocess.Popen[bytes]] = []
+    context: Any = _context()
+    started: list[BaseProcess] = []
     try:
         for rank in range(processes):
-            with (folder / f"{rank}.log").open("wb") as log:
-                environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                started.append(
-                    subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=os.name == "posix")
-                )
+            environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            process = context.Process(target=main, args=(function, str(folder), environment))
+            process.start()
+            started.append(process)
         deadline = time.monotonic() + timeout
         # One rank that failed leaves the others waiting for it: no need to wait with them.
-        while any(p.poll() is None for p in started) and not any(p.poll() for p in started) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if all(process.poll() is None for process in started):
+        while any(p.is_alive() for p in started) and not any(p.exitcode for p in started) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if all(process.is_alive() for process in started):
             _tell_stacks(started)
     finally:
         for process in started:
             _end(process)
-    return [process.returncode for process in started]
+    return [process.exitcode for process in started]
 
 
-def _tell_stacks(started: list[subprocess.Popen[bytes]]) -> None:
+def _context() -> BaseContext:
+    """How ranks start: where they can, as forks of a server that has imported torch and Lightning once, new and at once."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "lightning.pytorch", "pytest"])
+    return context
+
+
+def _tell_stacks(started: list[BaseProcess]) -> None:
     """Have ranks that hang write where they are to their log."""
     if os.name == "posix":
         for process in started:
-            process.send_signal(signal.SIGUSR1)
+            os.kill(process.pid or 0, signal.SIGUSR1)
         time.sleep(1.0)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is not None:
-        return
-    if os.name == "posix":
-        os.killpg(process.pid, signal.SIGKILL)  # with loader workers of its own
-    else:
-        process.kill()
-    process.wait()
+def _end(process: BaseProcess) -> None:
+    if process.is_alive():
+        if os.name == "posix" and process.pid is not None and os.getpgid(process.pid) == process.pid:
+            os.killpg(process.pid, signal.SIGKILL)  # with loader workers of its own
+        else:
+            process.kill()
+    process.join()
 
 
 def _free_port() -> int:
@@ -127,17 +136,34 @@ def load_module(source: str) -> Any:
     return module
 
 
-def main() -> None:
-    """What each process runs."""
+def main(function: str, folder: str, environment: Mapping[str, str]) -> None:
+    """Run a function as one rank.
+
+    Args:
+        function: As :func:`run_ddp` takes it.
+        folder: Where its arguments are, and where its result and output go.
+        environment: Environment variables of the rank, all of them.
+    """
+    if os.name == "posix":
+        os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    _redirect_output(Path(folder, f"{environment['RANK']}.log"))
     torch.set_num_threads(1)
     if os.name == "posix":
         faulthandler.register(signal.SIGUSR1)
-    source, _, name = sys.argv[1].rpartition(":")
-    folder = Path(sys.argv[2])
-    arguments = torch.load(folder / "arguments", weights_only=True)
+    source, _, name = function.rpartition(":")
+    arguments = torch.load(Path(folder, "arguments"), weights_only=True)
     result = getattr(load_module(source), name)(**arguments)
-    torch.save(result, folder / f"{os.environ['RANK']}.out")
+    torch.save(result, Path(folder, f"{environment['RANK']}.out"))
     _leave()
+
+
+def _redirect_output(path: Path) -> None:
+    with path.open("wb") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
 
 
 def _leave() -> None:

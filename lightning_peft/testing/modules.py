@@ -59,7 +59,7 @@ class Stream(IterableDataset[tuple[Tensor, ...]]):
     """The samples of :func:`loader` one after the other, from a source that does not know how many it has."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        return iter(loader().dataset)  # type: ignore[call-overload,no-any-return]
+        return iter(loader().dataset)
 
 
 def stream(batch_size: int = 8) -> DataLoader[tuple[Tensor, ...]]:

@@ -38,12 +38,16 @@ class Fit:
     methods: list[Method]
     losses: list[float] = field(default_factory=list)
 
+    _state: dict[str, Any] | None = None
+
     def state(self) -> dict[str, Any]:
-        """Everything that decides how training would go on: weights, optimizers, schedulers, methods."""
-        with TemporaryDirectory() as folder:
-            path = Path(folder, "now.ckpt")
-            self.trainer.save_checkpoint(path)
-            return resumable(torch.load(path, weights_only=True))
+        """Everything that decides how training would go on: weights, optimizers, schedulers, methods; looked at once."""
+        if self._state is None:
+            with TemporaryDirectory() as folder:
+                path = Path(folder, "now.ckpt")
+                self.trainer.save_checkpoint(path)
+                self._state = resumable(torch.load(path, weights_only=True))
+        return self._state
 
 
 def seed_all(seed: int) -> None:

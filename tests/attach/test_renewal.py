@@ -1,4 +1,4 @@
-"""What a method remembers of a run, and when it forgets that."""
+"""What a method sees and remembers of a run, and when it forgets that."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import pickle
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
 
-from lightning_peft import Lane, Method
+from lightning_peft import GBLM, BlockPruning, Lane, MaskedPruning, Method, Wanda
 from lightning_peft.compose.schedule import Schedule
 from lightning_peft.testing.callbacks import FailAt, PlannedError, every_epoch
-from lightning_peft.testing.modules import Plain, loader, trainer
+from lightning_peft.testing.modules import Plain, deepened, loader, trainer
 from lightning_peft.testing.runs import fit
 from lightning_peft.testing.toys import ToyEntropy, ToyScale
+from lightning_peft.testing.trace import difference
 
 
 class Diary(Method):
@@ -49,16 +51,16 @@ def test_a_new_trainer_begins_anew_and_a_continued_one_does_not():
     run = fit([method], module=module, max_epochs=1)
     assert (method.count, method.seen) == (4, [1, 2, 3, 4])
     run.trainer.fit_loop.max_epochs = 2
-    run.trainer.fit(run.module, loader())
+    run.trainer.fit(run.module, loader(), loader(8))
     assert (method.count, method.steps) == (8, 8)
 
 
 def test_another_module_begins_anew_even_in_the_same_trainer():
     method = Diary()
     runner = trainer(callbacks=[method], max_epochs=1)
-    runner.fit(Plain(), loader())
+    runner.fit(Plain(), loader(), loader(8))
     runner.fit_loop.max_epochs = 2
-    runner.fit(Plain(), loader())
+    runner.fit(Plain(), loader(), loader(8))
     assert method.seen == [1, 2, 3, 4]
 
 
@@ -145,3 +147,40 @@ def test_a_load_state_that_fails_says_whose():
         MisconfigurationException, match=r"careless was not restored: .*KeyError: 'missing'.*start from its weights"
     ):
         Careless().load_state_dict(Careless().state_dict())
+
+
+class Evaluating(Plain):
+    """Comes in evaluation mode, as from_pretrained returns networks."""
+
+    def build(self):
+        super().build()
+        self.eval()
+
+
+EVALUATED = {
+    "wanda": (Evaluating, lambda: Wanda(0.5, start=2, every=2)),
+    "gblm": (Evaluating, lambda: GBLM(0.5, start=2, every=2)),
+    "beta": (Evaluating, lambda: MaskedPruning(0.5, "beta", start=2, every=2)),
+    "blocks": (deepened(Evaluating), lambda: BlockPruning(1, start=2, every=2)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
+@pytest.mark.parametrize("name", EVALUATED)
+def test_calls_in_a_training_step_count_whatever_the_flag(name):
+    """Without dropout and batch statistics the flag changes nothing, so both trainings must end in the same weights."""
+    style, make = EVALUATED[name]
+
+    class Other(Callback):  # calls outside of the step, in training mode and not, are none of the training's
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pl_module(100 * batch[0])
+
+    weights = []
+    for mode in (False, True):
+        torch.manual_seed(0)
+        module = style().train(mode)
+        fit([make()], module=module, after=[Other()])
+        weights.append(dict(module.state_dict()))
+    assert difference(*weights) is None
+    plain = fit([make()], style=style).module
+    assert difference(dict(plain.state_dict()), weights[0]) is None

@@ -145,7 +145,7 @@ class Batches:
 
 
 def test_what_is_no_loader_is_refused_and_the_cure_works() -> None:
-    with pytest.raises(MisconfigurationException, match='is a Batches, whose sample order.*sample_index="<key or position>"'):
+    with pytest.raises(MisconfigurationException, match=r'is a Batches, whose sample order.*sample_index="<key or position>"'):
         trainer(PSKD()).fit(Classifier(), Batches())
     method = PSKD(sample_index="2")
     trainer(method).fit(Classifier(), Batches())

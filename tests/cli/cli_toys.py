@@ -114,3 +114,42 @@ class Killer(Callback):
         composed = any(isinstance(callback, ToyMask) for callback in trainer.callbacks)
         if composed and os.environ.get("TOY_KILL_AT") == str(trainer.global_step):
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(x).relu()
+
+
+class DeepModule(ToyModule):
+    """A list of equal blocks, for methods that change structure."""
+
+    def __init__(self, width: int = 8, depth: int = 4, lr: float = 0.1) -> None:
+        super().__init__(width, lr)  # saves these arguments
+        self.model = DeepNetwork(width, depth)
+
+
+class DeepNetwork(nn.Module):
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Residual(width) for _ in range(depth))
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class ForgetfulModule(ToyModule):
+    """Does not save its arguments, as many modules do not."""
+
+    def __init__(self, size: int = 4) -> None:
+        LightningModule.__init__(self)
+        self.lr = 0.1
+        self.model = nn.Sequential(nn.Linear(8, size), nn.ReLU(), nn.Linear(size, 3))
+        self.score = MulticlassAccuracy(3, average="micro")

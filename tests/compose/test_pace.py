@@ -61,8 +61,9 @@ class Uneven(TwoOptimizers):
 
     def training_step(self, batch, batch_idx):
         if batch_idx % 2 == 1:
-            return super().training_step(batch, batch_idx)
-        self.optimizers()[1].step()
+            super().training_step(batch, batch_idx)
+        else:
+            self.optimizers()[1].step()
 
 
 def course(style, end="100%", **trainer):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_peft import Lane, Method
@@ -71,9 +71,16 @@ def test_a_stream_needs_a_length_only_for_what_is_a_part_of_it():
     assert look.clock[-1] == (6, 1)
 
 
+class Stops(Callback):
+    """Ends a training that has no end."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = True
+
+
 def test_endless_training_needs_an_end_only_for_what_is_a_part_of_it():
     look = Look(lambda run: (run.place(parse_point(3)), run.place(parse_point("2ep")), run.end))
-    fit([look], max_epochs=-1, max_time={"seconds": 0})
+    fit([look], max_epochs=-1, after=[Stops()])
     assert look.seen == (3, 8, None)
 
 
@@ -91,7 +98,7 @@ def test_what_cannot_be_placed_is_refused_with_a_cure_that_works(data, trainer, 
     with pytest.raises(MisconfigurationException, match=match):
         fit([Look(lambda run: run.place(parse_point(point)))], data=data(), **trainer)
     look = Look(lambda run: run.place(parse_point(6 if placed is None else point)))
-    fit([look], data=data(), **(trainer | cure), max_time={"seconds": 30})
+    fit([look], data=data(), **(trainer | cure))
     assert look.seen == (6 if placed is None else placed)
 
 

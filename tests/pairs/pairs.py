@@ -129,15 +129,21 @@ def batches(seed: int = 0) -> DataLoader[Any]:
     return DataLoader(data(seed=seed), batch_size=4)
 
 
-def run(*names: str, **settings: Any) -> tuple[Trainer, Classifier]:
-    """Train for four steps with validation and its sanity check; methods that adapt act in a test afterwards."""
+def run(*methods: Method, strategy: Any = "auto") -> tuple[Trainer, Classifier]:
+    """Train for four steps with validation and its sanity check; methods that adapt act in a test afterwards.
+
+    Args:
+        methods: The methods, new.
+        strategy: Strategy of the last of these runs.
+    """
     torch.manual_seed(0)
     module = Classifier()
-    methods = [CONFIGURATIONS[name]() for name in names]
-    runner = trainer(callbacks=methods, max_epochs=2, num_sanity_val_steps=2, **settings)
+    tests = not methods or any(method.lane == Lane.ADAPT for method in methods)
+    runner = trainer(callbacks=list(methods), max_epochs=2, num_sanity_val_steps=2, strategy="auto" if tests else strategy)
     runner.fit(module, batches(), batches(1))
-    if not methods or any(method.lane == Lane.ADAPT for method in methods):
-        runner.test(module, batches(2), verbose=False)
+    if tests:
+        tester = trainer(callbacks=list(methods), strategy=strategy)
+        tester.test(module, batches(2), verbose=False)
     return runner, module
 
 
@@ -157,7 +163,7 @@ def outcome(*names: str) -> str:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*(gone before|never|did not).*", category=UserWarning)
-            _, module = run(*names)
+            _, module = run(*(CONFIGURATIONS[name]() for name in names))
     except MisconfigurationException as error:
         assert_helpful(error, names)
         return str(error)
@@ -199,13 +205,12 @@ def page() -> str:
     lines = [
         "# What goes together",
         "",
-        f"Each pair of the {len(CONFIGURATIONS)} methods was trained for {STEPS} steps on a small convolutional network, with a "
-        "validation loader and",
-        "Lightning's sanity check, and tested afterwards; a test repeats it and compares. Both methods act on the whole network.",
+        f"Each pair of the {len(CONFIGURATIONS)} methods was trained for {STEPS} steps on a small convolutional network with a",
+        "validation loader and Lightning's sanity check, and tested afterwards if one of them adapts; a test repeats it and",
+        "compares. Both methods act on all they can.",
         "",
-        f"**{len(PAIRS) - count} of {len(PAIRS)} pairs train together** and leave a clean module. The other {count} are refused "
-        "when `fit` or `test` begins,",
-        "each with a message that says why:",
+        f"**{len(PAIRS) - count} of {len(PAIRS)} pairs train together** and leave a clean module. The other {count} are",
+        "refused when `fit` or `test` begins, each with a message that says why:",
         "",
         "| refused together | the message (A, B: the two methods) |",
         "| --- | --- |",

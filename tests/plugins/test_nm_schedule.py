@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_peft_plugins.sparsity.nm_schedule import RECIPES, Phase, Timeline, phase_at
+from lightning_peft_plugins.sparsity.nm_schedule import NEVER, RECIPES, Phase, Timeline, needs_end, phase_at
 
 LINE = Timeline(dense_end=10, sparse_end=90, total=100)
 
@@ -54,3 +54,13 @@ def test_density_never_rises(recipe, n, m, step):
 def test_phases_that_do_not_fit_are_refused():
     with pytest.raises(MisconfigurationException, match="do not fit into 100 steps"):
         Timeline(dense_end=60, sparse_end=40, total=100)
+
+
+def test_a_recipe_that_needs_no_end_is_the_same_whatever_the_end():
+    endless, long = Timeline(5, NEVER, NEVER), Timeline(5, 10_000, 10_000)
+    for recipe in RECIPES:
+        if not needs_end(recipe, 1e-3):
+            for step in (0, 4, 5, 6, 900):
+                assert phase_at(step, endless, recipe, 2, 4, 1e-3) == phase_at(step, long, recipe, 2, 4, 1e-3)
+        else:
+            assert phase_at(900, Timeline(5, 1000, 1000), recipe, 2, 8) != phase_at(900, long, recipe, 2, 8)

@@ -41,7 +41,7 @@ Deep = deepened(Plain)
 GROUPS: dict[str, tuple[type[Plain], Callable[[], list[Method]]]] = {
     "growth": (Deep, lambda: [LayerGrowth(at="step:2", start=2), NMSparsity("2:4", refresh=2), WeightCompander(), PSKD()]),
     "cuts": (Conv, lambda: [StructuredPruning(0.2, "taylor", start=6, every=6), ToyEntropy()]),
-    "blocks": (Deep, lambda: [BlockPruning(1, start=6, every=6), FisherEstimator(samples=8)]),
+    "blocks": (Deep, lambda: [BlockPruning(1, start=6, every=6), FisherEstimator("train", samples=8)]),
     "masks": (Plain, lambda: [MaskedPruning(0.5, "gblm", start=6, every=6, rewind=2)]),
     "rank": (Plain, lambda: [TrainedRankPruning(0.9, period=4)]),
 }
@@ -61,7 +61,7 @@ DAMAGE: tuple[Any, ...] = (
     torch.tensor(0.5),
     ...,
 )
-MOST = 60
+MOST = 40
 
 
 @cache

@@ -24,6 +24,7 @@ from lightning_peft.testing.callbacks import FailAt, PlannedError, every_epoch
 from lightning_peft.testing.modules import Plain, ResidualBlock, deepened, loader, trainer
 from lightning_peft.testing.runs import Fit, assert_same, fit
 from lightning_peft.testing.trace import difference
+from lightning_peft_plugins.growth import layer_growth
 
 Deep = deepened(Plain)
 Short = deepened(Plain, 2)
@@ -296,3 +297,32 @@ def test_a_pickled_module_needs_nothing_of_this_library() -> None:
     assert b"lightning_peft.attach" not in data
     again = pickle.loads(data)
     assert difference(values(module), values(again)) is None
+
+
+def test_a_grown_network_trains_on_with_what_grew_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(layer_growth, "rank_zero_info", said.append)
+    used = LayerGrowth(at="step:2", start=2, lr="rewarm:3")
+    module = fit([used], style=Deep).module
+    for method in (used, LayerGrowth(at="step:2", start=2, lr="rewarm:3")):
+        said.clear()
+        fit([method], module=module)
+        assert "has been grown before" in "".join(said)
+        assert (method.done, method.changed_at, method.lr_factor(), len(module.blocks)) == (1, None, 1.0, 4)
+
+
+def test_a_training_that_ended_before_it_grew_grows_in_the_next() -> None:
+    module = fit([LayerGrowth(at="step:9", start=2)], style=Deep).module
+    assert len(module.blocks) == 2
+    fit([LayerGrowth(at="step:2", start=2)], module=module)
+    assert len(module.blocks) == 4
+
+
+def test_sizes_are_held_against_the_tensors_of_the_file_before_anything_is_built(folder: Path, tmp_path: Path) -> None:
+    checkpoint = torch.load(folder / "epoch=2.ckpt", weights_only=True)
+    (grow,) = checkpoint[KEY]["journal"]["edits"]
+    grow["sources"], grow["rates"] = [0] * 10**6, {}
+    torch.save(checkpoint, tmp_path / "huge.ckpt")
+    with pytest.raises(CheckpointError, match="leads to 1000000 blocks of blocks, but the file holds tensors of 4") as refused:
+        lightning_peft.load_from_checkpoint(Short, tmp_path / "huge.ckpt")
+    assert len(str(refused.value)) < 300

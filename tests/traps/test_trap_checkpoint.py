@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 import lightning_peft
 from lightning_peft.testing import Plain, trainer
@@ -18,6 +19,7 @@ from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import loader
 from lightning_peft.testing.runs import assert_clean, fit
 from lightning_peft.testing.toys import ToyEntropy, ToyScale, ToyThreshold
+from lightning_peft.testing.trace import difference
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks:UserWarning")
 
@@ -79,3 +81,26 @@ def test_t24_evaluation_restores_state_and_computes_what_was_trained(stage, with
         assert method.seen["optimizer_steps"] == 4
         del module.logits
         assert_clean(module, stage)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_last_is_found_only_in_a_folder_that_has_a_name(tmp_path):
+    """Without a `dirpath` every Trainer with a logger has a folder of its own, where the next one finds nothing."""
+
+    def train(epochs, saver, **resume):
+        torch.manual_seed(0)
+        module, data = Plain(), loader()
+        runner = trainer(
+            callbacks=[ToyScale(), saver], max_epochs=epochs, logger=CSVLogger(tmp_path), default_root_dir=tmp_path
+        )
+        runner.fit(module, data, **resume)
+        return runner, module
+
+    train(1, ModelCheckpoint(save_last=True))
+    with pytest.warns(UserWarning, match="there is no last checkpoint available"):
+        assert train(2, ModelCheckpoint(save_last=True), ckpt_path="last")[0].ckpt_path is None
+    _, whole = train(2, ModelCheckpoint(tmp_path / "whole", save_last=True))
+    train(1, ModelCheckpoint(tmp_path / "named", save_last=True))
+    resumed, module = train(2, ModelCheckpoint(tmp_path / "named", save_last=True), ckpt_path="last")
+    assert Path(resumed.ckpt_path).name == "last.ckpt"
+    assert difference(dict(whole.state_dict()), dict(module.state_dict())) is None

@@ -98,7 +98,7 @@ class BlockPruning(Method):
         self.schedule = Schedule(start, start if end is None else end, "constant" if end is None else shape)
         self.every = parse_point(every)
         self.timeline: Timeline | None = None
-        self.watch = BlockWatch(lambda: self.in_training_step, self._scores_calls)
+        self.watch = BlockWatch(self.in_training_step, self._scores_calls)
         self.lists: dict[str, BlockList] = {}
         self._goal: int | None = None
         self._gone = 0

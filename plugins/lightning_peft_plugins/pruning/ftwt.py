@@ -277,6 +277,7 @@ class FTWT(Method):
         inputs: Tensor,
         *,
         checkpoint: str | Path | None = None,
+        trusted: bool = False,
         calibrate: bool = True,
         exact: bool = True,
     ) -> Deployed:
@@ -286,6 +287,7 @@ class FTWT(Method):
             module: The trained module: during training, after ``fit``, or loaded from a checkpoint.
             inputs: Real inputs of the network, shape ``(samples, ...)``; a few dozen are enough.
             checkpoint: Where to read predictors from when the module was not trained in this process.
+            trusted: Whether Python objects in that file may be rebuilt, which can run code; see ``load_from_checkpoint``.
             calibrate: Measure, layer by layer, whether gathering pays, and compute densely where it does not; every choice
                 gives the same outputs.
             exact: Compute what the trained network computes. Otherwise units that nearly always choose the same channels
@@ -300,7 +302,7 @@ class FTWT(Method):
         """
         prefix, network = resolve_network(module, self.network)
         prefix = f"{prefix}." if prefix else ""
-        states = trained_predictors(module, checkpoint)
+        states = trained_predictors(module, checkpoint, trusted=trusted)
         units = self.units(module)
         if not states or set(units) - set(states):
             missing = sorted(set(units) - set(states))

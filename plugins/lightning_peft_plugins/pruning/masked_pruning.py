@@ -137,7 +137,7 @@ class MaskedPruning(Method):
         self.fades, self.alpha = not self.rule.masked, alpha
         self.decays = strength if rule == "decay" else 0.0
         self.timeline: Timeline | None = None
-        self.watch = Watch(self.score.reads, self._watches, lambda: self.in_training_step)
+        self.watch = Watch(self.score.reads, self._watches, self.in_training_step)
         self._chosen_at: int | None = None
         self._shrunk_at: int | None = None
         self.rewind_to = None if rewind is None else parse_point(rewind)

@@ -116,7 +116,7 @@ class StructuredPruning(Method):
         self.schedule = Schedule(start, last, "constant" if end is None else shape, (0.0, float(amount)))
         self.every = parse_point(every)
         self.timeline: Timeline | None = None
-        self.watch = Watch(self.score.reads, self._watches, lambda: self.in_training_step)
+        self.watch = Watch(self.score.reads, self._watches, self.in_training_step)
         self._shim: Shim | None = None
         self._example: dict[str, Any] | None = None
         self._baseline: Baseline | None = None
@@ -140,7 +140,7 @@ class StructuredPruning(Method):
 
     def _recorder(self, run: Run) -> Any:
         def see(inner: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._example is None and self.in_training_step:
+            if self._example is None and self.in_training_step():
                 self._example = record(args, kwargs)
             return inner(*args, **kwargs)
 

@@ -13,12 +13,15 @@ from lightning_peft.structure.map_states import states_of_checkpoint, states_of_
 from lightning_peft_plugins.pruning.channel_gate import ChannelGate
 
 
-def trained_predictors(module: nn.Module, checkpoint: str | Path | None = None) -> dict[str, ChannelPredictor]:
+def trained_predictors(
+    module: nn.Module, checkpoint: str | Path | None = None, *, trusted: bool = False
+) -> dict[str, ChannelPredictor]:
     """Build the trained predictor of every gate, by the qualified name of the layer the gate hangs on.
 
     Args:
         module: The module that was trained; asked when there is no checkpoint.
         checkpoint: A file of the training.
+        trusted: Whether Python objects in it may be rebuilt, which can run code.
 
     Returns:
         Predictors on the CPU; none when nothing was trained.
@@ -29,7 +32,7 @@ def trained_predictors(module: nn.Module, checkpoint: str | Path | None = None) 
     if checkpoint is None:
         states = states_of_module(module, ChannelGate.kind)
     else:
-        states = states_of_checkpoint(read_checkpoint(checkpoint), ChannelGate.kind)
+        states = states_of_checkpoint(read_checkpoint(checkpoint, trusted=trusted), ChannelGate.kind)
     predictors = {}
     for name, (config, state) in states.items():
         try:

@@ -158,8 +158,8 @@ class NMSparsity(Method):
             return run.place_from_end(self.fine_tune, "fine_tune=")
         except MisconfigurationException as error:
             raise MisconfigurationException(
-                f'{error} A training without an end can have recipe="sr-ste", "ste" or "one-shot", or an MDGF recipe with decay= '
-                "per step, all with fine_tune=0."
+                f'{error} A training without an end can have recipe="sr-ste", "ste" or "one-shot", or an MDGF recipe with '
+                "decay= per step, all with fine_tune=0."
             ) from None
 
     def after_step(self, run: Run) -> None:

@@ -24,6 +24,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_peft.attach.batches import tensors_of
 from lightning_peft.attach.evaluation import Call
 from lightning_peft.attach.shim import Shim
+from lightning_peft.namespaces import both
 from lightning_peft.weights.mapped_layer import is_mapped
 
 T = TypeVar("T")
@@ -158,7 +159,7 @@ def _replicable(module: nn.Module, root: bool) -> bool:
         or ("forward" in own and not root)
         or any(own.get(name) for name in HOOKS)
         or own.get("_compiled_call_impl") is not None
-        or isinstance(module, (torch.jit.ScriptModule, LightningModule, torch._dynamo.OptimizedModule))
+        or isinstance(module, (torch.jit.ScriptModule, *both(LightningModule), torch._dynamo.OptimizedModule))
         or is_mapped(module)
         or is_parametrized(module)
         or any(t is not None and t.device.type != "cpu" for kind in TENSORS for t in own[kind].values())

@@ -24,6 +24,7 @@ from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import FEATURES, Plain, ResidualBlock, deepened
 from lightning_peft.testing.runs import Fit, assert_same
 from lightning_peft.testing.trace import difference
+from lightning_peft_plugins.growth import stage_sharing
 
 HERE = str(Path(__file__))
 TENSORS = len(ResidualBlock().state_dict())
@@ -271,10 +272,21 @@ def test_modules_that_are_refused(arguments: Any, reason: str) -> None:
     assert ties(module.blocks) == [0, 1, 2, 3]
 
 
-def test_a_module_that_was_expanded_is_not_shared_again() -> None:
-    run = grow([StageSharing(2, at="step:2")])
+def test_a_module_that_was_expanded_trains_on_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(stage_sharing, "rank_zero_info", said.append)
+    run = grow([StageSharing(2, at="step:2", lr="rewarm:3")])
+    method = StageSharing(2, at="step:2", lr="rewarm:3")
+    again = grow([method], module=run.module)
+    assert "expanded in an earlier training" in "".join(said)
+    assert (method.done, method.changed_at, method.lr_factor(), ties(again.module.blocks)) == (1, None, 1.0, [0, 1, 2, 3])
+
+
+def test_a_module_that_was_cut_by_hand_is_refused() -> None:
+    module = Deep()
+    journal.edit(module, blocks_edit(module, "blocks", [0, 1, 2]))
     with pytest.raises(MisconfigurationException, match="are not shared by stages"):
-        grow([StageSharing(2, at="step:2")], module=run.module)
+        grow([StageSharing(2, at="step:2")], module=module)
 
 
 def test_two_methods_that_change_structure_are_refused() -> None:

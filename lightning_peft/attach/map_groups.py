@@ -1,0 +1,44 @@
+"""Where the parameters of weight maps are trained: with the weight they belong to."""
+
+from __future__ import annotations
+
+from lightning_peft.compose.lanes import Lane
+from lightning_peft.compose.run import Run
+from lightning_peft.structure.optimizers import place_parameters
+from lightning_peft.weights.maps import mapped_tensors
+
+
+class MapGroups:
+    """Gives the parameters of weight maps their groups, and follows callbacks that add groups while training goes on.
+
+    Args:
+        run: The fit.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._counts: list[int] = []
+
+    def place(self) -> None:
+        """Place every map's own parameters beside the stored value of its tensor."""
+        trainer = self._run.trainer
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        for mapped in mapped_tensors(self._run.module):
+            for weight_map in mapped.maps:
+                settings = (weight_map.optimizer_overrides, weight_map.lr_scale)
+                names = dict(weight_map.named_parameters(f"{mapped.name}.{weight_map.kind}"))
+                place_parameters(trainer.optimizers, schedulers, names, mapped.stored, *settings)
+        self._counts = self._count()
+
+    def follow(self) -> None:
+        """Train the maps of weights that somebody, a finetuning callback for instance, has just begun to train."""
+        if self._count() == self._counts:
+            return
+        for mapped in mapped_tensors(self._run.module):
+            for weight_map in mapped.maps:
+                if weight_map.lane == Lane.REPARAM and mapped.stored.requires_grad:
+                    weight_map.requires_grad_(True)
+        self.place()
+
+    def _count(self) -> list[int]:
+        return [len(optimizer.param_groups) for optimizer in self._run.trainer.optimizers]
