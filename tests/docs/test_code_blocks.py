@@ -27,7 +27,7 @@ def names(tmp_path, monkeypatch):
     return reader.names(tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, on loaders and folders
+@pytest.mark.filterwarnings("ignore")  # of Lightning on loaders and folders, of exporters on themselves
 @pytest.mark.parametrize("page", sorted(set(WITH_CODE) - {README, HOME}))
 def test_the_code_of_a_page_runs(page: str, names) -> None:
     if page == "docs/shifts.md":
@@ -37,7 +37,7 @@ def test_the_code_of_a_page_runs(page: str, names) -> None:
         run(page, block, names)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore")
 def test_the_readme_runs_and_continues_from_the_last_checkpoint(names) -> None:
     first, second = WITH_CODE[README]
     module = names["my_module"]
