@@ -32,10 +32,15 @@ class Block(nn.Module):
 
 
 class MyModule(LightningModule):
-    """Classifies images; asks Lightning for nothing and knows nothing of this library."""
+    """Classifies images; asks Lightning for nothing and knows nothing of this library.
+
+    Attributes:
+        steps: Training steps that this object has made, over all fits.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.steps = 0
         parts = {
             "stem": nn.Conv2d(3, CHANNELS, 3, padding=1, bias=False),
             "norm": nn.BatchNorm2d(CHANNELS),
@@ -57,6 +62,7 @@ class MyModule(LightningModule):
         return F.cross_entropy(self(images), labels)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.steps += 1
         return self._loss(batch)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -101,7 +107,7 @@ class OnAnyDevice(nn.Sequential):
 def names(folder: Path) -> dict[str, Any]:
     """Return what a page's code may use without saying where it comes from, and put the files it reads into the folder."""
     torch.manual_seed(0)
-    data = TensorDataset(torch.randn(32, 3, SIZE, SIZE), torch.arange(32) % CLASSES)
+    data = TensorDataset(torch.randn(16, 3, SIZE, SIZE), torch.arange(16) % CLASSES)
     loader = DataLoader(data, batch_size=16)
     module, dense = MyModule(), MyModule()
     trainer = ShortTrainer(max_epochs=1)
