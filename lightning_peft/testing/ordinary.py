@@ -11,9 +11,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from lightning_peft.testing.modules import Shared, Teaching
-from lightning_peft.testing.probe import Probe
+from lightning_peft.testing.probe import Probe, shape_of
 from lightning_peft.testing.runs import Fit
 from lightning_peft.testing.shared_runs import Factory, SharedRuns, probe_of
+from lightning_peft.testing.trace import difference
 
 
 class Elsewhere(SingleDeviceStrategy):
@@ -60,6 +61,8 @@ class OrdinaryChecks(SharedRuns):
             return
         probe = probe_of(self._fit([factory()], style=self._adapted(Shared), after=[Probe(3)]))
         assert probe.misplaced is None, probe.misplaced
+        found = None if self.removed_parts else difference(shape_of(self._adapted(Shared)()), probe.baked_shape)
+        assert found is None, f"a layer used twice: bake(copy.deepcopy(module)) is no ordinary module: {found}"
         for route, found in probe.pickled.items():
             assert found is None, f"a layer used twice, {route} in training against bake(copy.deepcopy(module)): {found}"
 
