@@ -47,8 +47,11 @@ class OrdinaryChecks(SharedRuns):
     no_teacher: ClassVar[str] = ""
 
     def test_parameters_keep_their_places(self, reference: Fit) -> None:
-        found = probe_of(reference).misplaced
-        assert found is None, found
+        probe = probe_of(reference)
+        assert probe.misplaced is None, probe.misplaced
+        built, baked = (shape["parameter order"] for shape in (shape_of(self.style()), probe.baked_shape))
+        found = difference(built, baked)
+        assert found is None, f"named_parameters() of a new module against bake(copy.deepcopy(module)) in training: {found}"
 
     def test_pickles_are_baked(self, reference: Fit) -> None:
         for route, found in probe_of(reference).pickled.items():
