@@ -10,12 +10,14 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -75,7 +77,8 @@ def _launch(function: str, arguments: Mapping[str, Any], processes: int, timeout
         for rank in range(processes):
             environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             process = context.Process(target=main, args=(function, str(folder), environment))
-            process.start()
+            with _no_main():
+                process.start()
             started.append(process)
         deadline = time.monotonic() + timeout
         # One rank that failed leaves the others waiting for it: no need to wait with them.
@@ -96,6 +99,17 @@ def _context() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "lightning.pytorch", "pytest"])
     return context
+
+
+@contextmanager
+def _no_main() -> Iterator[None]:
+    """Keep ranks from importing the script that launches them, which would launch them again."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _tell_stacks(started: list[BaseProcess]) -> None:

@@ -169,10 +169,12 @@ class Teaching(Plain):
     def follow(self) -> None:
         """Move the teacher half the way to the network, with partners found by their place."""
         old, new = ({plain_name(name): p for name, p in part.named_parameters()} for part in (self.teacher, self.model))
-        expected = {name: old[name].lerp(new[name], 0.5) for name in self.names}
-        for of_teacher, of_network in zip(self.teacher.parameters(), self.model.parameters(), strict=False):
-            of_teacher.lerp_(of_network, 0.5)
-        self.astray |= {name for name in self.names if not torch.equal(old[name], expected[name])}
+        partners = list(zip(self.teacher.parameters(), self.model.parameters(), strict=False))
+        followed = {id(of_teacher): of_network for of_teacher, of_network in partners}
+        self.astray |= {name for name in self.names if followed.get(id(old[name])) is not new[name]}
+        for of_teacher, of_network in partners:
+            if of_teacher.shape == of_network.shape:
+                of_teacher.lerp_(of_network, 0.5)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.follow()

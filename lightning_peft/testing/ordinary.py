@@ -11,9 +11,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from lightning_peft.testing.modules import Shared, Teaching
-from lightning_peft.testing.probe import Probe
+from lightning_peft.testing.probe import Probe, shape_of
 from lightning_peft.testing.runs import Fit
 from lightning_peft.testing.shared_runs import Factory, SharedRuns, probe_of
+from lightning_peft.testing.trace import difference
 
 
 class Elsewhere(SingleDeviceStrategy):
@@ -46,8 +47,11 @@ class OrdinaryChecks(SharedRuns):
     no_teacher: ClassVar[str] = ""
 
     def test_parameters_keep_their_places(self, reference: Fit) -> None:
-        found = probe_of(reference).misplaced
-        assert found is None, found
+        probe = probe_of(reference)
+        assert probe.misplaced is None, probe.misplaced
+        built, baked = (shape["parameter order"] for shape in (shape_of(self.style()), probe.baked_shape))
+        found = difference(built, baked)
+        assert found is None, f"named_parameters() of a new module against bake(copy.deepcopy(module)) in training: {found}"
 
     def test_pickles_are_baked(self, reference: Fit) -> None:
         for route, found in probe_of(reference).pickled.items():
@@ -60,6 +64,8 @@ class OrdinaryChecks(SharedRuns):
             return
         probe = probe_of(self._fit([factory()], style=self._adapted(Shared), after=[Probe(3)]))
         assert probe.misplaced is None, probe.misplaced
+        found = None if self.removed_parts else difference(shape_of(self._adapted(Shared)()), probe.baked_shape)
+        assert found is None, f"a layer used twice: bake(copy.deepcopy(module)) is no ordinary module: {found}"
         for route, found in probe.pickled.items():
             assert found is None, f"a layer used twice, {route} in training against bake(copy.deepcopy(module)): {found}"
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import traceback
 import warnings
 from collections import defaultdict
@@ -222,10 +223,10 @@ def page() -> str:
 
 def _reason(words: str, names: tuple[str, str]) -> str:
     """The refusal with the two methods called A and B, so that equal reasons are equal."""
-    called = {CONFIGURATIONS[name]().name: name for name in names}
-    places = sorted(called, key=lambda name: words.find(name) if name in words else len(words))
-    for letter, name in zip("AB", places, strict=True):
-        words = words.replace(name, letter).replace(called[name], letter)
+    written = {name: rf"\b({CONFIGURATIONS[name]().name}|{name})\b" for name in names}
+    places = {name: found.start() if (found := re.search(written[name], words)) else len(words) for name in names}
+    for letter, name in zip("AB", sorted(names, key=places.__getitem__), strict=True):
+        words = re.sub(written[name], letter, words)
     return words.replace("|", r"\|")
 
 
