@@ -78,7 +78,8 @@ class UnitPredictor(nn.Module):
         if reads is not None and reads.now.index is not None:
             means = spread(means, reads.now, -1)
         check_channels(means, -1, self.weight.shape[1])
-        with torch.autocast(means.device.type, enabled=False):
+        kind = means.device.type if torch.amp.is_autocast_available(means.device.type) else "cpu"  # "meta" has none
+        with torch.autocast(kind, enabled=False):
             values = above_zero(means.float(), self.absent, standard=self.normalise == "standard")
             return nn.functional.linear(values, self.weight.float(), self.bias.float())
 
