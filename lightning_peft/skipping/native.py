@@ -58,7 +58,7 @@ class Kernels:
             ValueError: Arguments that are not float32 on the CPU in these layouts, or do not fit each other.
             MemoryError: None was left.
         """
-        addresses = _address(_map(inputs)), _address(_laid(weight)), None if bias is None else _address(bias)
+        addresses = _address(_map(inputs)), _address(_laid(weight)), None if bias is None else _address(_list(bias))
         batch, channels, height, width = inputs.shape
         every_output, every_input = weight.shape[:2]
         out_height, out_width = geometry.places(height, width) if min(geometry.stride) > 0 else (0, 0)
@@ -97,7 +97,7 @@ class Kernels:
             ValueError: Arguments that are not float32 on the CPU in these layouts, or do not fit each other.
             MemoryError: None was left.
         """
-        addresses = _address(_map(inputs)), columns.address, _address(_laid(weight)), _address(bias)
+        addresses = _address(_map(inputs)), columns.address, _address(_laid(weight)), _address(_list(bias))
         outputs, every_input = weight.shape
         if len(inputs) != 1 or min(outputs, every_input, inputs.numel()) < 1:
             raise ValueError(f"Channels are chosen for one sample that has values, not for {tuple(inputs.shape)}.")
@@ -152,11 +152,7 @@ class Part(NamedTuple):
         Raises:
             ValueError: They are no list of int64 on the CPU.
         """
-        if self.positions is None:
-            return None
-        if self.positions.ndim != 1:
-            raise ValueError(f"Positions of channels are a list, not of shape {tuple(self.positions.shape)}.")
-        return _address(self.positions, torch.int64)
+        return None if self.positions is None else _address(_list(self.positions), torch.int64)
 
     @property
     def size(self) -> int:
@@ -209,6 +205,12 @@ def _address(tensor: Tensor, dtype: torch.dtype = torch.float32) -> int:
     if not address:
         raise ValueError(f"The kernels take tensors whose memory is there; that of {tuple(tensor.shape)} was given back.")
     return address
+
+
+def _list(values: Tensor) -> Tensor:
+    if values.ndim != 1:
+        raise ValueError(f"The kernels take biases and positions of one dimension, not {values.ndim}.")
+    return values
 
 
 def _map(inputs: Tensor) -> Tensor:
