@@ -14,7 +14,10 @@ from lightning_peft.skipping.depthwise import SelectiveFilter
 from lightning_peft.skipping.fold import set_layer
 from lightning_peft.skipping.layers import SelectiveLayer
 from lightning_peft.skipping.predictor import ChannelPredictor
-from lightning_peft.skipping.selection import Selection, SelectionGate, UnitPredictor, memory_format
+from lightning_peft.skipping.selection import Selection, SelectionGate, memory_format
+from lightning_peft.skipping.shell import why_whole
+from lightning_peft.skipping.unit_predictor import UnitPredictor
+from lightning_peft.skipping.whole import ChoosingLayer
 
 _LANES = 16  # channels that vector kernels take at a time; depthwise ones are half as fast on other numbers
 
@@ -51,10 +54,9 @@ def build(
         writes = selections.get(name)
         predictor = None
         if writes is not None:
-            predictor = UnitPredictor(predictors[name], convolution=is_conv(layer), tokens=tokens)
-        selective = SelectiveLayer(layer, reads, writes, predictor)
-        selective.dense = name in masked
-        set_layer(network, name, selective)
+            settled = selections[readers[name].producer].fixed if reads is not None else None
+            predictor = UnitPredictor(predictors[name], convolution=is_conv(layer), tokens=tokens, fixed=settled)
+        set_layer(network, name, _selecting(layer, reads, writes, predictor, whole=name in masked))
     for unit in units:
         convolution = is_conv(dense.get_submodule(unit.producer))
         for name in unit.chain:
@@ -67,17 +69,31 @@ def build(
     return network
 
 
+def _selecting(
+    layer: nn.Module, reads: Selection | None, writes: Selection | None, predictor: UnitPredictor | None, *, whole: bool
+) -> nn.Module:
+    """A layer that computes what is selected, or all of it."""
+    if why_whole(layer):
+        assert whole
+        assert writes is not None
+        assert predictor is not None
+        return ChoosingLayer(layer, writes, predictor)
+    selective = SelectiveLayer(layer, reads, writes, predictor)
+    selective.dense = whole
+    return selective
+
+
 def _reads_channels(network: nn.Module, unit: ChannelUnit, reader: str) -> bool:
     """Whether a reader's columns are the unit's channels, one each; a linear layer behind a flattened map has many for one."""
     layer: Any = network.get_submodule(reader)
     return bool(layer.weight.shape[1] == unit.channels)
 
 
-def producer_of(network: nn.Module, unit: ChannelUnit) -> SelectiveLayer:
-    """The selective layer that computes a unit's channels; a gate may stand behind it in its place."""
+def producer_of(network: nn.Module, unit: ChannelUnit) -> SelectiveLayer | ChoosingLayer:
+    """The layer that computes a unit's channels; a gate may stand behind it in its place."""
     layer: Any = network.get_submodule(unit.producer)
     layer = layer[0] if isinstance(layer, nn.Sequential) else layer
-    assert isinstance(layer, SelectiveLayer)
+    assert isinstance(layer, SelectiveLayer | ChoosingLayer)
     return layer
 
 

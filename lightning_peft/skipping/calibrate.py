@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.skipping.depthwise import SelectiveFilter
 from lightning_peft.skipping.layers import SelectiveLayer, Way
-from lightning_peft.skipping.selection import Selection, spread
+from lightning_peft.skipping.selection import Choice, Selection, in_layout, spread
 
 _ROUNDS = 2
 
@@ -36,9 +36,12 @@ def calibrate_layers(network: nn.Module, samples: Sequence[Tensor]) -> dict[Sele
         Seconds that selecting its channels saves a unit for one sample, predictor included; negative where it does not pay.
     """
     probe = _Probe(network)
-    for _ in range(_ROUNDS):
-        probe.time_ways(samples)
-    probe.time_others(samples)
+    with contextlib.ExitStack() as stack:
+        for layer in probe.layers:
+            stack.enter_context(layer.every_layout())
+        for _ in range(_ROUNDS):
+            probe.time_ways(samples)
+        probe.time_others(samples)
     gains = probe.finish()
     _round_where_needed(network)
     return gains
@@ -66,10 +69,10 @@ class _Probe:
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
-        self._layers = [layer for layer in network.modules() if isinstance(layer, SelectiveLayer)]
+        self.layers = [layer for layer in network.modules() if isinstance(layer, SelectiveLayer)]
         self._filters = [layer for layer in network.modules() if isinstance(layer, SelectiveFilter)]
         self._ways: dict[SelectiveLayer, dict[Way, list[float]]] = {
-            layer: {way: [] for way in layer.ways()} for layer in self._layers
+            layer: {way: [] for way in layer.ways()} for layer in self.layers
         }
         self._now: dict[SelectiveLayer, list[float]] = defaultdict(list)
         self._gain: dict[tuple[Selection, nn.Module], list[float]] = defaultdict(list)
@@ -87,8 +90,8 @@ class _Probe:
         def end(layer: Any, args: Any, output: Tensor) -> None:
             self._ways[layer][layer.way].append(_since(start, output))
 
-        handles = [layer.register_forward_pre_hook(begin) for layer in self._layers]
-        handles += [layer.register_forward_hook(end) for layer in self._layers]
+        handles = [layer.register_forward_pre_hook(begin) for layer in self.layers]
+        handles += [layer.register_forward_hook(end) for layer in self.layers]
         with _hooks(handles):
             for i in range(max(map(len, self._ways.values()), default=0)):
                 for layer, ways in self._ways.items():
@@ -100,14 +103,14 @@ class _Probe:
         """Compute every sample in the fastest ways, and time beside it what layers would take with all channels."""
         for layer, times in self._ways.items():
             layer.way = _fastest(times)
-        handles = [layer.register_forward_pre_hook(self._time_layer) for layer in self._layers]
+        handles = [layer.register_forward_pre_hook(self._time_layer) for layer in self.layers]
         handles += [layer.register_forward_pre_hook(self._time_filter) for layer in self._filters]
         with _hooks(handles):
             for sample in samples:
                 self._network(sample)
 
     def _time_layer(self, layer: Any, args: tuple[Any, ...]) -> None:
-        inputs, reads, writes = args[0], layer.reads, layer.writes
+        inputs, reads, writes = in_layout(args[0], layer.channels_last), layer.reads, layer.writes
         if layer.predictor is not None and writes is not None:
             start = time.perf_counter()
             layer.choose(inputs)
@@ -118,17 +121,17 @@ class _Probe:
             self._time_all(layer, inputs, self._less_rows[layer])
             layer.writes = writes
         if reads is not None:
-            whole = inputs if reads.index is None else spread(inputs, reads, 1 if layer.convolution else -1)
+            whole = inputs if reads.now.index is None else spread(inputs, reads.now, 1 if layer.convolution else -1)
             layer.reads = None
             self._time_all(layer, whole, self._less_columns[layer])
             layer.reads = reads
 
     def _time_filter(self, layer: Any, args: tuple[Any, ...]) -> None:
-        inputs, selection = args[0], layer.selection
-        now = _seconds(lambda: layer.compute(inputs, selection))
-        if selection.index is not None:
-            whole = spread(inputs, selection, 1)
-            self._gain[selection, layer].append(_seconds(lambda: layer.compute(whole, Selection(selection.channels, 1))) - now)
+        inputs, choice = args[0], layer.selection.now
+        now = _seconds(lambda: layer.compute(inputs, choice))
+        if choice.index is not None:
+            whole, every = spread(inputs, choice, 1), Choice(choice.channels, choice.channels)
+            self._gain[layer.selection, layer].append(_seconds(lambda: layer.compute(whole, every)) - now)
 
     def _time_all(self, layer: SelectiveLayer, inputs: Tensor, times: dict[Way, list[float]]) -> None:
         for way in layer.ways():
@@ -136,7 +139,7 @@ class _Probe:
 
     def finish(self) -> dict[Selection, float]:
         """Settle the ways, and add up what each unit saves."""
-        for layer in self._layers:
+        for layer in self.layers:
             layer.settle(_fastest(self._ways[layer]))
             now = statistics.median(self._now[layer])
             for selection, others in ((layer.writes, self._less_rows[layer]), (layer.reads, self._less_columns[layer])):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lightning_peft.attach.channel_units import ChannelUnit, channel_units
 from lightning_peft.attach.flop_count import FlopCount
@@ -107,6 +108,7 @@ def deploy(
     inputs = inputs.to(device)
     dense = copy.deepcopy(network).eval().to(memory_format=torch.contiguous_format)
     detach_maps(dense, "baked")
+    _bake_parametrizations(dense)
     fold_norms(dense, channel_units(dense))
     predictors = {name: copy.deepcopy(predictor).to(device).eval() for name, predictor in predictors.items()}
     reference = masked_outputs(dense, units, predictors, tokens, inputs)
@@ -150,6 +152,18 @@ def in_fastest_layout(dense: nn.Module, sample: Tensor) -> nn.Module:
         return dense
     other = copy.deepcopy(dense).to(memory_format=torch.channels_last)
     return other if paired_times(dense, other, [sample], runs=5).ratio > 1.0 else dense
+
+
+def _bake_parametrizations(network: nn.Module) -> None:
+    """Make tensors that are computed from others, as by a weight norm, ordinary ones: they do not change any more."""
+    for layer in network.modules():
+        if not parametrize.is_parametrized(layer):
+            continue
+        # Taking one off edits the class, which a copy of a network shares with its original.
+        namespace = {key: value for key, value in vars(type(layer)).items() if key not in ("__dict__", "__weakref__")}
+        layer.__class__ = type(type(layer).__name__, type(layer).__bases__, namespace)
+        for name in list(layer.parametrizations):  # type: ignore[arg-type]
+            parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
 
 
 def _flops(network: nn.Module, samples: Sequence[Tensor]) -> float:

@@ -5,7 +5,10 @@
  * read, and the selected columns are taken while they are packed, into a block that stays in the cache.
  *
  * Feature maps are channels-last, weights are (places of the filter, inputs, outputs), numbers are float32, positions of
- * channels ascend. Compiled by `native.py`; ordinary vector code, which compilers map to the machine at hand.
+ * channels ascend. Compiled by `compiled.py`; ordinary vector code, which compilers map to the machine at hand.
+ *
+ * Callers say how many numbers each buffer holds. Whatever does not fit its buffer is refused before anything is read, so that
+ * no argument, however wrong, reaches foreign memory.
  */
 
 #include <math.h>
@@ -45,9 +48,51 @@ typedef struct {
   int64_t filter_height, filter_width, stride_y, stride_x, pad_y, pad_x, gap_y, gap_x;
   int64_t inputs, all_inputs, input_stride;    /* channels used, of the weight, between two places of the map */
   int64_t outputs, all_outputs, output_stride;
+  int64_t input_size, weight_size, bias_size, output_size; /* numbers in each buffer */
+  int64_t column_size, row_size;                           /* positions in each list */
 } Shape;
 
+enum { NO_MEMORY = 0, DONE = 1, REFUSED = -1 };
+
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Whether numbers lie between a lowest one and the largest that two of them can be multiplied of. */
+static int within(const int64_t *numbers, int count, int64_t lowest) {
+  for (int i = 0; i < count; i++)
+    if (numbers[i] < lowest || numbers[i] > INT32_MAX) return 0;
+  return 1;
+}
+
+static int is_product(int64_t size, int64_t a, int64_t b, int64_t c, int64_t d) {
+  int64_t product = a;
+  return !__builtin_mul_overflow(product, b, &product) && !__builtin_mul_overflow(product, c, &product) &&
+         !__builtin_mul_overflow(product, d, &product) && product == size;
+}
+
+/* Whether the first `used` of `size` positions ascend within `all`; no list stands for the first `used` channels. */
+static int are_positions(const int64_t *positions, int64_t size, int64_t used, int64_t all) {
+  if (used > all) return 0;
+  if (!positions) return 1;
+  if (size < used || positions[0] < 0 || positions[used - 1] >= all) return 0;
+  for (int64_t i = 1; i < used; i++)
+    if (positions[i] <= positions[i - 1]) return 0;
+  return 1;
+}
+
+/* Whether everything that `convolve` will read and write lies in its buffers. */
+static int fits(const Shape *s, const void *bias, const int64_t *columns, const int64_t *rows) {
+  const int64_t positive[] = {s->batch,         s->in_height,  s->in_width,     s->out_height, s->out_width,
+                              s->filter_height, s->filter_width, s->stride_y,   s->stride_x,   s->gap_y,
+                              s->gap_x,         s->inputs,     s->all_inputs,   s->outputs,    s->all_outputs};
+  const int64_t padding[] = {s->pad_y, s->pad_x};
+  return within(positive, sizeof positive / sizeof *positive, 1) && within(padding, 2, 0) && s->inputs <= s->input_stride &&
+         s->outputs <= s->output_stride && is_product(s->input_size, s->batch, s->in_height, s->in_width, s->input_stride) &&
+         is_product(s->weight_size, s->filter_height, s->filter_width, s->all_inputs, s->all_outputs) &&
+         (!bias || s->bias_size == s->all_outputs) &&
+         is_product(s->output_size, s->batch, s->out_height, s->out_width, s->output_stride) &&
+         are_positions(columns, s->column_size, s->inputs, s->all_inputs) &&
+         are_positions(rows, s->row_size, s->outputs, s->all_outputs);
+}
 
 static inline __attribute__((always_inline)) void tile(const int tall, const int wide, const float *const *rows, int64_t deep,
                                                        const float *panel, float *out, int64_t out_stride, int64_t width) {
@@ -280,12 +325,13 @@ static int compute(Part *part) {
   return ready;
 }
 
-/* Returns 1, or 0 where memory ran out and the output is not to be used. */
+/* Returns DONE; NO_MEMORY where the output is not to be used; REFUSED where arguments do not fit each other. */
 int convolve(const Shape *s, const float *input, const float *weight, const float *bias, float *output, const int64_t *columns,
              const int64_t *rows, int64_t threads) {
+  if (!fits(s, bias, columns, rows) || threads < 1) return REFUSED;
   const int64_t places = s->batch * s->out_height * s->out_width, vectors = (s->outputs + LANES - 1) / LANES;
   const int by_places = places >= 4 * s->outputs || vectors < threads;
-  int done = 1;
+  int done = DONE;
   threads = smaller(threads, by_places ? places : vectors);
 #pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(& : done) if (threads > 1)
   for (int64_t t = 0; t < threads; t++) {
@@ -316,8 +362,10 @@ static void average(const float *input, int64_t places, int64_t channels, int64_
   for (int64_t c = 0; c < channels; c++) means[c] /= places;
 }
 
-/* Bring means to one scale in place, those of channels that are not there (zero) included; returns what those become. */
-static float normalise(float *means, int64_t present, int64_t all, int standard) {
+/* What a predictor reads of means, in place: how far each stands, on their common scale, above a mean of zero.
+ *
+ * Means that are not there are zero, and so is what is read of them; they count in the scale. */
+static void describe(float *means, int64_t present, int64_t all, int standard) {
   double sum = 0, square = 0;
   if (standard) {
     for (int64_t c = 0; c < present; c++) sum += means[c];
@@ -325,38 +373,48 @@ static float normalise(float *means, int64_t present, int64_t all, int standard)
     for (int64_t c = 0; c < present; c++) square += (means[c] - mean) * (means[c] - mean);
     square += (all - present) * mean * mean;
     const double scale = 1.0 / sqrt(square / all + 1e-5);
-    for (int64_t c = 0; c < present; c++) means[c] = (float)((means[c] - mean) * scale);
-    return (float)(-mean * scale);
+    for (int64_t c = 0; c < present; c++) means[c] = (float)(means[c] * scale);
+    return;
   }
   float most = present < all ? 0 : -INFINITY;
   for (int64_t c = 0; c < present; c++) most = means[c] > most ? means[c] : most;
   for (int64_t c = 0; c < present; c++) sum += means[c] = expf(means[c] - most);
-  const double absent = present < all ? exp(-(double)most) : 0;
-  sum += (all - present) * absent;
-  for (int64_t c = 0; c < present; c++) means[c] = (float)(means[c] / sum);
-  return (float)(absent / sum);
+  sum += (all - present) * exp(-(double)most);
+  const double zero = exp(-(double)most) / sum, share = zero < 1 ? zero : 1;
+  for (int64_t c = 0; c < present; c++) means[c] = (float)(means[c] / sum - share);
 }
+
+typedef struct {
+  int64_t places;
+  int64_t inputs, input_stride, weight_inputs, all_inputs; /* at hand, in memory, of the weight, in the scale of means */
+  int64_t outputs, standard;
+  int64_t input_size, weight_size, bias_size, logits_size, chosen_size, column_size;
+} Question;
 
 /* Predict from the means of one map which outputs are needed: those with a positive logit, else the likeliest one.
  *
- * The weight is (inputs, outputs). Inputs that are not there all have one value, so `sums` of the weight over its inputs, times
- * that value, stand for them, and their rows are not read. Writes the positions chosen and all logits; returns how many are
- * chosen, or 0 where memory ran out. */
-int64_t choose(const float *input, int64_t places, int64_t inputs, int64_t stride, const int64_t *columns, int64_t all_inputs,
-               const float *weight, const float *sums, const float *bias, int64_t outputs, int standard, float *logits,
-               int64_t *chosen) {
-  float *means = malloc(2 * (inputs + 1) * sizeof(float));
-  if (!means) return 0;
-  average(input, places, inputs, stride, means, means + inputs + 1);
-  const float absent = normalise(means, inputs, all_inputs, standard);
-  for (int64_t o = 0; o < outputs; o++) logits[o] = bias[o] + absent * sums[o];
-  for (int64_t i = 0; i < inputs; i++) {
-    const float *row = weight + (columns ? columns[i] : i) * outputs, value = means[i] - absent;
-    for (int64_t o = 0; o < outputs; o++) logits[o] += value * row[o];
+ * The weight is (inputs, outputs); rows of inputs that are not there are not read. Writes the positions chosen and all logits;
+ * returns how many are chosen, NO_MEMORY or REFUSED. */
+int64_t choose(const Question *q, const float *input, const int64_t *columns, const float *weight, const float *bias,
+               float *logits, int64_t *chosen) {
+  const int64_t positive[] = {q->places, q->inputs, q->input_stride, q->weight_inputs, q->all_inputs, q->outputs};
+  if (!within(positive, 6, 1) || q->weight_inputs > q->all_inputs || q->inputs > q->input_stride || q->input_size / q->input_stride != q->places ||
+      q->input_size % q->input_stride || !is_product(q->weight_size, 1, 1, q->weight_inputs, q->outputs) ||
+      q->bias_size != q->outputs || q->logits_size != q->outputs || q->chosen_size != q->outputs ||
+      !are_positions(columns, q->column_size, q->inputs, q->weight_inputs))
+    return REFUSED;
+  float *means = malloc(2 * q->inputs * sizeof(float));
+  if (!means) return NO_MEMORY;
+  average(input, q->places, q->inputs, q->input_stride, means, means + q->inputs);
+  describe(means, q->inputs, q->all_inputs, q->standard != 0);
+  memcpy(logits, bias, q->outputs * sizeof(float));
+  for (int64_t i = 0; i < q->inputs; i++) {
+    const float *row = weight + (columns ? columns[i] : i) * q->outputs, value = means[i];
+    for (int64_t o = 0; o < q->outputs; o++) logits[o] += value * row[o];
   }
   free(means);
   int64_t count = 0, best = 0;
-  for (int64_t o = 0; o < outputs; o++) {
+  for (int64_t o = 0; o < q->outputs; o++) {
     if (logits[o] > logits[best]) best = o;
     if (logits[o] > 0) chosen[count++] = o;
   }

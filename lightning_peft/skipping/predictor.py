@@ -82,5 +82,5 @@ def chosen(logits: Tensor) -> Tensor:
                 [False,  True]])
     """
     mask = logits > 0
-    best = torch.zeros_like(mask).scatter_(-1, logits.argmax(-1, keepdim=True), True)
+    best = torch.arange(logits.shape[-1], device=logits.device) == logits.argmax(-1, keepdim=True)
     return mask | (best & ~mask.any(-1, keepdim=True))

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.attach.channel_units import ChannelUnit
+from lightning_peft.attach.layers import is_conv
 from lightning_peft.attach.network import as_logits
 from lightning_peft.skipping.build import build
 from lightning_peft.skipping.predictor import ChannelPredictor
+from lightning_peft.skipping.shell import why_whole
 
 _TOLERANCE = 1e-3
 _SAMPLES = 4
@@ -45,10 +47,7 @@ def masked_units(
     Returns:
         Producer of each such unit, and why.
     """
-    masked: dict[str, str] = {}
-    for unit in units:
-        if any(isinstance(dense.get_submodule(name), nn.modules.batchnorm._BatchNorm) for name in unit.chain):
-            masked[unit.producer] = "a norm on its way could not be folded"
+    masked = {unit.producer: reason for unit in units if (reason := _why_masked(dense, unit))}
     if not _difference(dense, units, predictors, masked, tokens, inputs, reference):
         return masked
     names = [unit.producer for unit in units if unit.producer not in masked]
@@ -57,6 +56,16 @@ def masked_units(
         if problem := _difference(dense, units, predictors, others, tokens, inputs, reference):
             masked[name] = problem
     return masked
+
+
+def _why_masked(dense: nn.Module, unit: ChannelUnit) -> str:
+    """Why a unit's layers cannot compute a part of its channels; empty when they can."""
+    chain = {name: dense.get_submodule(name) for name in unit.chain}
+    if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in chain.values()):
+        return "a norm on its way could not be folded"
+    reduced = {name: dense.get_submodule(name) for name in (unit.producer, *unit.consumers)}
+    reduced |= {name: layer for name, layer in chain.items() if is_conv(layer)}
+    return next((f"{name}: {reason}" for name, layer in reduced.items() if (reason := why_whole(layer))), "")
 
 
 def _difference(

@@ -2,60 +2,97 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.skipping.native import Part, kernels, usable
-from lightning_peft.skipping.predictor import ChannelPredictor, channel_means, chosen, normalised
+from lightning_peft.skipping.native import Part
+from lightning_peft.skipping.predictor import chosen
+from lightning_peft.skipping.values import is_plain, readable
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Channels of one unit for one call.
+
+    Attributes:
+        channels: Channels of the unit.
+        count: How many of them are chosen; the rest stays zero.
+        index: Positions of the channels, those that round their number up included, shape ``(k,)``; ``None`` when all are
+            computed.
+        mask: What each sample needs of all channels, shape ``(..., channels)``; ``None`` for a single sample.
+    """
+
+    channels: int
+    count: int
+    index: Tensor | None = None
+    mask: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """Number of channels in memory."""
+        return self.channels if self.index is None else self.index.shape[0]
+
+    @property
+    def part(self) -> Part:
+        """The channels at hand, as the kernels want to know them."""
+        return Part(self.count, self.width, self.index)
 
 
 class Selection:
-    """The channels of one unit for one call.
+    """What one unit chooses, call by call.
 
     For one sample these are the channels its predictor chooses; for several, the channels any of them needs, and a mask that
     takes from each sample what the others need. Their number is rounded up with channels that stay zero, because kernels are
-    prepared anew for each size.
+    prepared anew for each size. Each thread has the choice of its own call.
 
     Args:
         channels: Channels of the unit.
         step: What the number is rounded up to a multiple of.
         fixed: Positions of channels to choose for every input; nobody predicts then.
-
-    Attributes:
-        index: Positions of the channels, the rounding included, shape ``(k,)``; ``None`` when all are computed.
-        count: How many of them are chosen; the rest stays zero.
-        mask: What each sample needs of all channels, shape ``(..., channels)``; ``None`` for a single sample.
-        fixed: Whether the channels are the same for every input.
     """
 
     def __init__(self, channels: int, step: int, fixed: Tensor | None = None) -> None:
-        self.channels, self.step = channels, step
-        self.fixed = fixed is not None
-        self.index = fixed
-        self.count = channels if fixed is None else len(fixed)
-        self.mask: Tensor | None = None
+        self.channels, self.step, self.fixed = channels, step, fixed
+        self._calls = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"channels": self.channels, "step": self.step, "fixed": self.fixed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    @property
+    def now(self) -> Choice:
+        """The choice of this thread's call; all channels before there is one."""
+        choice: Choice | None = getattr(self._calls, "choice", None)
+        return Choice(self.channels, self.channels) if choice is None else choice
 
     def choose(self, logits: Tensor, *, dense: bool) -> None:
         """Choose channels for the samples at hand.
 
         Args:
             logits: What the predictor says, shape ``(..., channels)``.
-            dense: Compute every channel all the same, and mask.
+            dense: Compute every channel all the same, and mask. So it is where values must not be looked at.
         """
+        if dense or not readable(logits) or not logits.numel():
+            self._calls.choice = Choice(self.channels, self.channels, None, chosen(logits))
+            return
         single = logits.shape[:-1].numel() == 1
-        if single and not dense and logits.device.type == "cpu":
+        if single and logits.is_cpu:
             self._choose_quickly(logits)
             return
         mask = chosen(logits)
-        active = None if dense else (mask.flatten() if single else mask.flatten(0, -2).any(0)).nonzero().flatten()
-        if active is None or (size := self._rounded(len(active))) == self.channels:
-            self.index, self.count, self.mask = None, self.channels, mask
+        active = (mask.flatten() if single else mask.flatten(0, -2).any(0)).nonzero().flatten()
+        if (size := self._rounded(len(active))) == self.channels:
+            self._calls.choice = Choice(self.channels, self.channels, None, mask)
             return
-        self.index, self.count = nn.functional.pad(active, (0, size - len(active))), len(active)
-        self.mask = None if single else mask
+        index = nn.functional.pad(active, (0, size - len(active)))
+        self._calls.choice = Choice(self.channels, len(active), index, None if single else mask)
 
     def _choose_quickly(self, logits: Tensor) -> None:
         """The same for one sample on the CPU, where a call of NumPy costs a tenth of one of PyTorch."""
@@ -73,101 +110,53 @@ class Selection:
         count = active.shape[0]
         size = self._rounded(count)
         if size == self.channels:
-            self.index, self.count, self.mask = None, self.channels, None if count == size else chosen(logits)
+            mask = None if count == size else chosen(logits)
+            self._calls.choice = Choice(self.channels, self.channels, None, mask)
             return
-        self.index, self.count, self.mask = active, count, None
-        if size > count:
-            self.index = nn.functional.pad(active, (0, size - count))
-
-    @property
-    def part(self) -> Part:
-        """The channels at hand, as the kernels want to know them."""
-        return Part(self.count, self.channels if self.index is None else self.index.shape[0], self.index)
+        index = nn.functional.pad(active, (0, size - count)) if size > count else active
+        self._calls.choice = Choice(self.channels, count, index)
 
     def _rounded(self, count: int) -> int:
         return min(-(-count // self.step) * self.step, self.channels)
 
 
-class UnitPredictor(nn.Module):
-    """A trained predictor that reads the input of its unit, whole or already reduced to the channels of the unit before.
+def check_channels(inputs: Tensor, dim: int, expected: int, ndim: int | None = None) -> None:
+    """Refuse inputs that are not those a layer that selects channels is for.
 
     Args:
-        predictor: The trained predictor.
-        convolution: Whether the unit is convolutional.
-        tokens: Whether each token is judged on its own.
+        inputs: Of the layer.
+        dim: Dimension of the channels.
+        expected: Their number.
+        ndim: Number of dimensions, where the layer takes one only.
+
+    Raises:
+        RuntimeError: As PyTorch's layers raise for wrong shapes.
     """
-
-    weight: Tensor
-    bias: Tensor
-    by_input: Tensor | None
-    sums: Tensor | None
-
-    def __init__(self, predictor: ChannelPredictor, *, convolution: bool, tokens: bool) -> None:
-        super().__init__()
-        self.convolution, self.tokens, self.normalise = convolution, tokens, predictor.normalise
-        self.register_buffer("weight", predictor.weight.detach().float())
-        self.register_buffer("bias", predictor.bias.detach().float())
-        # For the kernels, which read the rows of the inputs that are there.
-        native = kernels() is not None and not tokens
-        self.register_buffer("by_input", self.weight.t().contiguous() if native else None, False)
-        self.register_buffer("sums", self.weight.sum(1) if native else None, False)
-        self.register_load_state_dict_post_hook(_follow_weight)  # type: ignore[no-untyped-call]
-
-    def choose(self, inputs: Tensor, reads: Selection | None, writes: Selection, *, dense: bool) -> None:
-        """Choose a unit's channels from inputs whose channels are those of a selection, or all.
-
-        Args:
-            inputs: Of the unit.
-            reads: Channels the inputs have; ``None`` for all.
-            writes: Where to put the choice.
-            dense: Every channel will be computed and masked all the same.
-        """
-        if dense or not self._native(inputs):
-            writes.choose(self(inputs, reads), dense=dense)
-            return
-        compiled = kernels()
-        assert compiled is not None
-        assert self.by_input is not None
-        assert self.sums is not None
-        part = Part(inputs.shape[1 if self.convolution else -1], 0) if reads is None else reads.part
-        maps = inputs if self.convolution else inputs.reshape(1, 1, -1, inputs.shape[-1]).permute(0, 3, 1, 2)
-        standard = self.normalise == "standard"
-        writes.accept(*compiled.choose(maps, part, self.by_input, self.sums, self.bias, standard=standard))
-
-    def _native(self, inputs: Tensor) -> bool:
-        """Whether a kernel can choose for these inputs: one sample whose channels lie side by side."""
-        if self.by_input is None or inputs.shape[0] > 1 or not usable(inputs, self.weight):
-            return False
-        return inputs.is_contiguous(memory_format=memory_format(inputs.ndim == 4))
-
-    def forward(self, inputs: Tensor, reads: Selection | None) -> Tensor:
-        """Predict from inputs whose channels are those of a selection, or all."""
-        means = self._means(inputs)
-        if reads is not None and reads.index is not None:
-            means = spread(means, reads, -1)
-        return nn.functional.linear(normalised(means.float(), self.normalise), self.weight, self.bias)
-
-    def _means(self, inputs: Tensor) -> Tensor:
-        if not self.convolution or len(inputs) > 1 or inputs.dtype not in (torch.float32, torch.float64):
-            return channel_means(inputs, convolution=self.convolution, tokens=self.tokens)
-        # A product with a vector reads a map of one sample in about half the time of a mean.
-        places = inputs.shape[2:].numel()
-        share = inputs.new_full((places,), 1.0 / places)
-        channels_first = inputs.is_contiguous()
-        maps = inputs.view(-1, places) if channels_first else inputs.movedim(1, -1).reshape(places, -1).t()
-        return torch.mv(maps, share)[None]
-
-
-def _follow_weight(predictor: nn.Module, incompatible: Any) -> None:
-    """Derive from a weight that was loaded what the kernels read."""
-    assert isinstance(predictor, UnitPredictor)
-    if predictor.by_input is not None:
-        predictor.by_input, predictor.sums = predictor.weight.t().contiguous(), predictor.weight.sum(1)
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return  # sizes are tensors then, and PyTorch's own layers check theirs
+    if ndim is not None and inputs.ndim != ndim:
+        raise RuntimeError(
+            f"A network that skips channels expects inputs of {ndim} dimensions here, the batch first, but got shape "
+            f"{tuple(inputs.shape)}; give a single sample a batch of its own: inputs[None]."
+        )
+    if inputs.shape[dim] != expected:
+        raise RuntimeError(
+            f"A layer that skips channels expected {expected} of them in dimension {dim}, but got shape {tuple(inputs.shape)}. "
+            "Give the network inputs like those it was deployed with, and call it as a whole, in one thread: its layers choose "
+            "in each call which channels they pass on."
+        )
 
 
 def in_layout(value: Tensor, channels_last: bool) -> Tensor:
-    """Feature maps in a memory layout, other tensors as they are."""
-    return value.contiguous(memory_format=memory_format(channels_last)) if value.ndim == 4 else value
+    """Feature maps in a memory layout, other tensors, and those of a recorded course, as they are."""
+    if value.ndim != 4 or torch.compiler.is_compiling():
+        return value
+    layout = memory_format(channels_last)
+    return value if not is_plain(value) or value.is_contiguous(memory_format=layout) else _laid_out(value, layout)
+
+
+def _laid_out(value: Tensor, layout: torch.memory_format) -> Tensor:
+    return value.contiguous(memory_format=layout) if readable(value) else value
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:
@@ -175,13 +164,13 @@ def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def spread(value: Tensor, selection: Selection, dim: int) -> Tensor:
+def spread(value: Tensor, choice: Choice, dim: int) -> Tensor:
     """Put selected channels back in their places, with zeros in between."""
-    assert selection.index is not None
+    assert choice.index is not None
     shape = list(value.shape)
-    shape[dim] = selection.channels
+    shape[dim] = choice.channels
     whole = value.new_zeros(shape)
-    return whole.index_copy_(dim, selection.index[: selection.count], value.narrow(dim, 0, selection.count))
+    return whole.index_copy_(dim, choice.index[: choice.count], value.narrow(dim, 0, choice.count))
 
 
 class SelectionGate(nn.Module):
@@ -193,18 +182,29 @@ class SelectionGate(nn.Module):
         opens: Whether what follows reads all channels.
     """
 
+    fixed: Tensor | None
+
     def __init__(self, selection: Selection, dim: int, *, opens: bool) -> None:
         super().__init__()
         self.selection, self.dim, self.opens = selection, dim, opens
+        self.register_buffer("fixed", selection.fixed, persistent=False)  # goes with the module from device to device
         self.channels_last = False
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Mask and spread."""
-        selection = self.selection
-        if selection.mask is not None:
-            mask = selection.mask if selection.index is None else selection.mask.index_select(-1, selection.index)
-            places = inputs.ndim - mask.ndim
-            shape = (*mask.shape, *[1] * places) if self.dim == 1 else (*mask.shape[:-1], *[1] * places, mask.shape[-1])
-            inputs = inputs * mask.view(shape).to(inputs.dtype)
-        whole = spread(inputs, selection, self.dim) if self.opens and selection.index is not None else inputs
+        choice = self.selection.now
+        if self.fixed is not None:
+            choice = Choice(self.selection.channels, len(self.fixed), self.fixed)
+        check_channels(inputs, self.dim, choice.width)
+        if choice.mask is not None:
+            mask = choice.mask if choice.index is None else choice.mask.index_select(-1, choice.index)
+            inputs = inputs * _beside(mask.to(inputs.dtype), inputs.ndim, self.dim)
+        whole = spread(inputs, choice, self.dim) if self.opens and choice.index is not None else inputs
         return in_layout(whole, self.channels_last)
+
+
+def _beside(mask: Tensor, ndim: int, dim: int) -> Tensor:
+    """A mask with a dimension for every place of the values it is for."""
+    for _ in range(ndim - mask.ndim):
+        mask = mask.unsqueeze(-1 if dim == 1 else -2)
+    return mask

@@ -148,7 +148,7 @@ def test_loaded_weights_are_computed_with(case: Any) -> None:
     loaded = build(other, channel_units(net), predictors(net, 0.9), [], False)
     lay_out(loaded, channels_last=True)
     for layer in [layer for layer in loaded.modules() if isinstance(layer, SelectiveLayer)]:
-        layer.way = list(layer.ways())[-1]  # where there are kernels, theirs
+        layer.settle(list(layer.ways())[-1])  # where there are kernels, theirs
     expected = masked(net, inputs[:1], gates)
     assert (loaded(inputs[:1]) - expected).abs().max() > 1.0
     loaded.load_state_dict(build(dense, channel_units(net), gates, [], False).state_dict())

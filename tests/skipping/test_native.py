@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from torch.nn import functional as F
 
 from lightning_peft.attach.flop_count import FlopCount
 from lightning_peft.skipping import native
-from lightning_peft.skipping.native import Geometry, Kernels, Part
+from lightning_peft.skipping.native import Geometry, Kernels, Part, by_input
 from lightning_peft.skipping.predictor import ChannelPredictor, channel_means, chosen
-from lightning_peft.skipping.selection import Selection, UnitPredictor, spread
+from lightning_peft.skipping.selection import Selection, spread
+from lightning_peft.skipping.unit_predictor import UnitPredictor
 
 CL = torch.channels_last
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -84,13 +84,12 @@ def test_convolves_as_pytorch_does(
         whole = torch.zeros_like(whole).index_copy_(1, columns, whole[:, columns])
     expected = F.conv2d(whole, weight, offset, stride, padding, dilation)
     given_ = whole if columns is None else F.pad(whole[:, columns], (0, 0, 0, 0, 0, extra))
-    by_input = weight.flatten(2).permute(2, 1, 0).contiguous()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         found = compiled().convolve(
             given_.contiguous(memory_format=CL),
-            by_input,
+            by_input(weight),
             offset,
             geometry,
             taken(columns, channels[0], extra),
@@ -111,9 +110,8 @@ def test_large_maps_are_computed_in_parts(size: int) -> None:
     torch.manual_seed(0)
     inputs, outputs = (64, 70) if size == 40 else (300, 130)
     weight, maps = torch.randn(outputs, inputs, 3, 3) / 30, torch.randn(1, inputs, 40, 41).contiguous(memory_format=CL)
-    by_input = weight.flatten(2).permute(2, 1, 0).contiguous()
     geometry = Geometry((3, 3), (1, 1), (1, 1), (1, 1))
-    found = compiled().convolve(maps, by_input, None, geometry, Part(inputs, inputs), Part(outputs, outputs))
+    found = compiled().convolve(maps, by_input(weight), None, geometry, Part(inputs, inputs), Part(outputs, outputs))
     torch.testing.assert_close(found, F.conv2d(maps, weight, padding=1), rtol=1e-4, atol=1e-4)
 
 
@@ -128,14 +126,27 @@ def test_processors_with_narrower_vectors_compute_the_same(options: tuple[str, .
     library = tmp_path / "kernels.so"
     source = Path(native.__file__).with_name("kernels.c")
     assert COMPILER is not None
-    command = [COMPILER, str(source), "-o", str(library), "-O1", "-fPIC", "-shared", *options, "-lm", "-Wall", "-Werror"]
-    subprocess.run([*command, "-Wno-unknown-pragmas"], check=True)
+    command = [
+        COMPILER,
+        str(source),
+        "-o",
+        str(library),
+        "-O1",
+        "-fPIC",
+        "-shared",
+        *options,
+        "-lm",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
+    subprocess.run([*command, "-Wno-unknown-pragmas", "-Wno-unused-parameter"], check=True)
     torch.manual_seed(0)
     weight, columns, rows = torch.randn(77, 90, 3, 3), some(90, 0.4), some(77, 0.6)
     maps = torch.randn(2, len(columns), 9, 8).contiguous(memory_format=CL)
     found = Kernels(ctypes.CDLL(str(library))).convolve(
         maps,
-        weight.flatten(2).permute(2, 1, 0).contiguous(),
+        by_input(weight),
         None,
         Geometry((3, 3), (2, 1), (1, 0), (1, 1)),
         taken(columns, 90),
@@ -162,22 +173,25 @@ def test_chooses_as_the_predictor_does(
     predictor = ChannelPredictor(*channels, normalise)
     nn.init.normal_(predictor.weight)
     nn.init.normal_(predictor.bias, shift)
-    reads = None if share is None else Selection(channels[0], 1, some(channels[0], share))
+    reads = None if share is None else Selection(channels[0], 1)
     maps = torch.randn(1, channels[0], size, size) * 3 + 1
-    if reads is not None and reads.index is not None:
-        maps = maps[:, reads.index]
+    if reads is not None:
+        reads.accept(some(channels[0], share), torch.ones(1, channels[0]))
+        if reads.now.index is not None:
+            maps = maps[:, reads.now.index]
     maps = maps.contiguous(memory_format=CL)
     unit, writes = UnitPredictor(predictor, convolution=True, tokens=False), Selection(channels[1], 1)
     with torch.no_grad():
         unit.choose(maps, reads, writes, dense=False)
-        whole = maps if reads is None else spread(maps, reads, 1)
+        whole = maps if reads is None or reads.now.index is None else spread(maps, reads.now, 1)
         logits = predictor(channel_means(whole, convolution=True, tokens=False))
     mask = chosen(logits)[0]
     found = torch.ones(channels[1], dtype=torch.bool)
-    if writes.index is not None:
-        found = torch.zeros_like(found).index_fill_(0, writes.index, True)
+    if writes.now.index is not None:
+        found = torch.zeros_like(found).index_fill_(0, writes.now.index, True)
     clear = (logits[0].abs() > 1e-3) if (logits > 0).any() else torch.ones_like(mask)
     assert torch.equal(found[clear], mask[clear])
+    torch.testing.assert_close(unit(maps, reads), logits, rtol=1e-3, atol=1e-3)  # and so does PyTorch
 
 
 @needs_compiler
@@ -190,67 +204,11 @@ def test_says_where_it_must_not_be_used() -> None:
         assert native.usable(plain.requires_grad_(), weight)
     plain.requires_grad_(False)
     assert not native.usable(plain, nn.Parameter(weight))
+    assert not native.usable(plain, weight, nn.Parameter(weight))
     assert not native.usable(plain.to("meta"), weight)
+    assert not native.usable(plain[:0], weight)
+    assert not native.usable(torch._neg_view(plain), weight)
     with FlopCount():  # operations are counted as PyTorch's
         assert not native.usable(plain, weight)
     with torch.autocast("cpu", torch.bfloat16):
         assert not native.usable(plain, weight)
-
-
-@pytest.mark.parametrize(
-    ("setting", "value", "reason"),
-    [
-        (native.SWITCH, "0", f"{native.SWITCH}=0 asks to do without"),
-        ("PATH", "", "no C compiler"),
-        ("CC", "no-such-compiler", "no-such-compiler did not build them"),
-        ("CC", sys.executable, "did not build them"),
-    ],
-)
-def test_says_why_there_are_none(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, setting: str, value: str, reason: str
-) -> None:
-    monkeypatch.setenv("LIGHTNING_PEFT_CACHE", str(tmp_path))
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setenv(setting, value)
-    native._built.cache_clear()
-    try:
-        assert native.kernels() is None
-        assert reason in native.missing()
-        assert not native.usable(torch.ones(1, 1, 1, 1), torch.ones(1))
-        assert not list(tmp_path.rglob("*.so"))
-    finally:
-        monkeypatch.undo()
-        native._built.cache_clear()
-
-
-@needs_compiler
-def test_a_broken_library_is_built_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("LIGHTNING_PEFT_CACHE", str(tmp_path))
-    native._built.cache_clear()
-    try:
-        assert native.kernels() is not None
-        (library,) = tmp_path.rglob("*.so")
-        library.unlink()
-        library.write_bytes(b"cut off")
-        native._built.cache_clear()
-        assert native.kernels() is not None, native.missing()
-    finally:
-        monkeypatch.undo()
-        native._built.cache_clear()
-
-
-@needs_compiler
-def test_kernels_that_compute_something_else_are_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    source = Path(native.__file__).with_name("kernels.c").read_text()
-    wrong = tmp_path / "kernels.c"
-    wrong.write_text(source.replace("sums[i][j] += left * right[j]", "sums[i][j] -= left * right[j]"))
-    assert wrong.read_text() != source
-    monkeypatch.setenv("LIGHTNING_PEFT_CACHE", str(tmp_path))
-    monkeypatch.setattr(native, "_SOURCE", wrong)
-    native._built.cache_clear()
-    try:
-        assert native.kernels() is None
-        assert "computes something else" in native.missing()
-    finally:
-        monkeypatch.undo()
-        native._built.cache_clear()
