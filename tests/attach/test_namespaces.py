@@ -57,7 +57,7 @@ def module_class(pl):
 def train(pl, methods, module, epochs=2, extra=(), **resume):
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
     callbacks = [*methods, *extra]
-    runner = pl.Trainer(max_epochs=epochs, accelerator="cpu", num_sanity_val_steps=0, callbacks=callbacks, **quiet)
+    runner = pl.Trainer(max_epochs=epochs, accelerator="cpu", callbacks=callbacks, **quiet)
     runner.fit(module, loader(), loader(8), **resume)
     return runner
 

@@ -269,8 +269,6 @@ NETWORKS = {
     "growth": (lambda: LayerGrowth(at="step:5", start=2), net),
     "blocks": (lambda: BlockPruning(2), net),
     "channels": (lambda: StructuredPruning(0.3), convolutions),
-}
-MAPPED = {
     "masks": (lambda: NMSparsity("2:4"), net),
     "companded": (lambda: WeightCompander(), net),
     "pruned": (lambda: MagnitudePruning(0.5), net),
@@ -294,14 +292,7 @@ def trained_twice(make, build, folder):
     return whole.module
 
 
-@pytest.mark.parametrize(
-    ("make", "build"),
-    [
-        *(pytest.param(*case, id=name) for name, case in NETWORKS.items()),
-        # Pickling a module under weight maps is not possible yet.
-        *(pytest.param(*case, id=name, marks=pytest.mark.xfail(raises=RuntimeError)) for name, case in MAPPED.items()),
-    ],
-)
+@pytest.mark.parametrize(("make", "build"), NETWORKS.values(), ids=NETWORKS)
 def test_a_network_among_the_hyperparameters_is_saved_resumed_loaded_and_baked(make, build, tmp_path):
     module = trained_twice(make, build, tmp_path)
     for path in (tmp_path / "after.ckpt", tmp_path / "epoch=2.ckpt"):
