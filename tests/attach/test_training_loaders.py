@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -95,16 +96,20 @@ def test_a_combined_loader_of_one() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The number of training batches")
-def test_batch_size_finder() -> None:
+def test_batch_size_finder(tmp_path: Path) -> None:
     module = Own()
-    fit(module, before=(BatchSizeFinder(steps_per_trial=1, init_val=4, max_trials=2),))
+    fit(module, before=(BatchSizeFinder(steps_per_trial=1, init_val=4, max_trials=2),), default_root_dir=tmp_path)
     assert module.batch_size == 8
 
 
-def test_learning_rate_finder() -> None:
+def test_learning_rate_finder(tmp_path: Path) -> None:
     module = Own()
     module.lr = 1e-4
-    fit(module, before=(LearningRateFinder(num_training_steps=4, min_lr=1e-6, max_lr=1e-4, early_stop_threshold=None),))
+    fit(
+        module,
+        before=(LearningRateFinder(num_training_steps=4, min_lr=1e-6, max_lr=1e-4, early_stop_threshold=None),),
+        default_root_dir=tmp_path,
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -54,6 +54,8 @@ class EveryOtherPair(TwoOptimizers):
     def training_step(self, batch, batch_idx):
         if batch_idx % 2 == 1:
             super().training_step(batch, batch_idx)
+        else:
+            self.base_loss(batch)
 
 
 class Uneven(TwoOptimizers):
@@ -63,6 +65,7 @@ class Uneven(TwoOptimizers):
         if batch_idx % 2 == 1:
             super().training_step(batch, batch_idx)
         else:
+            self.base_loss(batch)
             self.optimizers()[1].step()
 
 
