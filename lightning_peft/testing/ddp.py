@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
-from multiprocessing.context import BaseContext
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -71,62 +67,43 @@ def _launch(function: str, arguments: Mapping[str, Any], processes: int, timeout
         "WORLD_SIZE": str(processes),
         "NODE_RANK": "0",
     }
-    context: Any = _context()
-    started: list[BaseProcess] = []
+    command = [sys.executable, "-c", "from lightning_peft.testing import ddp; ddp.main()", function, str(folder)]
+    started: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(processes):
-            environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = context.Process(target=main, args=(function, str(folder), environment))
-            with _no_main():
-                process.start()
-            started.append(process)
+            with (folder / f"{rank}.log").open("wb") as log:
+                environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                started.append(
+                    subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=os.name == "posix")
+                )
         deadline = time.monotonic() + timeout
         # One rank that failed leaves the others waiting for it: no need to wait with them.
-        while any(p.is_alive() for p in started) and not any(p.exitcode for p in started) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        if all(process.is_alive() for process in started):
+        while any(p.poll() is None for p in started) and not any(p.poll() for p in started) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if all(process.poll() is None for process in started):
             _tell_stacks(started)
     finally:
         for process in started:
             _end(process)
-    return [process.exitcode for process in started]
+    return [process.returncode for process in started]
 
 
-def _context() -> BaseContext:
-    """How ranks start: where they can, as forks of a server that has imported torch and Lightning once, new and at once."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "lightning.pytorch", "pytest"])
-    return context
-
-
-@contextmanager
-def _no_main() -> Iterator[None]:
-    """Keep ranks from importing the script that launches them, which would launch them again."""
-    script = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = script
-
-
-def _tell_stacks(started: list[BaseProcess]) -> None:
+def _tell_stacks(started: list[subprocess.Popen[bytes]]) -> None:
     """Have ranks that hang write where they are to their log."""
     if os.name == "posix":
         for process in started:
-            os.kill(process.pid or 0, signal.SIGUSR1)
+            process.send_signal(signal.SIGUSR1)
         time.sleep(1.0)
 
 
-def _end(process: BaseProcess) -> None:
-    if process.is_alive():
-        if os.name == "posix" and process.pid is not None and os.getpgid(process.pid) == process.pid:
-            os.killpg(process.pid, signal.SIGKILL)  # with loader workers of its own
-        else:
-            process.kill()
-    process.join()
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is not None:
+        return
+    if os.name == "posix":
+        os.killpg(process.pid, signal.SIGKILL)  # with loader workers of its own
+    else:
+        process.kill()
+    process.wait()
 
 
 def _free_port() -> int:
@@ -150,34 +127,17 @@ def load_module(source: str) -> Any:
     return module
 
 
-def main(function: str, folder: str, environment: Mapping[str, str]) -> None:
-    """Run a function as one rank.
-
-    Args:
-        function: As :func:`run_ddp` takes it.
-        folder: Where its arguments are, and where its result and output go.
-        environment: Environment variables of the rank, all of them.
-    """
-    if os.name == "posix":
-        os.setsid()
-    os.environ.clear()
-    os.environ.update(environment)
-    _redirect_output(Path(folder, f"{environment['RANK']}.log"))
+def main() -> None:
+    """What each process runs."""
     torch.set_num_threads(1)
     if os.name == "posix":
         faulthandler.register(signal.SIGUSR1)
-    source, _, name = function.rpartition(":")
-    arguments = torch.load(Path(folder, "arguments"), weights_only=True)
+    source, _, name = sys.argv[1].rpartition(":")
+    folder = Path(sys.argv[2])
+    arguments = torch.load(folder / "arguments", weights_only=True)
     result = getattr(load_module(source), name)(**arguments)
-    torch.save(result, Path(folder, f"{environment['RANK']}.out"))
+    torch.save(result, folder / f"{os.environ['RANK']}.out")
     _leave()
-
-
-def _redirect_output(path: Path) -> None:
-    with path.open("wb") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
 
 
 def _leave() -> None:
