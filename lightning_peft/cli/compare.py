@@ -14,7 +14,7 @@ from lightning_peft.cli.console import Outcome, grid
 from lightning_peft.cli.folders import held
 from lightning_peft.cli.launch import methods_in
 from lightning_peft.cli.recipes import Recipe, UsageError, check_seeds, find_for
-from lightning_peft.cli.trial import CURVES, Job, preflight, train
+from lightning_peft.cli.trial import CURVES, Job, train
 from lightning_peft.export.report_comparison import Comparison, comparison_report, cost_table, metric_table
 from lightning_peft.export.report_curves import Curves, read_curves
 from lightning_peft.export.report_reach import reach_tables
@@ -76,8 +76,6 @@ def _compare(
 ) -> Outcome:
     trials: dict[str, list[Trial]] = {}
     curves: dict[str, list[Curves]] = {}
-    for label, left_out in plans.items():
-        preflight(_job(recipe, overrides, out, label, left_out, 0))
     for seed in range(seeds):  # seeds outside, so that an early look at the results is a fair one
         for label, left_out in plans.items():
             job = replace(_job(recipe, overrides, out, label, left_out, seed), trusted=trusted)

@@ -111,7 +111,7 @@ def _run(
         dense = out / DENSE
         jobs.insert(0, replace(composed, folder=dense, checkpoint=dense / "model.ckpt", name=DENSE, without=methods))
     trials = {}
-    for job in jobs:
+    for job in jobs[1:]:  # the first is built in a moment
         preflight(job)
     console.print(f"[bold]{recipe.name}[/]  {recipe.summary}", highlight=False)
     for place, job in enumerate(jobs, 1):

@@ -106,12 +106,12 @@ def test_a_network_that_lost_blocks_loads_by_the_printed_lines_and_the_report_le
 
 
 def test_a_class_that_saves_no_arguments_is_loaded_with_them(cli, toy, tmp_path) -> None:
-    size = ["--model", "cli_toys.ForgetfulModule", "--model.size", "5"]
+    size = ["--model", "cli_toys.ForgetfulModule", "--model.size", "12"]
     status, data, error = cli("run", toy, *size, "--no-baseline", "--out", "out", "--json", "--trainer.max_epochs", "1")
     assert status == 0, error
-    assert data["loading"][-1].endswith("weights_only=True, size=5)")
+    assert data["loading"][-1].endswith("weights_only=True, size=12)")
     assert not any("lightning_peft" in line for line in data["loading"])
-    assert loaded(data, tmp_path)["model.0.weight"].shape == (5, 8)
+    assert loaded(data, tmp_path)["model.0.weight"].shape == (12, 8)
 
 
 def test_a_run_without_seed_says_so(cli, toy) -> None:
@@ -124,7 +124,7 @@ def test_a_run_without_seed_says_so(cli, toy) -> None:
 
 def test_a_run_that_fails_early_leaves_its_folder_free(cli, toy) -> None:
     arguments = ["run", toy, "--no-baseline", "--json", "--trainer.max_epochs", "1"]
-    assert cli(*arguments, "--out", "out", "--data.samples", "0")[0] == 2
+    assert cli(*arguments, "--out", "out", "--model.lr", "-1")[0] == 2
     status, data, error = cli(*arguments, "--out", "out")
     assert status == 0, error
     assert data["composed"]["steps"] == 4
