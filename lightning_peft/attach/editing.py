@@ -21,7 +21,7 @@ from lightning_peft.structure.edits import Change, Edit, Growth
 from lightning_peft.structure.optimizers import place_parameters, trained_by
 from lightning_peft.structure.schedulers import FreshSchedule
 from lightning_peft.structure.width_state import carry_optimizer_state
-from lightning_peft.weights.maps import mapped_tensors, plain_tensors, plain_values, set_plain_values
+from lightning_peft.weights.maps import mapped_tensors, parameters_with_maps, plain_tensors, plain_values, set_plain_values
 
 
 def edit_training(
@@ -80,11 +80,11 @@ def edit_training(
 def _release(module: LightningModule, change: Change) -> None:
     """Free what an edit leaves behind on the device; removed blocks are kept, for going back to an earlier checkpoint."""
     for part in (module, *change.removed.values()):
-        for parameter in part.parameters():
+        for parameter in parameters_with_maps(part):
             parameter.grad = None  # of shapes, and in DDP in buckets, that are gone
     gone = set(map(id, _gone_parameters(module, change)))
     for block in change.removed.values():
-        if all(id(parameter) in gone for parameter in block.parameters()):
+        if all(id(parameter) in gone for parameter in parameters_with_maps(block)):
             block.to("cpu")
 
 
@@ -113,7 +113,7 @@ def _carry_optimizers(
 def _gone_parameters(module: nn.Module, change: Change) -> list[nn.Parameter]:
     """Parameters of blocks that left, those of weight maps on them too; what another part of the module shares is not gone."""
     kept = set(map(id, module.parameters()))
-    found = [parameter for block in change.removed.values() for parameter in block.parameters() if id(parameter) not in kept]
+    found = [p for block in change.removed.values() for p in parameters_with_maps(block) if id(p) not in kept]
     return list({id(parameter): parameter for parameter in found}.values())
 
 

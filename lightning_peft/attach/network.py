@@ -43,7 +43,10 @@ def resolve_network(module: nn.Module, name: str | None = None) -> tuple[str, nn
         for child, sub in module.named_children()
         if not isinstance(sub, Metric) and (size := sum(p.numel() for p in sub.parameters())) > 0
     }
-    total = sum(p.numel() for p in module.parameters())
+    # What weight maps hold for themselves belongs to no child, and must not change which of them is the network.
+    total = sum(
+        p.numel() for p in {*module.parameters(recurse=False), *(p for sub in module.children() for p in sub.parameters())}
+    )
     for child, size in sizes.items():
         if size >= _DOMINANT * total:
             return child, module.get_submodule(child)

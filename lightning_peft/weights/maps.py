@@ -97,6 +97,17 @@ def maps_of(module: nn.Module, kind: type[MapT], owner: str) -> Iterator[tuple[M
                 yield mapped, entry
 
 
+def parameters_with_maps(part: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters of a part of a module, then those that weight maps on them hold for themselves.
+
+    ``parameters()`` of the whole module yields both, that of a part its own alone.
+    """
+    yield from part.parameters()
+    for mapped in mapped_tensors(part):
+        for weight_map in mapped.maps:
+            yield from weight_map.parameters()
+
+
 def plain_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by the name they have without weight maps: what is stored, maps' own tensors left out.
 

@@ -15,6 +15,7 @@ from lightning_peft.attach.flop_count import FlopCount
 from lightning_peft.structure import edits
 from lightning_peft.structure.depth import copied
 from lightning_peft.structure.edits import Edit
+from lightning_peft.weights.maps import parameters_with_maps
 from lightning_peft_plugins.pruning.example import call
 
 
@@ -77,6 +78,6 @@ class Twin:
 def _on_meta(network: nn.Module) -> nn.Module:
     """Copy a network without its data; ``Module.to`` would untie its tensors."""
     memo: dict[int, Any] = {id(b): torch.empty_like(b, device="meta") for b in network.buffers()}
-    memo |= {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in network.parameters()}
+    memo |= {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in parameters_with_maps(network)}
     twin: nn.Module = copy.deepcopy(network, memo)
     return twin
