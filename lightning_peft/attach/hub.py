@@ -405,7 +405,7 @@ class Hub:
         if self.run.samples is not None:
             self.run.samples.remove()
         try:
-            for method in self.methods:
+            for method in reversed(self.methods):  # what one gives back is what it found, the work of those before it
                 method.restored = False
                 self._finish(method)
         finally:

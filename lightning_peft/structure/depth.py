@@ -12,6 +12,7 @@ import copy
 import reprlib
 import zlib
 from collections.abc import Mapping, Sequence
+from types import MethodType
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -190,7 +191,16 @@ def copied(block: nn.Module, *, masked: bool) -> nn.Module:
     shared = [vars(layer)["config"] for layer in block.modules() if "config" in vars(layer)]  # transformers change it later
     twin = copy.deepcopy(block, {id(config): config for config in shared})
     detach_maps(twin, "live" if masked else "unmasked")
+    _drop_plain_methods(twin)
     return twin
+
+
+def _drop_plain_methods(block: nn.Module) -> None:
+    """Take off what copying makes of a shadowed method: an attribute that says no more than the class does."""
+    for part in block.modules():
+        for name, value in list(vars(part).items()):
+            if isinstance(value, MethodType) and value.__self__ is part and value.__func__ is getattr(type(part), name, None):
+                del vars(part)[name]
 
 
 def _fill(blocks: Blocks, new: Sequence[nn.Module]) -> None:

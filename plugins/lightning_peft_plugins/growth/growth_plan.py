@@ -118,8 +118,8 @@ class GrowthPlan:
     def _check_deeper(self, now: int, target: int) -> None:
         if target <= now:
             raise MisconfigurationException(
-                f"{self.path} has {now} blocks by then and cannot grow to={target}: give a larger number, or begin with fewer "
-                "by start=."
+                f"{self.path} has {now} blocks by then and cannot grow to={target}. Give a larger to=, or begin with fewer by "
+                "start=."
             )
 
     def first_edit(self, module: nn.Module) -> Edit | None:
