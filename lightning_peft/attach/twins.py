@@ -53,7 +53,7 @@ def warn_of_twins(module: nn.Module) -> None:
         return
     (name, copy), *more = found.items()
     also = f", and {len(more)} more such pairs" if more else ""
-    both = [_layers_of(list(names)) for names in (found, found.values())]
+    both = [target for names in (found, found.values()) for target in _layers_of(list(names))]
     rank_zero_warn(
         f"{copy} is a copy of {name}{also}, but only {name} is under weight maps, and what is stored under them is not the "
         f"weight. Code that moves the copy towards parameters(), as a momentum teacher's does, would average something else. "
@@ -61,9 +61,10 @@ def warn_of_twins(module: nn.Module) -> None:
     )
 
 
-def _layers_of(names: list[str]) -> str:
-    """Target that covers the layers of some tensors: the part of the module they are all in, or the one layer."""
+def _layers_of(names: list[str]) -> list[str]:
+    """Targets that cover the layers of some tensors: the part of the module they are all in, or each layer."""
     paths = [name.split(".")[:-1] for name in names]
     shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
-    path = ".".join(shared)
-    return path if len(names) == 1 else f"re:^{re.escape(path)}" + (r"\." if path else "")
+    if len(names) > 1 and shared:
+        return [f"re:^{re.escape('.'.join(shared))}\\."]
+    return sorted({".".join(path) for path in paths})

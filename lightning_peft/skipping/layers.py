@@ -210,8 +210,9 @@ class SelectiveLayer(nn.Module):
 
     def _takes(self, inputs: Tensor, weight: Tensor) -> bool:
         """Whether a kernel can compute from these inputs."""
-        laid = not self.convolution or inputs.is_contiguous(memory_format=torch.channels_last)
-        return laid and usable(inputs, weight, self.bias) and is_by_input(weight)
+        if not (usable(inputs, weight, self.bias) and is_by_input(weight)):  # first, since vmap cannot tell a layout
+            return False
+        return not self.convolution or inputs.is_contiguous(memory_format=torch.channels_last)
 
     def _by_kernel(self, inputs: Tensor, weight: Tensor, reads: Choice | None, writes: Choice | None) -> Tensor:
         compiled = kernels()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft.skipping.native import Part
 from lightning_peft.skipping.predictor import chosen
-from lightning_peft.skipping.values import is_plain, readable
+from lightning_peft.skipping.values import readable
 
 
 @dataclass(frozen=True)
@@ -149,14 +149,9 @@ def check_channels(inputs: Tensor, dim: int, expected: int, ndim: int | None = N
 
 def in_layout(value: Tensor, channels_last: bool) -> Tensor:
     """Feature maps in a memory layout, other tensors, and those of a recorded course, as they are."""
-    if value.ndim != 4 or torch.compiler.is_compiling():
+    if value.ndim != 4 or not readable(value):
         return value
-    layout = memory_format(channels_last)
-    return value if not is_plain(value) or value.is_contiguous(memory_format=layout) else _laid_out(value, layout)
-
-
-def _laid_out(value: Tensor, layout: torch.memory_format) -> Tensor:
-    return value.contiguous(memory_format=layout) if readable(value) else value
+    return value.contiguous(memory_format=memory_format(channels_last))
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:

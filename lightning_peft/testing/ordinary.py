@@ -81,6 +81,8 @@ class OrdinaryChecks(SharedRuns):
         assert self.new_parameters or not replaced, f"these parameters were replaced by others in the move: {replaced}"
         self._assert_close(self._descended(factory), moved, "a module that stays against one that is moved at the end")
 
+    # A method that maps the network's weights and not the teacher's is warned of, rightly; here the places matter.
+    @pytest.mark.filterwarnings("ignore:.* is a copy of .*, but only:UserWarning")
     def test_a_teacher_follows_by_place(self, factory: Factory) -> None:
         if self.no_teacher:
             with pytest.raises(MisconfigurationException, match=self.no_teacher):

@@ -36,6 +36,7 @@ class TestMixtureGrowth(MethodTester):
         lambda: MixtureGrowth(at="step:3", coefficients="zero"),
     ]
     no_styles = {"TwoOptimizers": SEVERAL}
+    no_teacher = r"is not two members side by side.*named by stem="
 
 
 def test_one_network_of_several_is_named() -> None:
