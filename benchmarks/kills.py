@@ -6,6 +6,9 @@ Every run draws a combination of methods and trains it once to the end. Then it 
 ended by SIGKILL at random moments, while it trains, saves or starts, and goes on from its last checkpoint each time. Weights,
 optimizers, schedulers, journal and the states of the methods must agree bit for bit in the end. Batches are the same in every
 epoch, so that where in an epoch a run resumes makes no difference to the data.
+
+Nothing is saved between an epoch's last batch and its end: a training that is resumed from there and interrupted again takes
+steps too many in Lightning 2.6, with methods or without (stops at steps 4 and 6 of 3 epochs of 4 batches make 14 steps of 12).
 """
 
 from __future__ import annotations
@@ -21,8 +24,10 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
@@ -85,19 +90,33 @@ def same_batches() -> DataLoader[tuple[torch.Tensor, ...]]:
     return DataLoader(loader(8).dataset, batch_sampler=[list(range(8))] * BATCHES)
 
 
+class Saver(ModelCheckpoint):
+    """Saves after every batch but an epoch's last, and at the end of every epoch."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, every_n_train_steps=1, save_last=True, save_top_k=1)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, *args)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
 def train(makes: list[Make], folder: Path, attempt: int) -> None:
     """Train to the end, from the last checkpoint if there is one, and write what came of it."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     last = folder / "last.ckpt"
-    saver = ModelCheckpoint(folder, every_n_train_steps=1, save_last=True, save_top_k=1)
     found = last if last.exists() else None
     # What is drawn after a resume must come from the checkpoint, so the seed is another one.
     run = fit(
         [make() for make in makes],
         style=deepened(Plain),
         seed=attempt if found else 0,
-        after=[saver],
+        after=[Saver(folder)],
         data=same_batches(),
         resume=found,
         max_epochs=EPOCHS,

@@ -50,7 +50,7 @@ def shared(stages: Any, built: int = 4, **arguments: Any) -> tuple[Plain, StageS
 
 def expand(module: Plain, method: StageSharing) -> None:
     """The edit of the expansion, without a training."""
-    journal.edit(module, method.next_edit(SimpleNamespace(module=module)).edit)
+    journal.edit(module, method.next_edit(SimpleNamespace(module=module, epoch=0)).edit)
 
 
 # The published algorithm.
@@ -137,7 +137,7 @@ def test_edits_are_replayed_and_undone_in_another_process() -> None:
 
 def test_names_after_the_expansion() -> None:
     module, method = shared([2, 2], to=[1, 3])
-    change = journal.edit(module, method.next_edit(SimpleNamespace(module=module)).edit)
+    change = journal.edit(module, method.next_edit(SimpleNamespace(module=module, epoch=0)).edit)
     assert [change.new_name(f"blocks.{place}.w") for place in range(4)] == [f"blocks.{new}.w" for new in (0, 0, 1, 1)]
     assert [change.source(f"blocks.{place}.w") for place in range(4)] == [None, None, "blocks.2.w", "blocks.2.w"]
     assert change.removed == {}
@@ -145,7 +145,7 @@ def test_names_after_the_expansion() -> None:
 
 def test_a_record_of_other_ties_is_refused() -> None:
     module, method = shared([2, 2])
-    edit = method.next_edit(SimpleNamespace(module=module)).edit
+    edit = method.next_edit(SimpleNamespace(module=module, epoch=0)).edit
     for broken in (None, [0, 0, 0, 3], "0022"):
         with pytest.raises(CheckpointError, match=r"other blocks are the same one: .* against \[0, 0, 2, 2\]"):
             journal.edit(module, {**edit, "tied": broken})
