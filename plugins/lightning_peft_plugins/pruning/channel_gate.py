@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +25,27 @@ class Prediction(NamedTuple):
 
     logits: Tensor
     target: Tensor
+
+
+class GateHook:
+    """One of a gate's methods as a hook: a deep copy of the network has its own gates in its own hooks, a pickle has none.
+
+    Args:
+        gate: The gate.
+        method: Name of its method.
+    """
+
+    def __init__(self, gate: ChannelGate, method: str) -> None:
+        self.gate, self._method = gate, method
+
+    def __call__(self, *args: Any) -> Any:
+        return getattr(self.gate, self._method)(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GateHook:
+        return GateHook(copy.deepcopy(self.gate, memo), self._method)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")  # takes anything and does nothing, wherever the file is loaded
 
 
 class ChannelGate(WeightMap):
@@ -86,15 +109,14 @@ class ChannelGate(WeightMap):
         # timm's norms carry their activation.
         last = activations or [getattr(gate, "act", nn.Identity())]
         self._rectified = self._convolution and all(rectifies(activation) for activation in last)
-        # Bound methods: a deep copy of the network has its own gates in its own hooks.
-        producer.register_forward_pre_hook(self._look)
-        gate.register_forward_hook(self._cut)
+        producer.register_forward_pre_hook(GateHook(self, "_look"))
+        gate.register_forward_hook(GateHook(self, "_cut"))
 
     def detached(self) -> None:
         """Leave the layers as they were."""
         for layer in self._places:
             for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
-                for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                for key in [key for key, hook in hooks.items() if isinstance(hook, GateHook) and hook.gate is self]:
                     del hooks[key]
         self._places = []
         self.take()
