@@ -48,7 +48,7 @@ NEEDS_NO_END: dict[str, Callable[[], Method]] = {
     "choices": lambda: MagnitudePruning(0.5, start=2, end=6, every=2),
     "cuts": lambda: StructuredPruning(0.3, start=2, end=6, every=2),
     "blocks": lambda: BlockPruning(1, start=4, every=2),
-    "growth": lambda: LayerGrowth(at="step:4", start=2, to=4),
+    "growth": lambda: LayerGrowth(at="step:4", start=2, to=4, lr="continue"),
     "memory": lambda: PSKD(sample_index="2", epochs=2, num_samples=32),
     "rank": lambda: TrainedRankPruning(0.9, period=3),
 }

@@ -26,7 +26,7 @@ class LRRule:
 
     def warmup(self, run: Run) -> int:
         """Return the optimizer steps of the warm-up in a training; 0 for none."""
-        return 0 if self.length is None else max(1, run.place(self.length, "A warm-up"))
+        return 0 if self.length is None else max(1, run.place(self.length, "The warm-up of lr="))
 
     def factor(self, since: int | None, steps: int, warmup: int) -> float:
         """Return what the scheduled rate of the next step is multiplied with.
