@@ -80,7 +80,7 @@ def essence(message: str) -> str:
             break  # the same said of another type of the Union
         if line and not line.startswith(_NOISE):
             kept.append(line)
-    reasons = [line for line in kept if not re.fullmatch(r"Expected a <class '[\w.]+'>", line)]
+    reasons = [line for line in kept if not re.fullmatch(r"Expected an? <class 'NoneType'>", line)]
     told = any(not line.startswith("Parser key") for line in reasons)
     text = " ".join(reasons if told else kept) or message
     text = re.sub(r'Parser key "([^"]+)":', r"\1:", text)

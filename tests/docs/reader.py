@@ -112,7 +112,7 @@ def names(folder: Path) -> dict[str, Any]:
     module, dense = MyModule(), MyModule()
     trainer = ShortTrainer(max_epochs=1)
     trainer.fit(module, loader)
-    for name in ("trained.ckpt", "last.ckpt"):
+    for name in ("trained.ckpt", "last.ckpt", "model.ckpt"):
         trainer.save_checkpoint(folder / name)
     loaders = ("my_loader", "my_data", "train_loader", "val_loader", "test_loader", "clean_loader", "shifted_loader")
     given: dict[str, Any] = dict.fromkeys((*loaders, "loader", "data"), loader)
@@ -125,6 +125,7 @@ def names(folder: Path) -> dict[str, Any]:
         "ModelCheckpoint": ModelCheckpoint,
         "MyModule": MyModule,
         "my_module": module,
+        "trainer": trainer,
         "module": module,
         "dense": dense,
         "images": images,

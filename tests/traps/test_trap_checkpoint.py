@@ -93,7 +93,7 @@ def test_last_is_found_only_in_a_folder_that_has_a_name(tmp_path):
         runner = trainer(
             callbacks=[ToyScale(), saver], max_epochs=epochs, logger=CSVLogger(tmp_path), default_root_dir=tmp_path
         )
-        runner.fit(module, data, **resume)
+        runner.fit(module, data, loader(8), **resume)
         return runner, module
 
     train(1, ModelCheckpoint(save_last=True))

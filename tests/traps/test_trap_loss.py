@@ -121,6 +121,7 @@ def test_t14_clock_counts_the_first_optimizer_only(style):
 
 
 @pytest.mark.parametrize("what", ["submodule", "network replaced", "whole module"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_t29_logits_under_compile(what):
     """T29: logits captured outside the compiled region give the gradients of eager training."""
     eager = fit([ToyEntropy()], optimizer="sgd")
