@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 
 import hypothesis
 import pytest
@@ -29,4 +30,6 @@ def _quiet_single_thread():
 
 @pytest.fixture(autouse=True)
 def _seed():
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # what a recipe that seeds everything leaves to later tests
+        os.environ.pop(name, None)
     torch.manual_seed(0)
