@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -318,7 +317,6 @@ class ResidualBlock(nn.Module):
         return output
 
 
-@cache
 def deepened(style: type[Plain], blocks: int = 4) -> type[Plain]:
     """The same style of module with a list of equal blocks in front, for methods that change depth.
 
@@ -326,6 +324,10 @@ def deepened(style: type[Plain], blocks: int = 4) -> type[Plain]:
         >>> len(deepened(Plain)().blocks)
         4
     """
+    name = f"Deep{blocks}{style.__name__}"
+    known: Any = globals().get(name)
+    if known is not None and known.__base__ is style:
+        return known  # type: ignore[no-any-return]
 
     def build(self: Any) -> None:
         style.build(self)
@@ -334,7 +336,6 @@ def deepened(style: type[Plain], blocks: int = 4) -> type[Plain]:
     def forward(self: Any, inputs: Tensor) -> Any:
         return style.forward(self, self.blocks(inputs))
 
-    name = f"Deep{blocks}{style.__name__}"
     deep = type(name, (style,), {"build": build, "forward": forward, "__module__": __name__, "__qualname__": name})
     globals()[name] = deep  # where pickle looks for the class of a module
     return deep
