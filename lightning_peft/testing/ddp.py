@@ -23,7 +23,7 @@ _PORT_TAKEN = ("address already in use", "eaddrinuse")
 
 
 def run_ddp(
-    function: str, arguments: Mapping[str, Any] | None = None, *, processes: int = 2, timeout: float = 180.0
+    function: str, arguments: Mapping[str, Any] | None = None, *, processes: int = 2, timeout: float = 270.0
 ) -> list[Any]:
     """Call ``function(**arguments)`` in each of several new processes and return what they return, by rank.
 
