@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.attach import averaging, finetuning
+from lightning_peft.attach.map_groups import place_maps
 from lightning_peft.method import Method
 from lightning_peft.strategies.support import rewrap
 from lightning_peft.structure import carry, journal
 from lightning_peft.structure.edits import Change, Edit, Growth
-from lightning_peft.structure.optimizers import place_parameters, trained_by
+from lightning_peft.structure.optimizers import trained_by
 from lightning_peft.structure.schedulers import FreshSchedule
 from lightning_peft.structure.width_state import carry_optimizer_state
 from lightning_peft.weights.maps import mapped_tensors, parameters_with_maps, plain_tensors, plain_values, set_plain_values
@@ -157,13 +158,9 @@ def follow(trainer: Trainer, module: LightningModule, methods: Sequence[Method],
     for method in methods:
         if method.weight_maps:
             method.attach(module)
-    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     for mapped in mapped_tensors(module):
         if id(mapped.stored) not in old:
-            for weight_map in mapped.maps:
-                parameters = dict(weight_map.named_parameters(f"{mapped.name}.{weight_map.kind}"))
-                settings = (weight_map.optimizer_overrides, weight_map.lr_scale)
-                place_parameters(trainer.optimizers, schedulers, parameters, mapped.stored, *settings)
+            place_maps(trainer, mapped)
 
 
 def describe(module: nn.Module, edit: Edit) -> str:

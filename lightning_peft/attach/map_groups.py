@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from lightning.pytorch import Trainer
+
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.compose.run import Run
 from lightning_peft.structure.optimizers import place_parameters
-from lightning_peft.weights.maps import mapped_tensors
+from lightning_peft.weights.maps import MappedTensor, mapped_tensors
+
+
+def place_maps(trainer: Trainer, mapped: MappedTensor) -> None:
+    """Let the parameters of the maps on one tensor be trained beside its stored value, by the settings of each map."""
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    for weight_map in mapped.maps:
+        parameters = dict(weight_map.named_parameters(f"{mapped.name}.{weight_map.kind}"))
+        settings = (weight_map.optimizer_overrides, weight_map.lr_scale)
+        place_parameters(trainer.optimizers, schedulers, parameters, mapped.stored, *settings)
 
 
 class MapGroups:
@@ -21,13 +32,8 @@ class MapGroups:
 
     def place(self) -> None:
         """Place every map's own parameters beside the stored value of its tensor."""
-        trainer = self._run.trainer
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         for mapped in mapped_tensors(self._run.module):
-            for weight_map in mapped.maps:
-                settings = (weight_map.optimizer_overrides, weight_map.lr_scale)
-                names = dict(weight_map.named_parameters(f"{mapped.name}.{weight_map.kind}"))
-                place_parameters(trainer.optimizers, schedulers, names, mapped.stored, *settings)
+            place_maps(self._run.trainer, mapped)
         self._counts = self._count()
 
     def follow(self) -> None:
