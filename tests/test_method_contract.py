@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
+from multiprocessing import get_start_method
 
 import pytest
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_peft import Lane, Method, NMSparsity, WeightCompander, WeightMap
 from lightning_peft.testing import STYLES, MethodTester, run_ddp
@@ -261,6 +264,19 @@ def failing():
 
 def hanging():
     time.sleep(600)
+
+
+def told() -> list[object]:
+    return [rank_zero_only.rank, os.environ["RANK"], os.getpgrp() == os.getpid(), get_start_method(), hash("a word")]
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["forked", "fresh"])
+def test_a_rank_knows_that_it_is_one(fresh, monkeypatch):
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    ranks = run_ddp(f"{__file__}:told", fresh=fresh)
+    usual = get_start_method()
+    assert [rank[:-1] for rank in ranks] == [[0, "0", True, usual], [1, "1", True, usual]]
+    assert (ranks[0][-1] != ranks[1][-1]) == fresh, "whether sets are ordered by each rank in its own way"
 
 
 def test_a_failing_rank_is_reported_with_its_output():

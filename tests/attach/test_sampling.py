@@ -223,6 +223,9 @@ def test_an_iterator_begun_within_an_epoch_and_kept_is_harmless(workers: int) ->
                 self.kept = iter(data)
                 next(self.kept)
 
+        def on_fit_end(self, *args: Any) -> None:
+            del self.kept  # the collector would wait for its workers, in a later test
+
     follow(data, 18, Keeps(), max_epochs=3)
 
 

@@ -76,9 +76,21 @@ class AsksForSteps(Plain):
         return super().configure_optimizers()
 
 
-def shuffled(seed: int, **options: Any) -> StatefulDataLoader[Any]:
+class Ended(StatefulDataLoader[Any]):
+    """Can end the workers of a training that was killed, for which the collector would wait in a later test."""
+
+    def __iter__(self) -> Any:
+        self.begun = super().__iter__()
+        return self.begun
+
+    def end(self) -> None:
+        if self.num_workers:
+            self.begun._shutdown_workers()
+
+
+def shuffled(seed: int, **options: Any) -> Ended:
     torch.manual_seed(seed)
-    return StatefulDataLoader(loader().dataset, batch_size=8, shuffle=True, **options)
+    return Ended(loader().dataset, batch_size=8, shuffle=True, **options)
 
 
 def killed_and_resumed(
@@ -90,8 +102,11 @@ def killed_and_resumed(
     """
     through, rest = Order(), Order()
     whole = fit(methods(), data=data(3), max_epochs=3, style=style, before=[through])
+    killed = data(3)
     with pytest.raises(Killed):
-        fit(methods(), data=data(3), max_epochs=3, style=style, after=[KillAt(path)])
+        fit(methods(), data=killed, max_epochs=3, style=style, after=[KillAt(path)])
+    if isinstance(killed, Ended):
+        killed.end()
     resumed = fit(methods(), data=data(5), max_epochs=3, style=style, before=[rest], resume=path, seed=7)
     return whole, resumed, through.seen[KILLED_AT:], rest.seen
 

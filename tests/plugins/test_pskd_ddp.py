@@ -73,7 +73,8 @@ def train(sizes: list[int], devices: int, folder: str) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     # 18 samples are dealt evenly; of 17 the sampler deals one twice.
-    first, second = run_ddp(f"{__file__}:train", {"sizes": [18, 17], "devices": 2, "folder": str(tmp_path)})
+    arguments = {"sizes": [18, 17], "devices": 2, "folder": str(tmp_path)}
+    first, second = run_ddp(f"{__file__}:train", arguments, fresh=True)
     [single] = train([18], 1, str(tmp_path))
     assert torch.allclose(first[0]["probabilities"], single["probabilities"], atol=1e-6)
     for name, weight in single["weights"].items():
