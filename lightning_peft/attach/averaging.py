@@ -33,6 +33,11 @@ def swapped_in(trainer: Trainer) -> list[WeightAveraging]:
     return [each for each in _averaging(trainer) if isinstance(each, both(WeightAveraging)) and each._average_model is not None]
 
 
+def copies(trainer: Trainer) -> list[nn.Module]:
+    """Return the averaged copies of the module that callbacks keep."""
+    return [callback._average_model for callback in _averaging(trainer) if callback._average_model is not None]
+
+
 def rebuild(trainer: Trainer, module: LightningModule) -> None:
     """Let averaging callbacks copy the module again, so that their copies have the same parameters in the same order.
 

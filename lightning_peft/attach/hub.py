@@ -24,13 +24,13 @@ from lightning_peft.attach.loader_state import restore_loader
 from lightning_peft.attach.map_groups import MapGroups
 from lightning_peft.attach.method_lives import MethodLives
 from lightning_peft.attach.neighbours import check_neighbours
-from lightning_peft.attach.network import resolve_network
+from lightning_peft.attach.network import check_materialised, resolve_network
 from lightning_peft.attach.sampling import SampleRecorder
 from lightning_peft.attach.saving import CheckpointHooks, JournalShim
 from lightning_peft.attach.shim import Shim
 from lightning_peft.attach.step_rates import StepRates
 from lightning_peft.attach.steps import StepTerms
-from lightning_peft.attach.twins import warn_of_twins
+from lightning_peft.attach.twins import warn_of_copies, warn_of_twins
 from lightning_peft.attach.unfinished import warn_unfinished
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.pace import Pace
@@ -176,6 +176,7 @@ class Hub:
         if self._attached:
             return
         module = self.run.module
+        check_materialised(module)
         if self._fitting:
             self._first_edits()
         self.run.network_name, self.run.network = network_of(self.methods, module)
@@ -430,6 +431,7 @@ class Hub:
             after_fit.note_groups(self.run.trainer, module)
         if self._fitting:
             stash.fill(module)
+            warn_of_copies(module, averaging.copies(self.run.trainer))
         detach_maps(module, "baked" if self._fitting and not failed else "pristine")
         if failed:
             self._undo_first_edits()

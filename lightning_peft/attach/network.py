@@ -9,11 +9,29 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 from lightning_peft.namespaces import both, own
 
 _DOMINANT = 0.99  # share of the parameters that makes a child *the* network
+
+
+def check_materialised(module: nn.Module) -> None:
+    """Refuse lazy layers that have seen no batch.
+
+    Raises:
+        MisconfigurationException: One of the module's parameters has no shape yet.
+    """
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            path = name.rpartition(".")[0]
+            kind = type(module.get_submodule(path)).__name__
+            raise MisconfigurationException(
+                f"{path or 'The module'} is a {kind}, whose {name.rpartition('.')[2]} has no shape before its first batch, and "
+                "methods are attached before that. Run one batch through the network when you build it: "
+                "with torch.no_grad(): network(example_batch)."
+            )
 
 
 def resolve_network(module: nn.Module, name: str | None = None) -> tuple[str, nn.Module]:

@@ -1,8 +1,10 @@
-"""Copies of mapped weights elsewhere in the module, such as the teacher that follows a student by position."""
+"""Copies of mapped weights: a teacher in the module that follows a student by position, an average that user code keeps."""
 
 from __future__ import annotations
 
+import gc
 import re
+from collections.abc import Iterable
 from itertools import takewhile
 
 import torch
@@ -10,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_peft.compose.lanes import Lane
+from lightning_peft.weights.mapped_layer import copies_of
 from lightning_peft.weights.maps import MappedTensor, mapped_tensors, plain_tensors
 
 
@@ -68,3 +71,26 @@ def _layers_of(names: list[str]) -> list[str]:
     if len(names) > 1 and shared:
         return [f"re:^{re.escape('.'.join(shared))}\\."]
     return sorted({".".join(path) for path in paths})
+
+
+def warn_of_copies(module: nn.Module, followed: Iterable[nn.Module]) -> None:
+    """Say that copies which user code made in training and still holds have maps of their own.
+
+    Args:
+        module: A module whose maps are about to be taken off.
+        followed: Copies that are kept up to date, those of averaging callbacks.
+    """
+    known = {part for whole in (module, *followed) for part in whole.modules()}  # growth copies layers within the module
+    if _copied(module, known):
+        gc.collect()  # a copy that nobody holds any more may be part of a cycle
+    if names := _copied(module, known):
+        rank_zero_warn(
+            f"The training ends with a copy of the module (of {names[0]}, for one) that was made while weight maps were on it. "
+            "The copy has maps of its own, whose masks and schedules stand where they stood when it was made, and they stay on "
+            "it. Make an ordinary network of it with lightning_peft.bake(copy). For an average of the weights, Lightning's "
+            "WeightAveraging and EMAWeightAveraging callbacks are followed."
+        )
+
+
+def _copied(module: nn.Module, known: set[nn.Module]) -> list[str]:
+    return [name for name, part in module.named_modules() if any(copy not in known for copy in copies_of(part))]

@@ -195,10 +195,7 @@ def mount_state_dict(state: MutableMapping[str, Tensor], module: nn.Module) -> N
     for mapped in mapped_tensors(module, every_name=True):
         if mapped.name not in state:
             continue
-        value = state.pop(mapped.name)
-        first = mapped.maps[0]
-        inverse = getattr(first, "right_inverse", None)
-        state[stored_key(mapped.name)] = value if inverse is None else inverse(value)
+        state[stored_key(mapped.name)] = mapped.chain.enter(state.pop(mapped.name))
         for position, weight_map in enumerate(mapped.maps):
             for key, tensor in weight_map.state_dict().items():
                 state[map_prefix(mapped.name, position) + key] = tensor

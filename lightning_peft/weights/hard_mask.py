@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_peft.weights.functions import quick
+
 
 def mask_factor(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Turn a boolean mask into ones and zeros of a type.
@@ -43,7 +45,7 @@ def hard_mask(weight: Tensor, mask: Tensor, factor: Tensor | None = None, *, reg
         if not regrow:
             return weight * factor
         mask = factor
-    masked: Tensor = _HardMask.apply(weight, mask, regrow)
+    masked: Tensor = _hard_mask(weight, mask, regrow)
     return masked
 
 
@@ -54,11 +56,20 @@ def _keep(values: Tensor, mask: Tensor) -> Tensor:
 class _HardMask(torch.autograd.Function):
     """Forward of :func:`hard_mask` and its gradient."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, regrow: bool) -> Tensor:
-        ctx.save_for_backward(*([] if regrow else [mask]))
+    def forward(weight: Tensor, mask: Tensor, regrow: bool) -> Tensor:
         return _keep(weight, mask)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+        _, mask, regrow = inputs
+        ctx.save_for_backward(*([] if regrow else [mask]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return (_keep(grads[0], ctx.saved_tensors[0]) if ctx.saved_tensors else grads[0]), None, None
+
+
+_hard_mask = quick(_HardMask)

@@ -37,6 +37,10 @@ class MapChain:
 
     def __call__(self, stored: Tensor) -> Tensor:
         """Return the weight the layer sees."""
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        return _untraced(self._mapped, stored) if tracing else self._mapped(stored)
+
+    def _mapped(self, stored: Tensor) -> Tensor:
         frozen, value = not stored.requires_grad, stored
         for weight_map in self.maps:
             if frozen and weight_map.lane == Lane.REPARAM:  # the other view of a frozen tensor is frozen
@@ -44,6 +48,18 @@ class MapChain:
                     value = weight_map(value)
             else:
                 value = weight_map(value)
+        return value
+
+    @torch.no_grad()
+    def enter(self, value: Tensor) -> Tensor:
+        """Return what is stored for a plain value that comes in; maps without ``right_inverse`` leave it as it is.
+
+        Raises:
+            ValueError: A map has no stored value for it.
+        """
+        for weight_map in reversed(self.maps):
+            inverse = getattr(weight_map, "right_inverse", None)
+            value = value if inverse is None else inverse(value)
         return value
 
     def bake(self, stored: Tensor) -> Tensor:
@@ -55,12 +71,24 @@ class MapChain:
         return value.detach()
 
 
+@torch.no_grad()
+def _untraced(function: Callable[[Tensor], Tensor], stored: Tensor) -> Tensor:
+    """Have ``torch.jit.trace`` record the result as a constant: what maps hold is in no module it knows."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        return function(stored)
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
 class MappedLayer(nn.Module):
     """What the class of a layer gains while maps are on its parameters.
 
     In a state dict a parameter under maps goes by the names ``torch.nn.utils.parametrize`` would give it,
     ``parametrizations.weight.original`` and ``parametrizations.weight.0.<...>``, so that no module without maps loads a file
-    of stored values by mistake.
+    of stored values by mistake. Weights of an ordinary module that are loaded become what the layer computes with, as far as
+    its masks let it.
     """
 
     plain_class: ClassVar[type[nn.Module]]
@@ -106,6 +134,7 @@ class MappedLayer(nn.Module):
         mine = tuple(key.removesuffix("original") for key in stored.values())
         own = {key: value for key, value in state_dict.items() if key not in stored and not key.startswith(mine)}
         own |= {name: state_dict[key] for name, key in stored.items() if key in state_dict}
+        entered = self._enter(state_dict, prefix, own, error_msgs)
         missing: list[str] = []
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys.extend(stored.get(key, key) for key in missing)
@@ -119,11 +148,29 @@ class MappedLayer(nn.Module):
             except RuntimeError as error:
                 error_msgs.append(f"{start.removesuffix('.')}: {error}")
                 continue
-            missing_keys.extend(start + key for key in result.missing_keys)
+            if not start.startswith(entered):
+                missing_keys.extend(start + key for key in result.missing_keys)
             unexpected_keys.extend(start + key for key in result.unexpected_keys)
         if strict:
-            others = (key for key in state_dict if key in stored or (key.startswith(mine) and key not in known))
+            both = (key for key, name in stored.items() if key in state_dict and name in state_dict)
+            others = (*both, *(key for key in state_dict if key.startswith(mine) and key not in known))
             unexpected_keys.extend(others)
+
+    def _enter(self, given: dict[str, Any], prefix: str, own: dict[str, Any], errors: list[str]) -> tuple[str, ...]:
+        """Put the weights of an ordinary module among the values to load; return what the keys of their maps begin with.
+
+        They are loaded by code that knows of no maps, such as a ``load_state_dict`` in the user's ``on_train_start``.
+        """
+        entered = []
+        for name, chain in self.weight_maps.items():
+            key = f"{prefix}{name}"
+            if key in given and stored_key(key) not in given:
+                try:
+                    own[key] = chain.enter(given[key])
+                except (ValueError, RuntimeError) as error:
+                    errors.append(f"{key} is under weight maps, and {error}")
+                entered.append(stored_key(key).removesuffix("original"))
+        return tuple(entered)
 
     def _named_maps(self, prefix: str) -> Iterator[tuple[str, WeightMap]]:
         """Every map with what its state-dict keys begin with."""
@@ -140,11 +187,21 @@ class MappedLayer(nn.Module):
         twin = make(*arguments)
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(state, memo))
+        _COPIES[twin] = weakref.ref(self)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the ordinary layer that baking would leave."""
         return _baked_twin(self).__reduce_ex__(1)  # later protocols insist on the class of the object at hand
+
+
+_COPIES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+"""Layers that were copied with their maps, to the layer they are a copy of."""
+
+
+def copies_of(layer: nn.Module) -> list[nn.Module]:
+    """Return the copies of a layer that still have its maps."""
+    return [twin for twin, source in _COPIES.items() if source() is layer and isinstance(twin, MappedLayer)]
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
@@ -220,8 +277,11 @@ _CLASSES: weakref.WeakValueDictionary[tuple[type, tuple[str, ...]], type] = weak
 def _mapped_class(cls: type[nn.Module], attributes: tuple[str, ...]) -> type:
     found = _CLASSES.get((cls, attributes))
     if found is None:
-        names = {"__module__": cls.__module__, "plain_class": cls}
-        found = type(f"Mapped{cls.__name__}", (MappedLayer, cls), names | {name: _reader(name) for name in attributes})
+        names: dict[str, Any] = {"__module__": cls.__module__, "plain_class": cls}
+        names |= {name: _reader(name) for name in attributes}
+        if hasattr(cls, "reset_parameters"):
+            names["reset_parameters"] = _reset_parameters
+        found = type(f"Mapped{cls.__name__}", (MappedLayer, cls), names)
         _CLASSES[cls, attributes] = found
     return found
 
@@ -235,6 +295,20 @@ def _reader(name: str) -> property:
             raise RuntimeError(f"A weight map on {name!r} failed: {error}") from error
 
     return property(read)
+
+
+@torch.no_grad()
+def _reset_parameters(layer: Any, *args: Any, **kwargs: Any) -> None:
+    """Initialise a layer anew as its own class does: that writes into the weight it reads, which here is a passing result."""
+    mapped = type(layer)
+    layer.__class__ = mapped.plain_class
+    try:
+        layer.reset_parameters(*args, **kwargs)
+    finally:
+        layer.__class__ = mapped
+    for name, chain in layer.weight_maps.items():
+        stored = layer._parameters[name]
+        stored.copy_(chain.enter(stored))
 
 
 _TWINS: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictionary()

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from lightning_peft.weights.functions import quick
 
 _INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -59,7 +62,7 @@ def ste_prune(
         decay = float(decay)
         if not 0.0 <= decay <= 1.0:
             raise MisconfigurationException(f"decay is the factor of pruned weights in [0, 1], got {decay}.")
-    pruned: Tensor = _STEPrune.apply(weight, mask, decay, float(sr_lambda), masked_grad)
+    pruned: Tensor = _ste_prune(weight, mask, decay, float(sr_lambda), masked_grad)
     return pruned
 
 
@@ -107,7 +110,7 @@ def _scale(values: Tensor, mask: Tensor, decay: Tensor | float) -> Tensor:
     """``values`` where kept, ``values * decay`` where pruned."""
     if not isinstance(decay, Tensor) and decay == 0.0:
         return _select(values, mask)
-    if torch.compiler.is_compiling() or values.device.type != "cpu":
+    if torch.compiler.is_compiling() or values.device.type != "cpu" or is_functorch_wrapped_tensor(values):
         return torch.where(mask, values, values * decay)
     factor = mask.to(values.dtype)
     factor = factor.clamp_(min=decay.to(values.dtype)) if isinstance(decay, Tensor) else factor.clamp_(min=decay)
@@ -117,8 +120,15 @@ def _scale(values: Tensor, mask: Tensor, decay: Tensor | float) -> Tensor:
 class _STEPrune(torch.autograd.Function):
     """Forward of :func:`ste_prune` and its two gradients; keeps nothing for the plain straight-through estimator."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: Tensor | float, sr_lambda: float, masked_grad: bool) -> Tensor:
+    def forward(weight: Tensor, mask: Tensor, decay: Tensor | float, sr_lambda: float, masked_grad: bool) -> Tensor:
+        return _scale(weight, mask, decay)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | float, float, bool], output: Tensor) -> None:
+        weight, mask, decay, sr_lambda, masked_grad = inputs
         ctx.sr_lambda, ctx.masked_grad = sr_lambda, masked_grad
         ctx.decay_value = None if isinstance(decay, Tensor) else decay
         saved = [mask] if sr_lambda or masked_grad else []
@@ -127,7 +137,6 @@ class _STEPrune(torch.autograd.Function):
         if masked_grad and isinstance(decay, Tensor):
             saved.append(decay)
         ctx.save_for_backward(*saved)
-        return _scale(weight, mask, decay)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -138,3 +147,6 @@ class _STEPrune(torch.autograd.Function):
         if ctx.sr_lambda:
             grad = torch.add(grad, _select(saved[1], saved[0], pruned=True), alpha=ctx.sr_lambda)
         return grad, None, None, None, None
+
+
+_ste_prune = quick(_STEPrune)

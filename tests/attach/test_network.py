@@ -10,7 +10,9 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_peft.attach.network import as_logits, resolve_network
-from lightning_peft.testing.modules import STYLES, ModelOutput
+from lightning_peft.testing.modules import STYLES, ModelOutput, Plain
+from lightning_peft.testing.runs import fit
+from lightning_peft.testing.toys import ToyScale
 
 
 class Holder(LightningModule):
@@ -93,3 +95,21 @@ def test_logits_are_found(output):
 def test_outputs_without_logits_are_described(output, shown):
     with pytest.raises(MisconfigurationException, match=f"returned {shown}.*no logits were found"):
         as_logits(output)
+
+
+class Late(Plain):
+    """Its second layer is as large as the first batch makes it."""
+
+    def build(self) -> None:
+        super().build()
+        self.model[2] = nn.LazyLinear(16)
+
+
+def test_a_lazy_layer_is_refused_until_a_batch_has_been_through_it():
+    module = Late()
+    with pytest.raises(MisconfigurationException, match=r"model\.2 is a LazyLinear, whose weight has no shape.*no_grad"):
+        fit([ToyScale()], module=module)
+    with torch.no_grad():
+        module.model(torch.zeros(1, 16))
+    run = fit([ToyScale()], module=module)
+    assert run.module.model[2].weight.shape == (16, 16)

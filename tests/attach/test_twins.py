@@ -7,8 +7,11 @@ import warnings
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from torch import nn
 
+import lightning_peft
+from lightning_peft import NMSparsity
 from lightning_peft.attach.twins import twins, warn_of_twins
 from lightning_peft.testing.modules import Plain, mlp
 from lightning_peft.testing.runs import fit
@@ -82,3 +85,37 @@ def test_a_single_layer_is_named():
     attach_map(net, "fc.weight", ScaleMap())
     with pytest.warns(UserWarning, match=r"exclude=\['fc', 'slow'\]"):
         warn_of_twins(net)
+
+
+class Averaged(Callback):
+    """Keeps an average of the network, as user code does with the classes of torch and timm."""
+
+    def __init__(self, keep: bool) -> None:
+        self.keep = keep
+
+    def on_train_start(self, trainer, pl_module):
+        self.average = torch.optim.swa_utils.AveragedModel(pl_module.model)
+        self.cycle = self
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if self.average is not None:
+            self.average.update_parameters(pl_module.model)
+
+    def on_train_end(self, trainer, pl_module):
+        if not self.keep:
+            self.average = None
+
+
+def test_a_copy_that_keeps_its_maps_is_told_of_and_the_advice_makes_it_ordinary():
+    held = Averaged(keep=True)
+    with pytest.warns(UserWarning, match=r"copy of the module \(of model\.0, for one\).*lightning_peft\.bake\(copy\)"):
+        run = fit([NMSparsity("2:4", exclude=()), ToyScale()], after=[held], max_epochs=2)
+    network = lightning_peft.bake(held.average.module)
+    assert [type(part) for part in network.modules()] == [type(part) for part in run.module.model.modules()]
+    assert network.state_dict().keys() == run.module.model.state_dict().keys()
+    groups = network[0].weight.unflatten(1, (-1, 4))
+    assert ((groups != 0).sum(-1) <= 2).all()
+
+
+def test_copies_that_are_gone_or_followed_are_not_told_of():
+    fit([ToyScale()], after=[Averaged(keep=False), EMAWeightAveraging(decay=0.5)], max_epochs=2)  # warnings are errors here

@@ -14,6 +14,7 @@ from lightning_peft.testing.modules import Plain, mlp
 from lightning_peft.testing.toys import ScaleMap, ThresholdMap
 from lightning_peft.weights.mapped_layer import MappedLayer, is_mapped, plain_class
 from lightning_peft.weights.maps import attach_map, detach_maps, mapped_tensors
+from lightning_peft_plugins.regularizers.weight_compander import CompanderMap
 
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
 
@@ -84,14 +85,78 @@ def test_state_dict_names_tell_stored_values_from_weights():
     assert torch.equal(twin(X), net(X))
     with pytest.raises(RuntimeError, match=r"(?s)Missing.*0\.weight.*Unexpected.*0\.parametrizations\.weight\.original"):
         plain.load_state_dict(state)
-    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*parametrizations\.weight\.original.*Unexpected key.*0\.weight"):
-        net.load_state_dict(plain.state_dict())
+    both = state | {"0.weight": torch.zeros(16, 16)}
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*0\.weight"):
+        twin.load_state_dict(both)
     state["0.parametrizations.weight.7.scale"] = torch.ones(())
     with pytest.raises(RuntimeError, match=r"Unexpected key.*weight\.7\.scale"):
         twin.load_state_dict(state)
     result = twin.load_state_dict({"0.bias": torch.zeros(16)}, strict=False)
     assert "0.parametrizations.weight.0.scale" in result.missing_keys
     assert torch.equal(twin[0].bias, torch.zeros(16))
+
+
+def test_weights_of_an_ordinary_module_are_what_the_layer_then_computes_with():
+    net, plain = mlp(), mlp()
+    for name, weight_map in (("0.weight", ScaleMap(2.0)), ("0.weight", ThresholdMap(0.1)), ("2.bias", ScaleMap(4.0))):
+        attach_map(net, name, weight_map)
+    with torch.no_grad():
+        for parameter in (*net.parameters(), *plain.parameters()):
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    net.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        plain[0].weight[plain[0].weight.abs() < 0.1] = 0.0
+    assert torch.allclose(net(X), plain(X), atol=1e-6)
+    short = plain.state_dict() | {"0.weight": torch.zeros(3, 3)}
+    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.weight"):
+        net.load_state_dict(short)
+
+
+def test_a_value_that_a_map_has_no_place_for_is_refused_with_its_name():
+    net = mlp()
+    attach_map(net, "0.weight", CompanderMap())
+    before = net(X)
+    with pytest.raises(RuntimeError, match=r"0\.weight is under weight maps, and it holds weights that are NaN or infinite"):
+        net.load_state_dict(mlp().state_dict() | {"0.weight": torch.full((16, 16), torch.inf)})
+    net.load_state_dict({name: value for name, value in mlp().state_dict().items() if name != "0.weight"}, strict=False)
+    assert net(X).shape == before.shape
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated", "ignore:.*torch.jit.trace_method.* is deprecated")
+@pytest.mark.parametrize(
+    "record", [torch.jit.trace, lambda net, x: torch.export.export(net, (x,)).module()], ids=["jit", "export"]
+)
+def test_a_module_under_maps_can_be_recorded(record):
+    net = mlp().eval()
+    attach_map(net, "0.weight", ScaleMap(2.0))
+    attach_map(net, "0.weight", ThresholdMap(0.1))
+    attach_map(net, "2.weight", CompanderMap())
+    live = net(X)
+    assert torch.allclose(record(net, X)(X), live, atol=1e-6)
+    assert net(X).requires_grad
+
+
+def test_a_layer_that_is_reset_has_the_weights_of_a_new_one():
+    net, plain = mlp(), mlp()
+    attach_map(net, "0.weight", ScaleMap(2.0))
+    attach_map(net, "0.bias", ScaleMap(3.0))
+    for one in (net, plain):
+        torch.manual_seed(5)
+        one[0].reset_parameters()
+    assert torch.allclose(net[0](X), plain[0](X), atol=1e-6)
+    assert is_mapped(net[0])
+
+
+def test_a_layer_without_reset_gains_none():
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+    layer = Scale()
+    attach_map(layer, "weight", ScaleMap())
+    assert is_mapped(layer)
+    assert not hasattr(layer, "reset_parameters")
 
 
 @pytest.mark.parametrize("write", [pickle.dumps, "torch"])

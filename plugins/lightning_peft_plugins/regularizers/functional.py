@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
+from lightning_peft.weights.functions import quick
+
 
 def compand(v: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
     """Weight of a stored value: ``w = a arctan(v / b)``.
@@ -36,7 +38,7 @@ def compand(v: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
         tensor([-1.5708,  0.0000,  1.5708])
     """
     dtype = _compute_dtype(v)
-    result: Tensor = _Compand.apply(v, _scalar(a, v, dtype), _scalar(b, v, dtype))
+    result: Tensor = _compand(v, _scalar(a, v, dtype), _scalar(b, v, dtype))
     return result
 
 
@@ -151,3 +153,6 @@ class _Compand(Function):
         if need_b and grad_v is not None:
             grad_b = -_inner(grad_v, x) / b
         return (grad_v.to(v.dtype) if need_v and grad_v is not None else None), grad_a, grad_b
+
+
+_compand = quick(_Compand)

@@ -21,8 +21,8 @@ from lightning_peft_plugins.regularizers.functional import compand, compand_inve
 class CompanderMap(WeightMap):
     """The map ``w = a arctan(v / b)`` on the weights of one layer, with ``log a`` and ``log b`` of its own.
 
-    A plain weight that comes in (when the map is attached, when ``layer.weight`` is assigned, when an ordinary checkpoint is
-    loaded) sets both scales anew by :func:`~lightning_peft_plugins.regularizers.functional.compander_scales`, so that its
+    A plain weight that comes in (when the map is attached, when the layer is reset, when the weights of an ordinary module
+    are loaded) sets both scales anew by :func:`~lightning_peft_plugins.regularizers.functional.compander_scales`, so that its
     values, whatever they are, lie within the bound and the layer computes what it did.
 
     Args:

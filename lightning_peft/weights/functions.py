@@ -1,0 +1,48 @@
+"""Functions with gradients of their own that cost little in a training step and can still be transformed by ``torch.func``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+def quick(function: type[Function]) -> Callable[..., Any]:
+    """Return ``function.apply``, faster where nobody transforms it.
+
+    ``vmap``, ``grad`` and the like need a ``setup_context`` apart from ``forward``, and calling the two apart costs some 80
+    microseconds a call, as much as a small layer's step.
+
+    Args:
+        function: A class with ``forward(*inputs)``, ``setup_context(ctx, inputs, output)`` and ``backward``.
+
+    Example:
+        >>> class Double(Function):
+        ...     forward = staticmethod(lambda x: 2 * x)
+        ...     setup_context = staticmethod(lambda ctx, inputs, output: None)
+        ...     backward = staticmethod(lambda ctx, grad: 2 * grad)
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> quick(Double)(x).sum().backward()
+        >>> x.grad
+        tensor([2., 2.])
+    """
+
+    class Quick(Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Tensor:
+            output: Tensor = function.forward(*inputs)
+            function.setup_context(ctx, inputs, output)
+            return output
+
+        backward = function.backward
+
+    Quick.__name__ = function.__name__
+
+    def apply(*inputs: Any) -> Any:
+        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        return (function if transformed else Quick).apply(*inputs)
+
+    return apply
