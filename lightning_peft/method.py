@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft import registry
+from lightning_peft.arguments import as_plain, check_types, whole_signature
 from lightning_peft.attach.targets import TargetSpec, select
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Loss, Step
@@ -67,6 +67,7 @@ class Method(Callback):
         strategies: Kinds of Lightning strategy it works with: ``"single"``, ``"ddp"``.
         weight_maps: Weight maps it may attach, so that its checkpoints can be baked without the model's class.
         paper: Source, "Authors, venue year, link".
+        fixed_arguments: Constructor arguments of a base that the class gives itself, and does not take.
         features: Qualified names of submodules whose calls :meth:`loss` reads from ``step.features``.
         restarts: Whether it lets learning-rate schedules begin again (``run.schedules``).
     """
@@ -77,6 +78,7 @@ class Method(Callback):
     strategies: ClassVar[frozenset[str]] = frozenset({"single", "ddp"})
     weight_maps: ClassVar[tuple[type[WeightMap], ...]] = ()
     paper: ClassVar[str] = ""
+    fixed_arguments: ClassVar[frozenset[str]] = frozenset()
 
     _hub: Hub | None = None
     _arguments: dict[str, Any]
@@ -91,7 +93,12 @@ class Method(Callback):
     def __new__(cls, *args: Any, **kwargs: Any) -> Method:
         inherit_both(Method, Callback)  # pytorch_lightning may have been imported since the class was
         self = super().__new__(cls)
-        bound = inspect.signature(cls).bind_partial(*args, **kwargs)
+        taken = inspect.signature(cls)
+        try:
+            bound = taken.bind_partial(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{cls.__name__}: {error}. It takes {', '.join(taken.parameters)}.") from None
+        check_types(cls, bound.arguments)
         self._origin = Origin(dict(bound.arguments))
         bound.apply_defaults()
         self._arguments = dict(bound.arguments)
@@ -402,34 +409,6 @@ def snake_case(name: str) -> str:
         ('nm_sparsity', 'pskd', 'weight_compander')
     """
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
-
-
-def whole_signature(cls: type) -> inspect.Signature:
-    """Signature of a class whose ``__init__`` hands ``**kwargs`` on to its bases: all that it takes, by name."""
-    parameters: dict[str, inspect.Parameter] = {}
-    for base in cls.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        own = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
-        for parameter in own:
-            if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
-                parameters.setdefault(parameter.name, parameter)
-        if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in own):
-            break
-    return inspect.Signature(sorted(parameters.values(), key=lambda parameter: parameter.kind))
-
-
-def as_plain(value: Any) -> Any:
-    """Turn a constructor argument into plain data; what is neither data nor a dataclass becomes its repr."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): as_plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [as_plain(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: as_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else repr(value)
 
 
 def methods_of(callbacks: Iterable[object]) -> Iterator[Method]:

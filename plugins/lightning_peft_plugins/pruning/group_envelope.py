@@ -43,6 +43,8 @@ class GroupEnvelope(MaskedPruning):
 
     paper = "Refael et al., Pruning of neural networks by a weighted group sparse envelope function, 2022, arXiv 2212.12921"
 
+    fixed_arguments = frozenset({"score", "every", "rule", "shape"})
+
     def __init__(
         self,
         amount: float | None = None,

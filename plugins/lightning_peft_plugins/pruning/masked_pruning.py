@@ -125,7 +125,7 @@ class MaskedPruning(Method):
         self.nm = parse_pattern(pattern) if ":" in pattern and pattern[0].isdigit() else None
         self.grouping = Grouping() if self.nm else parse_grouping(pattern)
         self.amount = self._read_amount(amount, pattern)
-        self.score, self.scope = SCORES[score], scope
+        self.score, self.scope, self.score_name = SCORES[score], scope, score
         if scope == "row" and not self.grouping.single:
             raise MisconfigurationException(
                 f'scope="row" ranks single weights, pattern={pattern!r} prunes groups: use "layer".'
@@ -164,7 +164,7 @@ class MaskedPruning(Method):
             input_dim(layer)
             if self.score.reads & FROM_CALLS and getattr(layer, "groups", 1) > 1:
                 raise MisconfigurationException(
-                    f"{name} is a grouped convolution, and score={self._arguments['score']!r} reads all inputs of an output "
+                    f"{name} is a grouped convolution, and score={self.score_name!r} reads all inputs of an output "
                     f"alike. Leave it out with exclude=[{name!r}], or take another score."
                 )
         return found
@@ -253,7 +253,7 @@ class MaskedPruning(Method):
             seen = self.watch.of(mapped.name)
             if not seen.ready:
                 raise MisconfigurationException(
-                    f"{mapped.name} cannot be scored by {self._arguments['score']!r}: its layer was not called, or got no "
+                    f"{mapped.name} cannot be scored by {self.score_name!r}: its layer was not called, or got no "
                     f"gradient, in the {self.timeline.every} steps before step {self.steps}. Leave it out with exclude=, or "
                     "raise every=."
                 )
@@ -307,7 +307,7 @@ class MaskedPruning(Method):
         given = self._arguments
         much = given["pattern"] if self.nm else f"{self.amount:.0%} {given['pattern']}"
         when = f"at {given['start']}" if given["end"] is None else f"{given['start']} to {given['end']}"
-        return f"{much} by {given['score']}, {self.scope}, {when}, in {len(self.select(module))} layers"
+        return f"{much} by {self.score_name}, {self.scope}, {when}, in {len(self.select(module))} layers"
 
     @torch.no_grad()
     def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
