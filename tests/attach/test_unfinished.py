@@ -43,6 +43,7 @@ LATE = {
     "blocks": (lambda: BlockPruning(1, start=10, every=1), "the last cut at step 10"),
     "dense": (lambda: NMSparsity("2:4", "sr-ste", dense=10, exclude=()), "masks began at step 10"),
     "soft": (lambda: NMSparsity("2:4", fine_tune="25%", exclude=()), "masks took their final form at step 12"),
+    "alpha": (lambda: PSKD(0.8, epochs=10), "alpha reached 0.8 in epoch 10; it came to 0.08"),
     "rank": (lambda: TrainedRankPruning(0.5, period=3, exclude=()), "the last truncation: its weights moved for 1 steps"),
 }
 

@@ -40,6 +40,7 @@ def test_resume_at_an_epoch_boundary_is_bit_exact(tmp_path: Path, teacher: str, 
     assert [path.name for path in tmp_path.iterdir()] == ["epoch0.ckpt"]
 
 
+@pytest.mark.filterwarnings("ignore:pskd. this fit ended after:UserWarning")  # on purpose, in two parts
 def test_saved_after_the_fit_resumes(tmp_path: Path) -> None:
     file = tmp_path / "done.ckpt"
     whole = fit(PSKD(0.8, epochs=3), Lit(dropout=0.0), epoch_loader())
@@ -69,6 +70,7 @@ def test_resume_refuses_another_dataset_or_head(tmp_path: Path) -> None:
         fit(PSKD(0.8), Lit(), epoch_loader(), ckpt_path=file)
 
 
+@pytest.mark.filterwarnings("ignore:pskd. this fit ended after:UserWarning")  # on purpose, in two parts
 def test_a_new_training_forgets_and_a_continued_one_remembers() -> None:
     method = PSKD(0.8, epochs=4)
     first = fit(method, Lit(dropout=0.0), epoch_loader())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -102,6 +103,7 @@ class PSKD(Method):
         self._outbox = PredictionOutbox()
         self._run: Run | None = None
         self._total = 1
+        self._reached: float | None = None
         self._fits = self._warned = False
 
     def reads_now(self) -> frozenset[Resource]:
@@ -114,7 +116,7 @@ class PSKD(Method):
         return f"up to {self.alpha:g} of each target from {source}"
 
     def start(self, run: Run) -> None:
-        self._run, self._fits = run, False
+        self._run, self._fits, self._reached = run, False, None
         self._total = self.epochs or _epochs_of(run)
         if self._total == 1:
             rank_zero_info("PSKD changes nothing in a training of one epoch: the first epoch is plain cross entropy.")
@@ -137,7 +139,7 @@ class PSKD(Method):
         if self.alpha == 0:
             return None
         logits = _class_logits(step.logits)
-        alpha = pskd_alpha(step.run.epoch, self._total, self.alpha)
+        self._reached = alpha = pskd_alpha(step.run.epoch, self._total, self.alpha)
         if self.teacher == "copy":
             return self._distil_copy(step, logits, alpha)
         index = step.sample_index if self.sample_index == "auto" else index_in_batch(step.batch, self.sample_index)
@@ -173,6 +175,11 @@ class PSKD(Method):
         if self.memory is not None:
             self._outbox.deliver(self.memory)
             self._merge(self.memory, run)
+
+    def awaited(self, run: Run) -> Iterator[str]:
+        """The epoch in which past predictions weigh most."""
+        if self._reached is not None and self._reached < self.alpha - 1e-6:
+            yield f"alpha reached {self.alpha:g} in epoch {self._total}; it came to {self._reached:.2g}"
 
     def finish(self, run: Run) -> None:
         if self.memory is not None:

@@ -19,7 +19,6 @@ from lightning_peft.attach.shim import Shim
 from lightning_peft.testing.modules import trainer
 
 ALL = {**METHODS, "LAME": LAME}
-VARIED = ["Tent", "CoTTA", "RoTTA", "MEMO"]  # one for each way to call the network and to normalise
 every_method = pytest.mark.parametrize("make", ALL.values(), ids=ALL)
 
 
@@ -100,7 +99,7 @@ def test_the_module_is_an_ordinary_one_meanwhile(make):
 
 # torch's compiler looks at this attribute of every input, and hides its warning in a way that "error" defeats.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("make", [ALL[name] for name in VARIED], ids=VARIED)
+@every_method
 @pytest.mark.parametrize("whole", [True, False], ids=["LightningModule", "network"])
 def test_compiled_modules_are_adapted(make, whole):
     wanted = run(batch_norm_net(), make(), loaders=stream(3))
@@ -126,7 +125,7 @@ class Found(Callback):
         self.logits.append(logits.clone())
 
 
-@pytest.mark.parametrize("make", [ALL[name] for name in VARIED], ids=VARIED)
+@pytest.mark.parametrize("make", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("net", [batch_norm_net, layer_norm_net], ids=["batch norm", "layer norm"])
 @pytest.mark.parametrize("first", [True, False], ids=["average first", "average last"])
 def test_a_validation_adapts_the_average_and_gives_it_back(make, net, first):
