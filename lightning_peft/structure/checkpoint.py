@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_peft import registry
 from lightning_peft.structure.errors import CheckpointError as CheckpointError
 from lightning_peft.structure.forms import anything, dict_of, fields, maybe, text, whole
-from lightning_peft.weights.mapped_layer import map_prefix, stored_key
+from lightning_peft.weights.mapped_layer import map_prefix, maps_prefix, stored_key
 from lightning_peft.weights.maps import MappedTensor, WeightMap, mapped_tensors
 
 KEY = "lightning_peft"
@@ -177,7 +177,7 @@ def bake_state_dict(state: Mapping[str, Tensor], section: Mapping[str, Any]) -> 
                     value = weight_map.bake(value)
             except Exception as error:
                 raise CheckpointError(f"The state of the weight map {item['map']!r} on {name} does not fit: {error}") from error
-        if left := next((key for key in plain if key.startswith(map_prefix(name, 0)[: -len("0.")])), None):
+        if left := next((key for key in plain if key.startswith(maps_prefix(name))), None):
             raise CheckpointError(f"The checkpoint holds {left}, but lists no weight map on {name} that it belongs to.")
         if value.shape != shape:
             raise CheckpointError(f"The weight maps on {name} change its shape from {tuple(shape)} to {tuple(value.shape)}.")

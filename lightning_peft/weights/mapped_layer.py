@@ -131,7 +131,7 @@ class MappedLayer(nn.Module):
         error_msgs: list[str],
     ) -> None:
         stored = {f"{prefix}{name}": stored_key(f"{prefix}{name}") for name in self.weight_maps}
-        mine = tuple(key.removesuffix("original") for key in stored.values())
+        mine = tuple(map(maps_prefix, stored))
         own = {key: value for key, value in state_dict.items() if key not in stored and not key.startswith(mine)}
         own |= {name: state_dict[key] for name, key in stored.items() if key in state_dict}
         entered = self._enter(state_dict, prefix, own, error_msgs)
@@ -169,7 +169,7 @@ class MappedLayer(nn.Module):
                     own[key] = chain.enter(given[key])
                 except (ValueError, RuntimeError) as error:
                     errors.append(f"{key} is under weight maps, and {error}")
-                entered.append(stored_key(key).removesuffix("original"))
+                entered.append(maps_prefix(key))
         return tuple(entered)
 
     def _named_maps(self, prefix: str) -> Iterator[tuple[str, WeightMap]]:
@@ -228,8 +228,18 @@ def stored_key(name: str) -> str:
         >>> stored_key("model.fc.weight")
         'model.fc.parametrizations.weight.original'
     """
-    path, _, attribute = name.rpartition(".")
-    return f"{path}.parametrizations.{attribute}.original" if path else f"parametrizations.{attribute}.original"
+    return f"{maps_prefix(name)}original"
+
+
+def maps_prefix(name: str) -> str:
+    """Return what all state-dict keys of a parameter under maps begin with.
+
+    Example:
+        >>> maps_prefix("model.fc.weight")
+        'model.fc.parametrizations.weight.'
+    """
+    path, dot, attribute = name.rpartition(".")
+    return f"{path}{dot}parametrizations.{attribute}."
 
 
 def map_prefix(name: str, position: int) -> str:
@@ -239,7 +249,7 @@ def map_prefix(name: str, position: int) -> str:
         >>> map_prefix("model.fc.weight", 0)
         'model.fc.parametrizations.weight.0.'
     """
-    return f"{stored_key(name).removesuffix('original')}{position}."
+    return f"{maps_prefix(name)}{position}."
 
 
 def chain_on(layer: nn.Module, attribute: str) -> MapChain:

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.weights.map_modules import MapModules
-from lightning_peft.weights.mapped_layer import MapChain, MappedLayer, chain_on, is_mapped, stored_key, take_chain
+from lightning_peft.weights.mapped_layer import MapChain, MappedLayer, chain_on, is_mapped, maps_prefix, take_chain
 from lightning_peft.weights.weight_map import WeightMap as WeightMap
 
 MapT = TypeVar("MapT", bound=WeightMap)
@@ -120,7 +120,7 @@ def plain_tensors(module: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = module.state_dict(keep_vars=True)
     tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
     for mapped in mapped_tensors(module, every_name=True):
-        prefix = stored_key(mapped.name).removesuffix("original")
+        prefix = maps_prefix(mapped.name)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
         tensors[mapped.name] = mapped.stored
     return tensors
