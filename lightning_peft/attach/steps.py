@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -134,13 +135,23 @@ class StepTerms:
         return every > 0 and self.run.step % every == 0
 
     def log(self) -> None:
-        """Log losses of the step as ``peft/loss/<name>``, and now and then each method's own metrics."""
-        module = self.run.module
-        if self._losses:
+        """Log losses of the step as ``peft/loss/<name>``, and each method's own metrics, where somebody looks at them.
+
+        That is where Lightning hands them to loggers, and where an epoch or the training ends; in between only for a callback
+        that monitors one of them, since logging takes as long as a small network's whole step.
+        """
+        trainer, module = self.run.trainer, self.run.module
+        regular = self._should_log or trainer.is_last_batch or trainer.global_step == trainer.max_steps
+        if self._losses and (regular or self._monitored):
             module.log_dict({f"peft/loss/{name}": value for name, value in self._losses.items()}, on_step=True, on_epoch=False)
-        if self._should_log or self.run.trainer.is_last_batch:
+        if regular:
             for method in self._methods:
                 for key, value in method.metrics(self.run).items():
                     module.log(
                         f"peft/{method.name}/{key}", float(torch.as_tensor(value).detach()), on_step=True, on_epoch=False
                     )
+
+    @cached_property
+    def _monitored(self) -> bool:
+        callbacks: Sequence[object] = self.run.trainer.callbacks  # type: ignore[attr-defined]
+        return any(str(getattr(callback, "monitor", "")).startswith("peft/loss/") for callback in callbacks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hub_toys import methods
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
@@ -52,6 +53,32 @@ def test_terms_are_logged_beside_the_users_loss(tmp_path):
     assert logged["peft/toy_entropy/optimizer_steps"] == 4
     assert logged["peft/loss/base"] == logged["loss"]
     assert torch.allclose(logged["peft/loss/total"], logged["peft/loss/base"] + logged["peft/loss/toy_entropy"])
+
+
+class Monitors(Callback):
+    monitor = "peft/loss/total"
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"max_epochs": 2}, [3, 4, 6, 8]),  # every third, and an epoch's last
+        ({"max_epochs": None, "max_steps": 5}, [3, 4, 5]),
+        ({"max_epochs": 2, "after": [Monitors()]}, [1, 2, 3, 4, 5, 6, 7, 8]),
+    ],
+    ids=["regular", "end", "monitored"],
+)
+def test_losses_are_logged_where_somebody_looks_at_them(settings, steps):
+    class Counts(DictOutput):
+        def log_dict(self, values, **kwargs):
+            assert "peft/loss/total" in values
+            logged.append(self.trainer.global_step)
+            super().log_dict(values, **kwargs)
+
+    logged = []
+    run = fit([ToyEntropy()], style=Counts, log_every_n_steps=3, **settings)
+    assert logged == steps
+    assert "peft/loss/total" in run.trainer.callback_metrics
 
 
 def test_metrics_may_carry_a_graph(tmp_path):
