@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
+from lightning.pytorch.tuner import Tuner
 
 from lightning_peft import GBLM, BlockPruning, Lane, MaskedPruning, Method, Wanda
 from lightning_peft.compose.schedule import Schedule
@@ -136,6 +138,49 @@ def test_an_impossible_learning_rate_factor(factor):
     ):
         fit([Climbs()], module=module)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+class Rests(Method):
+    """Lets every second step rest, the first one too, or do a part of what it would."""
+
+    lane = Lane.REPORT
+
+    def __init__(self, factor=0.0):
+        super().__init__()
+        self.factor = factor
+
+    def lr_factor(self):
+        return 1.0 if self.steps % 2 else self.factor
+
+
+class Falling(Plain):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5), "interval": "step"}]
+
+
+def test_a_learning_rate_factor_is_for_one_step():
+    rates, weights = [], []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+            weights.append(pl_module.model[0].weight.detach().clone())
+
+    fit([Rests()], style=Falling, after=[Look()])
+    assert rates == [0.05, 0.025, 0.0125, 0.00625]
+    assert [torch.equal(a, b) for a, b in itertools.pairwise(weights)] == [False, True, False]
+
+
+def test_a_learning_rate_finder_tries_rates_as_they_are(tmp_path):
+    found = []
+    for methods in ([], [Rests(0.5)]):
+        torch.manual_seed(0)
+        module = Plain("sgd")
+        runner = trainer(callbacks=methods, default_root_dir=tmp_path, max_epochs=9)
+        finder = Tuner(runner).lr_find(module, loader(), loader(), min_lr=1e-3, max_lr=1.0, num_training=20, update_attr=False)
+        found.append(finder.results["loss"])
+    assert found[0] == found[1]
 
 
 def test_a_load_state_that_fails_says_whose():
