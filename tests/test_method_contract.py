@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from multiprocessing import get_start_method
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.probe import Probe
 from lightning_peft.testing.runs import fit
 from lightning_peft.testing.shared_runs import EPOCHS
-from lightning_peft.testing.toys import ToyEntropy, ToyScale, ToyThreshold
+from lightning_peft.testing.toys import ScaleMap, ToyEntropy, ToyScale, ToyThreshold
+from lightning_peft.testing.trace import trace
+from lightning_peft.weights.maps import mapped_tensors
 
 
 class TestToyScale(MethodTester):
@@ -106,9 +109,78 @@ class OrderDependent(ToyEntropy):
         return super().loss(step) * (1 + first)
 
 
-class Unsaveable(ToyEntropy):
-    def state(self):
-        return {"seen": {1, 2}}
+class Climbing(ToyEntropy):
+    """Its term outweighs the loss it is added to."""
+
+    def loss(self, step):
+        return -3.0 * step.base_loss
+
+
+class Unsaveable(ToyScale):
+    def attach(self, module):
+        super().attach(module)
+        for mapped in mapped_tensors(module):
+            mapped.maps[0].config = lambda: {"start": {2.0}}
+
+
+class Tuned(ToyThreshold):
+    """Changes a map in training without a word of it in the checkpoint."""
+
+    def after_step(self, run):
+        for mapped in mapped_tensors(run.module):
+            mapped.maps[0].bake = torch.zeros_like
+
+
+class Compiled(ToyThreshold):
+    """Computes something else under a compiler."""
+
+    def attach(self, module):
+        super().attach(module)
+        for mapped in mapped_tensors(module):
+            mapped.maps[0].forward = lambda weight: weight * (0.5 if torch.compiler.is_compiling() else 1.0)
+
+
+class Outliving(ToyEntropy):
+    """Counts in its class, which no new training makes forget."""
+
+    ever: ClassVar[list[int]] = []
+
+    def loss(self, step):
+        self.ever.append(step.run.step)
+        return super().loss(step) * len(self.ever)
+
+
+class Buffering(ToyEntropy):
+    def attach(self, module):
+        module.model[0].register_buffer("seen", torch.zeros(1))
+
+    def finish(self, run):
+        del run.module.model[0].seen
+
+
+class Uncopied(ToyScale):
+    """Copies of the module share a layer with it."""
+
+    def attach(self, module):
+        super().attach(module)
+        module.model[4].__deepcopy__ = lambda memo: module.model[4]
+
+    def finish(self, run):
+        del run.module.model[4].__deepcopy__
+
+
+class CopiedWrong(ToyScale):
+    def attach(self, module):
+        super().attach(module)
+        for mapped in mapped_tensors(module):
+            mapped.maps[0].__deepcopy__ = lambda memo: ScaleMap(3.0)
+
+
+class Early(ToyEntropy):
+    """Replaces a parameter before anything was trained."""
+
+    def attach(self, module):
+        module.model[0].bias = torch.nn.Parameter(module.model[0].bias.detach().clone())
 
 
 class FullPrecision(ToyScale):
@@ -209,6 +281,21 @@ def run_of(factory, folder):
     ("factory", "check", "message"),
     [
         (Nothing, lambda t, f, d: t.test_trains(f, run_of(f, d)), "it did nothing"),
+        (Climbing, lambda t, f, d: t.test_trains(f, run_of(f, d)), "it must fall"),
+        (Compiled, lambda t, f, d: t.test_compiled(f), "eager against a compiled submodule"),
+        (Unsaveable, lambda t, f, d: t.test_state_is_plain(run_of(f, d), d), "check what config"),
+        (Outliving, lambda t, f, d: t.test_fits_again(f), "a new module trained with a used object"),
+        (Littering, lambda t, f, d: t.test_fits_again(f), "after two fits.*left_behind"),
+        (Forgetful, lambda t, f, d: t.test_works_with_every_style(f, STYLES[0], d), "uninterrupted against resumed"),
+        (Evaluating, lambda t, f, d: t.test_leaves_no_trace_after_an_exception(f, 0), "nothing was trained, but"),
+        (Early, lambda t, f, d: t.test_leaves_no_trace_after_an_exception(f, 0), "replaced by other objects"),
+        (Littering, lambda t, f, d: t.test_evaluation_changes_nothing(f), "after validate.*left_behind"),
+        (OrderDependent, lambda t, f, d: t.test_weight_averaging(f, "EMA"), "EMA before the method against after it"),
+        (Littering, lambda t, f, d: t.test_weight_averaging(f, "SWA"), "after SWA.*left_behind"),
+        (CopiedWrong, lambda t, f, d: t.test_copies(run_of(f, d)), "computes something else than module"),
+        (Uncopied, lambda t, f, d: t.test_copies(run_of(f, d)), "changed what module computes"),
+        (Buffering, lambda t, f, d: t.test_bake_equals_training(run_of(f, d)), "no ordinary module.*seen"),
+        (Tuned, lambda t, f, d: t.test_checkpoint_loads_baked(run_of(f, d), d), "load_from_checkpoint of its last"),
         (Forgetful, lambda t, f, d: t.test_resumes_from_every_epoch(f, run_of(f, d), d), "not the same, bit for bit"),
         (Forgetful, lambda t, f, d: t.test_resumes_after_the_fit_has_ended(f, run_of(f, d), d), "not the same, bit for bit"),
         (Littering, lambda t, f, d: t.test_works_with_every_style(f, STYLES[0], d), "only one side has 'left_behind'"),
@@ -244,6 +331,19 @@ def test_the_tester_notices(factory, check, message, tmp_path):
     tester = type("Tester", (MethodTester,), {"methods": [factory]})()
     with pytest.raises((AssertionError, OverflowError, TypeError), match=message):
         check(tester, factory, tmp_path)
+
+
+def test_ranks_that_differ_are_noticed():
+    def found(methods, seed=0):
+        module = fit(methods, seed=seed).module
+        return {"weights": dict(module.state_dict()), "trace": trace(module)}
+
+    tester = type("Tester", (MethodTester,), {"methods": [Littering]})()
+    plain, trained = found([]), found([Littering()])
+    with pytest.raises(AssertionError, match=r"rank 0 and rank 1 hold different weights: .*0\.weight"):
+        tester.test_two_processes(Littering, [[plain, trained], [plain, found([Littering()], seed=1)]])
+    with pytest.raises(AssertionError, match=r"DDP left something on the module: .*left_behind"):
+        tester.test_two_processes(Littering, [[plain, trained]] * 2)
 
 
 @pytest.mark.parametrize("attribute", ["no_stream", "no_shared", "no_teacher"])
