@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import pickle
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -22,6 +23,11 @@ from lightning_peft.testing.toys import ToyEntropy, ToyScale
 from lightning_peft.testing.trace import difference
 
 
+@dataclass
+class Tally:
+    steps: int = 0
+
+
 class Diary(Method):
     """Remembers in every way a method can: a number, a list, an object, an attribute of its own making."""
 
@@ -30,10 +36,14 @@ class Diary(Method):
     def __init__(self, size=3, *extra, when=None, **kwargs):
         super().__init__(**kwargs)
         self.size, self.extra, self.when = size, extra, when
-        self.seen, self.count, self.box = [], 0, {"last": None}
+        self.seen, self.count, self.box, self.tally = [], 0, {"last": None}, Tally()
+
+    def start(self, run):
+        self.knew = "found" in vars(self)
 
     def after_step(self, run):
         self.count += 1
+        self.tally.steps += 1
         self.seen.append(run.step)
         self.box["last"] = run.step
         self.found = run.step
@@ -51,7 +61,8 @@ def test_a_new_trainer_begins_anew_and_a_continued_one_does_not():
     module = fit([method], max_epochs=1).module
     assert (method.count, method.seen, method.found) == (4, [1, 2, 3, 4], 4)  # what a run leaves stays until the next
     run = fit([method], module=module, max_epochs=1)
-    assert (method.count, method.seen) == (4, [1, 2, 3, 4])
+    assert (method.count, method.seen, method.tally, method.knew) == (4, [1, 2, 3, 4], Tally(4), False)
+    trainer(callbacks=[method]).test(Plain(), loader(), verbose=False)  # an evaluation of another is no training of it
     run.trainer.fit_loop.max_epochs = 2
     run.trainer.fit(run.module, loader(), loader(8))
     assert (method.count, method.steps) == (8, 8)
@@ -76,6 +87,11 @@ def test_what_its_user_sets_stays():
         assert (method.size, method.extra, method.note, method.count) == (7, ("a", "b"), "set between two fits", 4)
         assert method.mark == "set before the first fit"
     assert method.config()["size"] == 5  # as it was built
+    method = Diary(size=1, name="kept")
+    for size in (1, True, 1.0):
+        method.size = size
+        fit([method])
+        assert (repr(method.size), method.name) == (repr(size), "kept")
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda method: pickle.loads(pickle.dumps(method))], ids=["copy", "pickle"])

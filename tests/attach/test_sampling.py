@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, WeightedRandomSampler
 
 from lightning_peft import Lane, Method, Resource
-from lightning_peft.attach.draws import RecordingBatchSampler
+from lightning_peft.attach.draws import Draws, RecordingBatchSampler
 from lightning_peft.testing import modules
 from lightning_peft.testing.ddp import run_ddp
 
@@ -321,6 +321,12 @@ def test_other_refusals() -> None:
 
     with pytest.raises(MisconfigurationException, match="does not yield integer positions"):
         trainer(Follows()).fit(Lit(), DataLoader(Keyed(), batch_sampler=[["a", "b"], ["c", "d"]]))
+
+
+def test_a_batch_without_positions_keeps_the_count() -> None:
+    draws = Draws(iter([["a", "b"], [3, 4], None, [5]]))
+    assert list(draws) == [["a", "b"], [3, 4], None, [5]]
+    assert [draws.arrive(place) for place in range(5)] == [None, [3, 4], None, [5], None]
 
 
 def test_a_recording_sampler_is_transparent() -> None:
