@@ -113,6 +113,9 @@ def test_accumulation_that_changes_between_epochs():
     fit([look], max_epochs=4, max_steps=7, before=[GradientAccumulationScheduler({1: 2, 3: 3})])
     assert look.seen == (7, 3)
     assert look.clock[-1] == (7, 2)
+    fit([look], max_epochs=4, before=[GradientAccumulationScheduler({0: 4}), GradientAccumulationScheduler({0: 2})])
+    assert look.seen == (8, 4), "Lightning does as the last one says"
+    assert look.clock[-1] == (8, 3)
 
 
 def test_max_steps_counts_every_optimizer_under_manual_optimization():
@@ -136,9 +139,10 @@ def test_steps_say_nothing_of_epochs_under_manual_optimization():
     assert look.clock[-1] == (4, 1)
 
 
-def test_an_end_in_steps_asks_for_no_loader():
-    module = Root()
-    assert Run(trainer(max_epochs=-1, max_steps=5), module, "", module).end == 5
+def test_an_end_in_steps_asks_for_no_loader(monkeypatch):
+    module, runner = Root(), trainer(max_epochs=-1, max_steps=5)
+    monkeypatch.setattr(runner.fit_loop, "setup_data", pytest.fail)
+    assert Run(runner, module, "", module).end == 5
 
 
 def test_nothing_to_train_on_is_no_error():
