@@ -97,9 +97,7 @@ def _construct(method: Any, given: Mapping[str, Any]) -> None:
         bound = inspect.BoundArguments(signature, dict(given))
         method.__init__(*bound.args, **bound.kwargs)
     else:  # by name, because what a base class takes has no place of its own in a subclass
-        extra = next((key for key in given if signature.parameters[key].kind == inspect.Parameter.VAR_KEYWORD), None)
-        named = {key: value for key, value in given.items() if key != extra}
-        method.__init__(**named, **(given[extra] if extra is not None else {}))
+        method.__init__(**given)
 
 
 def _attributes(method: Any) -> dict[str, Any]:

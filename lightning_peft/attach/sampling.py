@@ -74,8 +74,7 @@ class SampleRecorder:
             for loader in loop._combined_loader.flattened:
                 self._follow(loader)
             if loop._data_fetcher is not None:
-                with self._listening():
-                    iter(loop._data_fetcher)
+                iter(loop._data_fetcher)
 
     def remove(self) -> None:
         """Give the loader back its own batch sampler."""
@@ -124,7 +123,7 @@ class SampleRecorder:
     def _begin_epoch(self, epoch: int, place: int) -> None:
         """Find the pass Lightning has begun for this epoch, and which of its batches is the first."""
         assert self._recorder is not None
-        passes = [draws for draws in self._recorder.alive() if draws is not self._draws]
+        passes = self._recorder.alive()
         self._draws, self._epoch = (passes[0] if passes else None), epoch
         if len(passes) > 1:
             self._problem = (

@@ -283,7 +283,6 @@ def _warned(problem: str) -> str:
     return problem
 
 
-@torch.inference_mode(False)
 @torch.no_grad()
 def _computes(found: Kernels) -> bool:
     """Whether the kernels do what they should, on one small example, whatever the caller is in the middle of."""

@@ -60,8 +60,8 @@ class Probe(Callback):
         self.baked_shape = shape_of(twin)
         self.misplaced = misplaced(module, twin)
         self.pickled = {
-            "pickle.dumps(module)": _unlike(twin, inputs, lambda: pickle.loads(pickle.dumps(module))),
-            "torch.save(module)": _unlike(twin, inputs, lambda: _saved_and_loaded(module)),
+            "pickle.dumps(module)": unlike(twin, inputs, lambda: pickle.loads(pickle.dumps(module))),
+            "torch.save(module)": unlike(twin, inputs, lambda: _saved_and_loaded(module)),
         }
         for parameter in twin.parameters():
             parameter.zero_()
@@ -101,7 +101,7 @@ def _saved_and_loaded(module: nn.Module) -> Any:
     return torch.load(file, weights_only=False)
 
 
-def _unlike(ordinary: nn.Module, inputs: Tensor, come_back: Any) -> str | None:
+def unlike(ordinary: nn.Module, inputs: Tensor, come_back: Any) -> str | None:
     """Say in what a module that comes back from a pickle differs from the ordinary one."""
     try:
         module = come_back()

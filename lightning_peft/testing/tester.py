@@ -112,8 +112,7 @@ class MethodTester(LifeCycleChecks, OrdinaryChecks):
         assert_same(reference, resumed, "uninterrupted against resumed from a file saved after fit() returned")
 
     def test_state_is_plain(self, reference: Fit, folder: Path) -> None:
-        found = not_plain(reference.methods[0].state_dict(), "state_dict()")
-        assert found is None, f"{found}; return tensors, numbers, strings, lists and dicts only"
+        # What state() returns is looked at whenever it is saved.
         checkpoint = torch.load(folder / "epoch=0.ckpt", weights_only=True)
         found = not_plain(checkpoint[KEY], f"checkpoint[{KEY!r}]")
         assert found is None, f"{found}; check what config() of the method and its weight maps return"

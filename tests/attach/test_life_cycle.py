@@ -6,13 +6,17 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelPruning
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from lightning_peft import PSKD, BlockPruning, LayerGrowth, MaskedPruning, NMSparsity, StructuredPruning, WeightCompander
+from lightning_peft.compose.lanes import Lane
 from lightning_peft.compose.plan import ConflictError
+from lightning_peft.method import Method
 from lightning_peft.testing.callbacks import every_epoch
-from lightning_peft.testing.modules import CLASSES, Manual, Plain, deepened, mlp
+from lightning_peft.testing.modules import CLASSES, Manual, Plain, TwoOptimizers, deepened, loader, mlp, trainer
 from lightning_peft.testing.runs import fit
 from lightning_peft.testing.toys import ToyEntropy, ToyScale, ToyThreshold
 
@@ -95,6 +99,102 @@ def test_a_step_may_be_skipped():
     assert fit([ToyEntropy(), ToyScale()], style=Skips).losses
 
 
+class Stops(Plain):
+    """Trains for one epoch."""
+
+    def training_step(self, batch, batch_idx):
+        return None if self.current_epoch else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
+def test_every_epoch_is_looked_at():
+    with pytest.raises(MisconfigurationException, match="returned no loss in a whole epoch"):
+        fit([ToyScale()], style=Stops, max_epochs=2)
+
+
+class Head(Plain):
+    """Steps its last layer by itself, beside the loss it returns."""
+
+    def training_step(self, batch, batch_idx):
+        self.step_head(batch)
+        return super().training_step(batch, batch_idx)
+
+    def step_head(self, batch):
+        own = self.__dict__.setdefault("own", torch.optim.SGD(self.model[4].parameters(), 0.1))
+        self.base_loss(batch).backward()
+        own.step()
+        self.zero_grad()
+
+
+class HeadByHand(Head, Manual):
+    def training_step(self, batch, batch_idx):
+        self.step_head(batch)
+        Manual.training_step(self, batch, batch_idx)
+
+
+class Judged(Skips):
+    """Trains a network that is no part of it, in batches it leaves out itself."""
+
+    def training_step(self, batch, batch_idx):
+        judge = self.__dict__.setdefault("judge", nn.Linear(16, 1))
+        judge(batch[0]).sum().backward()
+        torch.optim.SGD(judge.parameters(), 0.1).step()
+        return super().training_step(batch, batch_idx)
+
+
+class InTurns(TwoOptimizers):
+    """Trains the generator in the first epoch, and both later."""
+
+    def training_step(self, batch, batch_idx):
+        if self.current_epoch:
+            super().training_step(batch, batch_idx)
+        else:
+            self.base_loss((self.generator(batch[0][:, :4]), batch[1])).backward()
+            self.optimizers()[1].step()
+
+
+class Waits(Manual):
+    def training_step(self, batch, batch_idx):
+        if self.current_epoch:
+            super().training_step(batch, batch_idx)
+
+
+class Meanwhile(Callback):
+    """Steps between batches."""
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        pl_module.base_loss(args[1]).backward()
+        torch.optim.SGD(pl_module.parameters(), 0.1).step()
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
+@pytest.mark.parametrize(
+    ("style", "callbacks", "steps"),
+    [(Head, [], 8), (HeadByHand, [], 8), (Judged, [], 8), (InTurns, [], 4), (Waits, [Meanwhile()], 4)],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_other_steps_do_not_matter(style, callbacks, steps):
+    run = fit([ToyScale()], style=style, after=callbacks, max_epochs=2)
+    assert run.methods[0].steps == steps
+
+
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`:UserWarning")
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
+def test_steps_by_hand_do_not_matter_to_what_only_reports():
+    class Reports(Method):
+        lane = Lane.REPORT
+
+    assert fit([Reports()], style=ByHandAlone).losses
+
+
+def test_no_optimizer_is_watched_after_the_fit():
+    before = len(_global_optimizer_post_hooks)
+    fit([ToyScale()])
+    with pytest.raises(MisconfigurationException):
+        fit([ToyScale()], style=OwnOptimizer)
+    assert len(_global_optimizer_post_hooks) == before
+
+
 def test_one_method_twice():
     with pytest.raises(ConflictError, match=r"Two methods are called 'toy_scale': .*name="):
         fit([ToyScale(targets="0"), ToyScale(targets="2")])
@@ -128,6 +228,20 @@ def test_lightnings_pruning_beside_a_change_of_structure():
     with pytest.raises(MisconfigurationException, match=r"structured_pruning changes the structure.*MaskedPruning"):
         fit([StructuredPruning(0.3)], after=[ModelPruning("l1_unstructured", amount=0.5)])
     fit([PSKD()], after=[ModelPruning("l1_unstructured", amount=0.5)])
+
+
+class FinetuningScheduler(Callback):
+    """Goes by the name of the one that keeps parameter names in its schedule."""
+
+
+def test_a_finetuning_schedule_beside_a_change_of_structure():
+    def methods():
+        return [ToyScale(), StructuredPruning(0.3)]
+
+    with pytest.raises(MisconfigurationException, match=r"structured_pruning changes the parameters that the schedule of Fin"):
+        fit(methods(), after=[FinetuningScheduler()])
+    fit([ToyScale()], after=[FinetuningScheduler()])
+    trainer(callbacks=[*methods(), FinetuningScheduler()]).test(Plain(), loader(), verbose=False)
 
 
 class Backboned(Plain):

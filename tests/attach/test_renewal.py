@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
+from dataclasses import dataclass
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
+from lightning.pytorch.tuner import Tuner
 
 from lightning_peft import GBLM, BlockPruning, Lane, MaskedPruning, Method, Wanda
 from lightning_peft.compose.schedule import Schedule
@@ -20,6 +23,11 @@ from lightning_peft.testing.toys import ToyEntropy, ToyScale
 from lightning_peft.testing.trace import difference
 
 
+@dataclass
+class Tally:
+    steps: int = 0
+
+
 class Diary(Method):
     """Remembers in every way a method can: a number, a list, an object, an attribute of its own making."""
 
@@ -28,10 +36,14 @@ class Diary(Method):
     def __init__(self, size=3, *extra, when=None, **kwargs):
         super().__init__(**kwargs)
         self.size, self.extra, self.when = size, extra, when
-        self.seen, self.count, self.box = [], 0, {"last": None}
+        self.seen, self.count, self.box, self.tally = [], 0, {"last": None}, Tally()
+
+    def start(self, run):
+        self.knew = "found" in vars(self)
 
     def after_step(self, run):
         self.count += 1
+        self.tally.steps += 1
         self.seen.append(run.step)
         self.box["last"] = run.step
         self.found = run.step
@@ -49,7 +61,8 @@ def test_a_new_trainer_begins_anew_and_a_continued_one_does_not():
     module = fit([method], max_epochs=1).module
     assert (method.count, method.seen, method.found) == (4, [1, 2, 3, 4], 4)  # what a run leaves stays until the next
     run = fit([method], module=module, max_epochs=1)
-    assert (method.count, method.seen) == (4, [1, 2, 3, 4])
+    assert (method.count, method.seen, method.tally, method.knew) == (4, [1, 2, 3, 4], Tally(4), False)
+    trainer(callbacks=[method]).test(Plain(), loader(), verbose=False)  # an evaluation of another is no training of it
     run.trainer.fit_loop.max_epochs = 2
     run.trainer.fit(run.module, loader(), loader(8))
     assert (method.count, method.steps) == (8, 8)
@@ -74,6 +87,11 @@ def test_what_its_user_sets_stays():
         assert (method.size, method.extra, method.note, method.count) == (7, ("a", "b"), "set between two fits", 4)
         assert method.mark == "set before the first fit"
     assert method.config()["size"] == 5  # as it was built
+    method = Diary(size=1, name="kept")
+    for size in (1, True, 1.0):
+        method.size = size
+        fit([method])
+        assert (repr(method.size), method.name) == (repr(size), "kept")
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda method: pickle.loads(pickle.dumps(method))], ids=["copy", "pickle"])
@@ -136,6 +154,49 @@ def test_an_impossible_learning_rate_factor(factor):
     ):
         fit([Climbs()], module=module)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+class Rests(Method):
+    """Lets every second step rest, the first one too, or do a part of what it would."""
+
+    lane = Lane.REPORT
+
+    def __init__(self, factor=0.0):
+        super().__init__()
+        self.factor = factor
+
+    def lr_factor(self):
+        return 1.0 if self.steps % 2 else self.factor
+
+
+class Falling(Plain):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5), "interval": "step"}]
+
+
+def test_a_learning_rate_factor_is_for_one_step():
+    rates, weights = [], []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+            weights.append(pl_module.model[0].weight.detach().clone())
+
+    fit([Rests()], style=Falling, after=[Look()])
+    assert rates == [0.05, 0.025, 0.0125, 0.00625]
+    assert [torch.equal(a, b) for a, b in itertools.pairwise(weights)] == [False, True, False]
+
+
+def test_a_learning_rate_finder_tries_rates_as_they_are(tmp_path):
+    found = []
+    for methods in ([], [Rests(0.5)]):
+        torch.manual_seed(0)
+        module = Plain("sgd")
+        runner = trainer(callbacks=methods, default_root_dir=tmp_path, max_epochs=9)
+        finder = Tuner(runner).lr_find(module, loader(), loader(), min_lr=1e-3, max_lr=1.0, num_training=20, update_attr=False)
+        found.append(finder.results["loss"])
+    assert found[0] == found[1]
 
 
 def test_a_load_state_that_fails_says_whose():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, WeightedRandomSampler
 
 from lightning_peft import Lane, Method, Resource
-from lightning_peft.attach.draws import RecordingBatchSampler
+from lightning_peft.attach.draws import Draws, RecordingBatchSampler, listen_to
 from lightning_peft.testing import modules
 from lightning_peft.testing.ddp import run_ddp
 
@@ -323,6 +323,12 @@ def test_other_refusals() -> None:
         trainer(Follows()).fit(Lit(), DataLoader(Keyed(), batch_sampler=[["a", "b"], ["c", "d"]]))
 
 
+def test_a_batch_without_positions_keeps_the_count() -> None:
+    draws = Draws(iter([["a", "b"], [3, 4], None, [5]]))
+    assert list(draws) == [["a", "b"], [3, 4], None, [5]]
+    assert [draws.arrive(place) for place in range(5)] == [None, [3, 4], None, [5], None]
+
+
 def test_a_recording_sampler_is_transparent() -> None:
     class Inner:
         batch_size = 4
@@ -346,6 +352,10 @@ def test_a_recording_sampler_is_transparent() -> None:
     assert (inner.epoch, inner.batch_size, len(recording)) == (3, 8, 1)
     assert list(recording) == [[3]]
     assert type(copy.deepcopy(recording)) is Inner
+    for names in ((), ("state_dict", "load_state_dict")):
+        kind = type("Kind", (Inner,), dict.fromkeys(names, lambda *args: {}))
+        stand_in = type(listen_to(kind(), lambda: True))
+        assert [name for name in ("state_dict", "load_state_dict") if hasattr(stand_in, name)] == list(names)
     torch_sampler = RecordingBatchSampler(DataLoader(Selves(), batch_size=4).batch_sampler, lambda: True)
     assert len(pickle.loads(pickle.dumps(torch_sampler))) == 6
 

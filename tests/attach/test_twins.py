@@ -13,10 +13,11 @@ from torch import nn
 import lightning_peft
 from lightning_peft import NMSparsity
 from lightning_peft.attach.twins import twins, warn_of_twins
+from lightning_peft.compose.lanes import Lane
 from lightning_peft.testing.modules import Plain, mlp
 from lightning_peft.testing.runs import fit
 from lightning_peft.testing.toys import ScaleMap, ThresholdMap, ToyScale
-from lightning_peft.weights.maps import attach_map
+from lightning_peft.weights.maps import WeightMap, attach_map
 
 
 class Momentum(Plain):
@@ -62,6 +63,23 @@ def test_a_copy_of_a_reparametrised_weight_is_found_and_no_other():
     attach_map(net, "student.2.weight", ThresholdMap())
     assert twins(net) == {"student.0.weight": "teacher.0.weight"}
     attach_map(net, "teacher.0.weight", ScaleMap())
+    assert twins(net) == {}
+
+
+class Doubled(WeightMap):
+    kind, lane = "doubled", Lane.REPARAM
+
+    def forward(self, weight):
+        return 2.0 * weight
+
+
+def test_ties_and_tensors_without_values_are_no_copies():
+    net = nn.ModuleDict({"one": nn.Linear(4, 4, bias=False), "same": nn.Linear(4, 4, bias=False)})
+    net["same"].weight = net["one"].weight
+    net["elsewhere"] = nn.Linear(4, 4, bias=False, device="meta")
+    net["empty"], net["hollow"] = nn.ParameterList([torch.empty(0)]), nn.ParameterList([torch.empty(0)])
+    for name in ("one.weight", "empty.0"):
+        attach_map(net, name, Doubled())
     assert twins(net) == {}
 
 

@@ -73,6 +73,9 @@ def test_what_cannot_be_placed_names_the_argument_and_the_cure(course, point, cu
     with pytest.raises(MisconfigurationException, match=re.escape(cure)) as raised:
         course.place(parse_point(point), "every=")
     assert str(raised.value).startswith("every= at ")
+    if point == "2ep":
+        with pytest.raises(MisconfigurationException, match=re.escape(cure)):
+            course.place_from_end(parse_point(point), "every=")
 
 
 def test_what_has_no_end_is_refused():

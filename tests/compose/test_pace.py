@@ -6,6 +6,7 @@ import re
 import warnings
 
 import pytest
+from lightning.pytorch import Callback
 
 from lightning_peft import Lane, Method
 from lightning_peft.compose.schedule import parse_point
@@ -95,11 +96,64 @@ def test_a_schedule_that_will_not_fit_is_told_with_its_cure(style, share, settin
     assert course(style, **settings) == (1.0, [])
 
 
-def test_optimizers_of_different_pace_are_cured_by_steps():
-    share, said = course(Uneven, max_epochs=2)
+def test_a_limit_in_steps_of_all_optimizers_is_counted_by_their_pace():
+    share, said = course(Uneven, max_epochs=-1, max_steps=12)
+    assert share == 4 / 6
+    assert "the training has 4." in said[0]
+
+
+class Late(EveryOther):
+    """Does not train in its first epoch."""
+
+    def training_step(self, batch, batch_idx):
+        if self.current_epoch:
+            super().training_step(batch, batch_idx)
+        else:
+            self.base_loss(batch)
+
+
+def test_an_epoch_is_judged_by_its_own_steps():
+    _, said = course(Late, max_epochs=3)
+    assert len(said) == 1
+    assert "takes 2 steps of its first optimizer in an epoch of 4 batches" in said[0]
+
+
+class Halfway(Callback):
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = trainer.global_step == 2
+
+
+def test_an_epoch_that_was_cut_short_says_nothing():
+    assert course(Manual, max_epochs=2, after=[Halfway()]) == (0.25, [])
+
+
+class FirstAlone(TwoOptimizers):
+    """Steps the first optimizer only, on every second batch."""
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self.base_loss(batch))
+        if batch_idx % 2 == 1:
+            self.optimizers()[0].step()
+
+
+@pytest.mark.parametrize("style", [Uneven, FirstAlone])
+def test_optimizers_of_different_pace_are_cured_by_steps(style):
+    share, said = course(style, max_epochs=2)
     assert share == 0.5
     assert "the training has 4. Write points of training in steps" in said[0]
-    assert course(Uneven, end=4, max_epochs=2) == (1.0, [])
+    assert course(style, end=4, max_epochs=2) == (1.0, [])
+
+
+class AllButOne(Manual):
+    def training_step(self, batch, batch_idx):
+        if batch_idx:
+            super().training_step(batch, batch_idx)
+        else:
+            self.base_loss(batch)
+
+
+def test_a_single_step_that_is_left_out_is_no_other_pace():
+    assert course(AllButOne, max_epochs=1) == (0.75, [])
 
 
 def test_epochs_are_cured_by_steps():

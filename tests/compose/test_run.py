@@ -6,8 +6,9 @@ from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_peft import Lane, Method
+from lightning_peft.compose.run import Run
 from lightning_peft.compose.schedule import parse_point
-from lightning_peft.testing.modules import Root, TwoOptimizers, loader
+from lightning_peft.testing.modules import Manual, Root, TwoOptimizers, loader, trainer
 from lightning_peft.testing.runs import fit
 from lightning_peft.testing.toys import ToyEntropy
 
@@ -112,6 +113,9 @@ def test_accumulation_that_changes_between_epochs():
     fit([look], max_epochs=4, max_steps=7, before=[GradientAccumulationScheduler({1: 2, 3: 3})])
     assert look.seen == (7, 3)
     assert look.clock[-1] == (7, 2)
+    fit([look], max_epochs=4, before=[GradientAccumulationScheduler({0: 4}), GradientAccumulationScheduler({0: 2})])
+    assert look.seen == (8, 4), "Lightning does as the last one says"
+    assert look.clock[-1] == (8, 3)
 
 
 def test_max_steps_counts_every_optimizer_under_manual_optimization():
@@ -121,10 +125,33 @@ def test_max_steps_counts_every_optimizer_under_manual_optimization():
     assert look.clock[-1][0] == 6
 
 
+def test_steps_say_nothing_of_epochs_under_manual_optimization():
+    class EveryOther(Manual):
+        def training_step(self, batch, batch_idx):
+            if batch_idx % 2:
+                super().training_step(batch, batch_idx)
+            else:
+                self.base_loss(batch)
+
+    look = Look(lambda run: run.total_epochs)
+    fit([look], style=EveryOther, max_epochs=2, max_steps=4)
+    assert look.seen == 2
+    assert look.clock[-1] == (4, 1)
+
+
+def test_an_end_in_steps_asks_for_no_loader(monkeypatch):
+    module, runner = Root(), trainer(max_epochs=-1, max_steps=5)
+    monkeypatch.setattr(runner.fit_loop, "setup_data", pytest.fail)
+    assert Run(runner, module, "", module).end == 5
+
+
 def test_nothing_to_train_on_is_no_error():
     look = Look(lambda run: run.total_steps)
     fit([look], max_epochs=2, limit_train_batches=0, num_sanity_val_steps=2)
     assert look.seen == 2
+    look = Look(lambda run: run.total_epochs)
+    fit([look], max_epochs=0, num_sanity_val_steps=2)
+    assert look.seen == 1, "nothing may divide by it"
 
 
 def test_what_a_run_knows():

@@ -139,8 +139,16 @@ def test_samples_are_known_however_the_loader_finds_its_position(options: dict[s
     assert_same(whole, resumed, "PSKD, resumed in the middle of an epoch")
 
 
-def test_a_loader_that_was_set_up_before_the_checkpoint_was_read_gets_its_position(tmp_path: Path) -> None:
-    found = killed_and_resumed(METHODS["all at once"], shuffled, tmp_path / "mid.ckpt", AsksForSteps)
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1, "snapshot_every_n_steps": 4}], ids=["", "workers"])
+def test_a_loader_that_was_set_up_before_the_checkpoint_was_read_gets_its_position(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    def data(seed: int) -> Any:
+        found = shuffled(seed, **options)
+        found.state_dict()  # a look, which makes an iterator
+        return found
+
+    found = killed_and_resumed(METHODS["all at once"], data, tmp_path / "mid.ckpt", AsksForSteps)
     whole, resumed, expected, seen = found
     assert seen == expected
     assert_same(whole, resumed, "resumed in the middle of an epoch")

@@ -320,17 +320,20 @@ class Finetuned(Plain):
 
 def test_scales_of_a_backbone_begin_to_train_when_it_does() -> None:
     trained: dict[int, set[str]] = {}
+    values: list[float] = []
 
     class Follow(WeightCompander):
         def after_step(self, run) -> None:
             names = {parameter: name for name, parameter in run.module.named_parameters()}
             held = {names[p] for group in run.trainer.optimizers[0].param_groups for p in group["params"]}
             trained[run.epoch] = {name for name in held if "log_a" in name}
+            values.append(dict(run.module.named_parameters())[scale].item())
             super().after_step(run)
 
     method = Follow()
-    run = fit([method], after=[BackboneFinetuning(unfreeze_backbone_at_epoch=1)], style=Finetuned, max_epochs=2)
     scale = "model.0.parametrizations.weight.0.log_a"
+    run = fit([method], after=[BackboneFinetuning(unfreeze_backbone_at_epoch=1)], style=Finetuned, max_epochs=2)
     assert scale not in trained[0]
     assert scale in trained[1]
+    assert len(set(values)) == 1 + 4, "unchanged in the first epoch of four steps, and by each step of the second"
     assert all(map(math.isfinite, run.losses))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from lightning_peft.skipping import compiled, native
 
@@ -173,5 +174,5 @@ def test_kernels_that_compute_something_else_are_not_used(monkeypatch: pytest.Mo
 @needs_compiler
 @torch.no_grad()
 def test_they_are_tried_apart_from_what_the_caller_does() -> None:
-    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"), torch.inference_mode():
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"), torch.inference_mode(), FakeTensorMode():
         assert native.kernels() is not None, native.missing()

@@ -208,6 +208,8 @@ def test_says_where_it_must_not_be_used() -> None:
     assert not native.usable(plain.to("meta"), weight)
     assert not native.usable(plain[:0], weight)
     assert not native.usable(torch._neg_view(plain), weight)
+    assert not native.usable(plain, torch._efficientzerotensor(2))
+    assert not native.usable(plain, weight.as_subclass(type("Quantised", (Tensor,), {})))
     with FlopCount():  # operations are counted as PyTorch's
         assert not native.usable(plain, weight)
     with torch.autocast("cpu", torch.bfloat16):

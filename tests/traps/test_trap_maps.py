@@ -61,6 +61,18 @@ def test_t13_a_map_with_parameters_joins_a_scheduled_optimizer(schedule, tmp_pat
     assert all(torch.equal(p, q) for p, q in zip(full.module.parameters(), resumed.module.parameters(), strict=True))
 
 
+def test_t13_a_map_joins_an_optimizer_of_named_parameters():
+    class Named(Plain):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.model.named_parameters(), lr=0.02, weight_decay=0.1)
+
+    groups = fit([ToyScale()], style=Named).trainer.optimizers[0].param_groups
+    assert [group["param_names"] for group in groups] == [
+        ["0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"],
+        [f"model.{place}.weight.toy_scale.scale" for place in (0, 2, 4)],
+    ]
+
+
 @pytest.mark.parametrize("old", [True, False], ids=["old-hook", "parametrization"])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 def test_t17_weight_norm_is_refused_with_a_way_out(old):

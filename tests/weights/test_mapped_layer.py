@@ -91,6 +91,8 @@ def test_state_dict_names_tell_stored_values_from_weights():
     state["0.parametrizations.weight.7.scale"] = torch.ones(())
     with pytest.raises(RuntimeError, match=r"Unexpected key.*weight\.7\.scale"):
         twin.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"0\.parametrizations\.weight\.0: [^\n]*\s*size mismatch for scale"):
+        twin.load_state_dict(net.state_dict() | {"0.parametrizations.weight.0.scale": torch.ones(2)})
     result = twin.load_state_dict({"0.bias": torch.zeros(16)}, strict=False)
     assert "0.parametrizations.weight.0.scale" in result.missing_keys
     assert torch.equal(twin[0].bias, torch.zeros(16))
@@ -164,6 +166,7 @@ def test_a_pickle_is_the_baked_module(write):
     net = mlp()
     attach_map(net, "0.weight", ScaleMap(2.0))
     attach_map(net, "0.weight", ThresholdMap(0.1))
+    net[2].bias.requires_grad_(False)
     attach_map(net, "2.bias", ScaleMap(2.0))
     live = net(X)
     if write == "torch":
@@ -176,7 +179,8 @@ def test_a_pickle_is_the_baked_module(write):
     assert list(loaded.state_dict()) == list(mlp().state_dict())
     assert torch.equal(loaded(X), bake(copy.deepcopy(net))(X))
     assert torch.equal(net(X), live)
-    assert all(p.requires_grad for p in loaded.parameters())
+    assert [name for name, p in loaded.named_parameters() if not p.requires_grad] == ["2.bias"]
+    assert not any("weight_maps" in vars(part) for part in loaded.modules())
     assert isinstance(net[0], MappedLayer)
 
 
@@ -187,11 +191,17 @@ def test_tied_weights_are_tied_in_a_pickle():
         attach_map(net, name, ThresholdMap(0.2))
     loaded = pickle.loads(pickle.dumps(net))
     assert loaded[0].weight is loaded[1].weight
+    held = net[0].__reduce_ex__(2)  # as a pickler does until it is done
     with torch.no_grad():
         net[0]._parameters["weight"].mul_(2.0)
     again = pickle.loads(pickle.dumps(net))
     assert again[0].weight is again[1].weight
     assert torch.equal(again[0].weight, net[0].weight), "what an earlier pickle baked is not used again"
+    del held
+    attach_map(net, "1.weight", ThresholdMap(1.0))
+    apart = pickle.loads(pickle.dumps(net))
+    assert not torch.equal(net[0].weight, net[1].weight)
+    assert torch.equal(apart(torch.eye(4)), net(torch.eye(4))), "a tie of two layers whose maps differ is none in the file"
 
 
 def test_dtype_and_device_reach_stored_values_and_maps():

@@ -12,7 +12,7 @@ from lightning_peft import Lane, WeightMap, bake
 from lightning_peft.testing.modules import mlp
 from lightning_peft.testing.toys import ScaleMap, ThresholdMap
 from lightning_peft.testing.trace import difference, trace
-from lightning_peft.weights.maps import attach_map, detach_maps, forget_pristine, mapped_tensors, split_name
+from lightning_peft.weights.maps import attach_map, detach_maps, forget_pristine, mapped_tensors, plain_tensors, split_name
 
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
 
@@ -90,6 +90,28 @@ def test_pristine_undoes_an_attachment_that_was_never_trained(net):
     attach_map(net, "0.weight", ScaleMap(3.0))
     detach_maps(net, "pristine")
     assert torch.equal(net[0].weight, weight), "bit for bit, although w / 3 * 3 is not w"
+
+
+def test_what_was_trained_before_another_map_came_is_not_undone(net):
+    attach_map(net, "0.weight", ScaleMap(3.0))
+    with torch.no_grad():
+        net[0]._parameters["weight"].mul_(2.0)
+    attach_map(net, "0.weight", ThresholdMap(0.0))
+    live = net[0].weight.detach().clone()
+    detach_maps(net, "pristine")
+    assert torch.equal(net[0].weight, live)
+
+
+def test_plain_names_are_those_without_maps(net):
+    net[2].weight = net[0].weight
+    net.append(net[4])
+    names = list(net.state_dict())
+    for name in ("0.weight", "2.weight", "4.weight"):
+        attach_map(net, name, ScaleMap())
+    tensors = plain_tensors(net)
+    assert sorted(tensors) == sorted(names)
+    assert tensors["0.weight"] is tensors["2.weight"] is net[0]._parameters["weight"]
+    assert tensors["4.weight"] is tensors["5.weight"]
 
 
 def test_forget_pristine_frees_the_copies(net):

@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.optim import lr_scheduler as schedules
 
 from lightning_peft import LayerGrowth, NMSparsity, WeightCompander
-from lightning_peft.testing.callbacks import every_epoch
-from lightning_peft.testing.modules import Plain, deepened
+from lightning_peft.testing.callbacks import FailAt, PlannedError, every_epoch
+from lightning_peft.testing.modules import Plain, deepened, loader, trainer
 from lightning_peft.testing.runs import Fit, assert_same
 
 OPTIMIZERS = {
@@ -129,6 +129,17 @@ def test_new_blocks_can_stay_plain(tmp_path: Path) -> None:
     run = check_resume(lambda: [NMSparsity("2:4", exclude=()), *twice(follow="none")()], tmp_path)
     dense = [name for name, weight in run.module.named_parameters() if name.endswith("fc1.weight") and (weight != 0).all()]
     assert dense == [f"blocks.{place}.fc1.weight" for place in (1, 2, 3)]
+
+
+def test_a_file_saved_after_a_fit_that_failed_goes_on(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    runner = trainer(callbacks=[LayerGrowth(at="step:6", start=2), FailAt(8)], max_epochs=3)
+    with pytest.raises(PlannedError):
+        runner.fit(Deep(), loader(), loader(8))
+    runner.save_checkpoint(tmp_path / "failed.ckpt")
+    whole = grow([LayerGrowth(at="step:6", start=2)])
+    resumed = grow([LayerGrowth(at="step:6", start=2)], seed=3, resume=tmp_path / "failed.ckpt")
+    assert_same(whole, resumed, "uninterrupted against resumed from a file saved after the fit had failed")
 
 
 def test_killed_in_the_middle_of_an_edit(tmp_path: Path) -> None:
