@@ -289,6 +289,7 @@ def _silence() -> None:
         ".*GPU available but not used",
         # LightningCLI's own use of jsonargparse
         r"\s*By default only one JsonargparseDeprecationWarning",
+        ".*No complete tensor found in the group",
         r"[\s\S]*was deprecated in v4\.",
     ):
         warnings.filterwarnings("ignore", message=message)
