@@ -141,12 +141,22 @@ def test_two_commands_do_not_share_a_folder(cli, toy) -> None:
     assert cli(*arguments)[1]["out"] == "runs/toy"
 
 
-def test_a_check_tries_all_and_keeps_nothing(cli, toy) -> None:
+def test_a_check_tries_all_and_keeps_nothing(cli, recipe) -> None:
+    path = recipe(ORDINARY)
     before = set(Path().rglob("*"))
-    status, data, error = cli("run", toy, "--check", "--json", "--trainer.max_epochs", "500")
+    status, data, error = cli("run", path, "--check", "--json", "--trainer.max_epochs", "500")
     assert status == 0, error
-    assert data["checked"] == ["build", "train", "validate", "test", "bake", "load", "report"]
+    assert data["checked"] == ["build", "train", "validate", "test", "bake", "load", "report", "export"]
+    assert data["notes"] == []
     assert set(Path().rglob("*")) == before
+
+
+def test_a_check_says_why_a_network_is_not_exported(cli, toy) -> None:
+    status, shown, error = cli("run", toy, "--check", "--no-baseline", "--model", "cli_toys.UntraceableModule")
+    assert status == 0, error
+    assert "bake, load, report all worked" in shown
+    (line,) = [line for line in shown.splitlines() if "is not exported" in line]
+    assert line.startswith("The network is not exported: Untraceable could not be traced by torch.export")
 
 
 def test_changed_code_and_lost_settings_are_told_apart_from_the_same_run(cli, toy, tmp_path, monkeypatch) -> None:
