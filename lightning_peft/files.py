@@ -15,8 +15,12 @@ def whole(path: Path) -> Iterator[Path]:
         path: The file; its folder exists.
 
     Yields:
-        Where to write instead, beside it. A write that fails leaves that behind, and ``path`` as it was.
+        Where to write instead, beside it. A write that fails leaves nothing of that, and ``path`` as it was.
     """
     part = path.with_name(path.name + ".part")
-    yield part
-    part.replace(path)
+    try:
+        yield part
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

@@ -13,7 +13,8 @@ from lightning_peft.cli.adapt_source import Source
 from lightning_peft.cli.adapt_trials import Trials
 from lightning_peft.cli.console import Outcome, facts, grid
 from lightning_peft.cli.files import existing
-from lightning_peft.cli.folders import held
+from lightning_peft.cli.folders import check_writable, held
+from lightning_peft.cli.interrupts import AGAIN, going_on
 from lightning_peft.cli.recipes import UsageError, check_seeds, find
 from lightning_peft.export.report_adaptation import Study, adaptation_report, cost_table, method_table, part_table
 from lightning_peft.shifts.data import ShiftedData, choose_parts
@@ -81,6 +82,7 @@ def adapt(
         existing(checkpoint)
     recipe = find(name)
     out = out or Path("runs") / "adapt" / recipe.name
+    check_writable(out, "--out")
     console.print(f"[bold]{recipe.name}[/]  {recipe.summary}", highlight=False)
     source = Source(recipe, overrides, trusted)
     chosen = source.choose(choice.methods)
@@ -93,7 +95,7 @@ def adapt(
     parts = choose_parts(data.shifts(), choice.shifts, choice.severities)
     size = f"{len(chosen)} methods and the source, {len(parts)} shifts, {', '.join(choice.protocols)}, {choice.seeds} seeds"
     console.print(f"[dim]{size}[/]", highlight=False)
-    with held(out):
+    with held(out), going_on(lambda: AGAIN):
         note = source.obtain(out, checkpoint, console)
         trials = Trials(source, data, parts, chosen, out / "episodes", choice.clean, console)
         records = trials.run(choice.protocols, choice.seeds)

@@ -14,7 +14,7 @@ from lightning_peft import registry
 from lightning_peft.cli.beside import quiet
 from lightning_peft.cli.files import existing
 from lightning_peft.cli.folders import check_settings, file_digest, settings
-from lightning_peft.cli.launch import launch, methods_in, parse, quiet_lightning
+from lightning_peft.cli.launch import interruptible, launch, methods_in, parse, quiet_lightning
 from lightning_peft.cli.loading import find_loading
 from lightning_peft.cli.recipes import Recipe, UsageError
 from lightning_peft.cli.trial import Job, train
@@ -137,7 +137,8 @@ class Source:
         cli = launch(self._recipe, self._overrides, self._adapting, quiet)
         if checkpoint is not None:
             self._load(checkpoint, cli.model, methods_of(cli.trainer.callbacks))  # type: ignore[attr-defined]
-        cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+        with interruptible(cli.trainer):
+            cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
         with whole(path) as part:
             cli.trainer.save_checkpoint(part)
 

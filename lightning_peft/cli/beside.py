@@ -6,33 +6,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lightning_peft.cli.recipes import UsageError
+from lightning_peft.files import whole
 
 
-class LastEpoch(ModelCheckpoint):
+class LastEpoch(Checkpoint):
     """Keeps the state at the end of the last whole epoch, the point from which a resumed run repeats nothing.
 
-    A class of its own, because Lightning tells checkpoint callbacks apart by class and settings, and a recipe may have any.
+    No ModelCheckpoint, because that writes over the file of the epoch before. Where temporary files lie on another disk, a
+    process that is killed meanwhile loses both.
 
     Args:
         path: The file.
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(
-            dirpath=path.parent,
-            filename=path.stem,
-            every_n_epochs=1,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        )
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, after all other callbacks."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(self.path) as part:
+            trainer.save_checkpoint(part)
 
 
 def stand_beside(
-    arguments: dict[str, Any], own: Sequence[Callback], folder: Path, curves: str, *, terminal: bool
+    arguments: dict[str, Any], own: Sequence[Callback], folder: Path, curves: str, *, terminal: bool, rehearsal: bool = False
 ) -> tuple[str, ...]:
     """Add callbacks and a logger to a Trainer's arguments, in place.
 
@@ -42,6 +45,7 @@ def stand_beside(
         folder: Folder for the logged numbers, and for whatever has none of its own.
         curves: Name of the folder of the logged numbers in it.
         terminal: Whether a progress bar can be seen.
+        rehearsal: Whether nothing is to be kept: the recipe's loggers and checkpoint callbacks write where they were told to.
 
     Returns:
         A sentence for each setting of the recipe that was overruled.
@@ -51,6 +55,9 @@ def stand_beside(
     """
     if arguments.get("fast_dev_run"):
         raise UsageError("fast_dev_run keeps no checkpoint to bake and report on. To try a recipe in a few steps, use --check.")
+    if rehearsal:
+        arguments["logger"], arguments["enable_checkpointing"] = None, None
+        arguments["callbacks"] = [callback for callback in arguments["callbacks"] if not isinstance(callback, Checkpoint)]
     overruled = []
     if arguments.get("logger") is False:
         overruled.append("logger: false is overruled, because the report is made of what is logged.")

@@ -12,6 +12,7 @@ from rich.console import Console
 from lightning_peft import registry
 from lightning_peft.cli.console import Outcome, grid
 from lightning_peft.cli.folders import held
+from lightning_peft.cli.interrupts import AGAIN, going_on
 from lightning_peft.cli.launch import methods_in
 from lightning_peft.cli.recipes import Recipe, UsageError, check_seeds, find_for
 from lightning_peft.cli.trial import CURVES, Job, train
@@ -59,7 +60,7 @@ def compare(
     out = out or Path("runs") / "compare" / recipe.name
     command = _command(name, overrides, without, each, dense, seeds) + (" --trusted" if trusted else "")
     console.print(f"[bold]{recipe.name}[/]  {len(plans)} variants x {seeds} seeds in {out}", highlight=False)
-    with held(out):
+    with held(out), going_on(lambda: AGAIN):
         return _compare(recipe, overrides, plans, out, console, seeds, command, trusted=trusted)
 
 

@@ -16,10 +16,13 @@ from lightning_peft.attach.network_inputs import NetworkInputs
 from lightning_peft.cli.beside import quiet
 from lightning_peft.cli.console import Outcome, facts, grid
 from lightning_peft.cli.files import existing
-from lightning_peft.cli.launch import launch, methods_in, quiet_lightning
+from lightning_peft.cli.folders import check_writable
+from lightning_peft.cli.launch import interruptible, launch, methods_in, quiet_lightning
+from lightning_peft.cli.loading import recorded_build
 from lightning_peft.cli.recipes import UsageError, find
 from lightning_peft.export.bake import baked, read_checkpoint
 from lightning_peft.export.restore import restore
+from lightning_peft.files import whole
 from lightning_peft.structure import checkpoint as sections
 from lightning_peft.structure import journal
 
@@ -39,9 +42,12 @@ def export(
     from lightning_peft.export.baked_folder import save_baked
     from lightning_peft.export.portable import to_exported, to_onnx
 
-    path = existing(path)
     target = out or path.with_name(path.stem + ENDINGS[form])
+    check_writable(target.parent, "-o")
+    path = existing(path)
     if form == "safetensors":
+        if recipe is not None:
+            raise UsageError("--recipe is for onnx and exported: safetensors are written from the file alone.")
         save_baked(path, target, trusted=trusted)
     else:
         if recipe is None:
@@ -54,9 +60,10 @@ def export(
         else:
             program = to_exported(module, examples.inputs[0])
             target.parent.mkdir(parents=True, exist_ok=True)
-            torch.export.save(program, target)
+            with whole(target) as part, part.open("wb") as file:
+                torch.export.save(program, file)
     checked = [] if form == "safetensors" else ["example batch", "another batch size"]
-    lines = _loading(form, target)
+    lines = _loading(form, target, path, trusted)
     if checked:
         exec("\n".join(lines), {})
 
@@ -69,14 +76,16 @@ def export(
     return Outcome(data, show)
 
 
-def _loading(form: str, target: Path) -> list[str]:
+def _loading(form: str, target: Path, source: Path, trusted: bool) -> list[str]:
     """Return the lines that load an exported file as ``net``, or into a ``net`` of the user's class."""
     place = repr(str(target.resolve()))
-    return {
-        "onnx": ["import onnxruntime", f"net = onnxruntime.InferenceSession({place}, providers=['CPUExecutionProvider'])"],
-        "exported": ["import torch", f"net = torch.export.load({place}).module()"],
-        "safetensors": ["import lightning_peft", f"lightning_peft.load_baked(net, {place})  # net: built by your class"],
-    }[form]
+    if form == "onnx":
+        return ["import onnxruntime", f"net = onnxruntime.InferenceSession({place}, providers=['CPUExecutionProvider'])"]
+    if form == "exported":
+        return ["import torch", f"net = torch.export.load({place}).module()"]
+    build = recorded_build(read_checkpoint(source, trusted=trusted).get("hyper_parameters"))
+    load = f"lightning_peft.load_baked(net, {place})"
+    return ["import lightning_peft", *build, load if build else f"{load}  # net: built by your class"]
 
 
 def deployment(
@@ -98,6 +107,8 @@ def deployment(
     from lightning_peft.export.deployment import compare_deployments
     from lightning_peft.export.deployment_report import deployment_report
 
+    folder = out or path.with_name(f"{path.stem}-deployment")
+    check_writable(folder, "-o")
     path, before = existing(path), existing(before)
     if recipe is None:
         raise UsageError("--before runs both networks on test data: name the recipe they were trained with, --recipe RECIPE.")
@@ -128,7 +139,6 @@ def deployment(
         made_by=shlex.join(command),
     )
     made = deployment_report(found)
-    folder = out or path.with_name(f"{path.stem}-deployment")
     written = made.save(folder)
 
     def show(console: Console) -> None:
@@ -160,7 +170,8 @@ def _built(
     for module, path in zip(modules, paths, strict=True):
         checkpoint = baked(read_checkpoint(path, trusted=trusted))
         restore(module, checkpoint["state_dict"], journal.read(sections.read(checkpoint)))
-    cli.trainer.test(modules[0], datamodule=cli.datamodule, verbose=False)
+    with interruptible(cli.trainer):
+        cli.trainer.test(modules[0], datamodule=cli.datamodule, verbose=False)
     if not examples.inputs:
         raise UsageError(f"The recipe {recipe.name} has no test batch to run the network on.")
     return modules, examples

@@ -29,14 +29,17 @@ def bake(path: Path, out: Path | None, *, trusted: bool = False) -> Outcome:
         CheckpointError: The file is no checkpoint, or its weight maps do not fit.
         UsageError: There is no such file, or the result would replace it.
     """
+    from lightning_peft.cli.folders import check_writable
+    from lightning_peft.cli.loading import STAND_IN, recorded_class
     from lightning_peft.export.bake import bake_checkpoint, read_checkpoint
     from lightning_peft.export.report_proof import proof_data, proof_fact, proof_table, prove
     from lightning_peft.export.report_weights import weigh
     from lightning_peft.structure import checkpoint as sections
     from lightning_peft.structure import journal
 
-    checkpoint = read_checkpoint(existing(path), trusted=trusted)
     target = out or path.with_name(f"{path.stem}.baked{path.suffix}")
+    check_writable(target.parent, "-o")
+    checkpoint = read_checkpoint(existing(path), trusted=trusted)
     if target.exists() and target.samefile(path):
         raise UsageError(f"The baked file would replace {path}, which could not be resumed any more. Choose another with -o.")
     weights = weigh(checkpoint)
@@ -44,12 +47,19 @@ def bake(path: Path, out: Path | None, *, trusted: bool = False) -> Outcome:
     target.parent.mkdir(parents=True, exist_ok=True)
     bake_checkpoint(path, target, trusted=trusted)
     edits = journal.read(sections.read(checkpoint))
-    name = repr(str(target))
-    line = f"net = MyModule.load_from_checkpoint({name}, weights_only={not trusted})"
-    note = "It loads without lightning_peft, with your class and the arguments it was trained with:"
+    head, name = recorded_class(checkpoint.get("hyper_parameters"))
+    place = repr(str(target.resolve()))
+    lines = [*head, f"net = {name}.load_from_checkpoint({place}, weights_only={not trusted})"]
+    how = (
+        f", with your class for {name} and, unless it saves them, the arguments it was trained with" if name == STAND_IN else ""
+    )
+    note = f"It loads without lightning_peft{how}:"
     if edits:
-        line = f"net = lightning_peft.load_from_checkpoint(MyModule, {name}{', trusted=True' if trusted else ''})"
-        note = f"Its structure changed in training ({len(edits)} changes), which your class alone may not build. Load it with:"
+        trust = ", trusted=True" if trusted else ""
+        lines = ["import lightning_peft", *head, f"net = lightning_peft.load_from_checkpoint({name}, {place}{trust})"]
+        note = (
+            f"Its structure changed in training ({len(edits)} changes), which the class alone may not build. It loads so{how}:"
+        )
     applied = [{"name": row.name, "maps": list(row.maps), "nonzero": row.nonzero, "total": row.total} for row in weights.mapped]
 
     def show(console: Console) -> None:
@@ -63,14 +73,14 @@ def bake(path: Path, out: Path | None, *, trusted: bool = False) -> Outcome:
             console.print(grid(proof_table(proofs)))
             console.print(facts((proof_fact(proofs),)))
         console.print(f"\nWrote [bold]{target}[/]. {note}\n", soft_wrap=True)
-        console.print(f"    {line}", highlight=False, markup=False, soft_wrap=True)
+        console.print("\n".join(f"    {line}" for line in lines), highlight=False, markup=False, soft_wrap=True)
 
     data = {
         "source": str(path),
         "target": str(target),
         "applied": applied,
         "structural_changes": len(edits),
-        "load": line,
+        "loading": lines,
         "nm_proof": proof_data(proofs),
     }
     return Outcome(data, show)
@@ -83,11 +93,13 @@ def report(path: Path, out: Path | None, *, trusted: bool = False) -> Outcome:
         CheckpointError: The file is no checkpoint, or its weight maps do not fit.
         UsageError: There is no such file.
     """
+    from lightning_peft.cli.folders import check_writable
     from lightning_peft.export.report_checkpoint import checkpoint_report
 
+    folder = out or path.with_name(f"{path.stem}-report")
+    check_writable(folder, "-o")
     command = shlex.join(["lightning-peft", "report", str(path), *(["--trusted"] if trusted else [])])
     made = checkpoint_report(existing(path), command, trusted=trusted)
-    folder = out or path.with_name(f"{path.stem}-report")
     files = made.save(folder)
 
     def show(console: Console) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import os
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -56,6 +57,24 @@ def try_hold(folder: Path) -> FileLock | None:
     except OSError as error:
         raise UsageError(f"The folder {folder} cannot be written: {error}. Choose another with --out.") from error
     return lock
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Refuse a folder in which nothing can be written, before anything was done for it; nothing is made here.
+
+    Args:
+        folder: The folder; it need not exist.
+        option: The option that chooses it.
+
+    Raises:
+        UsageError: It may not be written, or a file stands where a folder must.
+    """
+    above = folder
+    while not os.path.lexists(above):
+        above = above.parent
+    reason = f"{above} is no folder" if not above.is_dir() else "" if os.access(above, os.W_OK | os.X_OK) else "it is read-only"
+    if reason:
+        raise UsageError(f"The folder {folder} cannot be written: {reason}. Choose another with {option}.")
 
 
 def settings(cli: RecipeCLI, made_from: Sequence[str] = ()) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import math
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from lightning_peft.cli.classes import import_class
 from lightning_peft.cli.launch import RecipeCLI
+
+STAND_IN = "MyModule"  # for a class nothing is known of
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,45 @@ def find_loading(
         if not refusal:
             return Loading(attempt, "import lightning_peft" not in attempt)
     return Loading(refusal=refusal)
+
+
+def recorded_class(arguments: Any) -> tuple[tuple[str, ...], str]:
+    """Return the line that imports the class a checkpoint was trained with, and its name; nothing is imported.
+
+    Args:
+        arguments: Constructor arguments in a checkpoint, to which LightningCLI adds the class.
+
+    Example:
+        >>> recorded_class({"_class_path": "shop.models.Net", "width": 8}), recorded_class({"width": 8})
+        ((('from shop.models import Net',), 'Net'), ((), 'MyModule'))
+    """
+    path = str(arguments.get("_class_path", "")) if isinstance(arguments, Mapping) else ""
+    module, _, name = path.rpartition(".")
+    known = module and all(word.isidentifier() for word in path.split("."))
+    return ((f"from {module} import {name}",), name) if known else ((), STAND_IN)
+
+
+def recorded_build(arguments: Any) -> tuple[str, ...]:
+    """Return lines that build the module a checkpoint was trained with as ``net``; none where the file does not say how.
+
+    Example:
+        >>> recorded_build({"_class_path": "shop.models.Net", "width": 8})
+        ('from shop.models import Net', 'net = Net(width=8)')
+    """
+    head, name = recorded_class(arguments)
+    given = {key: value for key, value in arguments.items() if not key.startswith("_")} if head else {}
+    if not head or not all(key.isidentifier() and _is_plain(value) for key, value in given.items()):
+        return ()
+    return (*head, f"net = {name}({', '.join(f'{key}={value!r}' for key, value in given.items())})")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether the ``repr`` of an argument gives it back, and it does not describe an object LightningCLI would build."""
+    if isinstance(value, dict):
+        return "class_path" not in value and all(_is_plain(item) for item in (*value, *value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, bool, int)) or (isinstance(value, float) and math.isfinite(value))
 
 
 def run_lines(lines: Sequence[str], state: Mapping[str, Tensor]) -> str:

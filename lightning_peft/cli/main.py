@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from lightning_peft.cli.console import Outcome
 
-AGAIN = " The same command goes on from there."
 TAKES_OVERRIDES = ("run", "compare", "adapt", "export", "report")
 READS_CHECKPOINTS = ("run", "compare", "adapt", "bake", "export", "report")
 
@@ -78,7 +77,7 @@ def build_parser() -> _Parser:
     run.add_argument(
         "--check",
         action="store_true",
-        help="only try it in a few steps: build, train, validate, test, bake, load, report",
+        help="only try it in a few steps: build, train, validate, test, bake, load, report, export",
     )
     run.add_argument("--resume", action="store_true", help="continue a killed run from its last checkpoint")
     compare = add("compare", "train a recipe with methods left out, over seeds, and compare", more)
@@ -216,9 +215,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{options.command} does not know {' '.join(overrides)}")
     from rich.console import Console
 
+    from lightning_peft.cli.interrupts import sigterm_interrupts
+
     # In JSON mode standard output carries the document and nothing else, whatever a library prints.
     quiet = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
-    with quiet, warnings.catch_warnings():
+    with quiet, warnings.catch_warnings(), sigterm_interrupts():
         _silence()
         console = Console()
         status = 0
@@ -249,8 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _failure(error: BaseException, options: argparse.Namespace) -> tuple[int, str]:
     """Return exit code and message of a command that did not come to its end."""
     if isinstance(error, KeyboardInterrupt):
-        hints = {"run": " Continue with --resume.", "compare": AGAIN, "adapt": AGAIN}
-        return 130, f"interrupted.{hints.get(options.command, '')}"
+        return 130, f"interrupted. {error}".strip()
     if isinstance(error, SystemExit):
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
         return status, f"error: ended early, with exit code {error.code}"
@@ -274,6 +274,9 @@ def _message(error: Exception) -> str:
     from lightning_peft.assets import AssetError
     from lightning_peft.cli.recipes import UsageError
 
+    cause = error.__context__
+    if isinstance(error, RuntimeError) and isinstance(cause, OSError):  # torch.save on a full disk
+        error = cause
     if isinstance(error, (UsageError, MisconfigurationException, AssetError, OSError)):
         return str(error)
     return f"{type(error).__name__}: {error} (--traceback shows where)"
@@ -286,6 +289,7 @@ def _silence() -> None:
         ".*The number of training batches",
         ".*Checkpoint directory .* exists and is not empty",
         ".*isinstance.treespec, LeafSpec.",
+        ".*No complete tensor found in the group",
         ".*GPU available but not used",
         # LightningCLI's own use of jsonargparse
         r"\s*By default only one JsonargparseDeprecationWarning",

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lightning_peft.cli.console import Outcome, facts, grid
 from lightning_peft.cli.folders import CONFIG, held, try_hold
+from lightning_peft.cli.interrupts import going_on
 from lightning_peft.cli.launch import methods_in, parse
 from lightning_peft.cli.loading import find_loading
 from lightning_peft.cli.recipes import Recipe, UsageError, find_for
@@ -61,8 +62,9 @@ def run(
     """
     recipe = find_for("run", name)
     methods = methods_in(recipe, overrides)
-    with claim(out, recipe, resume) as folder:
-        return _run(recipe, name, overrides, methods, folder, console, baseline=baseline, trusted=trusted)
+    command = _command(name, overrides, baseline=baseline, trusted=trusted)
+    with claim(out, recipe, resume) as folder, going_on(lambda: _next(command, folder)):
+        return _run(recipe, command, overrides, methods, folder, console, baseline=baseline, trusted=trusted)
 
 
 def check(name: str, overrides: Sequence[str], console: Console, *, baseline: bool = True, trusted: bool = False) -> Outcome:
@@ -82,21 +84,36 @@ def check(name: str, overrides: Sequence[str], console: Console, *, baseline: bo
     with tempfile.TemporaryDirectory(prefix="lightning-peft-") as folder:
         few = [*overrides, *FEW_STEPS, "--trainer.default_root_dir", folder]
         methods = methods_in(recipe, few)
-        made = _run(recipe, name, few, methods, Path(folder), console, baseline=baseline, trusted=trusted)
-    lines = made.data["loading"]
-    steps = ["build", "train", "validate", "test", "bake", *(["load"] if lines else []), "report"]
+        command = _command(name, few, baseline=baseline, trusted=trusted)
+        made = _run(recipe, command, few, methods, Path(folder), console, baseline=baseline, trusted=trusted, rehearsal=True)
+        refusal = _why_not_exported(name, few, Path(folder), trusted)
+    loads = bool(made.data["loading"])
+    steps = ["build", "train", "validate", "test", "bake", *["load"] * loads, "report", *["export"] * (not refusal)]
+    notes = [*([] if loads else [made.data["loading_note"]]), *([refusal] if refusal else [])]
 
     def show(console: Console) -> None:
         console.print(f"\n[bold]{recipe.name}[/] can be run: {', '.join(steps)} all worked in a few steps.", highlight=False)
-        if not lines:
-            console.print(made.data["loading_note"], highlight=False, soft_wrap=True)
+        for note in notes:
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
 
-    return Outcome({"recipe": recipe.name, "checked": steps, "loads": bool(lines)}, show)
+    return Outcome({"recipe": recipe.name, "checked": steps, "loads": loads, "notes": notes}, show)
+
+
+def _why_not_exported(name: str, overrides: Sequence[str], folder: Path, trusted: bool) -> str:
+    """Export what a check trained, and say why it cannot be; nothing when it can."""
+    from lightning_peft.cli.export import export
+
+    try:  # the quickest form, which ONNX files are made from, and which needs no extra
+        export(folder / "model.ckpt", "exported", folder / "check.pt2", name, overrides, trusted=trusted)
+    except Exception as error:  # tracing runs the network's own code, and no training depends on it
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return f"The network is not exported: {reason[0]}"
+    return ""
 
 
 def _run(
     recipe: Recipe,
-    name: str,
+    command: str,
     overrides: Sequence[str],
     methods: Sequence[str],
     out: Path,
@@ -104,8 +121,9 @@ def _run(
     *,
     baseline: bool,
     trusted: bool,
+    rehearsal: bool = False,
 ) -> Outcome:
-    composed = Job(recipe, overrides, out / COMPOSED, out / "model.ckpt", COMPOSED, trusted=trusted)
+    composed = Job(recipe, overrides, out / COMPOSED, out / "model.ckpt", COMPOSED, trusted=trusted, rehearsal=rehearsal)
     jobs = [composed]
     if baseline and recipe.baseline and methods:
         dense = out / DENSE
@@ -123,8 +141,6 @@ def _run(
     bake_checkpoint(out / "model.ckpt", out / "baked.ckpt", trusted=trusted)
     checkpoint = read_checkpoint(out / "model.ckpt", trusted=trusted)
     weights = weigh(checkpoint)
-    command = ["lightning-peft", "run", name, *overrides]
-    command += [*([] if baseline else ["--no-baseline"]), *(["--trusted"] if trusted else [])]
     baked = out / "baked.ckpt"
     state = read_checkpoint(baked, trusted=trusted)["state_dict"]
     loading = find_loading(parse(recipe, overrides, ()), baked, out / "model.ckpt", state, trusted=trusted)
@@ -139,7 +155,7 @@ def _run(
         curves={job.name: read_curves(job.folder / CURVES) for job in jobs},
         loading=loading.lines,
         loading_note=loading.text,
-        command=shlex.join(command),
+        command=command,
     )
     report = run_report(evidence)
     files = report.save(out)
@@ -160,6 +176,18 @@ def _run(
     made = [*files, out / "model.ckpt", out / "baked.ckpt"]
     facts_data = [asdict(fact) for fact in report.facts]
     return Outcome({**report.data, "facts": facts_data, "out": str(out), "files": [str(path) for path in made]}, show)
+
+
+def _command(name: str, overrides: Sequence[str], *, baseline: bool, trusted: bool) -> str:
+    flags = [*([] if baseline else ["--no-baseline"]), *(["--trusted"] if trusted else [])]
+    return shlex.join(["lightning-peft", "run", name, *overrides, *flags])
+
+
+def _next(command: str, out: Path) -> str:
+    """Say what continues a run that was stopped."""
+    if not _started(out):
+        return "Nothing was trained yet."
+    return f"Continue with: {command} {shlex.join(['--out', str(out), '--resume'])}"
 
 
 @contextlib.contextmanager

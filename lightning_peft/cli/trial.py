@@ -42,6 +42,7 @@ class Job:
         seed: Seed of everything; ``None`` leaves it to the recipe.
         trusted: Whether Python objects in its checkpoint may be rebuilt, should it continue.
         made_from: What its result depends on besides recipe and overrides; see :func:`lightning_peft.cli.folders.settings`.
+        rehearsal: Whether only to see if it works, and to leave nothing outside of its folder.
     """
 
     recipe: Recipe
@@ -53,6 +54,7 @@ class Job:
     seed: int | None = None
     trusted: bool = False
     made_from: Sequence[str] = ()
+    rehearsal: bool = False
 
     @property
     def finished(self) -> bool:
@@ -109,7 +111,8 @@ def train(job: Job, console: Console) -> Trial:
     overruled: list[str] = []
 
     def adjust(arguments: dict[str, Any]) -> None:
-        overruled.extend(stand_beside(arguments, own, job.folder, CURVES, terminal=console.is_terminal))
+        said = stand_beside(arguments, own, job.folder, CURVES, terminal=console.is_terminal, rehearsal=job.rehearsal)
+        overruled.extend(said)
 
     cli = launch(job.recipe, job.arguments(), job.without, adjust)
     for sentence in overruled:

@@ -87,8 +87,8 @@ def bake_checkpoint(source: str | Path, target: str | Path, *, trusted: bool = F
     """
     target = Path(target)
     checkpoint = baked(read_checkpoint(source, trusted=trusted))
-    with whole(target) as part:
-        torch.save(checkpoint, part)
+    with whole(target) as part, part.open("wb") as file:  # of a path torch.save would not say that a disk is full
+        torch.save(checkpoint, file)
     return target
 
 

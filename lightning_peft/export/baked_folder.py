@@ -45,12 +45,11 @@ def save_baked(
 
     Raises:
         CheckpointError: The checkpoint is damaged, or holds Python objects and is not trusted.
+        OSError: The disk is full, or nothing may be written there.
         MisconfigurationException: safetensors is missing, the folder is in use, or the module saves something else than
             tensors.
     """
     _require_safetensors()
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise MisconfigurationException(f"{folder} is in use. Choose a folder that does not exist yet, or is empty.")
@@ -60,7 +59,7 @@ def save_baked(
     part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     part.mkdir()
     try:
-        save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
+        _save(tensors, part / WEIGHTS)
         history = journal.write(found.edits) if found.edits else None
         text = manifest(tensors, tied, found.methods, history, found.hyper_parameters, part / WEIGHTS)
         (part / MANIFEST).write_text(json.dumps(text, indent=1, allow_nan=False), encoding="utf-8")
@@ -192,6 +191,16 @@ def _untied(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]
         tensors[name] = (tensor.clone() if storage in storages else tensor).contiguous()
         storages.add(storage)
     return tensors, tied
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:  # whatever the system said
+        raise OSError(str(error)) from error
 
 
 def _require_safetensors() -> None:

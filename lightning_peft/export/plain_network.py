@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -35,6 +36,23 @@ def plain_network(module: nn.Module, network: str | None = None) -> nn.Module:
         _, module = resolve_network(module, network)
     plain: nn.Module = bake(copy.deepcopy(module)).eval()
     return plain.requires_grad_(False)
+
+
+def plain_output(output: Any) -> Any:
+    """Return what a network gives back in tuples, lists and dicts, which any process can read.
+
+    Example:
+        >>> from collections import OrderedDict
+        >>> plain_output(OrderedDict(logits=1, states=(2, None)))
+        {'logits': 1, 'states': (2, None)}
+    """
+    if isinstance(output, Mapping):
+        return {key: plain_output(value) for key, value in output.items()}
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return {item.name: plain_output(getattr(output, item.name)) for item in dataclasses.fields(output)}
+    if isinstance(output, (tuple, list)):
+        return (list if isinstance(output, list) else tuple)(map(plain_output, output))
+    return output
 
 
 def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -20,6 +20,7 @@ from lightning_peft.export.plain_network import (
     call,
     has_batch,
     plain_network,
+    plain_output,
     with_batch_size,
 )
 from lightning_peft.files import whole
@@ -53,7 +54,7 @@ def to_exported(
         ExportError: The network cannot be traced, or the program computes something else.
         MisconfigurationException: No network or no batch is found.
     """
-    plain = plain_network(module, network)
+    plain = _portable(module, network)
     program = _traced(plain, example_inputs, dynamic_batch)
     runnable = program.module()
     examples = [example_inputs, other_inputs(example_inputs, larger=dynamic_batch)]
@@ -93,7 +94,7 @@ def to_onnx(
     """
     _require("onnx", "onnxscript", "onnxruntime")
     path = Path(path)
-    plain = plain_network(module, network)
+    plain = _portable(module, network)
     tensors = [tensor for tensor in plain.state_dict().values() if isinstance(tensor, Tensor)]
     if any(tensor.dtype == torch.bfloat16 for tensor in tensors):
         raise MisconfigurationException(
@@ -116,12 +117,15 @@ def to_onnx(
     with whole(path) as part:
         converted.save(part, external_data=False)
         examples = [example_inputs, other_inputs(example_inputs, larger=dynamic_batch)]
-        try:
-            check_agreement(plain, _runtime(part), examples, "ONNX file", tolerance)
-        except BaseException:
-            part.unlink()
-            raise
+        check_agreement(plain, _runtime(part), examples, "ONNX file", tolerance)
     return path
+
+
+def _portable(module: nn.Module, network: str | None) -> nn.Module:
+    """Copy the network, and let it give back containers that a process without the network's packages can read."""
+    plain = plain_network(module, network)
+    plain.register_forward_hook(lambda network, inputs, output: plain_output(output))
+    return plain
 
 
 def _traced(plain: nn.Module, inputs: Inputs, dynamic_batch: bool) -> torch.export.ExportedProgram:

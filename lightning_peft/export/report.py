@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_peft.files import whole
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
@@ -136,7 +138,8 @@ class Report:
             **{f"{name}.png": themes["light"] for name, themes in images.items()},
         }
         for name, content in files.items():
-            (folder / name).write_bytes(content)
+            with whole(folder / name) as part:
+                part.write_bytes(content)
         return [folder / name for name in files]
 
 

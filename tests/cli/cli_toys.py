@@ -108,12 +108,12 @@ class ToyTerm(Method):
 
 
 class Killer(Callback):
-    """Ends the process like `kill -9` in the middle of an epoch, when the environment says so."""
+    """Sends the process a signal, `kill -9` or another, in the middle of an epoch, when the environment says so."""
 
     def on_train_batch_end(self, trainer, *_) -> None:
         composed = any(isinstance(callback, ToyMask) for callback in trainer.callbacks)
         if composed and os.environ.get("TOY_KILL_AT") == str(trainer.global_step):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.Signals[os.environ.get("TOY_SIGNAL", "SIGKILL")])
 
 
 class Residual(nn.Module):
@@ -153,3 +153,16 @@ class ForgetfulModule(ToyModule):
         self.lr = 0.1
         self.model = nn.Sequential(nn.Linear(8, size), nn.ReLU(), nn.Linear(size, 3))
         self.score = MulticlassAccuracy(3, average="micro")
+
+
+class Untraceable(nn.Sequential):
+    """Decides by its values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+class UntraceableModule(ToyModule):
+    def __init__(self, width: int = 16, lr: float = 0.1) -> None:
+        super().__init__(width, lr)
+        self.model = Untraceable(*self.model)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loading_lines import loaded
 
 from lightning_peft.cli.folders import held
 
@@ -62,15 +63,6 @@ def recipe(tmp_path):
     return write
 
 
-def loaded(data, tmp_path) -> dict[str, torch.Tensor]:
-    """Run the printed lines in a new process, in another folder, and return the tensors it gets."""
-    code = "\n".join([*data["loading"], "import torch; torch.save(net.state_dict(), 'loaded.pt')"])
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=elsewhere)
-    return torch.load(elsewhere / "loaded.pt", weights_only=True)
-
-
 def test_the_users_callbacks_logger_and_folder_are_kept_and_what_is_overruled_is_said(cli, recipe, tmp_path) -> None:
     status, data, error = cli("run", recipe(ORDINARY), "--out", "ours", "--json")
     assert status == 0, error
@@ -91,18 +83,19 @@ def test_a_network_that_lost_blocks_loads_by_the_printed_lines_and_the_report_le
     assert status == 0, error
     assert any("lightning_peft.load_from_checkpoint(DeepModule" in line for line in data["loading"])
     wanted = torch.load("out/baked.ckpt", weights_only=True)["state_dict"]
-    found = loaded(data, tmp_path)
-    assert set(found) == set(wanted)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    _, baked, _ = cli("bake", "out/model.ckpt", "-o", "plain.ckpt", "--json")
+    _, shipped, _ = cli("export", "out/model.ckpt", "--to", "safetensors", "--json")
+    assert baked["structural_changes"] == 2
+    assert "lightning_peft.load_from_checkpoint" in baked["loading"][-1]
+    for found in loaded(tmp_path, data, baked, shipped):
+        assert set(found) == set(wanted)
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     # Two products a block and one at the end, of 8 inputs each; two of the four blocks are gone.
     assert (data["dense"]["forward_flops"], data["composed"]["forward_flops"]) == (4 * 128 + 48, 2 * 128 + 48)
     assert [fact["label"] for fact in data["facts"]][:3] == ["FLOPs a sample", "parameters", "training FLOPs"]
     assert data["facts"][0]["note"] == "dense 560 FLOP, 46 % fewer"
     assert Path("out/cost.png").is_file()
     assert "without lightning_peft" not in Path("out/report.md").read_text()
-    status, baked, _ = cli("bake", "out/model.ckpt", "-o", "plain.ckpt", "--json")
-    assert baked["structural_changes"] == 2
-    assert "lightning_peft.load_from_checkpoint" in baked["load"]
 
 
 def test_a_class_that_saves_no_arguments_is_loaded_with_them(cli, toy, tmp_path) -> None:
@@ -111,7 +104,11 @@ def test_a_class_that_saves_no_arguments_is_loaded_with_them(cli, toy, tmp_path)
     assert status == 0, error
     assert data["loading"][-1].endswith("weights_only=True, size=12)")
     assert not any("lightning_peft" in line for line in data["loading"])
-    assert loaded(data, tmp_path)["model.0.weight"].shape == (12, 8)
+    (found,) = loaded(tmp_path, data)
+    assert found["model.0.weight"].shape == (12, 8)
+    shown = cli("bake", "out/model.ckpt")[1]  # the file does not know the class
+    assert "with your class for MyModule and, unless it saves them, the arguments it was trained with" in shown
+    assert cli("export", "out/model.ckpt", "--to", "safetensors", "--json")[1]["loading"][-1].endswith("built by your class")
 
 
 def test_a_run_without_seed_says_so(cli, toy) -> None:
@@ -141,12 +138,22 @@ def test_two_commands_do_not_share_a_folder(cli, toy) -> None:
     assert cli(*arguments)[1]["out"] == "runs/toy"
 
 
-def test_a_check_tries_all_and_keeps_nothing(cli, toy) -> None:
+def test_a_check_tries_all_and_keeps_nothing(cli, recipe) -> None:
+    path = recipe(ORDINARY)
     before = set(Path().rglob("*"))
-    status, data, error = cli("run", toy, "--check", "--json", "--trainer.max_epochs", "500")
+    status, data, error = cli("run", path, "--check", "--json", "--trainer.max_epochs", "500")
     assert status == 0, error
-    assert data["checked"] == ["build", "train", "validate", "test", "bake", "load", "report"]
+    assert data["checked"] == ["build", "train", "validate", "test", "bake", "load", "report", "export"]
+    assert data["notes"] == []
     assert set(Path().rglob("*")) == before
+
+
+def test_a_check_says_why_a_network_is_not_exported(cli, toy) -> None:
+    status, shown, error = cli("run", toy, "--check", "--no-baseline", "--model", "cli_toys.UntraceableModule")
+    assert status == 0, error
+    assert "bake, load, report all worked" in shown
+    (line,) = [line for line in shown.splitlines() if "is not exported" in line]
+    assert line.startswith("The network is not exported: Untraceable could not be traced by torch.export")
 
 
 def test_changed_code_and_lost_settings_are_told_apart_from_the_same_run(cli, toy, tmp_path, monkeypatch) -> None:

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from cli_toys import ToyData, ToyModule
+from loading_lines import loaded
 
 from lightning_peft.export.baked_folder import load_baked
 
@@ -43,6 +44,18 @@ def test_every_form_is_the_baked_network(cli, toy, checkpoint, tmp_path) -> None
     assert torch.equal(fresh.eval().model(inputs), wanted)
 
 
+def test_the_printed_lines_load_what_bake_and_safetensors_wrote(cli, checkpoint, tmp_path) -> None:
+    wanted = torch.load(checkpoint.with_name("baked.ckpt"), weights_only=True)["state_dict"]
+    made = [json.loads(checkpoint.with_name("report.json").read_text())]  # its lines say where the class is
+    made.append(cli("bake", "out/model.ckpt", "--json")[1])
+    made.append(cli("export", "out/model.ckpt", "--to", "safetensors", "-o", "deep/er", "--json")[1])
+    assert all("from cli_toys import ToyModule" in data["loading"] for data in made)
+    assert not any("lightning_peft" in line for line in made[1]["loading"])
+    for found in loaded(tmp_path, *made):
+        assert set(found) == set(wanted)
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 def test_two_checkpoints_are_measured_on_the_recipes_test_data(cli, toy, checkpoint, tmp_path) -> None:
     dense = checkpoint.parent / "dense" / "model.ckpt"
     status, data, error = cli("report", checkpoint, "--before", dense, "--recipe", toy, "--json")
@@ -63,6 +76,7 @@ def test_what_is_missing_is_named(cli, toy, tmp_path, capsys) -> None:
     assert "--recipe RECIPE" in cli("report", checkpoint, "--before", checkpoint)[2]
     assert "--before CKPT" in cli("report", checkpoint, "--recipe", toy)[2]
     assert "There is no file" in cli("export", checkpoint.with_name("mdel.ckpt"), "--to", "onnx", "--recipe", toy)[2]
+    assert "--recipe is for onnx and exported" in cli("export", checkpoint, "--to", "safetensors", "--recipe", toy)[2]
     assert "shape" in cli("export", checkpoint, "--to", "exported", "--recipe", toy, "--model.width", "8")[2]
     with pytest.raises(SystemExit, match="2"):
         cli("report", checkpoint, "--model.width", "8")

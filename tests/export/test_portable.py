@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,7 +21,8 @@ from lightning_peft.export import portable
 from lightning_peft.export.agreement import ExportError, largest_difference, other_inputs, tensors_of
 from lightning_peft.export.plain_network import batch_size, call, plain_network, with_batch_size
 from lightning_peft.export.portable import to_exported, to_onnx
-from lightning_peft.testing.modules import HuggingFace, Plain, loader
+from lightning_peft.testing.modules import ModelOutput as HuggingFaceOutput
+from lightning_peft.testing.modules import Plain, loader
 from lightning_peft.testing.runs import fit
 from lightning_peft.testing.trace import difference, trace
 
@@ -131,13 +135,53 @@ class Remembers(nn.Module):
         return inputs * self.seen
 
 
+class Hides(nn.Module):
+    """Gives back an object that nobody knows how to look into."""
+
+    def forward(self, inputs: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(inputs=inputs)
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    more: tuple[Tensor | None, ...]
+
+
+class Named(NamedTuple):
+    logits: Tensor
+    more: dict[str, Tensor]
+
+
+@pytest.mark.parametrize(
+    ("pack", "kinds"),
+    [
+        (lambda x: Output(x, (x, None)), [dict, tuple]),
+        (lambda x: Named(x, {"again": x}), [tuple, dict]),
+        (lambda x: HuggingFaceOutput(logits=x, more=[x]), [dict, list]),
+    ],
+)
+def test_an_exported_network_gives_back_containers_that_every_process_knows(pack, kinds) -> None:
+    class Packs(nn.Module):
+        def forward(self, inputs: Tensor) -> Any:
+            return pack(inputs + 1)
+
+    program = to_exported(Packs(), torch.randn(4, 16))
+    found, seen = program.call_spec.out_spec, []
+    while found is not None:
+        seen += [found.type] if found.type is not None else []
+        found = next((child for child in found.children() if not child.is_leaf()), None)
+    assert seen == kinds
+    assert len(tensors_of(program.module()(torch.zeros(2, 16)))) == 2
+
+
 @pytest.mark.parametrize(
     ("network", "reason"),
     [
         (Reshapes(), "dynamic_batch=False"),
         (Draws(), r"differs by up to 0\.\d+ \(batch size 4"),
         (Remembers(), "differs by up to"),
-        (HuggingFace().model, "register_pytree_node"),
+        (Hides(), "register_pytree_node"),
     ],
 )
 @pytest.mark.parametrize("form", ["exported", "onnx"])
