@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_peft.attach.channel_units import channel_units
@@ -161,6 +162,12 @@ def test_a_device_without_values(network: nn.Module) -> None:
     found = copy.deepcopy(network).to("meta")(X[:2].to("meta"))
     assert found.shape == (2, 4)
     assert found.is_meta
+
+
+@torch.no_grad()
+def test_values_that_are_only_pretended(network: nn.Module) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert network(mode.from_tensor(X[:2])).shape == (2, 4)
 
 
 @torch.no_grad()
