@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_peft.attach.channel_units import channel_units
@@ -314,7 +315,11 @@ def mapped_network(network: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda inputs: torch.func.vmap(lambda sample: network(sample[None])[0])(inputs)
 
 
-TRACERS = [compiled_network, traced_network, exported_network, mapped_network]
+def recorded_network(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    return make_fx(network)(X[:1])  # type: ignore[no-any-return]
+
+
+TRACERS = [compiled_network, traced_network, exported_network, mapped_network, recorded_network]
 
 
 @pytest.mark.parametrize("tracer", TRACERS)

@@ -111,6 +111,8 @@ def test_more_channels_than_the_weight_has_are_refused() -> None:
     maps, bias = inside((1, 2, 2, 9)).permute(0, 3, 1, 2), inside((20,))
     with pytest.raises(ValueError, match="do not fit"):
         found.choose(maps, Part(9, 9), inside((5, 20)).t(), bias, all_inputs=15, standard=True)
+    with pytest.raises(ValueError, match="do not fit"):  # nor can fewer count in the scale than there are
+        found.choose(maps, Part(9, 9), inside((12, 20)).t(), bias, all_inputs=11, standard=True)
 
 
 @pytest.mark.parametrize("name", ["columns", "rows"])

@@ -28,7 +28,7 @@ class Network(nn.Module):
         self.config = SimpleNamespace(depth=2, name="small")
         self.net, self.norm = mlp(), nn.BatchNorm1d(3)
         self.depth, self.table = 2, torch.arange(3.0)
-        attach_map(self, "net.0.weight", ScaleMap(3.0))
+        attach_map(self, "net.0.weight", ScaleMap(0.7))
         scale, mask = attach_map(self, "net.0.weight", ThresholdMap(0.0)).maps
         mask.note, mask.mask = 1, torch.ones(2)
         self.maps = lambda: (scale, mask)
@@ -81,6 +81,7 @@ def test_a_value_that_came_before_the_maps_can_still_come_back() -> None:
     with torch.no_grad():
         module.net[0]._parameters["weight"].zero_()
     snapshot.restore()
+    assert not torch.equal(before / 0.7 * 0.7, before)
     detach_maps(module, "pristine")
     assert torch.equal(module.net[0].weight, before)
 
