@@ -366,11 +366,18 @@ def hooked(net: nn.Sequential) -> None:
     net[2].register_forward_hook(lambda layer, args, output: output * 0.5)
 
 
+def hooked_before(net: nn.Sequential) -> None:
+    net[2].register_forward_pre_hook(lambda layer, args: (args[0] * 0.5,))
+
+
 def normed(net: nn.Sequential) -> None:
     weight_norm(net[2])
 
 
-@pytest.mark.parametrize(("change", "reason"), [(scaled, "Scaled has more than"), (hooked, "Conv2d has hooks"), (normed, "")])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(scaled, "Scaled has more than"), (hooked, "Conv2d has hooks"), (hooked_before, "Conv2d has hooks"), (normed, "")],
+)
 @torch.no_grad()
 def test_layers_with_more_than_a_weight_are_computed_whole(change: Callable[[nn.Sequential], None], reason: str) -> None:
     net = plain()
