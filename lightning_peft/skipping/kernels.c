@@ -398,8 +398,8 @@ typedef struct {
 int64_t choose(const Question *q, const float *input, const int64_t *columns, const float *weight, const float *bias,
                float *logits, int64_t *chosen) {
   const int64_t positive[] = {q->places, q->inputs, q->input_stride, q->weight_inputs, q->all_inputs, q->outputs};
-  if (!within(positive, 6, 1) || q->weight_inputs > q->all_inputs || q->inputs > q->input_stride || q->input_size / q->input_stride != q->places ||
-      q->input_size % q->input_stride || !is_product(q->weight_size, 1, 1, q->weight_inputs, q->outputs) ||
+  if (!within(positive, 6, 1) || q->weight_inputs > q->all_inputs || q->inputs > q->input_stride ||
+      !is_product(q->input_size, 1, 1, q->places, q->input_stride) || !is_product(q->weight_size, 1, 1, q->weight_inputs, q->outputs) ||
       q->bias_size != q->outputs || q->logits_size != q->outputs || q->chosen_size != q->outputs ||
       !are_positions(columns, q->column_size, q->inputs, q->weight_inputs))
     return REFUSED;

@@ -141,6 +141,12 @@ static int fuzz_choose(void) {
     ((int64_t *)&spoilt)[draw(0, sizeof spoilt / sizeof(int64_t) - 1)] = wild();
     choose(&spoilt, input, columns, weight, bias, logits, chosen);
   }
+  for (int i = 0; i < 6; i++) { /* no buffer may be said to be smaller than it must be; without a list there is no size of it */
+    Question less = q;
+    int64_t *sizes[] = {&less.input_size, &less.weight_size, &less.bias_size, &less.logits_size, &less.chosen_size, &less.column_size};
+    *sizes[i] -= 1;
+    if (i < 5 || columns) bad |= choose(&less, input, columns, weight, bias, logits, chosen) != REFUSED;
+  }
   free(input), free(weight), free(bias), free(logits), free(columns), free(chosen);
   return bad;
 }

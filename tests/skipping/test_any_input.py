@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_peft.attach.channel_units import channel_units
@@ -164,6 +166,12 @@ def test_a_device_without_values(network: nn.Module) -> None:
 
 
 @torch.no_grad()
+def test_values_that_are_only_pretended(network: nn.Module) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert network(mode.from_tensor(X[:2])).shape == (2, 4)
+
+
+@torch.no_grad()
 def test_another_default_device() -> None:
     """What a kernel makes for itself lies on the CPU."""
     network, expected = skipping(), masked(plain(), X[:1], gates())
@@ -307,7 +315,11 @@ def mapped_network(network: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda inputs: torch.func.vmap(lambda sample: network(sample[None])[0])(inputs)
 
 
-TRACERS = [compiled_network, traced_network, exported_network, mapped_network]
+def recorded_network(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    return make_fx(network)(X[:1])  # type: ignore[no-any-return]
+
+
+TRACERS = [compiled_network, traced_network, exported_network, mapped_network, recorded_network]
 
 
 @pytest.mark.parametrize("tracer", TRACERS)
@@ -354,11 +366,18 @@ def hooked(net: nn.Sequential) -> None:
     net[2].register_forward_hook(lambda layer, args, output: output * 0.5)
 
 
+def hooked_before(net: nn.Sequential) -> None:
+    net[2].register_forward_pre_hook(lambda layer, args: (args[0] * 0.5,))
+
+
 def normed(net: nn.Sequential) -> None:
     weight_norm(net[2])
 
 
-@pytest.mark.parametrize(("change", "reason"), [(scaled, "Scaled has more than"), (hooked, "Conv2d has hooks"), (normed, "")])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(scaled, "Scaled has more than"), (hooked, "Conv2d has hooks"), (hooked_before, "Conv2d has hooks"), (normed, "")],
+)
 @torch.no_grad()
 def test_layers_with_more_than_a_weight_are_computed_whole(change: Callable[[nn.Sequential], None], reason: str) -> None:
     net = plain()

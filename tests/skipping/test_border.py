@@ -103,6 +103,27 @@ def test_python_calls_with_wrong_arguments() -> None:
     assert min(outcomes.values()) > 20, outcomes
 
 
+def test_more_channels_than_the_weight_has_are_refused() -> None:
+    found, call = border(), arguments()
+    few = {"weight": inside((3, 3, 5, 20)).permute(3, 2, 0, 1), "columns": Part(9, 9)}
+    with pytest.raises(ValueError, match="do not fit"):
+        found.convolve(**{**call, **few})
+    maps, bias = inside((1, 2, 2, 9)).permute(0, 3, 1, 2), inside((20,))
+    with pytest.raises(ValueError, match="do not fit"):
+        found.choose(maps, Part(9, 9), inside((5, 20)).t(), bias, all_inputs=15, standard=True)
+    with pytest.raises(ValueError, match="do not fit"):  # nor can fewer count in the scale than there are
+        found.choose(maps, Part(9, 9), inside((12, 20)).t(), bias, all_inputs=11, standard=True)
+
+
+@pytest.mark.parametrize("name", ["columns", "rows"])
+def test_channels_that_are_named_twice_are_refused(name: str) -> None:
+    twice = Part(3, 3, torch.tensor([1, 4, 4]))
+    call = arguments() | {name: twice, "inputs": inside((2, 5, 6, 9 if name == "rows" else 3)).permute(0, 3, 1, 2)}
+    assert border().convolve(**{**call, name: twice._replace(positions=torch.tensor([1, 4, 5]))}).isfinite().all()
+    with pytest.raises(ValueError, match="do not fit"):
+        border().convolve(**call)
+
+
 def test_memory_that_was_given_back_is_not_read() -> None:
     call, gone = arguments(), torch.ones(20)
     gone.untyped_storage().resize_(0)  # as FSDP does; PyTorch itself cannot even print it

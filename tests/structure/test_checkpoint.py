@@ -150,8 +150,22 @@ def test_a_file_with_another_order_of_parameters_is_baked_but_not_resumed(good, 
     fit([ToyScale()], module=module)
 
 
+RIGHT = {"optimizer_steps": 4, "epochs": 1, "last_index": torch.arange(8)}
+
+
 @pytest.mark.parametrize(
-    "state", [{"version": 7}, {}, [], {"version": 1}, {"version": 1, "steps": "x", "epochs": 0, "state": {}}]
+    "state",
+    [
+        {"version": 7},
+        {},
+        [],
+        {"version": 1},
+        {"version": 1, "steps": "x", "epochs": 0, "state": {}},
+        {"version": 0, "steps": 4, "epochs": 1, "state": RIGHT},
+        {"version": 1, "steps": -4, "epochs": 1, "state": RIGHT},
+        {"version": 1, "steps": 4, "epochs": "x", "state": RIGHT},
+        {"version": 1, "steps": 4, "epochs": 1, "state": RIGHT | {"optimizer_steps": -4}},
+    ],
 )
 def test_unknown_or_malformed_method_state(state, good, tmp_path):
     path = damaged(good, tmp_path, lambda c: c["callbacks"].update({"lightning_peft/toy_entropy": state}))
