@@ -233,6 +233,7 @@ class Hub:
         self._map_groups.place()
         if self._saving is not None and self._saving.groups is not None:
             regroup(self.run.module, trainer.optimizers, schedulers, self._saving.groups)
+        after_fit.note_groups(trainer, self.run.module)  # of a training that is over already, nothing more is heard
         if any(method.lane == Lane.STRUCTURE or method.restarts for method in self.methods):
             self.run.schedules = [FreshSchedule.of(scheduler) for scheduler in schedulers]
         for index, optimizer in enumerate(trainer.optimizers):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Loss, Step
 from lightning_peft.compose.run import Run
 from lightning_peft.method import Method
+from lightning_peft.structure.edits import Change
 from lightning_peft.weights.maps import detach_maps
 from lightning_peft_plugins.regularizers.batch_index import index_in_batch
 from lightning_peft_plugins.regularizers.prediction_outbox import PredictionOutbox
@@ -166,6 +168,11 @@ class PSKD(Method):
         previous = previous.to(logits.device, non_blocking=True)
         value = alpha * soft_cross_entropy(log_probabilities, previous, self.reduction)
         return Loss(value=value, scale=1 - alpha * (seen / len(index)))
+
+    def structure_changed(self, module: LightningModule, change: Change) -> None:
+        """Copy the network anew: a teacher of the structure before could not be restored beside that of now."""
+        if self._copy is not None and self._run is not None:
+            self._copy = _frozen(self._run.network)
 
     def epoch_end(self, run: Run) -> None:
         if self.teacher == "copy":

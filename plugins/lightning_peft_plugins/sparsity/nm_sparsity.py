@@ -16,6 +16,7 @@ from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.compose.schedule import parse_point
 from lightning_peft.method import Method
+from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form, fields, list_of, whole
 from lightning_peft.weights.maps import maps_of
 from lightning_peft.weights.nm_layout import input_dim, inputs
@@ -161,6 +162,11 @@ class NMSparsity(Method):
                 f'{error} A training without an end can have recipe="sr-ste", "ste" or "one-shot", or an MDGF recipe with '
                 "decay= per step, all with fine_tune=0."
             ) from None
+
+    def structure_changed(self, module: LightningModule, change: Change) -> None:
+        """Choose masks of new layers at once: a training that goes on from here would, when it starts."""
+        if self.timeline is not None:
+            self._refresh(module, fresh_only=True)
 
     def after_step(self, run: Run) -> None:
         """Move to the phase of the new step and choose held masks anew when their time has come."""
