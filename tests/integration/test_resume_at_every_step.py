@@ -15,7 +15,7 @@ from lightning_peft.testing.runs import assert_same, fit
 
 STEPS, EPOCHS = 4, 3
 COMBINATIONS = {
-    "masks held for some steps": lambda: [LayerGrowth("zero", at="step:4", start=2), NMSparsity("1:4", "sr-ste", refresh=3)],
+    "masks held for some steps": lambda: [LayerGrowth("zero", at="step:3", start=2), NMSparsity("1:4", "sr-ste", refresh=3)],
     "masks held for good": lambda: [LayerGrowth("stack", at="step:5", start=2), NMSparsity("2:4", "one-shot", dense=2)],
     "masks by amount": lambda: [LayerGrowth("stack", at="step:3", start=2), MaskedPruning(0.5, end=8, every=2)],
     "shared blocks": lambda: [StageSharing(2, at="step:6"), NMSparsity("1:4", "sr-ste", refresh=4)],
