@@ -9,6 +9,7 @@ import pathlib
 import pickle
 import re
 import sys
+import threading
 import warnings
 
 import numpy as np
@@ -29,6 +30,7 @@ from lightning_peft import (
     save_baked,
 )
 from lightning_peft.cli.main import main
+from lightning_peft.export import reading
 from lightning_peft.export.reading import read_checkpoint
 from lightning_peft.export.report_checkpoint import checkpoint_report
 from lightning_peft.structure.checkpoint import CheckpointError
@@ -313,3 +315,23 @@ def test_a_pruned_network_among_the_hyperparameters_is_loaded_from_a_file_saved_
     loaded = load_from_checkpoint(Hydra, tmp_path / "after.ckpt", trusted=True)
     assert torch.equal(predictions(loaded), predictions(run.module))
     assert (loaded.model[2].weight == 0).any()
+
+
+def test_one_thread_at_a_time_reads_harmless_objects() -> None:
+    def read() -> None:
+        with reading.harmless_objects():
+            pass
+
+    other = threading.Thread(target=read)
+    with reading.harmless_objects():
+        other.start()
+        other.join(0.2)
+        assert other.is_alive(), "its end would take away what this one reads with"
+    other.join(10)
+    assert not other.is_alive()
+
+
+def test_an_error_in_a_file_that_is_not_trusted_is_no_missing_class() -> None:
+    for error in (AttributeError("x"), ImportError("x")):
+        assert "not a readable checkpoint" in reading._reason("a.ckpt", error, trusted=False)
+        assert "cannot be rebuilt here" in reading._reason("a.ckpt", error, trusted=True)

@@ -171,6 +171,15 @@ def test_kernels_that_compute_something_else_are_not_used(monkeypatch: pytest.Mo
         assert native.kernels() is None
 
 
+def test_a_pipe_keeps_nobody_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "kernels-key-0.so", 0o600)
+    writer = os.open(tmp_path / "kernels-key-0.so", os.O_RDWR | os.O_NONBLOCK)
+    try:
+        assert compiled._cached(tmp_path, "key") is None
+    finally:
+        os.close(writer)
+
+
 @needs_compiler
 @torch.no_grad()
 def test_they_are_tried_apart_from_what_the_caller_does() -> None:

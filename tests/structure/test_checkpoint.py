@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure.checkpoint import CheckpointError
 from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import Plain, loader, trainer
-from lightning_peft.testing.runs import assert_clean, fit
+from lightning_peft.testing.runs import assert_clean, assert_same, fit
 from lightning_peft.testing.toys import ToyEntropy, ToyScale, ToyThreshold
 from lightning_peft.testing.trace import difference
 
@@ -134,9 +136,10 @@ def test_missing_file():
 # Files of other versions, models and methods.
 
 
-def test_unknown_format(good, tmp_path):
-    path = damaged(good, tmp_path, lambda c: c["lightning_peft"].update(version=99))
-    message = "format 99; this version of the library reads formats 1 to 2"
+@pytest.mark.parametrize("version", [0, 99])
+def test_unknown_format(version, good, tmp_path):
+    path = damaged(good, tmp_path, lambda c: c["lightning_peft"].update(version=version))
+    message = f"format {version}; this version of the library reads formats 1 to 2"
     resume_is_refused(path, message)
     with pytest.raises(CheckpointError, match=message):
         lightning_peft.load_from_checkpoint(Plain, path)
@@ -148,6 +151,48 @@ def test_a_file_with_another_order_of_parameters_is_baked_but_not_resumed(good, 
     module, same = (lightning_peft.load_from_checkpoint(Plain, each) for each in (path, good))
     assert all(torch.equal(p, q) for p, q in zip(module.parameters(), same.parameters(), strict=True))
     fit([ToyScale()], module=module)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Be aware that when using")
+        trainer(callbacks=methods()).validate(Plain(), loader(8), ckpt_path=path, weights_only=True, verbose=False)
+    # Without maps the order never was another.
+    whole = fit([ToyEntropy()], after=[every_epoch(tmp_path)], max_epochs=2)
+    path = damaged(tmp_path / "epoch=0.ckpt", tmp_path, lambda c: c["lightning_peft"].update(version=1))
+    assert_same(whole, fit([ToyEntropy()], seed=3, resume=path, max_epochs=2), "resumed from format 1")
+
+
+@pytest.mark.parametrize("count", ["x", -1, True])
+def test_a_count_of_maps_that_is_none(count, good, tmp_path):
+    path = damaged(good, tmp_path, lambda c: c["lightning_peft"]["methods"][0].update(maps=count))
+    resume_is_refused(path, r"record of a method is malformed: .*\['maps'\] is")
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_more_or_fewer_maps_than_were_counted(count, good, tmp_path):
+    path = damaged(good, tmp_path, lambda c: c["lightning_peft"]["methods"][0].update(maps=count))
+    with pytest.raises(CheckpointError, match=f"ToyScale had {count} weight maps .* it lists 3"):
+        lightning_peft.load_from_checkpoint(Plain, path)
+
+
+def test_tensors_of_a_map_that_is_not_listed(good, tmp_path):
+    key = "model.0.parametrizations.weight.7.scale"
+    path = damaged(good, tmp_path, lambda c: c["state_dict"].update({key: torch.ones(())}))
+    with pytest.raises(CheckpointError, match=f"holds {key}, but lists no weight map"):
+        lightning_peft.load_from_checkpoint(Plain, path)
+
+
+def test_a_map_that_changes_a_shape():
+    section = files.section({"w": [{"map": "toy_scale", "method": "ToyScale", "config": {"start": [1.0, 1.0]}}]}, [])
+    state = {"parametrizations.w.original": torch.ones(2, 1), "parametrizations.w.0.scale": torch.ones(2)}
+    with pytest.raises(CheckpointError, match=r"on w change its shape from \(2, 1\) to \(2, 2\)"):
+        files.bake_state_dict(state, section)
+
+
+def test_a_modules_own_extra_state_may_have_any_shape():
+    class Extra(torch.nn.Module):
+        def get_extra_state(self):
+            return torch.ones(3)
+
+    files.check_tensors({"_extra_state": torch.ones(5)}, Extra())
 
 
 RIGHT = {"optimizer_steps": 4, "epochs": 1, "last_index": torch.arange(8)}
@@ -173,11 +218,17 @@ def test_unknown_or_malformed_method_state(state, good, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key", ["model.0.parametrizations.weight.original", "model.2.parametrizations.weight.0.scale", "model.4.bias"]
+    ("key", "shape"),
+    [
+        ("model.0.parametrizations.weight.original", (3, 7)),
+        ("model.2.parametrizations.weight.0.scale", (3, 7)),
+        ("model.4.bias", (3, 7)),
+        ("model.4.bias", (3, 1)),  # as many numbers as it has
+    ],
 )
-def test_wrong_shape(key, good, tmp_path):
-    path = damaged(good, tmp_path, lambda c: c["state_dict"].update({key: torch.zeros(3, 7)}))
-    resume_is_refused(path, rf"holds {key} with shape \(3, 7\); this model has")
+def test_wrong_shape(key, shape, good, tmp_path):
+    path = damaged(good, tmp_path, lambda c: c["state_dict"].update({key: torch.zeros(shape)}))
+    resume_is_refused(path, rf"holds {key} with shape {re.escape(str(shape))}; this model has")
 
 
 def test_wrong_shape_is_refused_when_baking(good, tmp_path):
@@ -214,8 +265,6 @@ def test_a_checkpoint_of_other_methods_loads_for_evaluation_only(good):
     module, wanted = Plain(), lightning_peft.load_from_checkpoint(Plain, good)
     seen = []
     module.validation_step = lambda batch, batch_idx: seen.append(module(batch[0]))
-    import warnings
-
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Be aware that when using")
         trainer(callbacks=[ToyThreshold()]).validate(module, loader(8), ckpt_path=good, weights_only=True, verbose=False)
@@ -242,8 +291,6 @@ def test_a_plain_checkpoint_starts_a_training_with_methods(tmp_path):
 
         def start(self, run):
             inside.append({n: run.module.get_submodule(n).weight.detach().clone() for n in ("model.0", "model.2")})
-
-    import warnings
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Be aware that when using")
