@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_peft import (
     FTWT,
@@ -16,7 +17,9 @@ from lightning_peft import (
     PSKD,
     SAP,
     BlockPruning,
+    FisherEstimator,
     GroupEnvelope,
+    Lane,
     LayerGrowth,
     MagnitudePruning,
     MaskedPruning,
@@ -30,6 +33,7 @@ from lightning_peft import (
     WeightCompander,
 )
 from lightning_peft.compose.loss import NonFiniteLossError
+from lightning_peft.compose.run import Run
 from lightning_peft.testing.modules import Conv, Plain, deepened
 from lightning_peft.testing.runs import assert_clean, fit
 from lightning_peft_plugins.growth.triggers import Plateau
@@ -72,6 +76,57 @@ def test_a_loss_that_is_nan_stops_every_method_in_time(style: type[Plain], make:
     with pytest.raises(NonFiniteLossError, match="your training_step returned is nan"):
         fit([make()], module=module)
     assert all(value.isfinite().all() for value in module.parameters())
+
+
+def test_a_gradient_scaler_skips_such_a_step_as_ever() -> None:
+    torch.manual_seed(0)
+    module = spoilt(Plain, 2)()
+    fit([NMSparsity("2:4")], module=module, plugins=[MixedPrecision("16-mixed", "cpu")])
+    assert all(value.isfinite().all() for value in module.parameters())
+
+
+class Spoils(Method):
+    """Makes a layer, or all of them, NaN after a step."""
+
+    lane = Lane.REPORT
+
+    def __init__(self, step: int, layer: str = "") -> None:
+        super().__init__(name="a")
+        self.step, self.layer = step, layer
+
+    def after_step(self, run: Run) -> None:
+        if run.step == self.step:
+            with torch.no_grad():
+                for parameter in run.module.get_submodule(self.layer).parameters():
+                    parameter.mul_(math.nan)
+
+
+def test_a_layer_that_is_nan_does_not_spread_to_those_it_is_compared_with() -> None:
+    torch.manual_seed(0)
+    module = Conv()
+
+    noted = {}
+
+    class First(Spoils):
+        lane = Lane.MASK
+
+        def after_step(self, run: Run) -> None:
+            super().after_step(run)
+            noted.update({name: value.detach().clone() for name, value in run.module.named_parameters()})
+
+    with pytest.raises(NonFiniteLossError):
+        fit([First(2, "model.3"), GroupEnvelope(0.5, end=3)], module=module)
+    assert not module.model[3].weight.isfinite().any()
+    others = [name for name in noted if not name.startswith("model.3.")]
+    assert all(torch.equal(module.get_parameter(name), noted[name]) for name in others), "by a NaN nothing is shrunk"
+
+
+def test_scores_of_the_last_step_that_are_nan_are_none() -> None:
+    torch.manual_seed(0)
+    method = FisherEstimator("train", samples=8, targets="all-linear")
+    with pytest.warns(UserWarning, match="fisher_estimator scored nothing after step 4"):
+        fit([Spoils(4), method])
+    assert method.scores == {}
 
 
 def test_a_gradient_that_is_not_finite_is_not_seen() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_peft_plugins.regularizers import soft_label_memory as module
 from lightning_peft_plugins.regularizers.batch_index import index_in_batch
 from lightning_peft_plugins.regularizers.prediction_outbox import PredictionOutbox
-from lightning_peft_plugins.regularizers.soft_label_memory import SoftLabelMemory
+from lightning_peft_plugins.regularizers.soft_label_memory import SoftLabelMemory, fits_memory
 
 torch.set_num_threads(1)
 writes = st.lists(st.lists(st.integers(0, 11), min_size=1, max_size=5), max_size=8)
@@ -110,6 +110,24 @@ def test_state_round_trip(storage: Any) -> None:
     again.load(state["probabilities"], state["seen"])
     assert torch.equal(again.probabilities, memory.probabilities)
     assert torch.equal(again.seen, memory.seen)
+
+
+@pytest.mark.parametrize(
+    ("change", "fits"),
+    [
+        ({}, True),
+        ({"probabilities": torch.full((6, 3), torch.inf)}, False),
+        ({"probabilities": torch.full((6, 3), torch.nan)}, False),
+        ({"probabilities": torch.full((6, 3), -0.1)}, False),
+        ({"probabilities": torch.ones(6, 3, dtype=torch.int64)}, False),
+        ({"probabilities": torch.ones(6)}, False),
+        ({"seen": torch.ones(5, dtype=torch.bool)}, False),
+        ({"seen": torch.ones(6)}, False),
+        ({"fixed": 1}, False),
+    ],
+)
+def test_what_a_state_may_hold(change: dict[str, Any], fits: bool) -> None:
+    assert fits_memory(SoftLabelMemory(6, 3).state() | change) is fits
 
 
 class Ranks:

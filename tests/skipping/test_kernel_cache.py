@@ -173,6 +173,7 @@ def test_kernels_that_compute_something_else_are_not_used(monkeypatch: pytest.Mo
 
 def test_a_pipe_keeps_nobody_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "kernels-key-0.so", 0o600)
+    assert compiled._cached(tmp_path, "key") is None
     writer = os.open(tmp_path / "kernels-key-0.so", os.O_RDWR | os.O_NONBLOCK)
     try:
         assert compiled._cached(tmp_path, "key") is None
