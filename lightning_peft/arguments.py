@@ -81,6 +81,9 @@ def fits(value: Any, hint: Any) -> bool:
     Example:
         >>> fits(1, float), fits("1", float), fits(None, float | None), fits(["a"], list[int]), fits("b", Literal["a"])
         (True, False, True, False, True)
+        >>> from collections.abc import Iterable
+        >>> fits({"a": 1}, Mapping[str, int]), fits({"a": "b"}, Mapping[str, int]), fits({"a": 1}, Iterable[str])
+        (True, False, True)
     """
     if hint is Any:
         return True
@@ -96,7 +99,7 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, type)
     if not isinstance(value, kind):
         return False
-    if inside and isinstance(value, Mapping):
+    if len(inside) == 2 and isinstance(value, Mapping):
         return all(fits(key, inside[0]) and fits(item, inside[1]) for key, item in value.items())
     if len(inside) == 1 and isinstance(value, (list, tuple, set, frozenset)):
         return all(fits(item, inside[0]) for item in value)

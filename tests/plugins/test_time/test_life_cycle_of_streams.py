@@ -19,6 +19,7 @@ from lightning_peft.attach.shim import Shim
 from lightning_peft.testing.modules import trainer
 
 ALL = {**METHODS, "LAME": LAME}
+VARIED = ["Tent", "CoTTA", "RoTTA", "MEMO"]  # one for each way to call the network and to normalise
 every_method = pytest.mark.parametrize("make", ALL.values(), ids=ALL)
 
 
@@ -125,7 +126,7 @@ class Found(Callback):
         self.logits.append(logits.clone())
 
 
-@pytest.mark.parametrize("make", ALL.values(), ids=ALL)
+@pytest.mark.parametrize("make", [ALL[name] for name in VARIED], ids=VARIED)
 @pytest.mark.parametrize("net", [batch_norm_net, layer_norm_net], ids=["batch norm", "layer norm"])
 @pytest.mark.parametrize("first", [True, False], ids=["average first", "average last"])
 def test_a_validation_adapts_the_average_and_gives_it_back(make, net, first):
