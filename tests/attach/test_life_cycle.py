@@ -221,6 +221,9 @@ def test_lightnings_pruning_on_mapped_weights(method):
     apart = [ModelPruning("l1_unstructured", layers(module, 4), amount=0.5)]
     fit([ToyThreshold(exclude="4")], module=module, after=apart)
     assert float((module.model[4].weight == 0).float().mean()) == pytest.approx(0.5, abs=0.05)
+    beside = [ModelPruning("l1_unstructured", [(module.model[0], "bias")], amount=0.5)]
+    fit([ToyThreshold()], module=module, after=beside)
+    assert int((module.model[0].bias == 0).sum()) == 8
     fit([ToyScale(), MaskedPruning(0.5, targets="4", exclude=())])
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.tuner import Tuner
 
 from lightning_peft import GBLM, BlockPruning, Lane, MaskedPruning, Method, Wanda
+from lightning_peft.attach.step_rates import StepRates
 from lightning_peft.compose.schedule import Schedule
 from lightning_peft.testing.callbacks import FailAt, PlannedError, every_epoch
 from lightning_peft.testing.modules import Plain, deepened, loader, trainer
@@ -188,15 +188,14 @@ def test_a_learning_rate_factor_is_for_one_step():
     assert [torch.equal(a, b) for a, b in itertools.pairwise(weights)] == [False, True, False]
 
 
-def test_a_learning_rate_finder_tries_rates_as_they_are(tmp_path):
-    found = []
-    for methods in ([], [Rests(0.5)]):
-        torch.manual_seed(0)
-        module = Plain("sgd")
-        runner = trainer(callbacks=methods, default_root_dir=tmp_path, max_epochs=9)
-        finder = Tuner(runner).lr_find(module, loader(), loader(), min_lr=1e-3, max_lr=1.0, num_training=20, update_attr=False)
-        found.append(finder.results["loss"])
-    assert found[0] == found[1]
+@pytest.mark.parametrize(("wanted", "left"), [(True, 1.0), (False, 0.5)])
+def test_a_trial_run_of_a_tuner_knows_no_factor(wanted, left):
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    StepRates([Rests()], lambda: wanted).follow(optimizer)
+    weight.grad = torch.ones(1)
+    optimizer.step()
+    assert weight.item() == left
 
 
 def test_a_load_state_that_fails_says_whose():
