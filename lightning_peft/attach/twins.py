@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_peft.compose.lanes import Lane
-from lightning_peft.weights.mapped_layer import copies_of
+from lightning_peft.weights.mapped_layer import copied_layers
 from lightning_peft.weights.maps import MappedTensor, mapped_tensors, plain_tensors
 
 
@@ -93,4 +93,5 @@ def warn_of_copies(module: nn.Module, followed: Iterable[nn.Module]) -> None:
 
 
 def _copied(module: nn.Module, known: set[nn.Module]) -> list[str]:
-    return [name for name, part in module.named_modules() if any(copy not in known for copy in copies_of(part))]
+    originals = {original for copy, original in copied_layers() if copy not in known}
+    return [name for name, part in module.named_modules() if part in originals]

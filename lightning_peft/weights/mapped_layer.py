@@ -52,14 +52,15 @@ class MapChain:
 
     @torch.no_grad()
     def enter(self, value: Tensor) -> Tensor:
-        """Return what is stored for a plain value that comes in; maps without ``right_inverse`` leave it as it is.
+        """Return what is stored for a plain value that comes in; masks and maps without ``right_inverse`` leave it as it is.
 
         Raises:
             ValueError: A map has no stored value for it.
         """
         for weight_map in reversed(self.maps):
             inverse = getattr(weight_map, "right_inverse", None)
-            value = value if inverse is None else inverse(value)
+            if inverse is not None and weight_map.lane < Lane.MASK:
+                value = inverse(value)
         return value
 
     def bake(self, stored: Tensor) -> Tensor:
@@ -199,9 +200,9 @@ _COPIES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.
 """Layers that were copied with their maps, to the layer they are a copy of."""
 
 
-def copies_of(layer: nn.Module) -> list[nn.Module]:
-    """Return the copies of a layer that still have its maps."""
-    return [twin for twin, source in _COPIES.items() if source() is layer and isinstance(twin, MappedLayer)]
+def copied_layers() -> Iterator[tuple[nn.Module, nn.Module | None]]:
+    """Yield every copy that still has its maps, with the layer it is a copy of."""
+    return ((twin, source()) for twin, source in list(_COPIES.items()) if isinstance(twin, MappedLayer))
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:

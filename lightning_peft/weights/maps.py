@@ -142,17 +142,19 @@ def set_plain_values(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     tensors = plain_tensors(module)
     mapped = {entry.name: entry for entry in mapped_tensors(module, every_name=True)}
     for name, value in values.items():
-        for weight_map in reversed(mapped[name].maps if name in mapped else []):
-            if weight_map.lane >= Lane.MASK:
-                continue
-            inverse = getattr(weight_map, "right_inverse", None)
-            if inverse is None:
-                raise MisconfigurationException(
-                    f"{name} is under the weight map {weight_map.kind!r} of {weight_map.owner}, which cannot be inverted, so "
-                    "its value cannot be set. Leave the layer out of that method with exclude=."
-                )
-            value = inverse(value)
+        if name in mapped:
+            _check_invertible(mapped[name])
+            value = mapped[name].chain.enter(value)
         tensors[name].copy_(value)
+
+
+def _check_invertible(mapped: MappedTensor) -> None:
+    for weight_map in mapped.maps:
+        if weight_map.lane < Lane.MASK and not hasattr(weight_map, "right_inverse"):
+            raise MisconfigurationException(
+                f"{mapped.name} is under the weight map {weight_map.kind!r} of {weight_map.owner}, which cannot be inverted, "
+                "so its value cannot be set. Leave the layer out of that method with exclude=."
+            )
 
 
 def split_name(name: str) -> tuple[str, str]:
