@@ -26,7 +26,7 @@ _HOMES = {
     "compare_deployments": "export.deployment",
     "load_baked": "export.baked_folder",
     "load_from_checkpoint": "export.bake",
-    "plan": "compose.plan",
+    "plan": "attach.plan",
     "save_baked": "export.baked_folder",
     "semi_structured": "export.semi_structured",
     "to_exported": "export.portable",

@@ -4,11 +4,11 @@ from lightning_peft import registry as registry
 from lightning_peft import shifts as shifts
 from lightning_peft import testing as testing
 from lightning_peft.attach.hub import apply_terms as apply_terms
+from lightning_peft.attach.plan import plan as plan
 from lightning_peft.compose.lanes import Lane as Lane
 from lightning_peft.compose.lanes import Resource as Resource
 from lightning_peft.compose.loss import Loss as Loss
 from lightning_peft.compose.loss import Step as Step
-from lightning_peft.compose.plan import plan as plan
 from lightning_peft.compose.run import Run as Run
 from lightning_peft.compose.schedule import Schedule as Schedule
 from lightning_peft.export.bake import bake as bake

@@ -6,16 +6,14 @@ import difflib
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from lightning_peft.method import Method
-
 GROUP = "lightning_peft.plugins"
 
-_DEFINED_HERE: dict[str, type[Method]] = {}
+_DEFINED_HERE: dict[str, type[Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -32,14 +30,14 @@ class MethodEntry:
         """Package folder that holds the method, such as ``sparsity``; the module itself when it is in none."""
         return self.value.partition(":")[0].split(".")[-2:][0]
 
-    def load(self) -> type[Method]:
+    def load(self) -> type[Any]:
         """Import the class.
 
         Raises:
             MisconfigurationException: The plugin cannot be imported.
         """
         try:
-            loaded: type[Method] = EntryPoint(self.name, self.value, GROUP).load()
+            loaded: type[Any] = EntryPoint(self.name, self.value, GROUP).load()
         except Exception as error:
             raise _misconfiguration(
                 f"The method {self.name} of the package {self.distribution} {self.version} could not be imported: "
@@ -74,12 +72,12 @@ def installed() -> dict[str, MethodEntry]:
     return found
 
 
-def define(method: type[Method]) -> None:
+def define(method: type[Any]) -> None:
     """Remember a method class defined in this process, so that its own checkpoints can be read without an entry point."""
     _DEFINED_HERE[method.__name__] = method
 
 
-def find(name: str) -> type[Method]:
+def find(name: str) -> type[Any]:
     """Return the method class called ``name``.
 
     Only installed entry points and classes already imported are considered: a name read from a file never leads to the

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
-_ENGINE = frozenset({"_origin", "_arguments", "_hub"})
+_ENGINE = frozenset({"_origin", "_arguments", "_hub", "run"})
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_peft import Lane, Method
 from lightning_peft.arguments import as_plain
-from lightning_peft.method import methods_of, snake_case
+from lightning_peft.contract import methods_of, snake_case
 from lightning_peft.testing.modules import Plain
 from lightning_peft.testing.runs import fit
 from lightning_peft.testing.toys import ToyEntropy, ToyScale

@@ -8,8 +8,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from lightning_peft.attach.saving import method_record, structure_record
-from lightning_peft.method import methods_of, ordered
+from lightning_peft.attach import method_records
+from lightning_peft.attach.saving import structure_record
+from lightning_peft.contract import methods_of, ordered
 from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure import journal
 from lightning_peft.structure.carry import group_names
@@ -36,6 +37,6 @@ def complete(trainer: Trainer, module: LightningModule, checkpoint: dict[str, An
         files.training_state(state, name, tensor.value, tensor.states)
     methods = ordered(methods_of(trainer.callbacks))  # type: ignore[attr-defined]
     records = {name: tensor.records for name, tensor in stashed.items()}
-    checkpoint[files.KEY] = files.section(records, [method_record(method) for method in methods])
+    checkpoint[files.KEY] = files.section(records, [method_records.describe(method) for method in methods])
     if edits:
         checkpoint[files.KEY] |= structure_record(module, _GROUPS.get(module, []))

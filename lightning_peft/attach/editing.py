@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_peft.attach import averaging, finetuning
 from lightning_peft.attach.map_groups import place_maps
-from lightning_peft.method import Method
+from lightning_peft.contract import Contract
 from lightning_peft.strategies.support import rewrap
 from lightning_peft.structure import carry, journal
 from lightning_peft.structure.edits import Change, Edit, Growth
@@ -28,7 +28,7 @@ from lightning_peft.weights.maps import mapped_tensors, parameters_with_maps, pl
 def edit_training(
     trainer: Trainer,
     module: LightningModule,
-    methods: Sequence[Method],
+    methods: Sequence[Contract],
     growth: Growth,
     schedules: Sequence[FreshSchedule] = (),
 ) -> Change:
@@ -146,7 +146,7 @@ def _resized_states(
     return found
 
 
-def follow(trainer: Trainer, module: LightningModule, methods: Sequence[Method], old: set[int]) -> None:
+def follow(trainer: Trainer, module: LightningModule, methods: Sequence[Contract], old: set[int]) -> None:
     """Let the other methods attach to new layers, and their parameters join the optimizers.
 
     Args:

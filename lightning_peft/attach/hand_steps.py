@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.compose.run import Run
-from lightning_peft.method import Method
+from lightning_peft.contract import Contract
 from lightning_peft.structure.optimizers import trained_by
 
 
@@ -26,7 +26,7 @@ class HandSteps:
         methods: All methods; those that only evaluate or report do not mind.
     """
 
-    def __init__(self, run: Run, methods: Sequence[Method]) -> None:
+    def __init__(self, run: Run, methods: Sequence[Contract]) -> None:
         self._run = run
         self._names = ", ".join(method.name for method in methods if method.lane < Lane.ADAPT)
         self._inside = self._stepped = False

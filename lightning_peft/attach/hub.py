@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -24,7 +23,8 @@ from lightning_peft.attach.loader_state import restore_loader
 from lightning_peft.attach.map_groups import MapGroups
 from lightning_peft.attach.method_lives import MethodLives
 from lightning_peft.attach.neighbours import check_neighbours
-from lightning_peft.attach.network import check_materialised, resolve_network
+from lightning_peft.attach.network import check_materialised
+from lightning_peft.attach.plan import network_of, resolve
 from lightning_peft.attach.sampling import SampleRecorder
 from lightning_peft.attach.saving import CheckpointHooks, JournalShim
 from lightning_peft.attach.shim import Shim
@@ -34,9 +34,8 @@ from lightning_peft.attach.twins import warn_of_copies, warn_of_twins
 from lightning_peft.attach.unfinished import warn_unfinished
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.pace import Pace
-from lightning_peft.compose.plan import resolve
 from lightning_peft.compose.run import Run
-from lightning_peft.method import Method, methods_of, ordered
+from lightning_peft.contract import Contract, methods_of, ordered
 from lightning_peft.namespaces import own
 from lightning_peft.strategies.support import check_strategy
 from lightning_peft.structure import journal
@@ -47,21 +46,6 @@ from lightning_peft.weights import stash
 from lightning_peft.weights.maps import detach_maps, forget_pristine, mapped_tensors
 
 _HUBS: weakref.WeakKeyDictionary[nn.Module, Hub] = weakref.WeakKeyDictionary()
-
-
-def network_of(methods: Iterable[Method], module: nn.Module) -> tuple[str, nn.Module]:
-    """Agree on the network: the name methods were given, else the one found when any method reads it, else the module."""
-    methods = list(methods)
-    given = {method.network for method in methods if method.network is not None}
-    if len(given) > 1:
-        raise MisconfigurationException(f"The methods name different networks: {sorted(given)}. Give all of them the same one.")
-    needs = any(method.reads_now() & {Resource.LOGITS, Resource.INPUTS} for method in methods)
-    try:
-        return resolve_network(module, next(iter(given), None))
-    except MisconfigurationException:
-        if given or needs:
-            raise
-        return "", module
 
 
 def enter(trainer: Trainer, module: LightningModule) -> Hub:
@@ -129,17 +113,17 @@ class Hub:
         self.run = Run(trainer, module, "", module)
         self._pace = Pace(self.run)
         self._fitting = trainer.state.fn == TrainerFn.FITTING
-        self.lives = MethodLives(self.methods, trainer, module, fitting=self._fitting)
+        self.lives = MethodLives(self.methods, self.run, fitting=self._fitting)
         self._rates = StepRates(self.methods, lambda: self.active and self.run.started)
         self._map_groups = MapGroups(self.run)
         self._shims: list[Shim] = []
         self._handles: list[RemovableHandle] = []
         self._terms: StepTerms | None = None
-        self._adapter: Method | None = None
+        self._adapter: Contract | None = None
         self._evaluation: EvaluationShim | None = None
         self._saving: CheckpointHooks | None = None
         self._first: list[Edit] = []
-        self._finished: list[Method] = []
+        self._finished: list[Contract] = []
         self._gradients_pending = False
         self._attached = self._moved = self._ready = False
 
@@ -421,7 +405,7 @@ class Hub:
             JournalShim.keep(module)
             self.lives.end(refused=refused)
 
-    def _finish(self, method: Method) -> None:
+    def _finish(self, method: Contract) -> None:
         if method not in self._finished:
             self._finished.append(method)
             method.finish(self.run)

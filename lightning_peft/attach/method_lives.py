@@ -5,13 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from lightning_peft.method import Method
+from lightning_peft.compose.run import Run
+from lightning_peft.contract import Contract
 from lightning_peft.renewal import give_back, note_begin, note_end, renew
 
-_LAST: weakref.WeakKeyDictionary[Method, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+_LAST: weakref.WeakKeyDictionary[Contract, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
 """The module each method took part in a fit of last."""
 
 
@@ -20,19 +20,20 @@ class MethodLives:
 
     Args:
         methods: The methods.
-        trainer: The Trainer.
-        module: The module.
+        run: The run.
         fitting: Whether the Trainer fits.
     """
 
-    def __init__(self, methods: Sequence[Method], trainer: Trainer, module: LightningModule, *, fitting: bool) -> None:
+    def __init__(self, methods: Sequence[Contract], run: Run, *, fitting: bool) -> None:
         self._methods = methods
-        self._module = module
+        self._module = run.module
         self._fitting = fitting
         self._held = [note_begin(method) for method in methods]
-        if fitting and (trainer.global_step == 0 or self._strangers()):
+        if fitting and (run.trainer.global_step == 0 or self._strangers()):
             for method in methods:
                 renew(method)
+        for method in methods:
+            method.run = run
 
     def _strangers(self) -> bool:
         """Whether a method trained another module last."""
@@ -42,6 +43,7 @@ class MethodLives:
     def end(self, *, refused: bool) -> None:
         """Note what the run leaves of each method; a run that was refused leaves all as it was."""
         for method, held in zip(self._methods, self._held, strict=True):
+            method.run = None
             if refused:
                 give_back(method, held)
                 continue

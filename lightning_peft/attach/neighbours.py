@@ -11,11 +11,11 @@ from lightning.pytorch.callbacks import ModelPruning
 from torch import nn
 
 from lightning_peft.compose.lanes import Resource
-from lightning_peft.method import Method
+from lightning_peft.contract import Contract
 from lightning_peft.namespaces import both
 
 
-def check_neighbours(trainer: Trainer, methods: Sequence[Method], module: LightningModule) -> None:
+def check_neighbours(trainer: Trainer, methods: Sequence[Contract], module: LightningModule) -> None:
     """Refuse callbacks that would overwrite what a method does, or be left behind by it.
 
     Args:
@@ -34,7 +34,7 @@ def check_neighbours(trainer: Trainer, methods: Sequence[Method], module: Lightn
             _check_schedule(callback, methods)
 
 
-def _check_pruning(pruning: Any, method: Method, module: nn.Module) -> None:
+def _check_pruning(pruning: Any, method: Contract, module: nn.Module) -> None:
     """Torch's pruning takes ``weight`` out of a layer and puts another tensor of that name in its place."""
     if Resource.STRUCTURE in method.writes:
         raise MisconfigurationException(
@@ -58,7 +58,7 @@ def _is_finetuning_scheduler(callback: object) -> bool:
     return any(cls.__name__ == "FinetuningScheduler" for cls in type(callback).__mro__)
 
 
-def _check_schedule(callback: object, methods: Iterable[Method]) -> None:
+def _check_schedule(callback: object, methods: Iterable[Contract]) -> None:
     for method in methods:
         if Resource.STRUCTURE in method.writes:
             raise MisconfigurationException(

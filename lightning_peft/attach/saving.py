@@ -10,22 +10,17 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_peft.attach import averaging
+from lightning_peft.attach import averaging, method_records
 from lightning_peft.attach.editing import follow
 from lightning_peft.attach.shim import Shim
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.compose.run import Run
-from lightning_peft.method import Method
+from lightning_peft.contract import Contract
 from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure import journal
 from lightning_peft.structure.carry import group_names
 from lightning_peft.structure.snapshot import ModuleSnapshot
 from lightning_peft.weights.maps import mapped_tensors, plain_tensors
-
-
-def method_record(method: Method) -> dict[str, Any]:
-    """Describe a method for a checkpoint, as plain data."""
-    return {"method": type(method).__name__, "name": method.name, "config": method.config(), "steps": method.steps}
 
 
 def structure_record(module: LightningModule, groups: list[list[list[str]]]) -> dict[str, Any]:
@@ -80,7 +75,7 @@ class CheckpointHooks:
         before: The module before the checkpoint was loaded, until the run is under way.
     """
 
-    def __init__(self, run: Run, methods: Sequence[Method], *, fitting: bool) -> None:
+    def __init__(self, run: Run, methods: Sequence[Contract], *, fitting: bool) -> None:
         self.groups: list[list[list[str]]] | None = None
         self.before: ModuleSnapshot | None = None
         self._trainer = run.trainer
@@ -91,7 +86,7 @@ class CheckpointHooks:
     def save(self, inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         """Write the section."""
         inner(checkpoint)
-        checkpoint[files.KEY] = files.describe(self._module, [method_record(method) for method in self._methods])
+        checkpoint[files.KEY] = files.describe(self._module, [method_records.describe(method) for method in self._methods])
         if journal.journal_of(self._module):
             groups = group_names(self._module, self._trainer.optimizers) if self._fitting else []
             checkpoint[files.KEY] |= structure_record(self._module, groups)
@@ -115,12 +110,12 @@ class CheckpointHooks:
         tensors = list(mapped_tensors(self._module, every_name=True))
         files.check_tensors(checkpoint["state_dict"], self._module)
         for method, state in saved:
-            method.check_state_dict(state, self._module)
+            method_records.check(method, state, self._module)
         if section is None or files.difference(section, tensors):
             self._adopt(checkpoint, section)
         if not self._fitting:
             for method, state in saved:
-                method.load_state_dict(state)
+                method_records.restore(method, state, self._module)
         inner(checkpoint)
 
     def _groups(self, checkpoint: dict[str, Any], section: dict[str, Any] | None) -> list[list[list[str]]] | None:
@@ -129,7 +124,7 @@ class CheckpointHooks:
             return None
         return files.read_groups(section)
 
-    def _saved_states(self, checkpoint: dict[str, Any], section: dict[str, Any] | None) -> list[tuple[Method, Any]]:
+    def _saved_states(self, checkpoint: dict[str, Any], section: dict[str, Any] | None) -> list[tuple[Contract, Any]]:
         """States to restore by method; Lightning restores them for a fit only, an evaluation needs those that say what is.
 
         Raises:
@@ -147,7 +142,7 @@ class CheckpointHooks:
             if method.state_key not in callbacks and method.name not in recorded:
                 continue
             state = callbacks.get(method.state_key)
-            method.check_state_dict(state)
+            method_records.check(method, state)
             found.append((method, state))
         return found
 

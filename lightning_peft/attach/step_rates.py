@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_peft.method import Method
+from lightning_peft.contract import Contract
 
 
 class StepRates:
@@ -21,8 +21,8 @@ class StepRates:
         wanted: Whether factors apply at the moment.
     """
 
-    def __init__(self, methods: Iterable[Method], wanted: Callable[[], bool]) -> None:
-        self._methods = [method for method in methods if type(method).lr_factor is not Method.lr_factor]
+    def __init__(self, methods: Iterable[Contract], wanted: Callable[[], bool]) -> None:
+        self._methods = [method for method in methods if type(method).lr_factor is not Contract.lr_factor]
         self._wanted = wanted
         self._unscaled: list[tuple[dict[str, Any], Any]] = []
 
@@ -44,7 +44,7 @@ class StepRates:
         self._unscaled = []
 
 
-def lr_factor_of(method: Method) -> float:
+def lr_factor_of(method: Contract) -> float:
     """Return what a method multiplies learning rates with.
 
     Raises:

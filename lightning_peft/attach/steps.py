@@ -16,7 +16,7 @@ from lightning_peft.attach.hand_steps import HandSteps
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Loss, Step, check_finite, combine, join_output, split_output
 from lightning_peft.compose.run import Run
-from lightning_peft.method import Method
+from lightning_peft.contract import Contract
 
 
 class StepTerms:
@@ -31,7 +31,7 @@ class StepTerms:
         MisconfigurationException: A method reads a submodule that does not exist.
     """
 
-    def __init__(self, run: Run, methods: Sequence[Method], active: Callable[[], bool]) -> None:
+    def __init__(self, run: Run, methods: Sequence[Contract], active: Callable[[], bool]) -> None:
         self.run = run
         self.batch: tuple[Any, int] = (None, 0)
         self._methods = methods

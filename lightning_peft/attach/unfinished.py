@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_peft.compose.run import Run
-from lightning_peft.method import Method
+from lightning_peft.contract import Contract
 
 
-def warn_unfinished(run: Run, methods: Iterable[Method]) -> None:
+def warn_unfinished(run: Run, methods: Iterable[Contract]) -> None:
     """Warn of everything that methods still wait for when a fit ends; a trial run (``fast_dev_run``) is not expected to end.
 
     Args:

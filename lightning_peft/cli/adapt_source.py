@@ -22,7 +22,7 @@ from lightning_peft.compose.lanes import Lane
 from lightning_peft.export.bake import baked, read_checkpoint
 from lightning_peft.export.report_trial import show
 from lightning_peft.files import whole
-from lightning_peft.method import Method, methods_of
+from lightning_peft.method import Method
 from lightning_peft.shifts.data import content_digest
 
 CHECKPOINT = "source.ckpt"
@@ -59,7 +59,7 @@ class Source:
         methods: list[Method] = []
 
         def keep(arguments: dict[str, Any]) -> None:  # no Trainer takes several methods that adapt
-            methods.extend(methods_of(arguments["callbacks"]))
+            methods.extend(_methods(arguments["callbacks"]))
             arguments["callbacks"] = []
             quiet(arguments)
 
@@ -136,7 +136,7 @@ class Source:
         """Validate an untrained source, in which estimators see clean data, and save it."""
         cli = launch(self._recipe, self._overrides, self._adapting, quiet)
         if checkpoint is not None:
-            self._load(checkpoint, cli.model, methods_of(cli.trainer.callbacks))  # type: ignore[attr-defined]
+            self._load(checkpoint, cli.model, _methods(cli.trainer.callbacks))  # type: ignore[attr-defined]
         with interruptible(cli.trainer):
             cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
         with whole(path) as part:
@@ -160,3 +160,7 @@ def _distinct(methods: Sequence[Method]) -> list[Method]:
             )
         taken.add(method.name)
     return list(methods)
+
+
+def _methods(callbacks: Iterable[object]) -> list[Method]:
+    return [callback for callback in callbacks if isinstance(callback, Method)]

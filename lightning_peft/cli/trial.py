@@ -15,15 +15,15 @@ from rich.console import Console
 
 from lightning_peft.attach.confidence import ConfidenceRecorder, reliability_bins
 from lightning_peft.attach.flop_meter import FlopMeter
+from lightning_peft.attach.plan import plan
 from lightning_peft.cli.beside import LastEpoch, quiet, stand_beside
 from lightning_peft.cli.folders import check_settings, digest, settings
 from lightning_peft.cli.launch import RecipeCLI, interruptible, launch, parse, quiet_lightning
 from lightning_peft.cli.recipes import Recipe, UsageError
 from lightning_peft.cli.watch import EpochLines, ForwardMeter, RandomState, Stopwatch
-from lightning_peft.compose.plan import plan
+from lightning_peft.contract import methods_of, ordered
 from lightning_peft.export.report_trial import Trial
 from lightning_peft.files import whole
-from lightning_peft.method import methods_of, ordered
 
 RESULT, CURVES = "trial.json", "curves"
 

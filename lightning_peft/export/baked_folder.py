@@ -17,19 +17,19 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_peft.attach.saving import method_record
+from lightning_peft.attach import method_records
+from lightning_peft.contract import Contract, methods_of, ordered
 from lightning_peft.export.bake import bake, baked, read_checkpoint
 from lightning_peft.export.manifest import FORMAT as FORMAT
 from lightning_peft.export.manifest import MANIFEST, WEIGHTS, file_digest, manifest, read_manifest, record
 from lightning_peft.export.restore import restore
-from lightning_peft.method import Method, methods_of, ordered
 from lightning_peft.namespaces import both
 from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure import journal
 
 
 def save_baked(
-    source: nn.Module | str | Path, folder: str | Path, *, methods: Iterable[Method] | None = None, trusted: bool = False
+    source: nn.Module | str | Path, folder: str | Path, *, methods: Iterable[Contract] | None = None, trusted: bool = False
 ) -> Path:
     """Write a baked model as safetensors with a manifest; nothing in the folder is pickled.
 
@@ -147,11 +147,11 @@ class _Baked:
     hyper_parameters: Mapping[str, Any]
 
 
-def _of_module(module: nn.Module, methods: Iterable[Method] | None) -> _Baked:
+def _of_module(module: nn.Module, methods: Iterable[Contract] | None) -> _Baked:
     if methods is None:
         trainer = module._trainer if isinstance(module, both(LightningModule)) else None
         methods = ordered(methods_of(trainer.callbacks)) if trainer is not None else ()  # type: ignore[attr-defined]
-    records = [method_record(method) for method in methods]
+    records = [method_records.describe(method) for method in methods]
     hyper_parameters = dict(module.hparams) if isinstance(module, both(LightningModule)) else {}
     state = bake(copy.deepcopy(module)).state_dict()
     return _Baked(state, journal.journal_of(module), records, hyper_parameters)

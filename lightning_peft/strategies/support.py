@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import (
 )
 
 from lightning_peft.compose.lanes import Lane
-from lightning_peft.method import Method
+from lightning_peft.contract import Contract
 from lightning_peft.namespaces import both
 from lightning_peft.strategies.adaptive import rewrap_ddp
 
@@ -38,7 +38,7 @@ def strategy_kind(strategy: Strategy) -> str:
     return next((kind for cls, kind in kinds if isinstance(strategy, both(cls))), type(strategy).__name__)
 
 
-def check_strategy(trainer: Trainer, methods: Iterable[Method]) -> None:
+def check_strategy(trainer: Trainer, methods: Iterable[Contract]) -> None:
     """Refuse a strategy that any method does not support, before anything is touched.
 
     Raises:

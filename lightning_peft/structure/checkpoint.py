@@ -140,11 +140,12 @@ def rebuild_map(item: MapRecord) -> WeightMap:
     for candidate in method.weight_maps:
         if candidate.kind == item["map"]:
             try:
-                return candidate(**item["config"])
+                rebuilt: WeightMap = candidate(**item["config"])
             except Exception as error:  # a map's author cannot foresee what stands in a damaged file
                 raise CheckpointError(
                     f"The recorded arguments of the weight map {item['map']!r} do not fit: {error}"
                 ) from error
+            return rebuilt
     raise CheckpointError(f"The method {item['method']} has no weight map {item['map']!r}; upgrade the package that ships it.")
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from lightning_peft import PSKD, BlockPruning, LayerGrowth, MaskedPruning, NMSparsity, StructuredPruning, WeightCompander
+from lightning_peft.attach.plan import ConflictError
 from lightning_peft.compose.lanes import Lane
-from lightning_peft.compose.plan import ConflictError
 from lightning_peft.method import Method
 from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import CLASSES, Manual, Plain, TwoOptimizers, deepened, loader, mlp, trainer

@@ -11,7 +11,7 @@ from lightning_peft import plan
 from lightning_peft.cli.launch import launch, methods_in, parse
 from lightning_peft.cli.main import main
 from lightning_peft.cli.recipes import EXTRAS, UsageError, find, packaged, parse_header, read
-from lightning_peft.method import methods_of
+from lightning_peft.contract import methods_of
 
 RECIPES = sorted(packaged())
 # What makes a run of each recipe short, and what builds its model without pretrained weights.

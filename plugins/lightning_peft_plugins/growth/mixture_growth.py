@@ -16,7 +16,7 @@ from lightning_peft.attach.shim import Shim
 from lightning_peft.attach.targets import TargetSpec
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
-from lightning_peft.method import methods_of
+from lightning_peft.contract import methods_of
 from lightning_peft.weights.maps import MappedTensor, WeightMap, mapped_tensors
 from lightning_peft_plugins.growth.halves import head_layers, inner_layers
 from lightning_peft_plugins.growth.mixture import CROSS_RULES, cross_coefficients, mix_templates, of_its_member, own_shares

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_peft.attach.network import resolve_network
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
-from lightning_peft.method import methods_of
+from lightning_peft.contract import methods_of
 from lightning_peft.structure.carry import RULES
 from lightning_peft.structure.depth import blocks_at, blocks_edit, ties
 from lightning_peft.structure.depth_settings import drop_rates, redrawn

@@ -16,7 +16,8 @@ from lightning_peft.attach.targets import SENSITIVE, TargetSpec
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.compose.schedule import Schedule, Shape, parse_point
-from lightning_peft.method import Method, methods_of
+from lightning_peft.contract import methods_of
+from lightning_peft.method import Method
 from lightning_peft.registry import suggest
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form, fields, flag, maybe, whole

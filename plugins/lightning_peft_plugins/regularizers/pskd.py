@@ -103,7 +103,6 @@ class PSKD(Method):
         self._copy: nn.Module | None = None
         self._loaded: dict[str, Any] | None = None
         self._outbox = PredictionOutbox()
-        self._run: Run | None = None
         self._total = 1
         self._reached: float | None = None
         self._fits = self._warned = False
@@ -118,7 +117,7 @@ class PSKD(Method):
         return f"up to {self.alpha:g} of each target from {source}"
 
     def start(self, run: Run) -> None:
-        self._run, self._fits, self._reached = run, False, None
+        self._fits, self._reached = False, None
         self._total = self.epochs or _epochs_of(run)
         if self._total == 1:
             rank_zero_info("PSKD changes nothing in a training of one epoch: the first epoch is plain cross entropy.")
@@ -171,8 +170,8 @@ class PSKD(Method):
 
     def structure_changed(self, module: LightningModule, change: Change) -> None:
         """Copy the network anew: a teacher of the structure before could not be restored beside that of now."""
-        if self._copy is not None and self._run is not None:
-            self._copy = _frozen(self._run.network)
+        if self._copy is not None and self.run is not None:
+            self._copy = _frozen(self.run.network)
 
     def epoch_end(self, run: Run) -> None:
         if self.teacher == "copy":
@@ -193,7 +192,6 @@ class PSKD(Method):
             with suppress(RuntimeError):  # a broken device must not keep the module from being left clean
                 self._outbox.deliver_processed(self.memory, run.trainer)
         self._outbox.clear()
-        self._run = None
 
     def metrics(self, run: Run) -> dict[str, float]:
         alpha = pskd_alpha(run.epoch, self._total, self.alpha)
@@ -210,9 +208,9 @@ class PSKD(Method):
         if self.memory is None:
             return {}
         with torch.inference_mode(False):
-            if self._run is not None:
-                self._outbox.deliver_processed(self.memory, self._run.trainer)
-                self._merge(self.memory, self._run)
+            if self.run is not None:
+                self._outbox.deliver_processed(self.memory, self.run.trainer)
+                self._merge(self.memory, self.run)
             if self.memory.nbytes >= MAPPED_FROM and not self._warned:
                 self._warned = True
                 rank_zero_warn(

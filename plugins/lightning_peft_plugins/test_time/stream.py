@@ -57,7 +57,7 @@ class StreamMethod(Method):
                 f'reset={reset!r} is not "never", "dataloader", "batch" or a positive number of updates.'
             )
         self.reset, self.keep = reset, keep
-        self.run: Run | None = None
+        self._adapting = False
         self._batch: dict[str, float] = {}
 
     def update(self, call: Call) -> Any:
@@ -73,7 +73,7 @@ class StreamMethod(Method):
 
         Should this fail half way, :meth:`to_source` and :meth:`release` are called all the same.
         """
-        self.run = run
+        self._adapting = True
         if self.keep and (averaging := swapped_in(run.trainer)):
             raise MisconfigurationException(
                 f"{type(averaging[0]).__name__} has put its average into the module for this validation, so {self.name} with "
@@ -98,9 +98,9 @@ class StreamMethod(Method):
 
     def finish(self, run: Run) -> None:
         """Give the module back as it was, or adapted."""
-        if self.run is None:
+        if not self._adapting:
             return
-        self.run = None
+        self._adapting = False
         if not self.keep:
             self.to_source()
         self.release()

@@ -26,7 +26,7 @@ from tta_toys import (
 
 from lightning_peft import EATA, ETA, MEMO, ROID, SAR, BatchNormAdapt, CoTTA, DeYO, FisherEstimator, RDumb, RoTTA, Tent
 from lightning_peft.attach.evaluation import Call
-from lightning_peft.compose.plan import ConflictError
+from lightning_peft.attach.plan import ConflictError
 from lightning_peft.testing.ddp import run_ddp
 from lightning_peft.testing.modules import trainer
 from lightning_peft.testing.trace import difference, trace

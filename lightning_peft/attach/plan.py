@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_peft.attach.network import resolve_network
 from lightning_peft.attach.targets import tied_names
 from lightning_peft.compose.lanes import ONE_WRITER, ONE_WRITER_PER_TENSOR, Lane, Resource
-from lightning_peft.method import Method, methods_of, ordered
+from lightning_peft.contract import Contract, methods_of, ordered
 
 
 class ConflictError(MisconfigurationException):
@@ -54,7 +55,22 @@ class Plan:
         return "\n  ".join([head, *lines])
 
 
-def resolve(methods: Sequence[Method], module: nn.Module, network: str) -> Plan:
+def network_of(methods: Iterable[Contract], module: nn.Module) -> tuple[str, nn.Module]:
+    """Agree on the network: the name methods were given, else the one found when any method reads it, else the module."""
+    methods = list(methods)
+    given = {method.network for method in methods if method.network is not None}
+    if len(given) > 1:
+        raise MisconfigurationException(f"The methods name different networks: {sorted(given)}. Give all of them the same one.")
+    needs = any(method.reads_now() & {Resource.LOGITS, Resource.INPUTS} for method in methods)
+    try:
+        return resolve_network(module, next(iter(given), None))
+    except MisconfigurationException:
+        if given or needs:
+            raise
+        return "", module
+
+
+def resolve(methods: Sequence[Contract], module: nn.Module, network: str) -> Plan:
     """Order methods and refuse those that conflict.
 
     Args:
@@ -99,7 +115,7 @@ def resolve(methods: Sequence[Method], module: nn.Module, network: str) -> Plan:
     return Plan(network, sum(parameter.numel() for parameter in module.parameters()), rows)
 
 
-def _check_structure(methods: Sequence[Method]) -> None:
+def _check_structure(methods: Sequence[Contract]) -> None:
     changing = [method.name for method in methods if Resource.STRUCTURE in method.writes]
     relying = [method.name for method in methods if Resource.STRUCTURE in method.reads_now()]
     if changing and relying:
@@ -109,7 +125,7 @@ def _check_structure(methods: Sequence[Method]) -> None:
         )
 
 
-def _check_overlap(writers: Sequence[Method], claims: dict[str, list[str]], resource: Resource) -> None:
+def _check_overlap(writers: Sequence[Contract], claims: dict[str, list[str]], resource: Resource) -> None:
     owners: dict[str, str] = {}
     for method in writers:
         for tensor in claims[method.name]:
@@ -122,7 +138,7 @@ def _check_overlap(writers: Sequence[Method], claims: dict[str, list[str]], reso
                 )
 
 
-def _check_ties(methods: Iterable[Method], claims: dict[str, list[str]], module: nn.Module) -> None:
+def _check_ties(methods: Iterable[Contract], claims: dict[str, list[str]], module: nn.Module) -> None:
     aliases = {name: names for names in tied_names(module).values() for name in names}
     for method in methods:
         claimed = set(claims[method.name])
@@ -154,8 +170,6 @@ def plan(module: nn.Module, callbacks: Iterable[object]) -> Plan:
     Raises:
         MisconfigurationException: As in training: conflicts, targets that match nothing, an ambiguous network.
     """
-    from lightning_peft.attach.hub import network_of
-
     methods = list(methods_of(callbacks))
     name, _ = network_of(methods, module)
     return resolve(methods, module, name)

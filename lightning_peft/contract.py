@@ -1,0 +1,235 @@
+"""What an author of a method overrides and calls."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_peft.arguments import as_plain
+from lightning_peft.attach.evaluation import Call
+from lightning_peft.attach.targets import TargetSpec, select
+from lightning_peft.compose.lanes import Lane, Resource
+from lightning_peft.compose.loss import Loss, Step
+from lightning_peft.compose.run import Run
+from lightning_peft.structure.edits import Change, Growth
+from lightning_peft.structure.forms import Form
+from lightning_peft.weights.maps import WeightMap, attach_map, attached_map
+
+
+class Contract:
+    """What a method is to the engine; authors subclass :class:`lightning_peft.Method`, which is this and a Lightning callback.
+
+    Subclasses set :attr:`lane` and whatever of :attr:`reads`, :attr:`writes` and :attr:`weight_maps` applies, and override
+    the few of these they need, each called in lane order whatever the order of the callbacks list:
+
+    - :meth:`attach` once the module is complete and before optimizers exist: weight maps, structure;
+    - :meth:`start` when training is about to begin, after a checkpoint was restored;
+    - :meth:`loss` inside every ``training_step``;
+    - :meth:`before_step` before and :meth:`after_step` after every real optimizer step;
+    - :meth:`epoch_end` after every training epoch;
+    - :meth:`adapt_start` and :meth:`adapt` (lane ``ADAPT``) to answer the network's calls in ``test`` and its like;
+    - :meth:`metrics` for numbers worth a curve, :meth:`state` and :meth:`load_state` for what must survive a crash, and
+      :meth:`state_form` for what a damaged file must not bring back.
+
+    ``__init__`` makes what a method is before any run. When a training begins at its first step, the engine runs it again on
+    the same object with the same arguments, so that nothing of an earlier training is left; what was set on the object between
+    two runs stays.
+
+    Args:
+        targets: Layers to act on, in the grammar of :func:`lightning_peft.attach.targets.select`.
+        exclude: Layers to leave alone, same grammar.
+        network: Qualified name of the network when the module has several candidates.
+        name: Name in logs, plans and checkpoints; needed only when one class is used twice in a Trainer.
+
+    Attributes:
+        lane: Where in a step the method acts.
+        reads: What it reads of a training step.
+        writes: What it changes; two methods that write one thing are a conflict.
+        strategies: Kinds of Lightning strategy it works with: ``"single"``, ``"ddp"``.
+        weight_maps: Weight maps it may attach, so that its checkpoints can be baked without the model's class.
+        paper: Source, "Authors, venue year, link".
+        fixed_arguments: Constructor arguments of a base that the class gives itself, and does not take.
+        features: Qualified names of submodules whose calls :meth:`loss` reads from ``step.features``.
+        restarts: Whether it lets learning-rate schedules begin again (``run.schedules``).
+        run: The run it takes part in, from before :meth:`attach` until after :meth:`finish`; ``None`` in none.
+    """
+
+    lane: ClassVar[Lane]
+    reads: ClassVar[frozenset[Resource]] = frozenset()
+    writes: ClassVar[frozenset[Resource]] = frozenset()
+    strategies: ClassVar[frozenset[str]] = frozenset({"single", "ddp"})
+    weight_maps: ClassVar[tuple[type[WeightMap], ...]] = ()
+    paper: ClassVar[str] = ""
+    fixed_arguments: ClassVar[frozenset[str]] = frozenset()
+
+    run: Run | None = None
+    _arguments: dict[str, Any]
+
+    def __init__(
+        self,
+        *,
+        targets: TargetSpec | None = None,
+        exclude: TargetSpec | None = None,
+        network: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.targets = targets
+        self.exclude = exclude
+        self.network = network
+        self.features: tuple[str, ...] = ()
+        self.name = name or snake_case(type(self).__name__)
+        self.steps = 0
+        self.restored = False
+        self.restarts = False
+        self._epochs_ended = 0
+
+    # What an author overrides.
+
+    def select(self, module: nn.Module) -> dict[str, nn.Module]:
+        """Return the layers the method acts on by qualified name; override when the grammar of targets is not enough."""
+        return {} if self.targets is None else select(module, self.targets, self.exclude)
+
+    def reads_now(self) -> frozenset[Resource]:
+        """Return what this instance reads; override when it depends on the arguments."""
+        return self.reads
+
+    def claims(self, module: nn.Module) -> Iterable[str]:
+        """Name the tensors the method will map or mask, so that overlaps are found before anything is touched."""
+        return [f"{name}.weight" for name in self.select(module)]
+
+    def attach(self, module: LightningModule) -> None:
+        """Change the module before optimizers exist; must be deterministic.
+
+        Called again when the module has grown; :meth:`map_weight` leaves tensors alone that carry the method's map already.
+        """
+
+    def first_edit(self, module: LightningModule) -> Growth | None:
+        """Ask for another structure to train with from the start; only lane ``STRUCTURE`` is asked, in a new fit."""
+        return None
+
+    def next_edit(self, run: Run) -> Growth | None:
+        """Ask for a change of structure; only methods of lane ``STRUCTURE`` are asked, before a step, until all say ``None``.
+
+        Never within an accumulation window, and not while a tuner runs its trial fit.
+        """
+        return None
+
+    def structure_changed(self, module: LightningModule, change: Change) -> None:
+        """Called after an edit: rename or drop state kept by tensor name. :meth:`attach` has run again if it was asked to."""
+
+    def lr_factor(self) -> float:
+        """Return a factor on all learning rates for the next optimizer step, on top of any scheduler."""
+        return 1.0
+
+    def start(self, run: Run) -> None:
+        """Prepare for training; a restored checkpoint is already in place."""
+
+    def loss(self, step: Step) -> Loss | Tensor | None:
+        """Return a term for the optimised loss; called inside ``training_step``, before accumulation and AMP scale it."""
+        return None
+
+    def before_step(self, run: Run, optimizer: Optimizer) -> None:
+        """Look at the gradients of a real optimizer step: accumulated, unscaled, not yet clipped."""
+
+    def after_step(self, run: Run) -> None:
+        """Act after a real optimizer step of any optimizer."""
+
+    def epoch_end(self, run: Run) -> None:
+        """Act after a training epoch, on every rank."""
+
+    def awaited(self, run: Run) -> Iterable[str]:
+        """Name what was to come in this training and has not: events, phases, the end of a schedule; asked when a fit ends.
+
+        Each is warned of as ``"<name>: ... ended before <what was to come>"``, so say what, and when it would have come.
+        """
+        return ()
+
+    def adapt_start(self, run: Run) -> None:
+        """Prepare for an evaluation on its own; a checkpoint it loads is already in place.
+
+        Called for methods of lane ``STRUCTURE``, and for all when one of lane ``ADAPT`` is among them.
+        """
+
+    def adapt(self, call: Call) -> Any:
+        """Answer a call of the network during such an evaluation; only methods of lane ``ADAPT`` are asked.
+
+        Gradients are off and can be enabled. Return what the network would: ``call()`` runs it.
+        """
+        return call()
+
+    def finish(self, run: Run) -> None:
+        """Let go of resources when the Trainer is done with the module or has failed."""
+
+    def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
+        """Return numbers to log as ``peft/<name>/<key>``; asked every ``log_every_n_steps`` and evaluated batch."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Return what must survive a crash, as plain data: tensors, numbers, strings, lists, dicts."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state` gave."""
+
+    def state_form(self, tensors: Mapping[str, Tensor] | None) -> Form | None:
+        """Say what :meth:`state` looks like (:mod:`lightning_peft.structure.forms`), so that nothing else is loaded.
+
+        Args:
+            tensors: The module's tensors by plain name, to hold names and shapes against; ``None`` when it is not at hand.
+        """
+        return None
+
+    def describe(self, module: nn.Module) -> str:
+        """Say in a few words what the method does to this module, for the printed plan."""
+        claims = list(self.claims(module))
+        return f"{len(claims)} tensor{'s' if len(claims) != 1 else ''}" if claims else ""
+
+    # What an author calls.
+
+    def map_weight(self, module: nn.Module, name: str, weight_map: WeightMap) -> WeightMap:
+        """Attach a map to the tensor called ``name`` (``"model.fc1.weight"``) and return it, or the one it carries already."""
+        weight_map.owner = type(self).__name__
+        present = attached_map(module, name, weight_map)
+        return attach_map(module, name, weight_map).maps[-1] if present is None else present
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor arguments as plain data."""
+        return {key: as_plain(value) for key, value in self._arguments.items()}
+
+    def in_training_step(self) -> bool:
+        """Whether the user's ``training_step`` runs now: only its calls of the network are the training's.
+
+        The ``training`` flag of a layer does not say so: networks are fine-tuned in evaluation mode too.
+        """
+        return self.run is not None and self.run.in_step
+
+    @property
+    def state_key(self) -> str:
+        """Key of the method's state in a checkpoint."""
+        return f"lightning_peft/{self.name}"
+
+
+def ordered(methods: Iterable[Contract]) -> list[Contract]:
+    """Return methods in the order they act: by lane, then by name, never by their place in a callbacks list."""
+    return sorted(methods, key=lambda method: (method.lane, method.name))
+
+
+def snake_case(name: str) -> str:
+    """Turn a class name into a log name.
+
+    Example:
+        >>> snake_case("NMSparsity"), snake_case("PSKD"), snake_case("WeightCompander")
+        ('nm_sparsity', 'pskd', 'weight_compander')
+    """
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def methods_of(callbacks: Iterable[object]) -> Iterator[Contract]:
+    """Yield the methods among a Trainer's callbacks."""
+    return (callback for callback in callbacks if isinstance(callback, Contract))
