@@ -20,7 +20,7 @@ from pruning_networks import keep_memory, kept, spread, trainer
 from rich.progress import track
 
 from lightning_peft import BlockPruning
-from lightning_peft.skipping.clock import paired_times
+from lightning_peft_plugins.pruning._ftwt.skipping.clock import paired_times
 from lightning_peft_recipes.language_model import LanguageModel
 from lightning_peft_recipes.review_texts import ReviewTextsDataModule
 

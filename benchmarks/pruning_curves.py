@@ -27,11 +27,11 @@ from torch import nn
 
 import lightning_peft
 from lightning_peft import FTWT, MagnitudePruning, NMSparsity, StructuredPruning
-from lightning_peft.attach.channel_units import channel_units
-from lightning_peft.attach.flop_count import FlopCount
-from lightning_peft.skipping.clock import paired_times
-from lightning_peft.skipping.deploy import in_fastest_layout
-from lightning_peft.skipping.fold import fold_norms
+from lightning_peft.measure.flop_count import FlopCount
+from lightning_peft.network.channel_units import channel_units
+from lightning_peft_plugins.pruning._ftwt.skipping.clock import paired_times
+from lightning_peft_plugins.pruning._ftwt.skipping.deploy import in_fastest_layout
+from lightning_peft_plugins.pruning._ftwt.skipping.fold import fold_norms
 
 # What a method is given as its budget, lightest first. FTWT's mass leaves about 75, 55 and 45 % of the operations.
 BUDGETS: dict[str, list[Any]] = {

@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft import MagnitudePruning, StructuredPruning
-from lightning_peft.attach.flop_count import FlopCount
+from lightning_peft.measure.flop_count import FlopCount
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 

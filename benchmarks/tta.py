@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft import EATA, ETA, SAR, Tent
 from lightning_peft.functional import softmax_entropy
-from lightning_peft_plugins.test_time.entropy import EntropyMethod
+from lightning_peft_plugins.test_time._shared.entropy import EntropyMethod
 
 CLASSES = 100
 LR = 1e-8  # the model, and with it the selection, stays what it is

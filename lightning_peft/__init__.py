@@ -21,19 +21,19 @@ _HOMES = {
     "Step": "compose.loss",
     "WeightMap": "weights.maps",
     "apply_terms": "attach.hub",
-    "bake": "export.bake",
-    "bake_checkpoint": "export.bake",
-    "compare_deployments": "export.deployment",
-    "load_baked": "export.baked_folder",
-    "load_from_checkpoint": "export.bake",
+    "bake": "baking.bake",
+    "bake_checkpoint": "baking.bake",
+    "compare_deployments": "report.compare_deployments",
+    "load_baked": "baking.baked_folder",
+    "load_from_checkpoint": "baking.bake",
     "plan": "attach.plan",
-    "save_baked": "export.baked_folder",
-    "semi_structured": "export.semi_structured",
-    "to_exported": "export.portable",
-    "to_onnx": "export.portable",
-    "split_low_rank": "export.split_low_rank",
+    "save_baked": "baking.baked_folder",
+    "semi_structured": "baking.semi_structured",
+    "to_exported": "baking.portable",
+    "to_onnx": "baking.portable",
+    "split_low_rank": "baking.split_low_rank",
 }
-_SUBPACKAGES = ("export", "functional", "registry", "shifts", "testing")
+_SUBPACKAGES = ("functional", "registry", "shifts", "testing")
 
 
 def __getattr__(name: str) -> Any:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.arguments import as_plain
-from lightning_peft.attach.evaluation import Call
-from lightning_peft.attach.targets import TargetSpec, select
+from lightning_peft.capture.evaluation import Call
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Loss, Step
 from lightning_peft.compose.run import Run
+from lightning_peft.network.targets import TargetSpec, select
 from lightning_peft.structure.edits import Change, Growth
 from lightning_peft.structure.forms import Form
 from lightning_peft.weights.maps import WeightMap, attach_map, attached_map
@@ -41,7 +41,7 @@ class Contract:
     two runs stays.
 
     Args:
-        targets: Layers to act on, in the grammar of :func:`lightning_peft.attach.targets.select`.
+        targets: Layers to act on, in the grammar of :func:`lightning_peft.network.targets.select`.
         exclude: Layers to leave alone, same grammar.
         network: Qualified name of the network when the module has several candidates.
         name: Name in logs, plans and checkpoints; needed only when one class is used twice in a Trainer.

@@ -6,9 +6,12 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+
+from lightning_peft import functional, registry
 
 ROOT = Path(__file__).parents[1]
 ENGINE, PLUGINS, RECIPES = (
@@ -102,6 +105,56 @@ def test_the_engine_does_not_need_its_testing_folder(path):
         assert not [name for name in imports(path, ENGINE) if name.startswith("lightning_peft.testing")]
 
 
+def arrows(tree: ast.AST, module: str) -> set[str]:
+    """Files of the engine that a file imports, lazily and for type checkers too."""
+    return {name for name in imported(ast.walk(tree), module) if name in ENGINE_FILES and name != module}
+
+
+ENGINE_FILES = {name_of(path, ENGINE) for path in files(ENGINE) if path.name != "__init__.py"}
+
+
+def room_of(module: str) -> str:
+    """The folder of the engine a file stands in; a file of the top level is a room of its own."""
+    return module.split(".")[1]
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """What is in a circle or leads into one: names left when those that lead nowhere are taken away again and again."""
+    left = {name: set(targets) for name, targets in graph.items()}
+    while ends := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in ends:
+            del left[name]
+    return [[name, *sorted(targets & left.keys())] for name, targets in sorted(left.items())]
+
+
+def engine_graph() -> dict[str, set[str]]:
+    paths = [path for path in files(ENGINE) if path.name != "__init__.py"]
+    trees = {name_of(path, ENGINE): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+    return {name: arrows(tree, name) for name, tree in trees.items()}
+
+
+def test_no_files_of_the_engine_import_each_other_in_a_circle():
+    assert not circles(engine_graph())
+
+
+def test_the_rooms_of_the_engine_are_layers():
+    rooms: dict[str, set[str]] = {}
+    for name, targets in engine_graph().items():
+        rooms.setdefault(room_of(name), set()).update(room_of(target) for target in targets)
+    assert not circles({room: targets - {room} for room, targets in rooms.items()})
+
+
+def test_a_circle_is_seen_through_lazy_imports_and_those_for_type_checkers():
+    lazy = ast.parse("def f():\n    from lightning_peft.attach import hub")
+    typed = ast.parse("if TYPE_CHECKING:\n    from lightning_peft.weights.maps import WeightMap")
+    graph = {"lightning_peft.weights.maps": arrows(lazy, "x"), "lightning_peft.attach.hub": arrows(typed, "x")}
+    assert circles(graph) == [
+        ["lightning_peft.attach.hub", "lightning_peft.weights.maps"],
+        ["lightning_peft.weights.maps", "lightning_peft.attach.hub"],
+    ]
+    assert not circles({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
 @pytest.mark.parametrize("path", files(PLUGINS), ids=lambda path: str(path.relative_to(ROOT)))
 def test_families_do_not_import_each_other_or_recipes(path):
     found = imports(path, PLUGINS)
@@ -114,6 +167,24 @@ def test_families_do_not_import_each_other_or_recipes(path):
         if name.startswith("lightning_peft_plugins.") and (PLUGINS / name.split(".")[1]).is_dir()
     }
     assert others <= {family}
+
+
+@pytest.mark.parametrize("family", sorted(path.name for path in PLUGINS.iterdir() if (path / "__init__.py").exists()))
+def test_a_family_lists_its_methods_and_nothing_beside(family):
+    """Helpers stand in a folder named after their method, or in one that says it is shared; pure functions in functional."""
+    methods = {entry.value.partition(":")[0] for entry in registry.installed().values()}
+    folder = PLUGINS / family
+    listed = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    assert listed == {module.rpartition(".")[2] for module in methods if f".{family}." in module}
+    folders = {path.parent.relative_to(folder).parts[0] for path in files(folder) if path.parent != folder}
+    named = {f"_{name}" for name in listed}
+    assert folders <= named | {"_shared", "functional"}
+
+
+def test_functions_that_plugins_offer_stand_in_a_folder_functional():
+    points = [point for point in entry_points(group=functional.GROUP) if point.dist.name == "lightning-peft"]
+    assert points
+    assert not [point.value for point in points if point.value.split(".")[2] != "functional"]
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_peft import assets
-from lightning_peft.assets import Asset, AssetError, archive_path, cache_dir, cached, derived, fetch, open_member
+from lightning_peft.assets import Asset, AssetError, archive_path, archives, cache_dir, cached, derived, fetch, open_member
 
 WHEEL = "lp_tiny_data-1.0-py3-none-any.whl"
 DATA = bytes(range(256)) * 800
@@ -215,7 +214,7 @@ def test_two_processes_at_once_download_once(index):
 
 
 def test_a_lock_held_too_long_is_an_error_not_a_hang(tiny, monkeypatch):
-    monkeypatch.setattr(assets, "LOCK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(archives, "LOCK_TIMEOUT_S", 0.2)
     holder = threading.Event()
     done = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Everything that touches the user's module from outside: the hub, its shims and taps, and how targets are named.
+"""Everything that touches the user's module during a run: the hub, the plan, what it saves, edits and averages.
 
 No method lives here, and nothing here knows what a method computes.
 """

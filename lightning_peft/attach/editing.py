@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 from lightning_peft.attach import averaging, finetuning
 from lightning_peft.attach.map_groups import place_maps
 from lightning_peft.contract import Contract
+from lightning_peft.optim.optimizers import trained_by
+from lightning_peft.optim.schedulers import FreshSchedule
 from lightning_peft.strategies.support import rewrap
 from lightning_peft.structure import carry, journal
 from lightning_peft.structure.edits import Change, Edit, Growth
-from lightning_peft.structure.optimizers import trained_by
-from lightning_peft.structure.schedulers import FreshSchedule
 from lightning_peft.structure.width_state import carry_optimizer_state
 from lightning_peft.weights.maps import mapped_tensors, parameters_with_maps, plain_tensors, plain_values, set_plain_values
 

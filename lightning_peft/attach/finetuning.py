@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 
 from lightning_peft.namespaces import both
-from lightning_peft.structure.optimizers import parameter_names
+from lightning_peft.optim.optimizers import parameter_names
 
 
 def follow_edit(trainer: Trainer, module: LightningModule) -> None:

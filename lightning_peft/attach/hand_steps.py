@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.compose.run import Run
 from lightning_peft.contract import Contract
-from lightning_peft.structure.optimizers import trained_by
+from lightning_peft.optim.optimizers import trained_by
 
 
 class HandSteps:

@@ -16,32 +16,32 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.attach import after_fit, averaging
-from lightning_peft.attach.capture import step_compiler
 from lightning_peft.attach.editing import edit_training
-from lightning_peft.attach.evaluation import EvaluationShim, Passes
 from lightning_peft.attach.loader_state import restore_loader
 from lightning_peft.attach.map_groups import MapGroups
 from lightning_peft.attach.method_lives import MethodLives
 from lightning_peft.attach.neighbours import check_neighbours
-from lightning_peft.attach.network import check_materialised
 from lightning_peft.attach.plan import network_of, resolve
-from lightning_peft.attach.sampling import SampleRecorder
 from lightning_peft.attach.saving import CheckpointHooks, JournalShim
-from lightning_peft.attach.shim import Shim
 from lightning_peft.attach.step_rates import StepRates
 from lightning_peft.attach.steps import StepTerms
 from lightning_peft.attach.twins import warn_of_copies, warn_of_twins
 from lightning_peft.attach.unfinished import warn_unfinished
+from lightning_peft.capture.evaluation import EvaluationShim, Passes
+from lightning_peft.capture.sampling import SampleRecorder
+from lightning_peft.capture.shim import Shim
+from lightning_peft.capture.tap import step_compiler
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.pace import Pace
 from lightning_peft.compose.run import Run
 from lightning_peft.contract import Contract, methods_of, ordered
 from lightning_peft.namespaces import own
+from lightning_peft.network.resolve import check_materialised
+from lightning_peft.optim.schedulers import FreshSchedule
 from lightning_peft.strategies.support import check_strategy
 from lightning_peft.structure import journal
 from lightning_peft.structure.carry import regroup
 from lightning_peft.structure.edits import Edit
-from lightning_peft.structure.schedulers import FreshSchedule
 from lightning_peft.weights import stash
 from lightning_peft.weights.maps import detach_maps, forget_pristine, mapped_tensors
 

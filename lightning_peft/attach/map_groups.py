@@ -6,7 +6,7 @@ from lightning.pytorch import Trainer
 
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.compose.run import Run
-from lightning_peft.structure.optimizers import place_parameters
+from lightning_peft.optim.optimizers import place_parameters
 from lightning_peft.weights.maps import MappedTensor, mapped_tensors
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_peft.attach.network import resolve_network
-from lightning_peft.attach.targets import tied_names
 from lightning_peft.compose.lanes import ONE_WRITER, ONE_WRITER_PER_TENSOR, Lane, Resource
 from lightning_peft.contract import Contract, methods_of, ordered
+from lightning_peft.network.resolve import resolve_network
+from lightning_peft.network.targets import tied_names
 
 
 class ConflictError(MisconfigurationException):

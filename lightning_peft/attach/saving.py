@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_peft.attach import averaging, method_records
 from lightning_peft.attach.editing import follow
-from lightning_peft.attach.shim import Shim
+from lightning_peft.capture.shim import Shim
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.compose.run import Run
 from lightning_peft.contract import Contract

@@ -11,8 +11,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_peft import registry
-from lightning_peft.attach.capture import Tap, step_compiler
 from lightning_peft.attach.hand_steps import HandSteps
+from lightning_peft.capture.tap import Tap, step_compiler
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Loss, Step, check_finite, combine, join_output, split_output
 from lightning_peft.compose.run import Run

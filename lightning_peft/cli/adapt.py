@@ -16,7 +16,7 @@ from lightning_peft.cli.files import existing
 from lightning_peft.cli.folders import check_writable, held
 from lightning_peft.cli.interrupts import AGAIN, going_on
 from lightning_peft.cli.recipes import UsageError, check_seeds, find
-from lightning_peft.export.report_adaptation import Study, adaptation_report, cost_table, method_table, part_table
+from lightning_peft.report.adaptation import Study, adaptation_report, cost_table, method_table, part_table
 from lightning_peft.shifts.data import ShiftedData, choose_parts
 from lightning_peft.shifts.streams import PROTOCOLS, check_protocol
 

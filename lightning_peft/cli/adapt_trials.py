@@ -17,8 +17,8 @@ from lightning_peft.cli.adapt_source import Source
 from lightning_peft.cli.folders import digest
 from lightning_peft.cli.launch import interruptible
 from lightning_peft.contract import snake_case
-from lightning_peft.export.report_adaptation import SOURCE, error
 from lightning_peft.method import Method
+from lightning_peft.report.adaptation import SOURCE, error
 from lightning_peft.shifts.data import CLEAN, Part, ShiftedData, data_digest
 from lightning_peft.shifts.loader import labels_in, stream_loader
 from lightning_peft.shifts.record import EpisodeRecord, StreamRecorder

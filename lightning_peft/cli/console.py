@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lightning_peft.export.report import Fact, Table, cell, is_numeric
+from lightning_peft.report.contents import Fact, Table, cell, is_numeric
 
 
 @dataclass(frozen=True)

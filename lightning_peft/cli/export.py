@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch import LightningModule
 from rich.console import Console
 
-from lightning_peft.attach.network_inputs import NetworkInputs
+from lightning_peft.baking.bake import baked, read_checkpoint
+from lightning_peft.baking.restore import restore
 from lightning_peft.cli.beside import quiet
 from lightning_peft.cli.console import Outcome, facts, grid
 from lightning_peft.cli.files import existing
@@ -20,9 +21,8 @@ from lightning_peft.cli.folders import check_writable
 from lightning_peft.cli.launch import interruptible, launch, methods_in, quiet_lightning
 from lightning_peft.cli.loading import recorded_build
 from lightning_peft.cli.recipes import UsageError, find
-from lightning_peft.export.bake import baked, read_checkpoint
-from lightning_peft.export.restore import restore
 from lightning_peft.files import whole
+from lightning_peft.measure.network_inputs import NetworkInputs
 from lightning_peft.structure import checkpoint as sections
 from lightning_peft.structure import journal
 
@@ -39,8 +39,8 @@ def export(
         ExportError: The network cannot be exported faithfully.
         UsageError: There is no such file, or a recipe is needed and missing.
     """
-    from lightning_peft.export.baked_folder import save_baked
-    from lightning_peft.export.portable import to_exported, to_onnx
+    from lightning_peft.baking.baked_folder import save_baked
+    from lightning_peft.baking.portable import to_exported, to_onnx
 
     target = out or path.with_name(path.stem + ENDINGS[form])
     check_writable(target.parent, "-o")
@@ -104,8 +104,7 @@ def deployment(
         CheckpointError: A file is no checkpoint, or does not fit the recipe's model.
         UsageError: There is no such file, or no recipe is named.
     """
-    from lightning_peft.export.deployment import compare_deployments
-    from lightning_peft.export.deployment_report import deployment_report
+    from lightning_peft.report.compare_deployments import compare_deployments
 
     folder = out or path.with_name(f"{path.stem}-deployment")
     check_writable(folder, "-o")
@@ -138,7 +137,7 @@ def deployment(
         batch_sizes=[1, 32],
         made_by=shlex.join(command),
     )
-    made = deployment_report(found)
+    made = found.report()
     written = made.save(folder)
 
     def show(console: Console) -> None:

@@ -16,10 +16,10 @@ from rich.console import Console
 from lightning_peft import registry
 from lightning_peft.cli.console import Outcome, facts, grid
 from lightning_peft.cli.recipes import GROUP, UsageError
-from lightning_peft.export.report import Table
+from lightning_peft.report.contents import Table
 
 if TYPE_CHECKING:
-    from lightning_peft.assets import Asset
+    from lightning_peft.assets.asset import Asset
 
 
 def bake(path: Path, out: Path | None, *, trusted: bool = False) -> Outcome:
@@ -29,11 +29,11 @@ def bake(path: Path, out: Path | None, *, trusted: bool = False) -> Outcome:
         CheckpointError: The file is no checkpoint, or its weight maps do not fit.
         UsageError: There is no such file, or the result would replace it.
     """
+    from lightning_peft.baking.bake import bake_checkpoint, read_checkpoint
     from lightning_peft.cli.folders import check_writable
     from lightning_peft.cli.loading import STAND_IN, recorded_class
-    from lightning_peft.export.bake import bake_checkpoint, read_checkpoint
-    from lightning_peft.export.report_proof import proof_data, proof_fact, proof_table, prove
-    from lightning_peft.export.report_weights import weigh
+    from lightning_peft.report.proof import proof_data, proof_fact, proof_table, prove
+    from lightning_peft.report.weights import weigh
     from lightning_peft.structure import checkpoint as sections
     from lightning_peft.structure import journal
 
@@ -94,7 +94,7 @@ def report(path: Path, out: Path | None, *, trusted: bool = False) -> Outcome:
         UsageError: There is no such file.
     """
     from lightning_peft.cli.folders import check_writable
-    from lightning_peft.export.report_checkpoint import checkpoint_report
+    from lightning_peft.report.checkpoint import checkpoint_report
 
     folder = out or path.with_name(f"{path.stem}-report")
     check_writable(folder, "-o")
@@ -138,7 +138,7 @@ def catalogue() -> dict[str, Asset]:
 
 def list_assets() -> Outcome:
     """List assets and their state in the cache."""
-    from lightning_peft.assets import cache_dir, cached
+    from lightning_peft.assets.archives import cache_dir, cached
 
     found = cached(catalogue().values())
     folder = cache_dir()
@@ -163,7 +163,7 @@ def fetch_assets(names: Sequence[str], *, everything: bool = False) -> Outcome:
         AssetError: One could not be fetched.
         UsageError: Unknown name, or none given.
     """
-    from lightning_peft.assets import fetch
+    from lightning_peft.assets.archives import fetch
 
     known = catalogue()
     if not names and not everything:

@@ -17,7 +17,7 @@ from lightning_peft import registry
 from lightning_peft.cli.cards import card_of, missing, summary_of
 from lightning_peft.cli.console import Outcome, grid
 from lightning_peft.cli.recipes import UsageError, packaged
-from lightning_peft.export.report import Table
+from lightning_peft.report.contents import Table
 
 
 def list_all() -> Outcome:

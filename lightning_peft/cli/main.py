@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     try:
         if options.json:
-            from lightning_peft.export.report import to_json
+            from lightning_peft.report.report import to_json
 
             print(to_json(outcome.data))
         else:
@@ -271,7 +271,7 @@ def _message(error: Exception) -> str:
     """Say what went wrong; errors that were not written for users also say what they are."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from lightning_peft.assets import AssetError
+    from lightning_peft.assets.archives import AssetError
     from lightning_peft.cli.recipes import UsageError
 
     cause = error.__context__

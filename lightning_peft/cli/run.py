@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 from rich.console import Console
 
+from lightning_peft.baking.bake import bake_checkpoint, read_checkpoint
 from lightning_peft.cli.console import Outcome, facts, grid
 from lightning_peft.cli.folders import CONFIG, held, try_hold
 from lightning_peft.cli.interrupts import going_on
@@ -20,12 +21,11 @@ from lightning_peft.cli.launch import methods_in, parse
 from lightning_peft.cli.loading import find_loading
 from lightning_peft.cli.recipes import Recipe, UsageError, find_for
 from lightning_peft.cli.trial import CURVES, RESULT, Job, preflight, train
-from lightning_peft.export.bake import bake_checkpoint, read_checkpoint
-from lightning_peft.export.report_curves import read_curves
-from lightning_peft.export.report_plots import available
-from lightning_peft.export.report_proof import prove
-from lightning_peft.export.report_run import RunEvidence, outcome_table, run_report
-from lightning_peft.export.report_weights import weigh
+from lightning_peft.report.curves import read_curves
+from lightning_peft.report.plots import available
+from lightning_peft.report.proof import prove
+from lightning_peft.report.run import RunEvidence, outcome_table, run_report
+from lightning_peft.report.weights import weigh
 
 DENSE, COMPOSED = "dense", "composed"
 # Enough for events at tenths of a training, two epochs because much goes wrong where one ends.

@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
-from lightning_peft.attach.batches import tensors_of
-from lightning_peft.attach.flop_count import FlopCount
-from lightning_peft.attach.flop_meter import SECONDS, compiled, in_training
-from lightning_peft.export.report_trial import duration, show
+from lightning_peft.measure.flop_count import FlopCount
+from lightning_peft.measure.flop_meter import SECONDS, compiled, in_training
+from lightning_peft.network.batches import tensors_of
+from lightning_peft.report.trial import duration, show
 
 
 class Stopwatch(Callback):

@@ -1,4 +1,4 @@
-"""How methods share one training step: lanes, the resolved plan and its conflicts, schedules, loss terms.
+"""How methods share one training step: lanes, the run and its clock, schedules, loss terms.
 
 Nothing here touches a module; it only decides what happens in which order.
 """

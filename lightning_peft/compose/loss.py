@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_peft.attach.capture import Captured, Tap
-from lightning_peft.attach.network import as_logits
+from lightning_peft.capture.tap import Captured, Tap
+from lightning_peft.network.logits import as_logits
 
 if TYPE_CHECKING:
     from lightning_peft.compose.run import Run

@@ -9,11 +9,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 
-from lightning_peft.attach.sampling import SampleRecorder
+from lightning_peft.capture.sampling import SampleRecorder
 from lightning_peft.compose.course import Course
 from lightning_peft.compose.schedule import Point, ResolvedSchedule, Schedule, parse_point
 from lightning_peft.namespaces import both
-from lightning_peft.structure.schedulers import FreshSchedule
+from lightning_peft.optim.schedulers import FreshSchedule
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from lightning_peft.attach.confidence import labels_of
+from lightning_peft.network.labels import labels_of
 from lightning_peft.shifts.data import Part
 from lightning_peft.shifts.streams import Episode
 

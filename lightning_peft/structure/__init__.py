@@ -1,4 +1,4 @@
-"""Names that outlive a process: optimizer access by name and the library's part of a checkpoint.
+"""Edits of a network as plain data, the journal they are replayed from, and the library's part of a checkpoint.
 
-Nothing here computes a method; it only moves state between runs.
+Nothing here decides on an edit; it carries them out and moves state across them.
 """

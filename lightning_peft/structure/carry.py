@@ -11,8 +11,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.structure.optimizers import init_late_state, named_groups, place_parameters
-from lightning_peft.structure.schedulers import group_lists
+from lightning_peft.optim.optimizers import init_late_state, named_groups, place_parameters
+from lightning_peft.optim.schedulers import group_lists
 
 RULES = ("reset", "copy", "pad")
 

@@ -17,9 +17,9 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from lightning_peft.network.plain_class import plain_class
 from lightning_peft.structure import depth_settings as settings
 from lightning_peft.structure.errors import CheckpointError
-from lightning_peft.weights.mapped_layer import plain_class
 from lightning_peft.weights.maps import detach_maps, plain_tensors
 
 Blocks: TypeAlias = "nn.ModuleList | nn.Sequential"

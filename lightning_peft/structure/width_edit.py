@@ -9,7 +9,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_peft.attach.layers import has_class, is_conv, is_linear, own_parameters
+from lightning_peft.network.layers import has_class, is_conv, is_linear, own_parameters
 from lightning_peft.structure.axes import NEW, OLD, size
 from lightning_peft.structure.width_map import Layer, Norm, Scale, WidthMap
 from lightning_peft.structure.width_targets import grown_axes

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_peft.attach.batches import batch_size, plain, take, tensors_of
-from lightning_peft.attach.network import as_logits
+from lightning_peft.network.batches import batch_size, plain, take, tensors_of
+from lightning_peft.network.logits import as_logits
 
 Forward = Callable[[nn.Module, Any], Any]
 _LABEL_KEYS = ("labels", "label", "targets", "target", "y")

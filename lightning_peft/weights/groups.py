@@ -35,7 +35,7 @@ class Grouping:
 
         Args:
             values: One number a weight, of the weight's shape.
-            dim: Dimension of the inputs, 0 or 1 (:func:`~lightning_peft.weights.nm_layout.input_dim`).
+            dim: Dimension of the inputs, 0 or 1 (:func:`~lightning_peft.network.nm_layers.input_dim`).
 
         Returns:
             One number a group, shape ``(row groups, column groups, positions or 1)``.

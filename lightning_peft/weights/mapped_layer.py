@@ -11,13 +11,13 @@ import copy
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from lightning_peft.compose.lanes import Lane
+from lightning_peft.network.plain_class import StandIn
 from lightning_peft.weights.weight_map import WeightMap
 
 
@@ -83,7 +83,7 @@ def _untraced(function: Callable[[Tensor], Tensor], stored: Tensor) -> Tensor:
         torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
-class MappedLayer(nn.Module):
+class MappedLayer(StandIn):
     """What the class of a layer gains while maps are on its parameters.
 
     In a state dict a parameter under maps goes by the names ``torch.nn.utils.parametrize`` would give it,
@@ -92,7 +92,6 @@ class MappedLayer(nn.Module):
     its masks let it.
     """
 
-    plain_class: ClassVar[type[nn.Module]]
     weight_maps: dict[str, MapChain]
 
     @property
@@ -203,18 +202,6 @@ _COPIES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.
 def copied_layers() -> Iterator[tuple[nn.Module, nn.Module | None]]:
     """Yield every copy that still has its maps, with the layer it is a copy of."""
     return ((twin, source()) for twin, source in list(_COPIES.items()) if isinstance(twin, MappedLayer))
-
-
-def plain_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class a module has without the subclass that weight maps, or ``parametrize``, make of it.
-
-    Example:
-        >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
-        >>> type(layer).__name__, plain_class(layer).__name__
-        ('ParametrizedLinear', 'Linear')
-    """
-    cls = type(module).plain_class if isinstance(module, MappedLayer) else type(module)
-    return cls.__bases__[0] if parametrize.is_parametrized(module) else cls
 
 
 def is_mapped(module: nn.Module, attribute: str | None = None) -> bool:

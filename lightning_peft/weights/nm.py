@@ -60,7 +60,7 @@ def nm_mask(weight: Tensor, n: int, m: int, dim: int = -1, *, compiled: bool | N
         weight: Floating point tensor (float16, bfloat16, float32, float64) of any layout, at least one dimension.
         n: Entries kept per group.
         m: Group size.
-        dim: Dimension along which groups run (see :func:`~lightning_peft.weights.nm_layout.input_dim`).
+        dim: Dimension along which groups run (see :func:`~lightning_peft.network.nm_layers.input_dim`).
         compiled: ``True`` runs a kernel from ``torch.compile``, made once per pattern for all shapes; should compiling
             fail, the eager kernel serves from then on, after one warning. ``False`` runs the eager kernel. ``None``
             follows :func:`compile_masks` (eager at first).

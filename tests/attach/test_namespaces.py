@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import lightning_peft
 from lightning_peft import PSKD, LayerGrowth, NMSparsity, Tent, WeightCompander
-from lightning_peft.attach.network import resolve_network
+from lightning_peft.network.resolve import resolve_network
 from lightning_peft.testing.modules import ResidualBlock, loader, mlp
 from lightning_peft.testing.trace import difference
 

@@ -9,7 +9,7 @@ import torch
 from cli_toys import ToyData, ToyModule
 from loading_lines import loaded
 
-from lightning_peft.export.baked_folder import load_baked
+from lightning_peft.baking.baked_folder import load_baked
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def test_a_killed_run_resumes_bit_exactly_and_skips_what_is_finished(cli, toy, t
     assert data["composed"]["metrics"] == json.loads((whole / "report.json").read_text())["composed"]["metrics"]
     assert data["composed"]["flops"] == json.loads((whole / "report.json").read_text())["composed"]["flops"] > 0
     # The curve has the steps of both sessions, each once.
-    from lightning_peft.export.report_curves import read_curves
+    from lightning_peft.report.curves import read_curves
 
     steps = [point.step for point in read_curves(killed / "composed" / "curves")["train/loss"]]
     assert steps == sorted(set(steps))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_peft import PERP, PSKD, NMSparsity, TrainedRankPruning, Wanda, WeightCompander, plan, split_low_rank
-from lightning_peft.export.nm_proof import assert_nm
+from lightning_peft.baking.nm_proof import assert_nm
 from lightning_peft.testing import trainer
 
 transformers = pytest.importorskip("transformers")

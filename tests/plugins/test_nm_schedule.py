@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_peft_plugins.sparsity.nm_schedule import NEVER, RECIPES, Phase, Timeline, needs_end, phase_at
+from lightning_peft_plugins.sparsity._nm_sparsity.nm_schedule import NEVER, RECIPES, Phase, Timeline, needs_end, phase_at
 
 LINE = Timeline(dense_end=10, sparse_end=90, total=100)
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft import NMSparsity, bake, bake_checkpoint, plan
 from lightning_peft.functional import is_nm, nm_mask
-from lightning_peft_plugins.sparsity.nm_schedule import RECIPES
+from lightning_peft_plugins.sparsity._nm_sparsity.nm_schedule import RECIPES
 
 
 class Net(LightningModule):

@@ -36,9 +36,9 @@ from lightning_peft.compose.loss import NonFiniteLossError
 from lightning_peft.compose.run import Run
 from lightning_peft.testing.modules import Conv, Plain, deepened
 from lightning_peft.testing.runs import assert_clean, fit
-from lightning_peft_plugins.growth.triggers import Plateau
-from lightning_peft_plugins.pruning.block_watch import Seen
-from lightning_peft_plugins.pruning.statistics import Statistics
+from lightning_peft_plugins.growth._shared.triggers import Plateau
+from lightning_peft_plugins.pruning._block_pruning.block_activations import Seen
+from lightning_peft_plugins.pruning._shared.layer_statistics import Statistics
 
 Deep = deepened(Plain)
 FAMILIES: list[tuple[type[Plain], Callable[[], Method]]] = [

@@ -13,8 +13,8 @@ from pskd_toys import CLASSES, EPOCHS, SIZE, Lit, Recorded, close, epoch_loader,
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_peft_plugins.regularizers.functional.pskd import pskd_alpha, soft_cross_entropy, soften_targets
 from lightning_peft_plugins.regularizers.pskd import PSKD
-from lightning_peft_plugins.regularizers.pskd_functional import pskd_alpha, soft_cross_entropy, soften_targets
 
 
 def test_official_vectors() -> None:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_peft_plugins.regularizers import soft_label_memory as module
-from lightning_peft_plugins.regularizers.batch_index import index_in_batch
-from lightning_peft_plugins.regularizers.prediction_outbox import PredictionOutbox
-from lightning_peft_plugins.regularizers.soft_label_memory import SoftLabelMemory, fits_memory
+from lightning_peft_plugins.regularizers._pskd import soft_label_memory as module
+from lightning_peft_plugins.regularizers._pskd.batch_index import index_in_batch
+from lightning_peft_plugins.regularizers._pskd.prediction_outbox import PredictionOutbox
+from lightning_peft_plugins.regularizers._pskd.soft_label_memory import SoftLabelMemory, fits_memory
 
 torch.set_num_threads(1)
 writes = st.lists(st.lists(st.integers(0, 11), min_size=1, max_size=5), max_size=8)

@@ -19,7 +19,7 @@ from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.runs import assert_same, fit
 from lightning_peft.testing.toys import ToyThreshold
 from lightning_peft.weights.maps import attach_map, mapped_tensors, set_plain_values
-from lightning_peft_plugins.regularizers.functional import compand, compand_inverse, compander_scales
+from lightning_peft_plugins.regularizers.functional.compander import compand, compand_inverse, compander_scales
 from lightning_peft_plugins.regularizers.weight_compander import CompanderMap, WeightCompander
 
 scales = st.floats(0.05, 20.0)

@@ -11,7 +11,7 @@ from recipe_helpers import needs, quick_trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_peft.attach.channel_units import channel_units
+from lightning_peft.network.channel_units import channel_units
 from lightning_peft_recipes.assets import CIFAR10, CIFAR10_CNN
 from lightning_peft_recipes.cifar10 import MEAN, STD, CIFAR10DataModule, normalise, random_crops
 from lightning_peft_recipes.cifar10_vgg import CIFAR10VGG

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_peft.network.nm_layers import input_dim
 from lightning_peft.weights.groups import Grouping, parse_grouping
-from lightning_peft.weights.nm_layout import input_dim
 
 LAYERS = [nn.Linear(6, 10), nn.Conv2d(6, 10, 3), nn.ConvTranspose2d(6, 10, 3), nn.Conv1d(4, 5, 1)]
 PATTERNS = ["unstructured", "channel", "block:4x4", "block:1x1", "block:3x100", "head:2", "head:4"]

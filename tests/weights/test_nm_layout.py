@@ -7,8 +7,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_peft.network.nm_layers import input_dim
 from lightning_peft.weights.nm import nm_mask
-from lightning_peft.weights.nm_layout import density, group_view, input_dim, remainder
+from lightning_peft.weights.nm_layout import density, group_view, remainder
 
 
 @pytest.mark.parametrize(

@@ -10,22 +10,22 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn 
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_peft.attach.network import resolve_network
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
+from lightning_peft.network.resolve import resolve_network
 from lightning_peft.registry import suggest
 from lightning_peft.structure.carry import RULES
 from lightning_peft.structure.edits import Change, Growth
 from lightning_peft.structure.forms import Form, whole
 from lightning_peft.structure.journal import journal_of
 from lightning_peft.structure.width_map import WidthMap
-from lightning_peft_plugins.growth.growth_plan import GrowthPlan
-from lightning_peft_plugins.growth.ligo_growth import LearntOperator
-from lightning_peft_plugins.growth.masking import Masks
-from lightning_peft_plugins.growth.msg import mask_at
-from lightning_peft_plugins.growth.operators import OPERATORS
-from lightning_peft_plugins.growth.sizes import To, read_sizes
-from lightning_peft_plugins.growth.timed import TimedMethod
+from lightning_peft_plugins.growth._layer_growth.growth_plan import GrowthPlan
+from lightning_peft_plugins.growth._layer_growth.ligo_growth import LearntOperator
+from lightning_peft_plugins.growth._layer_growth.masking import Masks
+from lightning_peft_plugins.growth._layer_growth.msg import mask_at
+from lightning_peft_plugins.growth._layer_growth.operators import OPERATORS
+from lightning_peft_plugins.growth._layer_growth.sizes import To, read_sizes
+from lightning_peft_plugins.growth._shared.timed import TimedMethod
 
 
 class LayerGrowth(TimedMethod):

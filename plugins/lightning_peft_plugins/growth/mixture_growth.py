@@ -11,16 +11,22 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_peft.attach.network import resolve_network
-from lightning_peft.attach.shim import Shim
-from lightning_peft.attach.targets import TargetSpec
+from lightning_peft.capture.shim import Shim
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.contract import methods_of
+from lightning_peft.network.resolve import resolve_network
+from lightning_peft.network.targets import TargetSpec
 from lightning_peft.weights.maps import MappedTensor, WeightMap, mapped_tensors
-from lightning_peft_plugins.growth.halves import head_layers, inner_layers
-from lightning_peft_plugins.growth.mixture import CROSS_RULES, cross_coefficients, mix_templates, of_its_member, own_shares
-from lightning_peft_plugins.growth.timed import TimedMethod
+from lightning_peft_plugins.growth._mixture_growth.halves import head_layers, inner_layers
+from lightning_peft_plugins.growth._shared.timed import TimedMethod
+from lightning_peft_plugins.growth.functional.mixture import (
+    CROSS_RULES,
+    cross_coefficients,
+    mix_templates,
+    of_its_member,
+    own_shares,
+)
 
 
 class MixtureMap(WeightMap):

@@ -14,22 +14,22 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.attach.targets import TargetSpec
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.compose.schedule import Schedule, Shape, parse_point
 from lightning_peft.method import Method
+from lightning_peft.network.targets import TargetSpec
+from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.registry import suggest
 from lightning_peft.structure.depth import blocks_at, blocks_edit
 from lightning_peft.structure.edits import Change, Growth
 from lightning_peft.structure.forms import Form, dict_of, fields, maybe, whole
-from lightning_peft.structure.optimizers import trained_by
 from lightning_peft.weights.choose import check_scores
-from lightning_peft_plugins.pruning.block_budget import Choice, goal, lowest
-from lightning_peft_plugins.pruning.block_watch import SEEN, BlockWatch, Seen
-from lightning_peft_plugins.pruning.block_weights import magnitude_of, taylor_of
+from lightning_peft_plugins.pruning._block_pruning.block_activations import SEEN, BlockWatch, Seen
+from lightning_peft_plugins.pruning._block_pruning.budget import Choice, goal, lowest
+from lightning_peft_plugins.pruning._block_pruning.weight_scores import magnitude_of, taylor_of
+from lightning_peft_plugins.pruning._shared.timeline import Timeline
 from lightning_peft_plugins.pruning.residual_lists import BlockList, lists_form, lists_to_prune
-from lightning_peft_plugins.pruning.timeline import Timeline
 
 SCORES = ("influence", "taylor", "magnitude")
 

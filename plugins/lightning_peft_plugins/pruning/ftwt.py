@@ -14,23 +14,23 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Optimizer
 
-from lightning_peft.attach.channel_units import ChannelUnit, channel_units
-from lightning_peft.attach.layers import is_conv
-from lightning_peft.attach.network import resolve_network
-from lightning_peft.attach.targets import TargetSpec, by_layer, select
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Step
 from lightning_peft.compose.run import Run
 from lightning_peft.compose.schedule import parse_point
 from lightning_peft.method import Method
-from lightning_peft.skipping.costs import LayerCosts, share_of_cost
-from lightning_peft.skipping.deploy import Deployed, deploy
-from lightning_peft.skipping.predictor import NORMALISE, Normalise
-from lightning_peft.structure.optimizers import trained_by
+from lightning_peft.network.channel_units import ChannelUnit, channel_units
+from lightning_peft.network.layers import is_conv
+from lightning_peft.network.resolve import resolve_network
+from lightning_peft.network.targets import TargetSpec, by_layer, select
+from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.weights.maps import mapped_tensors
-from lightning_peft_plugins.pruning.active_channels import Criterion
-from lightning_peft_plugins.pruning.channel_gate import ChannelGate, Prediction
-from lightning_peft_plugins.pruning.trained_predictors import trained_predictors
+from lightning_peft_plugins.pruning._ftwt.channel_gate import ChannelGate, Prediction
+from lightning_peft_plugins.pruning._ftwt.skipping.costs import LayerCosts, share_of_cost
+from lightning_peft_plugins.pruning._ftwt.skipping.deploy import Deployed, deploy
+from lightning_peft_plugins.pruning._ftwt.skipping.predictor import NORMALISE, Normalise
+from lightning_peft_plugins.pruning._ftwt.trained_predictors import trained_predictors
+from lightning_peft_plugins.pruning.functional.active_channels import Criterion
 
 Tokens = Literal["sample", "each"]
 

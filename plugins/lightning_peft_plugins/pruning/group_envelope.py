@@ -10,11 +10,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_peft.compose.run import Run
-from lightning_peft.structure.optimizers import owner
+from lightning_peft.network.nm_layers import input_dim
+from lightning_peft.optim.optimizers import owner
 from lightning_peft.weights.choose import keep_largest
-from lightning_peft.weights.envelope import group_envelope_scale
 from lightning_peft.weights.maps import MappedTensor
-from lightning_peft.weights.nm_layout import input_dim
+from lightning_peft_plugins.pruning.functional.group_envelope import group_envelope_scale
 from lightning_peft_plugins.pruning.masked_pruning import MaskedPruning
 
 

@@ -11,13 +11,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.attach.nm_targets import wide_layers
-from lightning_peft.attach.targets import SENSITIVE, TargetSpec
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.compose.schedule import Schedule, Shape, parse_point
 from lightning_peft.contract import methods_of
 from lightning_peft.method import Method
+from lightning_peft.network.nm_layers import input_dim, wide_layers
+from lightning_peft.network.targets import SENSITIVE, TargetSpec
 from lightning_peft.registry import suggest
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form, fields, flag, maybe, whole
@@ -25,15 +25,14 @@ from lightning_peft.weights.choose import SCOPES, Scope, check_scores, keep_larg
 from lightning_peft.weights.groups import Grouping, parse_grouping
 from lightning_peft.weights.maps import MappedTensor, maps_of
 from lightning_peft.weights.nm import nm_mask
-from lightning_peft.weights.nm_layout import input_dim
 from lightning_peft.weights.nm_pattern import parse_pattern
-from lightning_peft_plugins.pruning.decay import add_decay
-from lightning_peft_plugins.pruning.mask_map import MaskMap, PruneRule
-from lightning_peft_plugins.pruning.rewind import Rewind, rewind_form
-from lightning_peft_plugins.pruning.scores import SCORES
-from lightning_peft_plugins.pruning.statistics import FROM_CALLS
-from lightning_peft_plugins.pruning.timeline import Timeline
-from lightning_peft_plugins.pruning.watch import Watch
+from lightning_peft_plugins.pruning._masked_pruning.decay import add_decay
+from lightning_peft_plugins.pruning._masked_pruning.mask_map import MaskMap, PruneRule
+from lightning_peft_plugins.pruning._masked_pruning.rewind import Rewind, rewind_form
+from lightning_peft_plugins.pruning._shared.layer_statistics import FROM_CALLS
+from lightning_peft_plugins.pruning._shared.layer_watch import Watch
+from lightning_peft_plugins.pruning._shared.scores import SCORES
+from lightning_peft_plugins.pruning._shared.timeline import Timeline
 
 Rule = Literal["zero", "ste", "shrink", "decay"]
 RULES = get_args(Rule)

@@ -9,14 +9,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_peft.attach.layers import heads, is_norm, own_parameters
-from lightning_peft.attach.targets import SENSITIVE, TargetSpec
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.method import Method
-from lightning_peft.structure.optimizers import owner
+from lightning_peft.network.layers import heads, is_norm, own_parameters
+from lightning_peft.network.targets import SENSITIVE, TargetSpec
+from lightning_peft.optim.optimizers import owner
 from lightning_peft.weights.maps import mapped_tensors
-from lightning_peft_plugins.pruning.lora_maps import MaskLoRAMap, ScaleLoRAMap
+from lightning_peft_plugins.pruning.functional.perp import MaskLoRAMap, ScaleLoRAMap
 
 LORA = {"mask": MaskLoRAMap, "scale": ScaleLoRAMap}
 PARTS = ("bias", "norm", "head")

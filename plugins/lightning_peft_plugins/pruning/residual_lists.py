@@ -9,7 +9,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_peft.attach.targets import TargetSpec, select
+from lightning_peft.network.targets import TargetSpec, select
 from lightning_peft.structure.depth import signature, ties
 from lightning_peft.structure.forms import Form, dict_of, fields, list_of, whole
 

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_peft.weights.choose import Scope, keep_largest
-from lightning_peft.weights.sparsity_index import pq_index, pq_pruned
+from lightning_peft_plugins.pruning.functional.sparsity_index import pq_index, pq_pruned
 from lightning_peft_plugins.pruning.masked_pruning import MaskedPruning
 
 

@@ -12,25 +12,25 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.attach.capture import forward_attribute, step_compiler
-from lightning_peft.attach.layers import is_norm, own_parameters
-from lightning_peft.attach.shim import Shim
-from lightning_peft.attach.targets import TargetSpec, select
+from lightning_peft.capture.shim import Shim
+from lightning_peft.capture.tap import forward_attribute, step_compiler
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.compose.schedule import Schedule, Shape, parse_point
 from lightning_peft.method import Method
+from lightning_peft.network.layers import is_norm, own_parameters
+from lightning_peft.network.targets import TargetSpec, select
 from lightning_peft.registry import suggest
 from lightning_peft.structure.edits import Change, Edit, Growth
 from lightning_peft.structure.forms import Form, dict_of, fields, maybe, number, whole
 from lightning_peft.weights.choose import check_scores
-from lightning_peft_plugins.pruning.budget import Limits, StructuredScope
-from lightning_peft_plugins.pruning.channels import Baseline, Channels, Counted
-from lightning_peft_plugins.pruning.dependency import torch_pruning
-from lightning_peft_plugins.pruning.example import example_form, record
-from lightning_peft_plugins.pruning.scores import SCORES
-from lightning_peft_plugins.pruning.timeline import Timeline
-from lightning_peft_plugins.pruning.watch import Watch
+from lightning_peft_plugins.pruning._shared.layer_watch import Watch
+from lightning_peft_plugins.pruning._shared.scores import SCORES
+from lightning_peft_plugins.pruning._shared.timeline import Timeline
+from lightning_peft_plugins.pruning._structured_pruning.budget import Limits, StructuredScope
+from lightning_peft_plugins.pruning._structured_pruning.channels import Baseline, Channels, Counted
+from lightning_peft_plugins.pruning._structured_pruning.dependency import torch_pruning
+from lightning_peft_plugins.pruning._structured_pruning.example import example_form, record
 
 # By name, the score of single weights that is summed over a unit.
 GROUP_SCORES = {"magnitude": "energy", "l1": "magnitude", "taylor": "taylor", "gradient": "gradient", "fisher": "fisher"}

@@ -12,13 +12,13 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.attach.targets import SENSITIVE, TargetSpec
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.compose.run import Run
 from lightning_peft.method import Method
+from lightning_peft.network.targets import SENSITIVE, TargetSpec
+from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form, dict_of, fields, tensors_like, whole
-from lightning_peft.structure.optimizers import trained_by
 from lightning_peft.weights.low_rank import SCHEMES, Scheme, truncate
 from lightning_peft.weights.maps import mapped_tensors
 
@@ -28,7 +28,7 @@ class TrainedRankPruning(Method):
 
     At the first step, every ``period`` steps from there, and after the last one, each target weight becomes its truncated
     singular value decomposition; the step that follows a truncation also follows a sub-gradient of the nuclear norm. After the
-    fit :func:`lightning_peft.export.split_low_rank.split_low_rank` turns each layer into two smaller ones.
+    fit :func:`lightning_peft.baking.split_low_rank.split_low_rank` turns each layer into two smaller ones.
 
     Args:
         energy: Share of the squared singular values to keep; 1 drops none.

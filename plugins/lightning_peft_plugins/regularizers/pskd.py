@@ -13,17 +13,17 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_peft.attach.network import as_logits
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Loss, Step
 from lightning_peft.compose.run import Run
 from lightning_peft.method import Method
+from lightning_peft.network.logits import as_logits
 from lightning_peft.structure.edits import Change
 from lightning_peft.weights.maps import detach_maps
-from lightning_peft_plugins.regularizers.batch_index import index_in_batch
-from lightning_peft_plugins.regularizers.prediction_outbox import PredictionOutbox
-from lightning_peft_plugins.regularizers.pskd_functional import pskd_alpha, soft_cross_entropy
-from lightning_peft_plugins.regularizers.soft_label_memory import MAPPED_FROM, SoftLabelMemory, Storage, fits_memory
+from lightning_peft_plugins.regularizers._pskd.batch_index import index_in_batch
+from lightning_peft_plugins.regularizers._pskd.prediction_outbox import PredictionOutbox
+from lightning_peft_plugins.regularizers._pskd.soft_label_memory import MAPPED_FROM, SoftLabelMemory, Storage, fits_memory
+from lightning_peft_plugins.regularizers.functional.pskd import pskd_alpha, soft_cross_entropy
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 

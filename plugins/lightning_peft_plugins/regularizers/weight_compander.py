@@ -10,20 +10,21 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_peft.attach.targets import TargetSpec
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.method import Method
+from lightning_peft.network.targets import TargetSpec
 from lightning_peft.weights.maps import WeightMap, mapped_tensors
-from lightning_peft_plugins.regularizers.functional import compand, compand_inverse, compander_scales
+from lightning_peft_plugins.regularizers.functional.compander import compand, compand_inverse, compander_scales
 
 
 class CompanderMap(WeightMap):
     """The map ``w = a arctan(v / b)`` on the weights of one layer, with ``log a`` and ``log b`` of its own.
 
     A plain weight that comes in (when the map is attached, when the layer is reset, when the weights of an ordinary module
-    are loaded) sets both scales anew by :func:`~lightning_peft_plugins.regularizers.functional.compander_scales`, so that its
-    values, whatever they are, lie within the bound and the layer computes what it did.
+    are loaded) sets both scales anew by
+    :func:`~lightning_peft_plugins.regularizers.functional.compander.compander_scales`, so that its values, whatever they are,
+    lie within the bound and the layer computes what it did.
 
     Args:
         headroom: Bound over the layer's largest magnitude, above 1.

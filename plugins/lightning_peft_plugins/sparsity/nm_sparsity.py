@@ -10,19 +10,18 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_peft.attach.nm_targets import wide_layers
-from lightning_peft.attach.targets import SENSITIVE, TargetSpec, by_layer
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.compose.schedule import parse_point
 from lightning_peft.method import Method
+from lightning_peft.network.nm_layers import input_dim, inputs, wide_layers
+from lightning_peft.network.targets import SENSITIVE, TargetSpec, by_layer
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form, fields, list_of, whole
 from lightning_peft.weights.maps import maps_of
-from lightning_peft.weights.nm_layout import input_dim, inputs
 from lightning_peft.weights.nm_pattern import parse_pattern
-from lightning_peft_plugins.sparsity.nm_map import HeldNMMap, MaskRule, NMMap
-from lightning_peft_plugins.sparsity.nm_schedule import NEVER, RECIPES, Recipe, Timeline, needs_end, phase_at
+from lightning_peft_plugins.sparsity._nm_sparsity.nm_map import HeldNMMap, MaskRule, NMMap
+from lightning_peft_plugins.sparsity._nm_sparsity.nm_schedule import NEVER, RECIPES, Recipe, Timeline, needs_end, phase_at
 
 
 class NMSparsity(Method):

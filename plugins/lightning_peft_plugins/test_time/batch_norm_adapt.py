@@ -8,10 +8,10 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_peft.attach.evaluation import Call
+from lightning_peft.capture.evaluation import Call
 from lightning_peft.compose.run import Run
-from lightning_peft_plugins.test_time.batch_statistics import BlendStatistics, UseBatchStatistics, batch_norms
-from lightning_peft_plugins.test_time.stream import StreamMethod
+from lightning_peft_plugins.test_time._shared.batch_statistics import BlendStatistics, UseBatchStatistics, batch_norms
+from lightning_peft_plugins.test_time._shared.stream import StreamMethod
 
 
 class BatchNormAdapt(StreamMethod):
@@ -24,8 +24,8 @@ class BatchNormAdapt(StreamMethod):
             16 in the paper on robustness (Schneider et al., 2020).
         momentum: Keep what was blended and blend the next batch into it, as an exponential moving average; the weight of the
             batch is ``momentum``.
-        kwargs: Arguments of :class:`~lightning_peft_plugins.test_time.stream.StreamMethod`; ``keep=True`` with a momentum
-            leaves the averaged statistics in the module.
+        kwargs: Arguments of :class:`~lightning_peft_plugins.test_time._shared.stream.StreamMethod`; ``keep=True`` with a
+            momentum leaves the averaged statistics in the module.
 
     Raises:
         MisconfigurationException: More than one of the three is given, or one out of range.

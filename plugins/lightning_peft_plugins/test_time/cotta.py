@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.attach.evaluation import Call
-from lightning_peft.attach.network import with_logits
-from lightning_peft.attach.targets import TargetSpec
+from lightning_peft.capture.evaluation import Call
 from lightning_peft.compose.run import Run
-from lightning_peft_plugins.test_time.functional import symmetric_cross_entropy
-from lightning_peft_plugins.test_time.views import ViewMethod
+from lightning_peft.network.logits import with_logits
+from lightning_peft.network.targets import TargetSpec
+from lightning_peft_plugins.test_time._shared.views import ViewMethod
+from lightning_peft_plugins.test_time.functional.predictions import symmetric_cross_entropy
 
 
 class CoTTA(ViewMethod):
@@ -30,7 +30,7 @@ class CoTTA(ViewMethod):
         symmetric: Loss in both directions (ImageNet) instead of one (CIFAR).
         seed: Seed of the restoration.
         targets: Layers whose parameters move; ``None`` is the whole module.
-        kwargs: Arguments of :class:`~lightning_peft_plugins.test_time.views.ViewMethod`.
+        kwargs: Arguments of :class:`~lightning_peft_plugins.test_time._shared.views.ViewMethod`.
 
     Example:
         >>> CoTTA(lr=1e-3, optimizer="Adam", threshold=0.92, symmetric=False).views

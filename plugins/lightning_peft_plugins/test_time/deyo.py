@@ -8,9 +8,14 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_peft.attach.evaluation import Call
-from lightning_peft_plugins.test_time.entropy import EntropyMethod
-from lightning_peft_plugins.test_time.functional import entropy_margin, entropy_weight, prediction_drop, shuffle_patches
+from lightning_peft.capture.evaluation import Call
+from lightning_peft_plugins.test_time._shared.entropy import EntropyMethod
+from lightning_peft_plugins.test_time.functional.predictions import (
+    entropy_margin,
+    entropy_weight,
+    prediction_drop,
+    shuffle_patches,
+)
 
 
 class DeYO(EntropyMethod):
@@ -25,7 +30,7 @@ class DeYO(EntropyMethod):
         drop: Fall of the predicted class's probability (PLPD) from which a prediction counts.
         patches: Patches along each side.
         seed: Seed of the shuffling.
-        kwargs: Arguments of :class:`~lightning_peft_plugins.test_time.entropy.EntropyMethod`.
+        kwargs: Arguments of :class:`~lightning_peft_plugins.test_time._shared.entropy.EntropyMethod`.
 
     Example:
         >>> DeYO(drop=0.3).drop

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.attach.evaluation import Call
+from lightning_peft.capture.evaluation import Call
 from lightning_peft.compose.run import Run
-from lightning_peft_plugins.test_time.entropy import EntropyMethod
-from lightning_peft_plugins.test_time.functional import entropy_margin, entropy_weight, redundancy
+from lightning_peft_plugins.test_time._shared.entropy import EntropyMethod
+from lightning_peft_plugins.test_time.functional.predictions import entropy_margin, entropy_weight, redundancy
 
 
 class ETA(EntropyMethod):
@@ -24,7 +24,7 @@ class ETA(EntropyMethod):
         e_margin: Entropy margin, in units of ``ln(classes)``.
         d_margin: Cosine from which a prediction is redundant. Few classes need a larger one: 0.4 on CIFAR-10.
         official: Keep the moving average across resets, as the official code does.
-        kwargs: Arguments of :class:`~lightning_peft_plugins.test_time.entropy.EntropyMethod`.
+        kwargs: Arguments of :class:`~lightning_peft_plugins.test_time._shared.entropy.EntropyMethod`.
 
     Example:
         >>> ETA(d_margin=0.4).d_margin

@@ -12,15 +12,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from lightning_peft.attach.batches import batch_size
-from lightning_peft.attach.layers import parameter_names
-from lightning_peft.attach.targets import TargetSpec
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.method import Method
+from lightning_peft.network.batches import batch_size
+from lightning_peft.network.layers import parameter_names
+from lightning_peft.network.targets import TargetSpec
 from lightning_peft.structure.forms import Form, fields, tensors_like
 from lightning_peft.weights.fisher import diagonal_fisher
-from lightning_peft_plugins.test_time.batch_statistics import UseBatchStatistics, batch_norms
+from lightning_peft_plugins.test_time._shared.batch_statistics import UseBatchStatistics, batch_norms
 
 Convention = Literal["batch", "sample", "expected"]
 

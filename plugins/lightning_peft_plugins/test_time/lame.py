@@ -8,12 +8,12 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_peft.attach.evaluation import Call
-from lightning_peft.attach.layers import heads
-from lightning_peft.attach.network import with_logits
+from lightning_peft.capture.evaluation import Call
 from lightning_peft.compose.run import Run
-from lightning_peft_plugins.test_time.lame_functional import Affinity, affinity_matrix, laplacian_adjust
-from lightning_peft_plugins.test_time.stream import StreamMethod
+from lightning_peft.network.layers import heads
+from lightning_peft.network.logits import with_logits
+from lightning_peft_plugins.test_time._shared.stream import StreamMethod
+from lightning_peft_plugins.test_time.functional.lame import Affinity, affinity_matrix, laplacian_adjust
 
 
 class LAME(StreamMethod):
@@ -28,7 +28,7 @@ class LAME(StreamMethod):
         steps: Most iterations of the adjustment.
         symmetric: Average the affinity with its transpose.
         features: Qualified name of the submodule whose input is the features; the head that writes the logits by default.
-        kwargs: Arguments of :class:`~lightning_peft_plugins.test_time.stream.StreamMethod`.
+        kwargs: Arguments of :class:`~lightning_peft_plugins.test_time._shared.stream.StreamMethod`.
 
     Example:
         >>> LAME(affinity="rbf").neighbours

@@ -7,13 +7,13 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_peft.attach.batches import detached, join
-from lightning_peft.attach.evaluation import Call
-from lightning_peft.attach.targets import TargetSpec
+from lightning_peft.capture.evaluation import Call
 from lightning_peft.compose.run import Run
-from lightning_peft_plugins.test_time.batch_statistics import BlendStatistics, batch_norms
-from lightning_peft_plugins.test_time.functional import marginal_entropy
-from lightning_peft_plugins.test_time.views import ViewMethod
+from lightning_peft.network.batches import detached, join
+from lightning_peft.network.targets import TargetSpec
+from lightning_peft_plugins.test_time._shared.batch_statistics import BlendStatistics, batch_norms
+from lightning_peft_plugins.test_time._shared.views import ViewMethod
+from lightning_peft_plugins.test_time.functional.predictions import marginal_entropy
 
 
 class MEMO(ViewMethod):
@@ -26,7 +26,7 @@ class MEMO(ViewMethod):
         prior: How many samples the source's BatchNorm statistics count against the views as one; ``None``: they count alone.
         episodic: Return to the source after every sample, as published.
         targets: Layers whose parameters move; ``None`` is the whole module.
-        kwargs: Arguments of :class:`~lightning_peft_plugins.test_time.views.ViewMethod`.
+        kwargs: Arguments of :class:`~lightning_peft_plugins.test_time._shared.views.ViewMethod`.
 
     Example:
         >>> MEMO(lr=0.005, views=32).views

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.attach.evaluation import Call
-from lightning_peft.attach.network import with_logits
-from lightning_peft_plugins.test_time.functional import softmax_entropy, symmetric_cross_entropy
-from lightning_peft_plugins.test_time.views import ViewMethod
+from lightning_peft.capture.evaluation import Call
+from lightning_peft.network.logits import with_logits
+from lightning_peft_plugins.test_time._shared.views import ViewMethod
+from lightning_peft_plugins.test_time.functional.predictions import softmax_entropy, symmetric_cross_entropy
+from lightning_peft_plugins.test_time.functional.roid import prior_corrected, soft_likelihood_ratio
 
 
 class ROID(ViewMethod):
@@ -26,7 +27,7 @@ class ROID(ViewMethod):
         temperature: Of the weights.
         consistency: Whether the term over a random view is used.
         prior_correction: Whether logits are corrected.
-        kwargs: Arguments of :class:`~lightning_peft_plugins.test_time.views.ViewMethod`.
+        kwargs: Arguments of :class:`~lightning_peft_plugins.test_time._shared.views.ViewMethod`.
 
     Example:
         >>> ROID(consistency=False).source_momentum
@@ -90,42 +91,6 @@ class ROID(ViewMethod):
     def forget(self) -> None:
         self._average: Tensor | None = None
         super().forget()
-
-
-def soft_likelihood_ratio(logits: Tensor, clip: float = 0.99) -> Tensor:
-    """Negative soft log-likelihood ratio, ``-sum p log(p / (1 - p))`` with probabilities clipped (ROID, eq. 4).
-
-    Args:
-        logits: Shape ``(batch, classes)``.
-        clip: Largest probability.
-
-    Returns:
-        Shape ``(batch,)``.
-
-    Example:
-        >>> soft_likelihood_ratio(torch.tensor([[0.0, 0.0]])).abs() < 1e-4
-        tensor([True])
-    """
-    p = logits.softmax(-1).clamp(max=clip)
-    return -(p * (p / (1 - p) + 1e-5).log()).sum(-1)
-
-
-def prior_corrected(logits: Tensor) -> Tensor:
-    """Logits times the smoothed mean prediction of the batch, as the official code corrects for shifted labels.
-
-    Args:
-        logits: Shape ``(batch, classes)``.
-
-    Returns:
-        Same shape.
-
-    Example:
-        >>> prior_corrected(torch.tensor([[2.0, 0.0]])).round(decimals=3)
-        tensor([[1.2330, 0.0000]])
-    """
-    prior = logits.softmax(-1).mean(0)
-    smooth = max(1 / logits.shape[0], 1 / logits.shape[1]) / prior.max()
-    return logits * (prior + smooth) / (1 + smooth * logits.shape[1])
 
 
 def _spread(values: Tensor) -> Tensor:

@@ -8,13 +8,13 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_peft.attach.evaluation import Call
-from lightning_peft.attach.network import with_logits
+from lightning_peft.capture.evaluation import Call
 from lightning_peft.compose.run import Run
-from lightning_peft_plugins.test_time.batch_statistics import RobustStatistics, batch_norms
-from lightning_peft_plugins.test_time.functional import symmetric_cross_entropy
-from lightning_peft_plugins.test_time.sample_memory import SampleMemory
-from lightning_peft_plugins.test_time.views import ViewMethod
+from lightning_peft.network.logits import with_logits
+from lightning_peft_plugins.test_time._rotta.sample_memory import SampleMemory
+from lightning_peft_plugins.test_time._shared.batch_statistics import RobustStatistics, batch_norms
+from lightning_peft_plugins.test_time._shared.views import ViewMethod
+from lightning_peft_plugins.test_time.functional.predictions import symmetric_cross_entropy
 
 
 class RoTTA(ViewMethod):
@@ -30,7 +30,7 @@ class RoTTA(ViewMethod):
         teacher_momentum: Share of the network that goes into the teacher at an update.
         timeliness: Weight of the age in the memory's score.
         uncertainty: Weight of the entropy in the memory's score.
-        kwargs: Arguments of :class:`~lightning_peft_plugins.test_time.views.ViewMethod`.
+        kwargs: Arguments of :class:`~lightning_peft_plugins.test_time._shared.views.ViewMethod`.
 
     Example:
         >>> RoTTA(capacity=32, every=32).every

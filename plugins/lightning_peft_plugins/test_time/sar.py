@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.attach.evaluation import Call
-from lightning_peft_plugins.test_time.entropy import EntropyMethod
-from lightning_peft_plugins.test_time.functional import entropy_margin, softmax_entropy
+from lightning_peft.capture.evaluation import Call
+from lightning_peft_plugins.test_time._shared.entropy import EntropyMethod
+from lightning_peft_plugins.test_time.functional.predictions import entropy_margin, softmax_entropy
 
 # What the official code leaves alone: the last stage of a ResNet, the last blocks of a ViT-B, and the last norm.
 TOP = re.compile(r"(^|\.)layer4\.|(^|\.)blocks\.(9|1[01])\.|(^|\.)norm(\.|$)")
@@ -29,8 +29,8 @@ class SAR(EntropyMethod):
         reset_threshold: Average loss, in nats, below which the source comes back.
         official: Do as the published code where it departs from the paper: the average loss and the optimizer's momentum
             survive a recovery, and a batch without a reliable sample still drifts along the momentum.
-        kwargs: Arguments of :class:`~lightning_peft_plugins.test_time.entropy.EntropyMethod`. Without ``exclude``, the last
-            blocks of ResNets and of ViTs with twelve blocks are left alone, as in the paper.
+        kwargs: Arguments of :class:`~lightning_peft_plugins.test_time._shared.entropy.EntropyMethod`. Without ``exclude``, the
+            last blocks of ResNets and of ViTs with twelve blocks are left alone, as in the paper.
 
     Example:
         >>> SAR(rho=0.1).rho

@@ -19,7 +19,7 @@ from lightning_peft import LayerGrowth
 from lightning_peft.functional import growth_tokens
 from lightning_peft.structure.journal import journal_of
 from lightning_peft.testing.modules import Plain, deepened, loader, trainer
-from lightning_peft_plugins.growth.depth_operators import interpolated, last_repeated, new_places, paired, stacked
+from lightning_peft_plugins.growth._layer_growth.depth_operators import interpolated, last_repeated, new_places, paired, stacked
 
 
 class Watch(Callback):

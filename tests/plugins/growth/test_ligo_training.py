@@ -15,8 +15,13 @@ from lightning_peft.structure import edits
 from lightning_peft.structure.depth import blocks_edit
 from lightning_peft.structure.width_edit import width_edit
 from lightning_peft.weights.maps import plain_values, set_plain_values
-from lightning_peft_plugins.growth.ligo_training import init_operator, learn_operator, materialised, train_operator
-from lightning_peft_plugins.growth.width_families import find_width_map
+from lightning_peft_plugins.growth._layer_growth.ligo_training import (
+    init_operator,
+    learn_operator,
+    materialised,
+    train_operator,
+)
+from lightning_peft_plugins.growth._layer_growth.width_families import find_width_map
 
 LABELS = torch.tensor([0, 3, 1])
 

@@ -20,9 +20,9 @@ from lightning_peft.structure.width import resize
 from lightning_peft.structure.width_edit import width_edit
 from lightning_peft.structure.width_map import Layer, Norm, WidthMap
 from lightning_peft.weights.maps import plain_values, set_plain_values
+from lightning_peft_plugins.growth._layer_growth.masking import Masks
+from lightning_peft_plugins.growth._layer_growth.msg import msg
 from lightning_peft_plugins.growth.block_lists import find_blocks
-from lightning_peft_plugins.growth.masking import Masks
-from lightning_peft_plugins.growth.msg import msg
 
 
 @pytest.fixture(autouse=True)

@@ -22,8 +22,8 @@ from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import FEATURES, Plain, TwoOptimizers, loader
 from lightning_peft.testing.runs import assert_same
 from lightning_peft.testing.trace import difference
-from lightning_peft_plugins.growth.halves import inner_layers
-from lightning_peft_plugins.growth.mixture import cross_coefficients, mix_templates, of_its_member
+from lightning_peft_plugins.growth._mixture_growth.halves import inner_layers
+from lightning_peft_plugins.growth.functional.mixture import cross_coefficients, mix_templates, of_its_member
 from lightning_peft_plugins.growth.mixture_growth import MixtureMap
 
 SEVERAL = "several networks in one module: the one to grow is named with network="

@@ -29,8 +29,8 @@ from width_networks import (
 from lightning_peft.structure.width import check_resize, resize, undo_resize
 from lightning_peft.structure.width_edit import width_edit
 from lightning_peft.weights.maps import plain_values, set_plain_values
-from lightning_peft_plugins.growth import lemon, ligo, msg, net2net
-from lightning_peft_plugins.growth.width_families import find_width_map
+from lightning_peft_plugins.growth._layer_growth import lemon, ligo, msg, net2net
+from lightning_peft_plugins.growth._layer_growth.width_families import find_width_map
 
 
 @pytest.fixture(autouse=True)

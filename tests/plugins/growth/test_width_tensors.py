@@ -13,8 +13,8 @@ from width_networks import EXACT, IMAGES, ready, vit
 from lightning_peft.structure.width import resize
 from lightning_peft.structure.width_edit import width_edit
 from lightning_peft.weights.maps import plain_values
-from lightning_peft_plugins.growth import lemon, ligo, msg, net2net
-from lightning_peft_plugins.growth.width_families import find_width_map
+from lightning_peft_plugins.growth._layer_growth import lemon, ligo, msg, net2net
+from lightning_peft_plugins.growth._layer_growth.width_families import find_width_map
 
 sizes = st.tuples(st.integers(2, 7), st.integers(0, 12)).map(lambda pair: (pair[0], sum(pair)))
 seeds = st.integers(0, 1000)

@@ -11,7 +11,7 @@ import torch
 from lightning_peft.structure.width import check_resize, resize
 from lightning_peft.structure.width_edit import width_edit
 from lightning_peft.weights.maps import plain_values, set_plain_values
-from lightning_peft_plugins.growth.width_families import find_width_map
+from lightning_peft_plugins.growth._layer_growth.width_families import find_width_map
 
 EXACT = 1e-12
 IDS = torch.tensor([[1, 5, 3, 8, 2, 2], [9, 4, 4, 1, 7, 6]])

@@ -29,8 +29,8 @@ from lightning_peft.testing import MethodTester
 from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import deepened, loader, trainer
 from lightning_peft.testing.runs import Fit, assert_same, fit
+from lightning_peft_plugins.pruning._block_pruning.block_activations import BlockWatch, Seen
 from lightning_peft_plugins.pruning.block_pruning import BlockPruning
-from lightning_peft_plugins.pruning.block_watch import BlockWatch, Seen
 
 
 class TestBlockPruning(MethodTester):

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from lightning_peft.structure.journal import journal_of
 from lightning_peft.testing.modules import Plain, ResidualBlock
 from lightning_peft.testing.runs import fit
-from lightning_peft_plugins.pruning.block_influence import block_influence
+from lightning_peft_plugins.pruning._block_pruning.weight_scores import magnitude_of, taylor_of
 from lightning_peft_plugins.pruning.block_pruning import BlockPruning
-from lightning_peft_plugins.pruning.block_weights import magnitude_of, taylor_of
+from lightning_peft_plugins.pruning.functional.block_influence import block_influence
 
 
 def test_the_score_is_the_mean_of_the_window() -> None:

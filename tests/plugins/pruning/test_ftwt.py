@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from lightning_peft import FTWT, LayerGrowth
-from lightning_peft.attach.channel_units import channel_units
 from lightning_peft.functional import active_channels
+from lightning_peft.network.channel_units import channel_units
 from lightning_peft.testing import MethodTester
 from lightning_peft.testing.modules import Plain, deepened, loader
 from lightning_peft.testing.runs import fit
 from lightning_peft_plugins.pruning import ftwt
-from lightning_peft_plugins.pruning.channel_gate import ChannelGate
+from lightning_peft_plugins.pruning._ftwt.channel_gate import ChannelGate
 
 
 class TestFTWT(MethodTester):

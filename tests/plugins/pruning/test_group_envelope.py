@@ -13,7 +13,7 @@ from torch import nn
 from lightning_peft import GroupEnvelope
 from lightning_peft.testing.modules import Plain
 from lightning_peft.testing.runs import fit
-from lightning_peft.weights.envelope import group_envelope_scale
+from lightning_peft_plugins.pruning.functional.group_envelope import group_envelope_scale
 
 EVERYTHING: Any = ()
 

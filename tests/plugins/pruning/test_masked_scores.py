@@ -14,9 +14,9 @@ from lightning_peft import GBLM, MaskedPruning, Wanda
 from lightning_peft.testing import MethodTester
 from lightning_peft.testing.runs import fit
 from lightning_peft.weights.maps import mapped_tensors
-from lightning_peft_plugins.pruning.deviations import deviation_ratio
-from lightning_peft_plugins.pruning.scores import beta_rank, wanda
-from lightning_peft_plugins.pruning.statistics import Statistics
+from lightning_peft_plugins.pruning._shared.deviations import deviation_ratio
+from lightning_peft_plugins.pruning._shared.layer_statistics import Statistics
+from lightning_peft_plugins.pruning._shared.scores import beta_rank, wanda
 
 
 class TestBetaRank(MethodTester):

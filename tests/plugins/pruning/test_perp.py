@@ -23,7 +23,7 @@ from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import BatchNorm, Conv, HuggingFace, Plain, deepened, loader
 from lightning_peft.testing.runs import assert_clean, assert_same, fit
 from lightning_peft.weights.maps import mapped_tensors
-from lightning_peft_plugins.pruning.lora_maps import MaskLoRAMap, ScaleLoRAMap, mask_lora
+from lightning_peft_plugins.pruning.functional.perp import MaskLoRAMap, ScaleLoRAMap, mask_lora
 
 EVERYTHING: Any = ()
 

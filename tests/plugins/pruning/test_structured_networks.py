@@ -11,9 +11,9 @@ from structured_networks import IMAGES, NETWORKS, build, channels, output, resne
 from torch import Tensor, nn
 
 from lightning_peft.structure import edits
-from lightning_peft_plugins.pruning.budget import Limits
-from lightning_peft_plugins.pruning.channels import Baseline
-from lightning_peft_plugins.pruning.coupled import Coupled, cut_edit
+from lightning_peft_plugins.pruning._structured_pruning.budget import Limits
+from lightning_peft_plugins.pruning._structured_pruning.channels import Baseline
+from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled, cut_edit
 
 torch_pruning = pytest.importorskip("torch_pruning")
 

@@ -11,7 +11,7 @@ from torch import nn
 from tta_toys import CLASSES, batch_norm_net, close, configured, entropy, layer_norm_net, norm_parameters, run, stream
 
 from lightning_peft import ETA, Tent
-from lightning_peft_plugins.test_time.batch_statistics import FrozenStatistics
+from lightning_peft_plugins.test_time._shared.batch_statistics import FrozenStatistics
 
 MARGIN = 0.6
 

@@ -19,8 +19,8 @@ from lightning_peft.functional import (
     softmax_entropy,
     symmetric_cross_entropy,
 )
-from lightning_peft_plugins.test_time.batch_statistics import BlendStatistics, UseBatchStatistics
-from lightning_peft_plugins.test_time.costs import TRIALS, Costs, Way
+from lightning_peft_plugins.test_time._shared.batch_statistics import BlendStatistics, UseBatchStatistics
+from lightning_peft_plugins.test_time._shared.costs import TRIALS, Costs, Way
 
 logits = st.lists(st.lists(st.floats(-30, 30), min_size=4, max_size=4), min_size=1, max_size=8).map(torch.tensor)
 

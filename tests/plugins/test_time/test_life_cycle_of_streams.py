@@ -15,7 +15,7 @@ from test_stream import METHODS, Stop, same, state
 from tta_toys import Trained, batch_norm_net, close, layer_norm_net, run, stream
 
 from lightning_peft import LAME
-from lightning_peft.attach.shim import Shim
+from lightning_peft.capture.shim import Shim
 from lightning_peft.testing.modules import trainer
 
 ALL = {**METHODS, "LAME": LAME}

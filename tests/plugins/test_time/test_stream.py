@@ -25,12 +25,12 @@ from tta_toys import (
 )
 
 from lightning_peft import EATA, ETA, MEMO, ROID, SAR, BatchNormAdapt, CoTTA, DeYO, FisherEstimator, RDumb, RoTTA, Tent
-from lightning_peft.attach.evaluation import Call
 from lightning_peft.attach.plan import ConflictError
+from lightning_peft.capture.evaluation import Call
 from lightning_peft.testing.ddp import run_ddp
 from lightning_peft.testing.modules import trainer
 from lightning_peft.testing.trace import difference, trace
-from lightning_peft_plugins.test_time.window import Window
+from lightning_peft_plugins.test_time._shared.window import Window
 
 FAST = {"lr": 0.05, "e_margin": 0.7}
 METHODS = {

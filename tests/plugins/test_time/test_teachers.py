@@ -12,8 +12,8 @@ from tta_toys import CLASSES, NETS, batch_norm_net, close, configured, entropy, 
 
 from lightning_peft import MEMO, ROID, CoTTA, RoTTA
 from lightning_peft.functional import marginal_entropy
-from lightning_peft_plugins.test_time.sample_memory import SampleMemory
-from lightning_peft_plugins.test_time.views import RandomViews
+from lightning_peft_plugins.test_time._rotta.sample_memory import SampleMemory
+from lightning_peft_plugins.test_time._shared.views import RandomViews
 
 
 def mirror(x):

@@ -12,11 +12,11 @@ from torch import nn
 from tta_toys import NETS, Classifier, close, layer_norm_net, norm_parameters, run, stream
 
 from lightning_peft import EATA, ETA, SAR, DeYO, Tent
-from lightning_peft.attach.evaluation import Call, Passes
+from lightning_peft.capture.evaluation import Call, Passes
 from lightning_peft.testing.modules import trainer
-from lightning_peft_plugins.test_time.costs import Way
-from lightning_peft_plugins.test_time.entropy import EntropyMethod
-from lightning_peft_plugins.test_time.workers import Workers, fits, replica
+from lightning_peft_plugins.test_time._shared.costs import Way
+from lightning_peft_plugins.test_time._shared.entropy import EntropyMethod
+from lightning_peft_plugins.test_time._shared.workers import Workers, fits, replica
 
 MARGINS = {"lr": 0.05, "e_margin": 0.6, "d_margin": 0.7}
 FISHER = {f"net.net.{i}.{kind}": torch.ones(16) for i in (2, 5) for kind in ("weight", "bias")}

@@ -1,0 +1,163 @@
+"""Baking: from a module or checkpoint under weight maps to an ordinary one that loads without this library."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lightning_peft.attach.saving import JournalShim
+from lightning_peft.baking.reading import harmless_objects
+from lightning_peft.baking.reading import read_checkpoint as read_checkpoint
+from lightning_peft.files import whole
+from lightning_peft.structure import checkpoint as files
+from lightning_peft.structure import journal
+from lightning_peft.structure.edits import Edit
+from lightning_peft.weights.maps import detach_maps
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+LightningT = TypeVar("LightningT", bound=LightningModule)
+
+_KEPT = ("epoch", "global_step", "pytorch-lightning_version")
+
+
+def bake(module: ModuleT) -> ModuleT:
+    """Turn a module into an ordinary one, in place: weight maps applied, masks last, names and classes as they were.
+
+    A module whose ``fit`` has ended is baked already; a copy taken during training is not.
+
+    Args:
+        module: Any module, usually ``copy.deepcopy`` of one in training.
+
+    Returns:
+        The same module.
+
+    Example:
+        >>> import torch
+        >>> bake(torch.nn.Linear(2, 2))
+        Linear(in_features=2, out_features=2, bias=True)
+    """
+    detach_maps(module, "baked")
+    return module
+
+
+def baked(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ordinary form of a checkpoint: plain weights and hyperparameters, nothing to resume.
+
+    Args:
+        checkpoint: What :func:`read_checkpoint` returned.
+
+    Raises:
+        CheckpointError: The recorded weight maps do not fit the tensors.
+    """
+    section = files.read(checkpoint)
+    kept = {key: checkpoint[key] for key in checkpoint if key in _KEPT or key.startswith(("hyper_parameters", "hparams"))}
+    state = dict(checkpoint["state_dict"])
+    if section is None:
+        return {**kept, "state_dict": state}
+    done = [{key: value for key, value in record.items() if key != "maps"} for record in section["methods"]]
+    history = {"version": section["version"], "methods": done, "weights": {}}
+    if edits := journal.read(section):
+        history["journal"] = journal.write(edits)
+    return {**kept, "state_dict": files.bake_state_dict(state, section), files.KEY: history}
+
+
+def bake_checkpoint(source: str | Path, target: str | Path, *, trusted: bool = False) -> Path:
+    """Bake a checkpoint file; the model's class is not needed.
+
+    Args:
+        source: Checkpoint written during or after training.
+        target: File to write; ``ModelClass.load_from_checkpoint(target)`` works without this library, if its arguments build
+            the network the training ended with. Objects among the hyperparameters are kept, and Lightning too reads them with
+            ``weights_only=False`` only.
+        trusted: Whether Python objects in the file may be rebuilt; see :func:`read_checkpoint`.
+
+    Returns:
+        ``target``.
+
+    Raises:
+        CheckpointError: See :func:`read_checkpoint` and :func:`baked`.
+    """
+    target = Path(target)
+    checkpoint = baked(read_checkpoint(source, trusted=trusted))
+    with whole(target) as part, part.open("wb") as file:  # of a path torch.save would not say that a disk is full
+        torch.save(checkpoint, file)
+    return target
+
+
+def load_from_checkpoint(cls: type[LightningT], path: str | Path, *, trusted: bool = False, **kwargs: Any) -> LightningT:
+    """Load a LightningModule from any checkpoint of a run with methods, baked, and grown if it was.
+
+    Args:
+        cls: The user's class.
+        path: Checkpoint written during or after training.
+        trusted: Whether Python objects in the file may be rebuilt, as a network among the hyperparameters; see
+            :func:`read_checkpoint`.
+        **kwargs: Passed to ``cls.load_from_checkpoint``: constructor arguments, ``map_location``, ``strict``.
+
+    Returns:
+        An ordinary module that computes what the trained one does.
+
+    Raises:
+        CheckpointError: See :func:`read_checkpoint` and :func:`baked`; or LightningCLI trained another class.
+        MisconfigurationException: ``weights_only`` was passed.
+    """
+    if "weights_only" in kwargs:
+        raise MisconfigurationException(
+            "load_from_checkpoint has no weights_only: files are read as plain data. Where a file you trust holds Python "
+            "objects, pass trusted=True instead of weights_only=False."
+        )
+    checkpoint = baked(read_checkpoint(path, trusted=trusted))
+    edits = journal.read(checkpoint.get(files.KEY))
+    if edits:
+        cls = _claim_class(cls, checkpoint)
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    buffer.seek(0)
+    built = _replaying(cls, edits) if edits else cls
+    with harmless_objects():
+        module: LightningT = built.load_from_checkpoint(buffer, weights_only=not trusted, **kwargs)
+    if edits:
+        module.__class__ = cls
+        JournalShim.keep(module)
+    return module
+
+
+def _replaying(cls: type[LightningT], edits: list[Edit]) -> type[LightningT]:
+    """Return a subclass that goes through edits between being built and being filled, and leaves the user's class alone."""
+
+    def on_load_checkpoint(self: LightningT, checkpoint: dict[str, Any]) -> None:
+        journal.replay(self, edits, checkpoint["state_dict"])
+        cls.on_load_checkpoint(self, checkpoint)
+
+    # The one moment between the two is the module's own hook.
+    return type(cls.__name__, (cls,), {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__})
+
+
+def _claim_class(cls: type[LightningT], checkpoint: dict[str, Any]) -> type[LightningT]:
+    """Return the class LightningCLI recorded, and strike its name out of the checkpoint.
+
+    Lightning would look for the name among subclasses of the class it loads with, and that one is made for the occasion. As
+    there, only classes that are imported already count.
+    """
+    hyper = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY)
+    if not isinstance(hyper, Mapping) or "_class_path" not in hyper:
+        return cls
+    name = str(hyper["_class_path"])
+    module, _, attribute = name.rpartition(".")
+    found = getattr(sys.modules.get(module), attribute, None)
+    if not (isinstance(found, type) and issubclass(found, cls)):
+        raise files.CheckpointError(
+            f"The checkpoint was trained as {name}, which is neither {cls.__name__} nor an imported class that inherits from "
+            f"it. Import {attribute or name} and pass it instead of {cls.__name__}."
+        )
+    plain = {key: value for key, value in hyper.items() if key != "_class_path"}
+    checkpoint[cls.CHECKPOINT_HYPER_PARAMS_KEY] = plain
+    return found

@@ -1,0 +1,101 @@
+"""How sure a classifier is against how often it is right, gathered during ``test`` from any module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_peft.capture.tap import Tap
+from lightning_peft.network.labels import labels_of
+from lightning_peft.network.logits import as_logits
+from lightning_peft.network.resolve import resolve_network
+
+Bins = list[tuple[float, float, float]]
+
+
+class ConfidenceRecorder(Callback):
+    """Records confidence and correctness of every test sample.
+
+    Logits come from the network's own calls, labels from the batch. A module whose network or labels cannot be told apart is
+    left alone, and nothing is recorded.
+
+    Attributes:
+        confidence: Highest probability of each sample.
+        correct: Whether that class was right.
+    """
+
+    def __init__(self) -> None:
+        self.confidence: list[float] = []
+        self.correct: list[bool] = []
+        self._tap: Tap | None = None
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the network and listen."""
+        try:
+            name, network = resolve_network(pl_module)
+        except MisconfigurationException:
+            return
+        self._tap = Tap(network, name)
+        self._tap.install()
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Listen to this batch."""
+        if self._tap is not None:
+            self._tap.open()
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Take logits and labels of this batch."""
+        if self._tap is None:
+            return
+        calls = list(self._tap.calls)
+        self._tap.close()
+        labels = labels_of(batch)
+        if len(calls) != 1 or labels is None:
+            return
+        try:
+            logits = as_logits(calls[0].output).detach()
+        except MisconfigurationException:
+            return
+        if logits.ndim == 2 and logits.shape[0] == labels.shape[0]:
+            confidence, predicted = logits.float().softmax(-1).max(-1)
+            self.confidence += confidence.tolist()
+            self.correct += (predicted == labels).tolist()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop listening."""
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop listening."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._tap is not None:
+            self._tap.remove()
+        self._tap = None
+
+
+def reliability_bins(confidence: list[float], correct: list[bool], bins: int = 15) -> Bins:
+    """Sort samples into bins of equal width by confidence (Guo et al., ICML 2017, figure 1).
+
+    Returns:
+        For each bin mean confidence, accuracy and share of the samples; zeros for an empty one.
+
+    Example:
+        >>> reliability_bins([0.9, 0.8, 0.3], [True, False, False], bins=2)
+        [(0.3, 0.0, 0.333...), (0.85, 0.5, 0.666...)]
+    """
+    sums = [[0.0, 0, 0] for _ in range(bins)]
+    for sure, right in zip(confidence, correct, strict=True):
+        row = sums[min(int(sure * bins), bins - 1)]
+        row[0] += sure
+        row[1] += right
+        row[2] += 1
+    total = max(len(confidence), 1)
+    return [(round(sure / n, 6), right / n, n / total) if n else (0.0, 0.0, 0.0) for sure, right, n in sums]

@@ -1,0 +1,85 @@
+"""What a LightningModule's own test loop calls its network with, whatever its batches look like."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_peft.capture.tap import Tap
+from lightning_peft.network.labels import labels_of
+from lightning_peft.network.resolve import resolve_network
+
+
+class NetworkInputs(Callback):
+    """Collects the inputs of the network's first call in every test batch, and the labels of the batch if it has any.
+
+    Labels that a network takes as an argument to compute its loss are left out of its inputs.
+
+    Attributes:
+        inputs: Positional arguments as a tuple, or keyword arguments as a dict, on the CPU.
+        labels: Class indices of each batch, or ``None``.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: list[tuple[Any, ...] | dict[str, Any]] = []
+        self.labels: list[Tensor | None] = []
+        self._tap: Tap | None = None
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the network and listen."""
+        name, network = resolve_network(pl_module)
+        self._tap = Tap(network, name)
+        self._tap.install()
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Listen to this batch."""
+        if self._tap is not None:
+            self._tap.open()
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Take what the network was given.
+
+        Raises:
+            MisconfigurationException: It was not called, or in a way that mixes positional and keyword tensors.
+        """
+        assert self._tap is not None
+        if not self._tap.calls:
+            raise MisconfigurationException(
+                f"The test_step of {type(pl_module).__name__} does not call {self._tap.name or 'its forward'}, so there are no "
+                "example inputs. Export from Python: lightning_peft.to_onnx(module, path, example_inputs)."
+            )
+        found = self._tap.calls[0]
+        labels = labels_of(batch)
+        keywords = {name: value for name, value in found.kwargs.items() if value is not labels}
+        if found.args and keywords:
+            raise MisconfigurationException(
+                f"{self._tap.name} is called with positional and keyword arguments, of which examples take one kind. Export "
+                "from Python: lightning_peft.to_onnx(module, path, example_inputs)."
+            )
+        self.inputs.append(tuple(map(_kept, found.args)) or {name: _kept(value) for name, value in keywords.items()})
+        self.labels.append(None if labels is None else labels.cpu())
+        self._tap.close()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop listening."""
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop listening."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._tap is not None:
+            self._tap.remove()
+        self._tap = None
+
+
+def _kept(value: Any) -> Any:
+    return value.detach().cpu().clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,4 @@
+"""What a module is: its network, its layers, targets, lists of equal blocks, graph, logits and labels.
+
+Asks modules and changes none; nothing here knows a weight map or a method.
+"""

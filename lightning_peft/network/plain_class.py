@@ -1,0 +1,30 @@
+"""The class a layer's author gave it, whatever stands in for it while maps are on its parameters."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+
+class StandIn(nn.Module):
+    """Base of classes that take the place of a layer's own for a while.
+
+    Attributes:
+        plain_class: The layer's own.
+    """
+
+    plain_class: ClassVar[type[nn.Module]]
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class a module has without the subclass that weight maps, or ``parametrize``, make of it.
+
+    Example:
+        >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+        >>> type(layer).__name__, plain_class(layer).__name__
+        ('ParametrizedLinear', 'Linear')
+    """
+    cls = type(module).plain_class if isinstance(module, StandIn) else type(module)
+    return cls.__bases__[0] if parametrize.is_parametrized(module) else cls

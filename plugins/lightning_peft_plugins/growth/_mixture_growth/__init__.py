@@ -1,0 +1,1 @@
+"""What MixtureGrowth alone needs."""

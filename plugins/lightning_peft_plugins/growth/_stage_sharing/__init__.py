@@ -1,0 +1,1 @@
+"""What StageSharing alone needs."""

@@ -1,0 +1,1 @@
+"""The mathematics of growth as pure functions: tensors and numbers in, tensors and numbers out."""

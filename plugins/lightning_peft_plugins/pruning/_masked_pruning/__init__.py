@@ -1,0 +1,1 @@
+"""What MaskedPruning and its variants alone need: their weight map, rewinding, decay."""

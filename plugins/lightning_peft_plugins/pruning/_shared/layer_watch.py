@@ -1,0 +1,97 @@
+"""Watches the layers of a training for what scores are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_peft.capture.shim import Shim
+from lightning_peft.capture.tap import forward_attribute
+from lightning_peft.optim.optimizers import trained_by
+from lightning_peft.structure.edits import Change
+from lightning_peft.structure.forms import Form, anything, dict_of
+from lightning_peft.weights.maps import MappedTensor
+from lightning_peft_plugins.pruning._shared.layer_statistics import FROM_CALLS, Quantity, Statistics, statistics_form
+
+
+class Watch:
+    """Keeps the statistics of every target.
+
+    Args:
+        reads: What is to be seen; nothing is watched for an empty set.
+        wanted: Whether what happens now bears on a choice.
+        in_step: Whether a call of a layer is part of a training step.
+    """
+
+    def __init__(self, reads: frozenset[Quantity], wanted: Callable[[], bool], in_step: Callable[[], bool]) -> None:
+        self.reads, self.wanted, self.in_step = reads, wanted, in_step
+        self.seen: dict[str, Statistics] = {}
+        self._shims: list[Shim] = []
+
+    def of(self, name: str) -> Statistics:
+        """Return the statistics of a tensor."""
+        return self.seen.setdefault(name, Statistics(self.reads))
+
+    def open(self, targets: Iterable[MappedTensor]) -> None:
+        """Begin to see what layers are given and give."""
+        self.close()
+        if not self.reads & FROM_CALLS:
+            return
+        for mapped in targets:
+            handler = self._see(mapped.layer, self.of(mapped.name))
+            self._shims.append(Shim(mapped.layer, forward_attribute(mapped.layer), handler).install())
+
+    def _see(self, layer: nn.Module, seen: Statistics) -> Callable[..., Any]:
+        def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            output = inner(*args, **kwargs)
+            if self.in_step() and self.wanted():
+                given = args[0] if args else next(iter(kwargs.values()))
+                seen.see_inputs(layer, given)
+                seen.see_outputs(layer, given, output)
+            return output
+
+        return forward
+
+    def see_gradients(self, targets: Iterable[tuple[str, nn.Parameter]], optimizer: Optimizer) -> None:
+        """See the gradients of those tensors, given with their names, that an optimizer is about to move."""
+        if not self.reads or not self.wanted():
+            return
+        moved = trained_by(optimizer)
+        for name, stored in targets:
+            if stored in moved and stored.grad is not None:
+                self.of(name).see_gradient(stored.detach(), stored.grad)
+
+    def forget(self, change: Change) -> None:
+        """Let go of what was seen of tensors that an edit moved or gave another size."""
+        sized = change.edit.get("tensors", ())
+        self.seen = {name: seen for name, seen in self.seen.items() if change.new_name(name) == name and name not in sized}
+
+    def close(self) -> None:
+        """Stop looking at layers."""
+        for shim in self._shims:
+            shim.remove()
+        self._shims = []
+
+    def state(self) -> dict[str, Any]:
+        """What was seen, as plain data."""
+        return {name: seen.state() for name, seen in self.seen.items()}
+
+    def form(self, tensors: Mapping[str, Tensor] | None) -> Form:
+        """What :meth:`state` looks like, names and shapes held against tensors where they are at hand."""
+
+        def check(value: Any, place: str) -> str | None:
+            if (found := dict_of(anything, tensors)(value, place)) is not None:
+                return found
+            shapes = {name: None if tensors is None else tensors[name].shape for name in value}
+            forms = {name: statistics_form(self.reads, shape) for name, shape in shapes.items()}
+            return next(filter(None, (form(value[name], f"{place}[{name!r}]") for name, form in forms.items())), None)
+
+        return check
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state` gave."""
+        for name, seen in state.items():
+            self.of(name).load_state(seen)

@@ -1,0 +1,175 @@
+"""Choosing the channels and heads that go."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_peft.structure.edits import Edit
+from lightning_peft.weights.maps import plain_tensors, split_name
+from lightning_peft_plugins.pruning._structured_pruning.budget import Limits, StructuredScope, search, selections
+from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled, cut_edit, scores
+from lightning_peft_plugins.pruning._structured_pruning.dependency import channel_groups, layers_of
+from lightning_peft_plugins.pruning._structured_pruning.heads import attention_heads
+from lightning_peft_plugins.pruning._structured_pruning.network_copy import Twin
+
+Counted = Literal["params", "flops", "channels"]
+
+
+@dataclass
+class Baseline:
+    """The network as it was before the first cut, which amounts and limits refer to.
+
+    Attributes:
+        cost: What it cost.
+        units: Units of each group by name.
+    """
+
+    cost: float = 0.0
+    units: dict[str, int] = field(default_factory=dict)
+
+
+class Channels:
+    """The groups of a network as it is now.
+
+    Args:
+        module: The LightningModule.
+        path: Qualified name of the network in it.
+        network: The network.
+        example: What it is called with.
+        kinds: What may go: ``"channels"``, ``"heads"``.
+        allowed: Qualified names of layers whose outputs may go, ``None`` for all.
+        counted: What the amount is a share of.
+        excused: Qualified names of layers that need not take part in a call of the network.
+
+    Raises:
+        MisconfigurationException: The network cannot be traced, or nothing of it can be cut.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        path: str,
+        network: nn.Module,
+        example: Mapping[str, Any],
+        kinds: Collection[str],
+        allowed: Collection[str] | None,
+        counted: Counted,
+        excused: Collection[str] = (),
+    ) -> None:
+        self.module, self.path, self.counted = module, path, counted
+        self.twin = Twin(network, path, example)
+        heads = list(attention_heads(self.twin.module))
+        groups: list[Coupled] = list(heads) if "heads" in kinds else []
+        self.whole: dict[str, str] = {}
+        if "channels" in kinds:
+            prefix = f"{path}." if path else ""
+            channels, self.whole = channel_groups(self.twin, layers_of(heads), {name.removeprefix(prefix) for name in excused})
+            groups = channels + groups
+        self.groups = [group for group in groups if self._allowed(group, allowed) and self._own(group)]
+        if not self.groups:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in list(self.whole.items())[:5])
+            raise MisconfigurationException(
+                f"Nothing of {self.twin.name} can be cut in {' and '.join(kinds)}. {reasons or 'targets= leave nothing.'} "
+                "Choose other targets= or another network=."
+            )
+
+    def _allowed(self, group: Coupled, allowed: Collection[str] | None) -> bool:
+        """Whether every layer that writes the group's units may lose outputs; excluded layers read what is left."""
+        if allowed is None:
+            return True
+        writers = {split_name(place.tensor)[0] for place in group.places if place.scored and place.dim == 0}
+        layers = dict(self.twin.module.named_modules())
+        prefix = f"{self.path}." if self.path else ""
+        weighted = {name for name in writers if layers.get(name).weight.ndim > 1}
+        return all(prefix + name in allowed for name in weighted)
+
+    def _own(self, group: Coupled) -> bool:
+        """Whether no layer outside the network shares a tensor of the group."""
+        tensors = plain_tensors(self.module)
+        prefix = f"{self.path}." if self.path else ""
+        shared = {id(tensors[prefix + place.tensor]): prefix + place.tensor for place in group.places}
+        for name, tensor in tensors.items():
+            inside = not prefix or name.startswith(prefix)
+            if inside or id(tensor) not in shared:
+                continue
+            owners = (self.module.get_submodule(split_name(other)[0]) for other in (name, shared[id(tensor)]))
+            if len({id(owner) for owner in owners}) > 1:
+                self.whole[group.name] = f"{shared[id(tensor)]} is tied to {name}, outside of the network"
+                return False
+        return True
+
+    @property
+    def units(self) -> dict[str, int]:
+        """Units of each group by name."""
+        return {group.name: group.units for group in self.groups}
+
+    def cost(self, gone: Sequence[Tensor] = ()) -> float:
+        """What the network costs without some units of each group.
+
+        Raises:
+            MisconfigurationException: The network does not run any more.
+        """
+        if self.counted == "channels":
+            return sum(group.units for group in self.groups) - sum(len(units) for units in gone)
+        return self._run(gone) if self.counted == "flops" else self.twin.params(self._edit(self.twin.module, "", gone))
+
+    def _run(self, gone: Sequence[Tensor]) -> int:
+        try:
+            return self.twin.flops(self._edit(self.twin.module, "", gone))
+        except Exception as error:
+            raise MisconfigurationException(
+                f"{self.twin.name} does not run once channels are gone: {type(error).__name__}: {error}. A forward with sizes "
+                "written into it is the usual reason. Leave the layers before that place whole with exclude=[...]."
+            ) from error
+
+    def check(self, share: float, baseline: Baseline, limits: Limits) -> None:
+        """See that a share of the baseline's cost can go, and that the network runs without it.
+
+        Raises:
+            MisconfigurationException: Either fails.
+        """
+        last, choose = selections(self.groups, [torch.zeros(group.units) for group in self.groups], baseline.units, limits)
+        least = choose(last)
+        if self.cost(least) > (1.0 - share) * baseline.cost + 1e-6:
+            raise MisconfigurationException(
+                f"{share:.0%} of the {self.counted} of {self.twin.name} cannot go: with all that may be cut "
+                f"{1 - self.cost(least) / baseline.cost:.0%} can. Lower amount=, or allow more with min_kept=, round_to= or "
+                "exclude=."
+            )
+        self._run(least)
+
+    def choose(
+        self, values: Mapping[str, Tensor], share: float, baseline: Baseline, limits: Limits, scope: StructuredScope
+    ) -> tuple[Edit | None, float]:
+        """Choose what goes.
+
+        Args:
+            values: Number per weight by name of the tensor in the network.
+            share: Share of the baseline's cost to be gone afterwards.
+            baseline: The network at first.
+            limits: What every group keeps.
+            scope: What is ranked together.
+
+        Returns:
+            An edit of the module, ``None`` when nothing has to go, and what the network costs then.
+
+        Raises:
+            MisconfigurationException: So much cannot go.
+        """
+        last, choose = selections(self.groups, scores(self.groups, values), baseline.units, limits, scope)
+        budget = (1.0 - share) * baseline.cost + 1e-6
+        gone = choose(search(last, lambda number: self.cost(choose(number)), budget))
+        if self.cost(gone) > budget:
+            self.check(share, baseline, limits)
+        self._run(gone)
+        wanted = any(len(units) for units in gone)
+        return (self._edit(self.module, self.path, gone) if wanted else None), self.cost(gone)
+
+    def _edit(self, module: nn.Module, path: str, gone: Sequence[Tensor]) -> Edit:
+        return cut_edit(module, path, [(group.under(path), units) for group, units in zip(self.groups, gone, strict=False)])

@@ -1,0 +1,272 @@
+"""Which channels must leave together: Torch-Pruning's dependency graph, read as groups of units."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_peft.network.layers import own_parameters
+from lightning_peft.weights.maps import split_name
+from lightning_peft_plugins.pruning._structured_pruning.closure import Closure, Reached
+from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled, Number, Place
+from lightning_peft_plugins.pruning._structured_pruning.network_copy import Twin
+
+_Item: TypeAlias = tuple[Closure, Reached]
+_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+def torch_pruning() -> ModuleType:
+    """Import Torch-Pruning.
+
+    Raises:
+        MisconfigurationException: It is not installed.
+    """
+    try:
+        import torch_pruning as found
+    except ImportError as error:
+        raise MisconfigurationException(
+            "StructuredPruning finds out which channels belong together with Torch-Pruning, which is not installed. Install "
+            "it with: pip install lightning-peft[prune]"
+        ) from error
+    return found  # type: ignore[no-any-return]
+
+
+class UncuttableError(Exception):
+    """Why a group stays whole."""
+
+
+def channel_groups(
+    twin: Twin, attended: Collection[str] = (), excused: Collection[str] = ()
+) -> tuple[list[Coupled], dict[str, str]]:
+    """Find the groups of channels that can be cut.
+
+    Args:
+        twin: The network.
+        attended: Places of attention heads, ``"layer:out"`` and ``"layer:in"``; channels that run through them stay.
+        excused: Layers that need not take part in a call.
+
+    Returns:
+        The groups, in the order of the network, and why other layers' outputs stay, by name.
+
+    Raises:
+        MisconfigurationException: Torch-Pruning is missing, cannot trace the network, or did not reach one of its layers.
+    """
+    tp = torch_pruning()
+    graph = tp.DependencyGraph()
+    try:
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about parameters it takes for channels of their last dimension, as we do
+            graph.build_dependency(twin.module, {}, forward_fn=lambda network, _: twin.call(), verbose=False)
+    except Exception as error:
+        raise MisconfigurationException(
+            f"Torch-Pruning cannot trace {twin.name}: {type(error).__name__}: {error}. Name a part of the module with "
+            'network="<name>".'
+        ) from error
+    reader = _Reader(tp, graph, twin, attended)
+    reader.check_reached(excused)
+    groups, whole = [], {}
+    for name, closure in reader.closures():
+        try:
+            groups.append(reader.read(name, closure))
+        except UncuttableError as reason:
+            whole[name] = str(reason)
+        except OverflowError:
+            whole[name] = "the graph lost track of which channel is which"
+    place = {name: order for order, name in enumerate(reader.names.values())}
+    return sorted(groups, key=lambda group: place[group.name]), whole
+
+
+class _Reader:
+    """Reads Torch-Pruning's groups.
+
+    Args:
+        tp: The package.
+        graph: Its graph of the twin.
+        twin: The twin.
+        attended: See :func:`channel_groups`.
+    """
+
+    def __init__(self, tp: ModuleType, graph: Any, twin: Twin, attended: Collection[str]) -> None:
+        self.tp, self.graph, self.attended = tp, graph, attended
+        self.names: dict[Any, str] = {module: name for name, module in twin.module.named_modules()}
+        self.parameters = {id(parameter): name for name, parameter in twin.module.named_parameters()}
+        self.aliases: dict[int, list[str]] = {}
+        for name, parameter in twin.module.named_parameters(remove_duplicate=False):
+            self.aliases.setdefault(id(parameter), []).append(name)
+        self.network = twin.module
+
+    def check_reached(self, excused: Collection[str]) -> None:
+        """Refuse layers that the graph does not know, because it cannot say what feeds them.
+
+        Raises:
+            MisconfigurationException: There are some.
+        """
+        missed = [
+            name
+            for module, name in self.names.items()
+            if own_parameters(module) and module not in self.graph.module2node
+            if name not in excused and not self._reached_by_parameter(module)
+        ]
+        if missed:
+            raise MisconfigurationException(
+                f"{', '.join(missed[:5])}{' ...' if len(missed) > 5 else ''} had no part in what the network returned, so it "
+                "is not known what feeds them. Name a part of the module that always runs as a whole with "
+                f'network="<name>". If they are fed nothing from inside the network, say so with exclude={missed[:5]}.'
+            )
+
+    def _reached_by_parameter(self, module: nn.Module) -> bool:
+        known = {id(part) for part in self.graph.module2node if isinstance(part, nn.Parameter)}
+        return all(id(parameter) in known or parameter.numel() == 1 for parameter in own_parameters(module).values())
+
+    def closures(self) -> Iterator[tuple[str, Closure | None]]:
+        """Follow the outputs of every layer that no other layer's outputs led to, by the layer's name."""
+        self._sever_attention()
+        seen: set[int] = set()
+        for layer, node in list(self.graph.module2node.items()):
+            if not isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear)) or id(layer) in seen:
+                continue
+            cutter = self.graph.get_pruner_of_module(layer)
+            try:
+                closure = Closure(node, cutter.prune_out_channels, cutter.get_out_channels(layer))
+            except OverflowError:
+                yield self.names[layer], None
+                continue
+            seen |= {id(place.node.module) for place in closure if self.graph.is_out_channel_pruning_fn(place.handler)}
+            yield self.names[layer], closure
+
+    def _sever_attention(self) -> None:
+        """Let no path lead into an attention, whose heads are known without the graph."""
+        for layer, node in self.graph.module2node.items():
+            for end, beyond in (("out", node.outputs), ("in", node.inputs)):
+                if f"{self.names.get(layer) if isinstance(layer, nn.Module) else None}:{end}" in self.attended:
+                    node.dependencies = [d for d in node.dependencies if not any(d.target is other for other in beyond)]
+
+    def read(self, name: str, closure: Closure | None) -> Coupled:
+        """Turn what depends on the outputs of a layer into a group.
+
+        Raises:
+            UncuttableError: It holds something that cannot be cut unit by unit.
+            OverflowError: The graph's indices do not fit.
+        """
+        if closure is None:
+            raise OverflowError
+        places: list[Place] = []
+        numbers: list[Number] = []
+        for place in closure:
+            node, outputs = place.node, self.graph.is_out_channel_pruning_fn(place.handler)
+            if node.type == self.tp.ops.OPTYPE.OUTPUT or (outputs and not node.outputs):
+                raise UncuttableError("they are what the network returns")
+            module = node.module
+            if isinstance(module, nn.Parameter):
+                more = self._parameter(module, int(node.pruning_dim), (closure, place))
+            elif module in self.names:
+                more = self._layer(module, outputs, (closure, place))
+            else:
+                continue  # an operation
+            places += more[0]
+            numbers += more[1]
+        self._check_ties(places)
+        count = int(closure.units.max()) + 1
+        if count < 2:
+            raise UncuttableError("they depend on one another")
+        return Coupled(name, "channels", count, _merged(places), _counted(numbers))
+
+    def _parameter(self, parameter: nn.Parameter, dim: int, item: _Item) -> tuple[list[Place], list[Number]]:
+        name = self.parameters[id(parameter)]
+        path, _ = split_name(name)
+        dim %= parameter.ndim
+        units = _units(parameter.shape[dim], item)
+        noted = vars(self.network.get_submodule(path)).get("normalized_shape")
+        shaped = isinstance(noted, tuple) and noted[-1] == len(units)
+        return [Place(name, dim, units)], [Number(path, "normalized_shape", units)] if shaped else []
+
+    def _layer(self, layer: Any, outputs: bool, item: _Item) -> tuple[list[Place], list[Number]]:
+        name = self.names[layer]
+        if f"{name}:{'out' if outputs else 'in'}" in self.attended:
+            raise UncuttableError("they are attention heads")
+        if isinstance(layer, nn.modules.conv._ConvNd):
+            return self._conv(name, layer, outputs, item)
+        if isinstance(layer, nn.Linear):
+            units = _units(layer.out_features if outputs else layer.in_features, item)
+            return _weighted(name, layer, 0 if outputs else 1, outputs, ["out_features" if outputs else "in_features"], units)
+        if isinstance(layer, nn.Embedding):
+            units = _units(layer.embedding_dim, item)
+            return [Place(f"{name}.weight", 1, units)], [Number(name, "embedding_dim", units)]
+        if isinstance(layer, _BATCH_NORMS):
+            return self._norm(name, layer, "num_features", layer.num_features, item)
+        if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1:
+            return self._norm(name, layer, "normalized_shape", layer.normalized_shape[0], item)
+        if isinstance(layer, nn.GroupNorm) and layer.num_groups == 1:
+            return self._norm(name, layer, "num_channels", layer.num_channels, item)
+        if isinstance(layer, nn.PReLU):
+            units = _units(layer.num_parameters, item)
+            one = layer.num_parameters == 1
+            return ([], []) if one else ([Place(f"{name}.weight", 0, units)], [Number(name, "num_parameters", units)])
+        raise UncuttableError(f"{name} is a {type(layer).__name__}, of which no single channels can be removed")
+
+    def _conv(self, name: str, layer: Any, outputs: bool, item: _Item) -> tuple[list[Place], list[Number]]:
+        if layer.groups > 1:
+            if not layer.groups == layer.in_channels == layer.out_channels:
+                raise UncuttableError(f"{name} is a convolution in {layer.groups} groups, which must stay of one size")
+            units = _units(layer.out_channels, item)
+            return _weighted(name, layer, 0, True, ["out_channels", "in_channels", "groups"], units)
+        units = _units(layer.out_channels if outputs else layer.in_channels, item)
+        dim = int(outputs == layer.transposed)
+        return _weighted(name, layer, dim, outputs, ["out_channels" if outputs else "in_channels"], units)
+
+    def _norm(self, name: str, layer: Any, attribute: str, size: int, item: _Item) -> tuple[list[Place], list[Number]]:
+        units = _units(size, item)
+        tensors = {"weight": True, "bias": False, "running_mean": False, "running_var": False}
+        found = [(key, scored) for key, scored in tensors.items() if getattr(layer, key, None) is not None]
+        return [Place(f"{name}.{key}", 0, units, scored) for key, scored in found], [Number(name, attribute, units)]
+
+    def _check_ties(self, places: list[Place]) -> None:
+        """Refuse tied tensors that are not cut alike wherever they are used."""
+        held = {(place.tensor, place.dim): place.units for place in places}
+        for (tensor, dim), units in held.items():
+            parameter = dict(self.network.named_parameters(remove_duplicate=False)).get(tensor)
+            for alias in self.aliases.get(id(parameter), [tensor]):
+                same = self.network.get_submodule(split_name(alias)[0]) is self.network.get_submodule(split_name(tensor)[0])
+                if not same and ((alias, dim) not in held or not torch.equal(held[alias, dim], units)):
+                    raise UncuttableError(f"{tensor} is tied to {alias}, which does not lose the same channels")
+
+
+def _weighted(
+    name: str, layer: Any, dim: int, outputs: bool, attributes: list[str], units: Tensor
+) -> tuple[list[Place], list[Number]]:
+    places = [Place(f"{name}.weight", dim, units, scored=True)]
+    if outputs and layer.bias is not None:
+        places.append(Place(f"{name}.bias", 0, units))
+    return places, [Number(name, attribute, units) for attribute in attributes]
+
+
+def _units(size: int, item: _Item) -> Tensor:
+    """Unit of every coordinate of a dimension."""
+    closure, place = item
+    return closure.units_of(place, size)
+
+
+def _counted(numbers: list[Number]) -> list[Number]:
+    """Each number once."""
+    return list({(number.path, number.attribute): number for number in numbers}.values())
+
+
+def _merged(places: list[Place]) -> list[Place]:
+    """Each dimension of each tensor once: a layer norm or depthwise convolution is met as writer and as reader."""
+    found: dict[tuple[str, int], Place] = {}
+    for place in places:
+        first = found.setdefault((place.tensor, place.dim), place)
+        if not torch.equal(first.units, place.units):
+            raise UncuttableError(f"channels of {place.tensor} depend on one another")
+    return list(found.values())
+
+
+def layers_of(groups: Iterator[Coupled] | list[Coupled]) -> set[str]:
+    """``"layer:out"`` and ``"layer:in"`` for the layers of groups of heads."""
+    return {f"{split_name(place.tensor)[0]}:{'in' if place.dim else 'out'}" for group in groups for place in group.places}

@@ -1,0 +1,1 @@
+"""The mathematics of pruning methods as pure functions: tensors in, tensors out."""

@@ -1,0 +1,1 @@
+"""What PSKD alone needs: the memory of predictions and the way into it."""

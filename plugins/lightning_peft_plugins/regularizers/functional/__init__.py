@@ -1,0 +1,1 @@
+"""The mathematics of the regularisers as pure functions: tensors in, tensors out."""

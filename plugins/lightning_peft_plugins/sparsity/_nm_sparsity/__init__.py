@@ -1,0 +1,1 @@
+"""What NMSparsity alone needs: its weight map and its phases."""

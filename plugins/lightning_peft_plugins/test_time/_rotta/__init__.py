@@ -1,0 +1,1 @@
+"""What RoTTA alone needs."""

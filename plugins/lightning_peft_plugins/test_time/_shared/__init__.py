@@ -1,0 +1,1 @@
+"""What the methods share: streams, descent, entropy, batch statistics, views."""

@@ -1,0 +1,231 @@
+"""Which statistics BatchNorm layers normalise with during adaptation: those of the batch, or a blend with the source's."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.capture.shim import Shim
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+def batch_norms(network: nn.Module) -> dict[str, BatchNorm]:
+    """BatchNorm layers that carry running statistics, timm's fused ones included, by name."""
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, BatchNorm) and module.running_mean is not None
+    }
+
+
+class UseBatchStatistics:
+    """Makes BatchNorm layers normalise with the statistics of each batch, in training and in evaluation mode alike.
+
+    Without running statistics a BatchNorm layer has no others, whatever ``eval()`` says and whoever says it (Tent, Wang et al.,
+    ICLR 2021). The layers keep theirs, for whoever moves, copies, saves or averages the module meanwhile; a twin without them
+    answers the calls.
+
+    Args:
+        layers: The layers.
+    """
+
+    def __init__(self, layers: Iterable[BatchNorm]) -> None:
+        self._shims = [Shim(layer, "forward", partial(_on_twin, layer), traced=False).install() for layer in layers]
+
+    def restore(self) -> None:
+        """Let the layers answer for themselves."""
+        for shim in self._shims:
+            shim.remove()
+        self._shims = []
+
+
+def _on_twin(layer: BatchNorm, inner: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """Run the forward pass on an object that shares everything with a layer but has no running statistics."""
+    twin = type(layer).__new__(type(layer))
+    buffers = {**layer._buffers, "running_mean": None, "running_var": None}
+    twin.__dict__ = {**vars(layer), "_buffers": buffers, "track_running_stats": False}
+    twin.__dict__.pop("forward", None)  # the shim, which would send the call here again
+    output: Tensor = twin.forward(*args, **kwargs)
+    return output
+
+
+class SourceStatistics:
+    """Running statistics of BatchNorm layers as they were, to return to."""
+
+    def __init__(self, layers: Iterable[BatchNorm]) -> None:
+        self._source = [(m, m.running_mean.clone(), m.running_var.clone()) for m in layers]  # type: ignore[union-attr]
+
+    def reset(self) -> None:
+        """Put the source's statistics in place."""
+        for layer, mean, variance in self._source:
+            layer.running_mean.copy_(mean)  # type: ignore[union-attr]
+            layer.running_var.copy_(variance)  # type: ignore[union-attr]
+
+
+class BlendStatistics(SourceStatistics):
+    """Moves the running statistics of BatchNorm layers towards those of each batch that comes, for that batch only or for good.
+
+    Before each call a layer's running statistics become ``(1 - weight) * base + weight * batch``, with the unbiased variance,
+    as in the official code of BN adaptation. The base is the source's; with ``accumulate`` it is the blend of the batch before.
+
+    Args:
+        layers: The layers, in evaluation mode when they are called.
+        weight: Weight of the batch, in [0, 1].
+        accumulate: Keep what was blended as the base of the next batch.
+    """
+
+    def __init__(self, layers: Iterable[BatchNorm], weight: float, accumulate: bool = False) -> None:
+        self._weight = weight
+        self._accumulate = accumulate
+        super().__init__(layers)
+        self._shims = [
+            Shim(layer, "forward", partial(self._forward, layer, mean, variance), traced=False).install()
+            for layer, mean, variance in self._source
+        ]
+
+    def _forward(
+        self, layer: BatchNorm, mean: Tensor, variance: Tensor, inner: Callable[[Tensor], Tensor], x: Tensor
+    ) -> Tensor:
+        self._blend(layer, x, mean, variance)
+        return inner(x)
+
+    def _blend(self, layer: BatchNorm, x: Tensor, mean: Tensor, variance: Tensor) -> None:
+        over = [0, *range(2, x.ndim)]
+        if x.numel() == x.shape[1]:  # one value a channel has no variance
+            return
+        batch_variance, batch_mean = torch.var_mean(x.detach().to(mean.dtype), over, correction=1)
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        base = (layer.running_mean, layer.running_var) if self._accumulate else (mean, variance)
+        layer.running_mean.copy_(torch.lerp(base[0], batch_mean, self._weight))
+        layer.running_var.copy_(torch.lerp(base[1], batch_variance, self._weight))
+
+    def restore(self) -> None:
+        """Give the layers their own forward pass back; the statistics stay as they are."""
+        for shim in self._shims:
+            shim.remove()
+        self._shims = []
+
+
+class FrozenStatistics:
+    """Lets BatchNorm layers normalise samples of a batch with the statistics that the whole batch had in a pass before.
+
+    Without a graph through the statistics, the samples no longer depend on each other.
+
+    Args:
+        layers: Layers that normalise with the statistics of each batch.
+    """
+
+    def __init__(self, layers: Iterable[BatchNorm]) -> None:
+        self._mode = "off"
+        self._seen: dict[BatchNorm, deque[tuple[Tensor, Tensor]]] = {}
+        self._shims = [Shim(layer, "forward", partial(self._forward, layer), traced=False).install() for layer in layers]
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep the statistics of the pass inside."""
+        self._seen.clear()
+        self._mode = "record"
+        try:
+            yield
+        finally:
+            self._mode = "off"
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Normalise with what was kept, once."""
+        self._mode = "frozen"
+        try:
+            yield
+        finally:
+            self._mode = "off"
+            self._seen.clear()
+
+    def _forward(self, layer: BatchNorm, inner: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if self._mode == "off":
+            return inner(x)
+        if self._mode == "record":
+            y, mean, scale = torch.native_batch_norm(x, layer.weight, layer.bias, None, None, True, 0.0, layer.eps)
+            variance = scale.detach().square().reciprocal() - layer.eps
+            self._seen.setdefault(layer, deque()).append((mean.detach(), variance))
+        else:
+            mean, variance = self._seen[layer].popleft()  # a layer that is called twice has two
+            y = torch.nn.functional.batch_norm(x, mean, variance, layer.weight, layer.bias, False, 0.0, layer.eps)
+        for name in ("drop", "act"):  # timm's BatchNormAct2d goes on from here
+            y = getattr(layer, name, _same)(y)
+        return y
+
+    def restore(self) -> None:
+        """Give the layers their own forward pass back."""
+        for shim in self._shims:
+            shim.remove()
+        self._shims = []
+        self._seen.clear()
+
+
+class RobustStatistics(SourceStatistics):
+    """Makes BatchNorm layers normalise with running statistics that move a little with every batch of an update.
+
+    In an update a layer normalises with ``(1 - momentum) * running + momentum * batch`` (biased variance), whose batch part
+    carries a gradient, and keeps that as its running statistics (RobustBN; Yuan et al., CVPR 2023, eq. 3). Otherwise it is the
+    layer it was. The statistics move where they are, so that a network called with other tensors for them moves those.
+
+    Args:
+        layers: The layers, in evaluation mode when they are called.
+        momentum: Weight of the batch.
+    """
+
+    def __init__(self, layers: Iterable[BatchNorm], momentum: float) -> None:
+        self._momentum = momentum
+        self._moving = False
+        super().__init__(layers)
+        self._shims = [
+            Shim(layer, "forward", partial(self._forward, layer), traced=False).install() for layer, *_ in self._source
+        ]
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """Move the statistics with every call inside."""
+        self._moving = True
+        try:
+            yield
+        finally:
+            self._moving = False
+
+    def _forward(self, layer: BatchNorm, inner: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if not self._moving:
+            return inner(x)
+        over = [0, *range(2, x.ndim)]
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        batch_variance, batch_mean = torch.var_mean(x.to(layer.running_mean.dtype), over, correction=0)
+        mean = (1 - self._momentum) * layer.running_mean + self._momentum * batch_mean
+        variance = (1 - self._momentum) * layer.running_var + self._momentum * batch_variance
+        with torch.no_grad():
+            layer.running_mean.copy_(mean)
+            layer.running_var.copy_(variance)
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        scale = (variance + layer.eps).rsqrt()
+        scale = scale if layer.weight is None else scale * layer.weight
+        y = (x - mean.view(shape)) * scale.view(shape)
+        y = y if layer.bias is None else y + layer.bias.view(shape)
+        for name in ("drop", "act"):  # timm's BatchNormAct2d goes on from here
+            y = getattr(layer, name, _same)(y)
+        return y.to(x.dtype)
+
+    def restore(self) -> None:
+        """Give the layers their own forward pass back; the statistics stay as they are."""
+        for shim in self._shims:
+            shim.remove()
+        self._shims = []
+
+
+def _same(x: Tensor) -> Tensor:
+    return x

@@ -1,0 +1,131 @@
+"""What all methods of the family share: a stream of batches that starts at the source model, and may return to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_peft.attach.averaging import swapped_in
+from lightning_peft.capture.evaluation import Call
+from lightning_peft.compose.lanes import Lane, Resource
+from lightning_peft.compose.run import Run
+from lightning_peft.method import Method
+from lightning_peft.network.logits import as_logits
+from lightning_peft.network.targets import TargetSpec
+
+Reset: TypeAlias = "Literal['never', 'dataloader', 'batch'] | int"
+
+
+class StreamMethod(Method):
+    """Base of the methods that act while a Trainer tests, validates (on its own) or predicts.
+
+    The source model is what the module holds when the evaluation starts. It comes back at every reset and when the evaluation
+    ends or fails, unless ``keep`` is set. The validation within a fit is not touched.
+
+    Subclasses write :meth:`update` and :meth:`to_source`.
+
+    Args:
+        reset: When to return to the source: ``"never"``, at every new ``"dataloader"``, before every ``"batch"``, or after so
+            many updates.
+        keep: Leave the module adapted when the evaluation ends.
+        targets: Layers to act on.
+        exclude: Layers to leave alone.
+        network: Qualified name of the network when the module has several candidates.
+        name: Name in logs.
+    """
+
+    lane = Lane.ADAPT
+    reads = frozenset({Resource.LOGITS})
+    writes = frozenset({Resource.PREDICTIONS})
+
+    def __init__(
+        self,
+        *,
+        reset: Reset = "never",
+        keep: bool = False,
+        targets: TargetSpec | None = None,
+        exclude: TargetSpec | None = None,
+        network: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(targets=targets, exclude=exclude, network=network, name=name)
+        if not (reset in ("never", "dataloader", "batch") or (type(reset) is int and reset > 0)):
+            raise MisconfigurationException(
+                f'reset={reset!r} is not "never", "dataloader", "batch" or a positive number of updates.'
+            )
+        self.reset, self.keep = reset, keep
+        self._adapting = False
+        self._batch: dict[str, float] = {}
+
+    def update(self, call: Call) -> Any:
+        """Adapt to the samples of a call and return the network's output for them."""
+        raise NotImplementedError
+
+    def to_source(self) -> None:
+        """Return to the source model and forget what was learnt of the stream."""
+        raise NotImplementedError
+
+    def adapt_start(self, run: Run) -> None:
+        """Begin a stream; subclasses keep the source here.
+
+        Should this fail half way, :meth:`to_source` and :meth:`release` are called all the same.
+        """
+        self._adapting = True
+        if self.keep and (averaging := swapped_in(run.trainer)):
+            raise MisconfigurationException(
+                f"{type(averaging[0]).__name__} has put its average into the module for this validation, so {self.name} with "
+                "keep=True would adapt the average and lose it. Leave keep=True out, or use trainer.test, which swaps nothing."
+            )
+        self.updates = 0
+        self._place: tuple[int, int] | None = None
+        self._batch = {}
+
+    def adapt(self, call: Call) -> Any:
+        """Answer a call of the network: return to the source when it is time, then adapt and predict."""
+        place = (call.dataloader_idx, call.batch_idx)
+        new_loader = self._place is not None and self._place[0] != place[0]
+        if (self.reset == "dataloader" and new_loader) or (self.reset == "batch" and self._place not in (None, place)):
+            self.to_source()
+        self._place = place
+        before = self.updates
+        output = self.update(call)
+        if type(self.reset) is int and self.updates // self.reset > before // self.reset:
+            self.to_source()
+        return output
+
+    def finish(self, run: Run) -> None:
+        """Give the module back as it was, or adapted."""
+        if not self._adapting:
+            return
+        self._adapting = False
+        if not self.keep:
+            self.to_source()
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the module; subclasses undo here what is no adaptation."""
+
+    def logits(self, output: Any) -> Tensor:
+        """Read logits (samples, ..., classes) out of an output.
+
+        Raises:
+            MisconfigurationException: There are none, or only one class, whose entropy is always 0.
+        """
+        logits = as_logits(output)
+        if logits.ndim < 2 or logits.shape[-1] < 2:
+            raise MisconfigurationException(
+                f"{self.name} needs logits of shape (samples, classes) with at least two classes, got {tuple(logits.shape)}. "
+                "A single sigmoid output has no class distribution to take the entropy of; return two logits."
+            )
+        return logits
+
+    def note(self, **values: float) -> None:
+        """Say what happened to a batch, for the log."""
+        self._batch = values
+
+    def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
+        """What was noted of the last batch."""
+        return self._batch
