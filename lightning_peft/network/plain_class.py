@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -13,9 +13,11 @@ class StandIn(nn.Module):
 
     Attributes:
         plain_class: The layer's own.
+        weight_maps: What is on its parameters, by their names.
     """
 
     plain_class: ClassVar[type[nn.Module]]
+    weight_maps: dict[str, Any]
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import copy
 import reprlib
-import zlib
 from collections.abc import Mapping, Sequence
 from types import MethodType
 from typing import Any, TypeAlias
 
 from torch import nn
 
-from lightning_peft.network.plain_class import plain_class
+from lightning_peft.network.block_lists import signature, ties
 from lightning_peft.structure import depth_settings as settings
 from lightning_peft.structure.errors import CheckpointError
-from lightning_peft.weights.maps import detach_maps, plain_tensors
+from lightning_peft.weights.maps import detach_maps
 
 Blocks: TypeAlias = "nn.ModuleList | nn.Sequential"
 
@@ -38,29 +37,6 @@ def blocks_at(module: nn.Module, path: str) -> Blocks:
     if not isinstance(found, (nn.ModuleList, nn.Sequential)) or list(found._modules) != [str(i) for i in range(len(found))]:
         raise CheckpointError(f"{path} is a {type(found).__name__}; blocks are changed in a ModuleList or Sequential only.")
     return found
-
-
-def signature(block: nn.Module) -> str:
-    """Name the class of a block and its tensors with their shapes, in a few characters; weight maps do not count.
-
-    Example:
-        >>> signature(nn.Linear(2, 3)) == signature(nn.Linear(2, 3)) != signature(nn.Linear(2, 4))
-        True
-    """
-    shapes = ",".join(f"{name}{tuple(tensor.shape)}" for name, tensor in sorted(plain_tensors(block).items()))
-    return f"{plain_class(block).__name__}:{zlib.crc32(shapes.encode()):08x}"
-
-
-def ties(blocks: Blocks) -> list[int]:
-    """Return, for every position, the first one that holds the same block.
-
-    Example:
-        >>> block = nn.Linear(2, 2)
-        >>> ties(nn.Sequential(nn.Linear(2, 2), block, block))
-        [0, 1, 1]
-    """
-    first: dict[int, int] = {}
-    return [first.setdefault(id(block), place) for place, block in enumerate(blocks)]
 
 
 def blocks_edit(

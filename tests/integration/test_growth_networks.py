@@ -16,7 +16,7 @@ from lightning_peft.structure import edits
 from lightning_peft.structure.depth import blocks_edit
 from lightning_peft.weights.maps import plain_values, set_plain_values
 from lightning_peft_plugins.growth._layer_growth.operators import OPERATORS
-from lightning_peft_plugins.growth.block_lists import block_lists, check_equal, find_blocks
+from lightning_peft_plugins.growth._shared.blocks_to_grow import block_lists, check_equal, find_blocks
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
 

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.contract import methods_of
+from lightning_peft.network.block_lists import ties
 from lightning_peft.network.resolve import resolve_network
 from lightning_peft.structure.carry import RULES
-from lightning_peft.structure.depth import blocks_at, blocks_edit, ties
+from lightning_peft.structure.depth import blocks_at, blocks_edit
 from lightning_peft.structure.depth_settings import drop_rates, redrawn
 from lightning_peft.structure.edits import Edit, Growth
 from lightning_peft.structure.journal import journal_of
+from lightning_peft_plugins.growth._shared.blocks_to_grow import check_equal, find_blocks
 from lightning_peft_plugins.growth._shared.timed import TimedMethod
 from lightning_peft_plugins.growth._stage_sharing.stages import middles, spread, stage_means, stage_of_block
-from lightning_peft_plugins.growth.block_lists import check_equal, find_blocks
 
 
 class StageSharing(TimedMethod):

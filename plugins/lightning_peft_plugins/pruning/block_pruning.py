@@ -27,9 +27,9 @@ from lightning_peft.structure.forms import Form, dict_of, fields, maybe, whole
 from lightning_peft.weights.choose import check_scores
 from lightning_peft_plugins.pruning._block_pruning.block_activations import SEEN, BlockWatch, Seen
 from lightning_peft_plugins.pruning._block_pruning.budget import Choice, goal, lowest
+from lightning_peft_plugins.pruning._block_pruning.prunable_lists import PrunableList, lists_form, lists_to_prune
 from lightning_peft_plugins.pruning._block_pruning.weight_scores import magnitude_of, taylor_of
 from lightning_peft_plugins.pruning._shared.timeline import Timeline
-from lightning_peft_plugins.pruning.residual_lists import BlockList, lists_form, lists_to_prune
 
 SCORES = ("influence", "taylor", "magnitude")
 
@@ -99,7 +99,7 @@ class BlockPruning(Method):
         self.every = parse_point(every)
         self.timeline: Timeline | None = None
         self.watch = BlockWatch(self.in_training_step, self._scores_calls)
-        self.lists: dict[str, BlockList] = {}
+        self.lists: dict[str, PrunableList] = {}
         self._goal: int | None = None
         self._gone = 0
         self._cut_at: int | None = None
@@ -277,6 +277,6 @@ class BlockPruning(Method):
         )
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.lists = {path: BlockList(**found) for path, found in state["lists"].items()}
+        self.lists = {path: PrunableList(**found) for path, found in state["lists"].items()}
         self._goal, self._gone, self._cut_at, self._due = state["goal"], state["gone"], state["cut_at"], []
         self.watch.load_state(state["seen"])

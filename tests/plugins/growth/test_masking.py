@@ -22,7 +22,7 @@ from lightning_peft.structure.width_map import Layer, Norm, WidthMap
 from lightning_peft.weights.maps import plain_values, set_plain_values
 from lightning_peft_plugins.growth._layer_growth.masking import Masks
 from lightning_peft_plugins.growth._layer_growth.msg import msg
-from lightning_peft_plugins.growth.block_lists import find_blocks
+from lightning_peft_plugins.growth._shared.blocks_to_grow import find_blocks
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,9 @@ from torch import nn
 
 import lightning_peft
 from lightning_peft import LayerGrowth, NMSparsity, StageSharing, WeightCompander
+from lightning_peft.network.block_lists import ties
 from lightning_peft.structure import journal
-from lightning_peft.structure.depth import blocks_edit, ties
+from lightning_peft.structure.depth import blocks_edit
 from lightning_peft.structure.errors import CheckpointError
 from lightning_peft.testing import MethodTester, run_ddp
 from lightning_peft.testing.callbacks import every_epoch

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from lightning_peft.structure.journal import journal_of
 from lightning_peft.testing.modules import Plain, ResidualBlock
 from lightning_peft.testing.runs import fit
+from lightning_peft_plugins.pruning._block_pruning.prunable_lists import lists_to_prune, residual_lists
 from lightning_peft_plugins.pruning.block_pruning import BlockPruning
-from lightning_peft_plugins.pruning.residual_lists import lists_to_prune, residual_lists
 
 
 def test_lists_are_found_where_blocks_are() -> None:

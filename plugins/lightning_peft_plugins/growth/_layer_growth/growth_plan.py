@@ -16,7 +16,7 @@ from lightning_peft.structure.width_map import WidthMap
 from lightning_peft_plugins.growth._layer_growth.operators import OPERATORS
 from lightning_peft_plugins.growth._layer_growth.sizes import DEPTH, Size, width_of
 from lightning_peft_plugins.growth._layer_growth.width_families import find_width_map
-from lightning_peft_plugins.growth.block_lists import check_equal, find_blocks
+from lightning_peft_plugins.growth._shared.blocks_to_grow import check_equal, find_blocks
 
 
 class GrowthPlan:

@@ -13,7 +13,7 @@ from lightning_peft_plugins.growth._layer_growth import depth_operators as depth
 from lightning_peft_plugins.growth._layer_growth.lemon import lemon, with_eps
 from lightning_peft_plugins.growth._layer_growth.msg import msg
 from lightning_peft_plugins.growth._layer_growth.net2net import aki, net2net
-from lightning_peft_plugins.growth.block_lists import residual_writers
+from lightning_peft_plugins.growth._layer_growth.residual_writers import residual_writers
 
 
 @dataclass(frozen=True)

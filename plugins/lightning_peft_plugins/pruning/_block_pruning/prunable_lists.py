@@ -1,4 +1,4 @@
-"""Finding the lists of residual blocks in a network, and which of their blocks may leave."""
+"""The lists of residual blocks in a network, and which of their blocks may leave."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_peft.network.block_lists import as_list, find_lists, is_trunk
 from lightning_peft.network.targets import TargetSpec, select
-from lightning_peft.structure.depth import signature, ties
 from lightning_peft.structure.forms import Form, dict_of, fields, list_of, whole
 
 
 @dataclass
-class BlockList:
-    """A list of blocks, by position.
+class PrunableList:
+    """A list some of whose blocks may leave, by position.
 
     Attributes:
         blocks: Positions of its blocks; what else stands in a list (a stem, an activation) is none.
@@ -28,15 +28,15 @@ class BlockList:
     may_go: list[int]
     named: list[int]
 
-    def without(self, sources: list[int]) -> BlockList:
+    def without(self, sources: list[int]) -> PrunableList:
         """Return the list that is left of it, from the old position of every entry that stays.
 
         Example:
-            >>> BlockList([1, 2, 3], [1, 3], [3]).without([0, 1, 3])
-            BlockList(blocks=[1, 2], may_go=[1, 2], named=[2])
+            >>> PrunableList([1, 2, 3], [1, 3], [3]).without([0, 1, 3])
+            PrunableList(blocks=[1, 2], may_go=[1, 2], named=[2])
         """
         now = {old: new for new, old in enumerate(sources)}
-        return BlockList(*([now[old] for old in places if old in now] for places in (self.blocks, self.may_go, self.named)))
+        return PrunableList(*([now[old] for old in places if old in now] for places in (self.blocks, self.may_go, self.named)))
 
 
 def lists_form(tensors: Mapping[str, Tensor] | None) -> Form:
@@ -59,49 +59,13 @@ def lists_form(tensors: Mapping[str, Tensor] | None) -> Form:
 
 
 def residual_lists(network: nn.Module, name: str = "") -> dict[str, list[int]]:
-    """Find the lists that look like a trunk of blocks, with the positions of the blocks.
-
-    Such a list is numbered and holds two blocks of one class and shapes, or of one class only and no such list inside. So a
-    stage of a ResNet is one, whose first block changes the shape, and the stages of a Swin transformer are not one, but the
-    blocks in each of them are. That one block's output is the next one's input shows in the forward pass only.
-
-    Args:
-        network: The network.
-        name: Its qualified name, with which those of the lists begin.
-
-    Example:
-        >>> block = lambda: nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-        >>> residual_lists(nn.ModuleDict({"stem": nn.Linear(2, 2), "layers": nn.ModuleList([block(), block()])}), "model")
-        {'model.layers': [0, 1]}
-    """
-    places = _blocks(network)
-    if len(places) > 1:
-        kinds = [signature(network.get_submodule(str(place))) for place in places]
-        classes = {kind.partition(":")[0] for kind in kinds}
-        inside = (residual_lists(network.get_submodule(str(place))) for place in places)
-        if len(set(kinds)) < len(kinds) or (len(classes) < len(kinds) and not any(inside)):
-            return {name: places}
-    found: dict[str, list[int]] = {}
-    for key, child in network.named_children():
-        found |= residual_lists(child, f"{name}.{key}" if name else key)
-    return found
-
-
-def _blocks(module: nn.Module) -> list[int]:
-    """Positions of the blocks in a numbered list: entries made of layers that stand in it once."""
-    if not isinstance(module, (nn.ModuleList, nn.Sequential)) or list(module._modules) != list(map(str, range(len(module)))):
-        return []
-    kin = ties(module)
-    return [place for place, entry in enumerate(module) if kin.count(kin[place]) == 1 and _is_block(entry)]
-
-
-def _is_block(entry: nn.Module) -> bool:
-    return any(True for _ in entry.children()) and any(True for _ in entry.parameters())
+    """Find the lists that look like a trunk of blocks, with the positions of the blocks; ``name`` is the network's."""
+    return {path: found.blocks for path, found in find_lists(network, is_trunk, name).items()}
 
 
 def lists_to_prune(
     module: nn.Module, network: str, targets: TargetSpec | None, exclude: TargetSpec | None
-) -> dict[str, BlockList]:
+) -> dict[str, PrunableList]:
     """Find the lists of a network and which of their blocks may leave.
 
     A block that alone has certain parameters may leave only if it is named itself.
@@ -135,7 +99,7 @@ def lists_to_prune(
         chosen = every if wanted is None or path in wanted else named
         may_go = [place for place in chosen if f"{path}.{place}" not in kept]
         if path not in kept and may_go:
-            lists[path] = BlockList(places, may_go, [place for place in named if place in may_go])
+            lists[path] = PrunableList(places, may_go, [place for place in named if place in may_go])
     if not lists:
         raise MisconfigurationException(
             f"{type(module).__name__} has no list of residual blocks that may go: an nn.ModuleList or nn.Sequential, numbered, "
@@ -164,7 +128,8 @@ def _named_lists(module: nn.Module, wanted: set[str]) -> dict[str, list[int]]:
     for path, child in module.named_modules():
         if any(path.startswith(f"{outer}.") for outer in found):
             continue
-        places = _blocks(child)
+        blocks = as_list(child)
+        places = blocks.blocks if blocks is not None and blocks.numbered else []
         if len(places) > 1 and not wanted.isdisjoint(_names({path: places})):
             found[path] = places
     return found

@@ -1,27 +1,18 @@
-"""Finding the list of equal blocks that makes a network deep, and the layers in a block that write its result."""
+"""Choosing the list of equal blocks that makes a network deep."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_peft.structure.depth import signature
+from lightning_peft.network.block_lists import find_lists, is_equal, signature
 
-_WRITERS = ("proj", "out_proj", "o_proj", "c_proj", "down_proj", "fc2", "w2", "wo", "w3", "linear2", "dense")
 _CLEAR = 4  # a list this many times as large as the next is what "the blocks" means
 
 
 def block_lists(module: nn.Module) -> dict[str, nn.Module]:
     """Return every list of at least two equal blocks with parameters, outermost only, the largest first."""
-    found: dict[str, nn.Module] = {}
-    for name, child in module.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in found) or not isinstance(child, (nn.ModuleList, nn.Sequential)):
-            continue
-        blocks = list(child)
-        if len(blocks) > 1 and len({signature(block) for block in blocks}) == 1 and any(True for _ in blocks[0].parameters()):
-            found[name] = child
+    found = {path: module.get_submodule(path) for path in find_lists(module, is_equal)}
     return dict(sorted(found.items(), key=lambda item: -_size(item[1])))
 
 
@@ -81,39 +72,3 @@ def check_equal(module: nn.Module, path: str) -> None:
             f"The blocks of {path} are not equal ({shown}, by class and shapes), so copies of one cannot stand beside another. "
             f"Lists of equal blocks: {', '.join(block_lists(module)) or 'none'}."
         )
-
-
-def residual_writers(block: nn.Module, named: Sequence[str] = ()) -> list[str]:
-    """Name the tensors of the layers whose output is added to the residual stream.
-
-    With all of them zero a pre-norm block passes its input on. A block that ends each branch in BatchNorm has its last norm in
-    their place (``bn3``, or ``bn2`` without one), as in the LEMON and zero-init-residual literature.
-
-    Args:
-        block: The block.
-        named: Names of these layers in the block; by default they are recognised by the names timm and transformers use.
-
-    Raises:
-        MisconfigurationException: None was found.
-    """
-    layers = dict(block.named_modules())
-    if missing := [name for name in named if name not in layers]:
-        raise MisconfigurationException(
-            f"outputs={missing} are no layers of {type(block).__name__}, which has {list(layers)[1:]}."
-        )
-    norms = [name for name in ("bn3", "bn2") if name in layers][:1]
-    weighted = (nn.Linear, nn.modules.conv._ConvNd)
-    found = list(named) or [
-        name
-        for name, layer in layers.items()
-        if name.rpartition(".")[2] in _WRITERS and (isinstance(layer, weighted) or type(layer).__name__ == "Conv1D")
-    ]
-    found = list(named) or norms or found
-    if not found:
-        raise MisconfigurationException(
-            f"No layer of {type(block).__name__} was recognised as writing into the residual stream. Name them with "
-            f"outputs=[...]; it has {[name for name, layer in layers.items() if not list(layer.children())]}."
-        )
-    return [
-        f"{name}.{tensor}" for name in found for tensor in ("weight", "bias") if getattr(layers[name], tensor, None) is not None
-    ]
