@@ -16,7 +16,7 @@ from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Loss, Step
 from lightning_peft.compose.run import Run
 from lightning_peft.network.targets import TargetSpec, select
-from lightning_peft.structure.edits import Change, Growth
+from lightning_peft.structure.edits import Change, EditRequest
 from lightning_peft.structure.forms import Form
 from lightning_peft.weights.maps import WeightMap, attach_map, attached_map
 
@@ -109,11 +109,11 @@ class Contract:
         Called again when the module has grown; :meth:`map_weight` leaves tensors alone that carry the method's map already.
         """
 
-    def first_edit(self, module: LightningModule) -> Growth | None:
+    def first_edit(self, module: LightningModule) -> EditRequest | None:
         """Ask for another structure to train with from the start; only lane ``STRUCTURE`` is asked, in a new fit."""
         return None
 
-    def next_edit(self, run: Run) -> Growth | None:
+    def next_edit(self, run: Run) -> EditRequest | None:
         """Ask for a change of structure; only methods of lane ``STRUCTURE`` are asked, before a step, until all say ``None``.
 
         Never within an accumulation window, and not while a tuner runs its trial fit.

@@ -83,7 +83,7 @@ def _inner(outer: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def carry(
+def edit_averages(
     taken: list[Average],
     trainer: Trainer,
     module: LightningModule,
@@ -110,7 +110,7 @@ def carry(
         now = inner.state_dict()
         for name, tensor in average.tensors.items():
             target = now.get(change.new_name(name) or "")
-            tensor = change.carried(plain_name(name), tensor)
+            tensor = change.new_value(plain_name(name), tensor)
             if target is not None and target.shape == tensor.shape:
                 target.copy_(tensor)
         set_plain_values(inner, values(average.plain))

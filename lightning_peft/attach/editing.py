@@ -20,7 +20,7 @@ from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.optim.schedulers import FreshSchedule
 from lightning_peft.strategies.support import rewrap
 from lightning_peft.structure import carry, journal
-from lightning_peft.structure.edits import Change, Edit, Growth
+from lightning_peft.structure.edits import Change, Edit, EditRequest
 from lightning_peft.structure.width_state import carry_optimizer_state
 from lightning_peft.weights.maps import mapped_tensors, parameters_with_maps, plain_tensors, plain_values, set_plain_values
 
@@ -29,7 +29,7 @@ def edit_training(
     trainer: Trainer,
     module: LightningModule,
     methods: Sequence[Contract],
-    growth: Growth,
+    growth: EditRequest,
     schedules: Sequence[FreshSchedule] = (),
 ) -> Change:
     """Apply an edit between two optimizer steps.
@@ -71,7 +71,7 @@ def edit_training(
 
     for method in methods:
         method.structure_changed(module, change)
-    averaging.carry(taken, trainer, module, change, values)  # copies what methods have just put on the module
+    averaging.edit_averages(taken, trainer, module, change, values)  # copies what methods have just put on the module
     finetuning.follow_edit(trainer, module)
     rewrap(trainer)
     rank_zero_info(describe(module, growth.edit))
@@ -95,7 +95,7 @@ def generator(edit: Edit) -> torch.Generator:
 
 
 def _carry_optimizers(
-    trainer: Trainer, module: LightningModule, change: Change, growth: Growth, old: Mapping[str, Tensor]
+    trainer: Trainer, module: LightningModule, change: Change, growth: EditRequest, old: Mapping[str, Tensor]
 ) -> None:
     optimizers = trainer.optimizers
     pairs = _new_parameters(module, change, old)
@@ -131,7 +131,7 @@ def _new_parameters(
 
 
 def _resized_states(
-    optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor], growth: Growth
+    optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor], growth: EditRequest
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Optimizer states with what they become when the module is resized; made first, because not every state can follow."""
     if growth.edit.get("op") not in ("resize", "slice") or growth.optimizer_state == "reset":

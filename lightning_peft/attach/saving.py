@@ -53,7 +53,7 @@ class JournalShim(Shim):
         if module is None or files.KEY in checkpoint or not journal.journal_of(module):
             return
         optimizers = module.trainer.optimizers if checkpoint.get("optimizer_states") else []
-        checkpoint[files.KEY] = files.describe(module, []) | structure_record(module, group_names(module, optimizers))
+        checkpoint[files.KEY] = files.section_of(module, []) | structure_record(module, group_names(module, optimizers))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> JournalShim:
         twin: LightningModule = copy.deepcopy(self._module(), memo)  # type: ignore[assignment]
@@ -86,7 +86,7 @@ class CheckpointHooks:
     def save(self, inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         """Write the section."""
         inner(checkpoint)
-        checkpoint[files.KEY] = files.describe(self._module, [method_records.describe(method) for method in self._methods])
+        checkpoint[files.KEY] = files.section_of(self._module, [method_records.describe(method) for method in self._methods])
         if journal.journal_of(self._module):
             groups = group_names(self._module, self._trainer.optimizers) if self._fitting else []
             checkpoint[files.KEY] |= structure_record(self._module, groups)

@@ -38,20 +38,20 @@ def plain_network(module: nn.Module, network: str | None = None) -> nn.Module:
     return plain.requires_grad_(False)
 
 
-def plain_output(output: Any) -> Any:
+def builtin_output(output: Any) -> Any:
     """Return what a network gives back in tuples, lists and dicts, which any process can read.
 
     Example:
         >>> from collections import OrderedDict
-        >>> plain_output(OrderedDict(logits=1, states=(2, None)))
+        >>> builtin_output(OrderedDict(logits=1, states=(2, None)))
         {'logits': 1, 'states': (2, None)}
     """
     if isinstance(output, Mapping):
-        return {key: plain_output(value) for key, value in output.items()}
+        return {key: builtin_output(value) for key, value in output.items()}
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        return {item.name: plain_output(getattr(output, item.name)) for item in dataclasses.fields(output)}
+        return {item.name: builtin_output(getattr(output, item.name)) for item in dataclasses.fields(output)}
     if isinstance(output, (tuple, list)):
-        return (list if isinstance(output, list) else tuple)(map(plain_output, output))
+        return (list if isinstance(output, list) else tuple)(map(builtin_output, output))
     return output
 
 

@@ -12,18 +12,18 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_peft.atomic_files import whole
 from lightning_peft.baking.agreement import ExportError, check_agreement, other_inputs, tensors_of
 from lightning_peft.baking.plain_network import (
     Inputs,
     arguments,
     batch_size,
+    builtin_output,
     call,
     has_batch,
     plain_network,
-    plain_output,
     with_batch_size,
 )
-from lightning_peft.files import whole
 
 _ONNX_LIMIT = 2_000_000_000  # a protobuf message holds no more
 
@@ -124,7 +124,7 @@ def to_onnx(
 def _portable(module: nn.Module, network: str | None) -> nn.Module:
     """Copy the network, and let it give back containers that a process without the network's packages can read."""
     plain = plain_network(module, network)
-    plain.register_forward_hook(lambda network, inputs, output: plain_output(output))
+    plain.register_forward_hook(lambda network, inputs, output: builtin_output(output))
     return plain
 
 

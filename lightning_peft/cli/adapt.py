@@ -12,7 +12,7 @@ from rich.console import Console
 from lightning_peft.cli.adapt_source import Source
 from lightning_peft.cli.adapt_trials import Trials
 from lightning_peft.cli.console import Outcome, facts, grid
-from lightning_peft.cli.files import existing
+from lightning_peft.cli.file_commands import existing
 from lightning_peft.cli.folders import check_writable, held
 from lightning_peft.cli.interrupts import AGAIN, going_on
 from lightning_peft.cli.recipes import UsageError, check_seeds, find

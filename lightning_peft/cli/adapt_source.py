@@ -11,16 +11,16 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 
 from lightning_peft import registry
+from lightning_peft.atomic_files import whole
 from lightning_peft.baking.bake import baked, read_checkpoint
 from lightning_peft.cli.beside import quiet
-from lightning_peft.cli.files import existing
+from lightning_peft.cli.file_commands import existing
 from lightning_peft.cli.folders import check_settings, file_digest, settings
 from lightning_peft.cli.launch import interruptible, launch, methods_in, parse, quiet_lightning
 from lightning_peft.cli.loading import find_loading
 from lightning_peft.cli.recipes import Recipe, UsageError
 from lightning_peft.cli.trial import Job, train
 from lightning_peft.compose.lanes import Lane
-from lightning_peft.files import whole
 from lightning_peft.method import Method
 from lightning_peft.report.trial import show
 from lightning_peft.shifts.data import content_digest

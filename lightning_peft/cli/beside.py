@@ -10,8 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 
+from lightning_peft.atomic_files import whole
 from lightning_peft.cli.recipes import UsageError
-from lightning_peft.files import whole
 
 
 class LastEpoch(Checkpoint):

@@ -12,16 +12,16 @@ import torch
 from lightning.pytorch import LightningModule
 from rich.console import Console
 
+from lightning_peft.atomic_files import whole
 from lightning_peft.baking.bake import baked, read_checkpoint
 from lightning_peft.baking.restore import restore
 from lightning_peft.cli.beside import quiet
 from lightning_peft.cli.console import Outcome, facts, grid
-from lightning_peft.cli.files import existing
+from lightning_peft.cli.file_commands import existing
 from lightning_peft.cli.folders import check_writable
 from lightning_peft.cli.launch import interruptible, launch, methods_in, quiet_lightning
 from lightning_peft.cli.loading import recorded_build
 from lightning_peft.cli.recipes import UsageError, find
-from lightning_peft.files import whole
 from lightning_peft.measure.network_inputs import NetworkInputs
 from lightning_peft.structure import checkpoint as sections
 from lightning_peft.structure import journal

@@ -184,7 +184,7 @@ def _dispatch_files(options: argparse.Namespace, overrides: Sequence[str]) -> Ou
             )
         where = {"out": options.out, "device": options.device, "trusted": options.trusted}
         return export.deployment(options.checkpoint, options.before, options.recipe, overrides, **where)
-    from lightning_peft.cli import files
+    from lightning_peft.cli import file_commands as files
 
     if options.command == "report" and options.recipe is not None:
         from lightning_peft.cli.recipes import UsageError

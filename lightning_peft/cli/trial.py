@@ -13,14 +13,14 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 
+from lightning_peft.atomic_files import whole
 from lightning_peft.attach.plan import plan
 from lightning_peft.cli.beside import LastEpoch, quiet, stand_beside
 from lightning_peft.cli.folders import check_settings, digest, settings
 from lightning_peft.cli.launch import RecipeCLI, interruptible, launch, parse, quiet_lightning
+from lightning_peft.cli.progress import EpochLines, ForwardMeter, RandomState, Stopwatch
 from lightning_peft.cli.recipes import Recipe, UsageError
-from lightning_peft.cli.watch import EpochLines, ForwardMeter, RandomState, Stopwatch
 from lightning_peft.contract import methods_of, ordered
-from lightning_peft.files import whole
 from lightning_peft.measure.confidence import ConfidenceRecorder, reliability_bins
 from lightning_peft.measure.flop_meter import FlopMeter
 from lightning_peft.report.trial import Trial

@@ -84,7 +84,7 @@ def charged(network: nn.Module, read: Callable[[], float]) -> Iterator[dict[str,
 
 
 @contextlib.contextmanager
-def plain_attention() -> Iterator[None]:
+def unfused_attention() -> Iterator[None]:
     """Turn off PyTorch's fused transformer layers, which hide their products from a count."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -117,7 +117,7 @@ def count_flops(network: nn.Module, inputs: Inputs) -> Counted:
         >>> count_flops(nn.Sequential(nn.Linear(3, 5), nn.ReLU()), torch.ones(2, 3)).by_layer["0"]
         60.0
     """
-    with plain_attention(), FlopCount() as count, charged(network, lambda: float(count.total)) as own:
+    with unfused_attention(), FlopCount() as count, charged(network, lambda: float(count.total)) as own:
         call(network, inputs)
     return Counted(dict(own), frozenset(count.unknown))
 

@@ -13,7 +13,7 @@ Curve = tuple[list[float], list[float]]
 
 
 @dataclass(frozen=True)
-class Point:
+class CurvePoint:
     """One logged value."""
 
     step: int
@@ -21,10 +21,10 @@ class Point:
     value: float
 
 
-Curves = Mapping[str, list[Point]]
+Curves = Mapping[str, list[CurvePoint]]
 
 
-def read_curves(folder: Path) -> dict[str, list[Point]]:
+def read_curves(folder: Path) -> dict[str, list[CurvePoint]]:
     """Read every ``metrics.csv`` below a folder and join them.
 
     A run that was killed and resumed leaves one file a session; where two sessions logged one step, the later one counts.
@@ -35,7 +35,7 @@ def read_curves(folder: Path) -> dict[str, list[Point]]:
     Returns:
         Points of each metric in the order of steps.
     """
-    joined: dict[str, dict[int, Point]] = {}
+    joined: dict[str, dict[int, CurvePoint]] = {}
     for path in sorted(folder.rglob("metrics.csv"), key=_version):
         with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
@@ -43,7 +43,7 @@ def read_curves(folder: Path) -> dict[str, list[Point]]:
                 epoch = float(row["epoch"]) if row.get("epoch") else None
                 for name, text in row.items():
                     if name not in ("step", "epoch") and text:
-                        joined.setdefault(name, {})[step] = Point(step, epoch, float(text))
+                        joined.setdefault(name, {})[step] = CurvePoint(step, epoch, float(text))
     return {name: [points[step] for step in sorted(points)] for name, points in joined.items()}
 
 
@@ -68,7 +68,8 @@ def over_cost(curves: Curves, name: str, cost: str) -> Curve | None:
     """Return a metric over a second one that was logged at the same steps; ``None`` when there is no such step.
 
     Example:
-        >>> curves = {"flops": [Point(1, 0, 5.0), Point(2, 0, 9.0)], "loss": [Point(0, 0, 3.0), Point(2, 0, 1.0)]}
+        >>> flops, loss = [CurvePoint(1, 0, 5.0), CurvePoint(2, 0, 9.0)], [CurvePoint(0, 0, 3.0), CurvePoint(2, 0, 1.0)]
+        >>> curves = {"flops": flops, "loss": loss}
         >>> over_cost(curves, "loss", "flops")
         ([9.0], [1.0])
     """

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.files import whole
+from lightning_peft.atomic_files import whole
 from lightning_peft.report.contents import Contents
 from lightning_peft.report.html import to_html
 from lightning_peft.report.markdown import to_markdown

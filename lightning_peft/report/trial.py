@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.files import whole
+from lightning_peft.atomic_files import whole
 from lightning_peft.measure.confidence import Bins
 from lightning_peft.report.contents import number
 

@@ -75,7 +75,7 @@ def _units(factor: str, axes: Axes) -> tuple[int, int]:
     return old, new
 
 
-def carry(tensor: Tensor, dims: Sequence[str], axes: Axes, rule: Rule = "pad") -> Tensor:
+def resized(tensor: Tensor, dims: Sequence[str], axes: Axes, rule: Rule = "pad") -> Tensor:
     """Bring a tensor to new sizes.
 
     Args:
@@ -88,9 +88,9 @@ def carry(tensor: Tensor, dims: Sequence[str], axes: Axes, rule: Rule = "pad") -
         New sizes.
 
     Example:
-        >>> carry(torch.tensor([1.0, 2.0]), ["width"], {"width": [2, 3]}, "copy")
+        >>> resized(torch.tensor([1.0, 2.0]), ["width"], {"width": [2, 3]}, "copy")
         tensor([1., 2., 1.])
-        >>> carry(torch.tensor([1.0, 2.0]), ["width"], {"width": [2, 3]}, "pad")
+        >>> resized(torch.tensor([1.0, 2.0]), ["width"], {"width": [2, 3]}, "pad")
         tensor([1., 2., 0.])
     """
     for position, dim in enumerate(dims):

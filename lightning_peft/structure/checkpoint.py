@@ -26,7 +26,7 @@ ORDERED = 2
 MapRecord = dict[str, Any]
 
 
-def describe(module: nn.Module, methods: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def section_of(module: nn.Module, methods: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Describe a module under weight maps as plain data for ``checkpoint["lightning_peft"]``."""
     tensors = mapped_tensors(module, every_name=True)
     return section({mapped.name: [weight_map.record() for weight_map in mapped.maps] for mapped in tensors}, methods)

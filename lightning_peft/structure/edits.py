@@ -27,7 +27,7 @@ Operator: TypeAlias = Callable[[Mapping[str, Tensor], Edit, torch.Generator], Ma
 
 
 @dataclass(frozen=True)
-class Growth:
+class EditRequest:
     """An edit a method asks for, and what is to become of values and optimizer.
 
     Attributes:
@@ -76,7 +76,7 @@ class Change:
         prefix, rest = split_block(self.edit, name)
         return f"{self.copied[prefix]}.{rest}" if rest is not None and prefix in self.copied else None
 
-    def carried(self, name: str, value: Tensor) -> Tensor:
+    def new_value(self, name: str, value: Tensor) -> Tensor:
         """Return what an old tensor's value, or an average of it, becomes; only a slice changes it."""
         entry = self.edit["tensors"].get(name) if self.edit["op"] == "slice" else None
         return value if entry is None or list(value.shape) != entry["from"] else slices.narrow(value, entry["kept"])

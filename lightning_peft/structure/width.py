@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.structure.axes import NEW, OLD, Axes, carry, is_old
+from lightning_peft.structure.axes import NEW, OLD, Axes, is_old, resized
 from lightning_peft.structure.errors import CheckpointError
 from lightning_peft.structure.in_place import check_attributes, put, set_attributes
 from lightning_peft.structure.width_form import check_form
@@ -54,7 +54,7 @@ def resize(module: nn.Module, edit: Mapping[str, Any]) -> None:
     Parameters stay the same objects, so optimizers and ties hold; their gradients go. Old coordinates keep their values, new
     ones are zero until an operator fills them, so that :func:`undo_resize` loses nothing.
     """
-    _apply(module, edit, NEW, lambda value, entry: carry(value, entry["dims"], edit["axes"]))
+    _apply(module, edit, NEW, lambda value, entry: resized(value, entry["dims"], edit["axes"]))
 
 
 def undo_resize(module: nn.Module, edit: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_peft.structure.axes import Axes, Rule, carry
+from lightning_peft.structure.axes import Axes, Rule, resized
 from lightning_peft.structure.slices import narrow
 
 
@@ -22,7 +22,7 @@ def carry_state(state: Tensor, entry: Mapping[str, Any], axes: Axes, rule: Rule,
         state: The state.
         entry: The parameter's entry in ``edit["tensors"]``.
         axes: ``edit["axes"]``.
-        rule: See :func:`~lightning_peft.structure.axes.carry`.
+        rule: See :func:`~lightning_peft.structure.axes.resized`.
         key: Name of the state, to tell rows from columns of a square parameter.
 
     Returns:
@@ -37,7 +37,7 @@ def carry_state(state: Tensor, entry: Mapping[str, Any], axes: Axes, rule: Rule,
         tensor([1., 2., 1., 2.])
     """
     dims = [entry["dims"][dim] if dim is not None else "" for dim in state_dims(state, entry["from"], key)]
-    return carry(state, dims, axes, rule)
+    return resized(state, dims, axes, rule)
 
 
 def slice_state(state: Tensor, entry: Mapping[str, Any], key: str = "") -> Tensor:
@@ -99,7 +99,7 @@ def carry_optimizer_state(state: MutableMapping[str, Any], edit: Mapping[str, An
         state: ``optimizer.state[parameter]``, changed in place.
         edit: The edit.
         name: Qualified name of the parameter in ``edit["tensors"]``.
-        rule: See :func:`~lightning_peft.structure.axes.carry`.
+        rule: See :func:`~lightning_peft.structure.axes.resized`.
 
     Raises:
         MisconfigurationException: A state has a shape that is not known (see :func:`carry_state`).

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_peft_plugins.sparsity._nm_sparsity.nm_schedule import NEVER, RECIPES, Phase, Timeline, needs_end, phase_at
+from lightning_peft_plugins.sparsity._nm_sparsity.nm_schedule import NEVER, RECIPES, Phase, PhaseTimeline, needs_end, phase_at
 
-LINE = Timeline(dense_end=10, sparse_end=90, total=100)
+LINE = PhaseTimeline(dense_end=10, sparse_end=90, total=100)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -25,7 +25,7 @@ def test_binary_recipes_have_no_soft_phase(recipe):
 
 def test_mdgf_follows_the_official_coefficients():
     # Official code: D = exp(-1e-4 s) and max(0, 1 - 2e-4 s), s updates after the dense phase.
-    line = Timeline(100, 40_000, 40_000)
+    line = PhaseTimeline(100, 40_000, 40_000)
     assert phase_at(100 + 5000, line, "mdgf-exponential", 2, 4, 1e-4).decay == pytest.approx(0.606531, abs=1e-6)
     assert phase_at(100 + 20_001, line, "mdgf-exponential", 2, 4, 1e-4).decay == pytest.approx(0.135322, abs=1e-6)
     assert phase_at(100 + 2500, line, "mdgf-linear", 2, 4, 2e-4).decay == pytest.approx(0.5)
@@ -53,14 +53,14 @@ def test_density_never_rises(recipe, n, m, step):
 
 def test_phases_that_do_not_fit_are_refused():
     with pytest.raises(MisconfigurationException, match="do not fit into 100 steps"):
-        Timeline(dense_end=60, sparse_end=40, total=100)
+        PhaseTimeline(dense_end=60, sparse_end=40, total=100)
 
 
 def test_a_recipe_that_needs_no_end_is_the_same_whatever_the_end():
-    endless, long = Timeline(5, NEVER, NEVER), Timeline(5, 10_000, 10_000)
+    endless, long = PhaseTimeline(5, NEVER, NEVER), PhaseTimeline(5, 10_000, 10_000)
     for recipe in RECIPES:
         if not needs_end(recipe, 1e-3):
             for step in (0, 4, 5, 6, 900):
                 assert phase_at(step, endless, recipe, 2, 4, 1e-3) == phase_at(step, long, recipe, 2, 4, 1e-3)
         else:
-            assert phase_at(900, Timeline(5, 1000, 1000), recipe, 2, 8) != phase_at(900, long, recipe, 2, 8)
+            assert phase_at(900, PhaseTimeline(5, 1000, 1000), recipe, 2, 8) != phase_at(900, long, recipe, 2, 8)

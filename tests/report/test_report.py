@@ -17,7 +17,7 @@ from lightning_peft.report import plots as report_plots
 from lightning_peft.report.checkpoint import checkpoint_report
 from lightning_peft.report.comparison import Comparison, comparison_report
 from lightning_peft.report.contents import Fact, Figure, Section, Table, is_numeric
-from lightning_peft.report.curves import Point, over_epochs, over_steps, read_curves
+from lightning_peft.report.curves import CurvePoint, over_epochs, over_steps, read_curves
 from lightning_peft.report.report import Report
 from lightning_peft.report.run import RunEvidence, run_report
 from lightning_peft.report.trial import Trial
@@ -182,14 +182,14 @@ def test_differences_are_paired_by_seed(tmp_path) -> None:
 
 def logged(
     losses: list[float], *, flops: float = 1e12, seconds: float = 10.0, name: str = "val/loss"
-) -> dict[str, list[Point]]:
+) -> dict[str, list[CurvePoint]]:
     """A run that was validated after equal shares of what it cost in all."""
     share = [(place + 1) / len(losses) for place in range(len(losses))]
     columns = {name: losses, "peft/flops": [flops * x for x in share], "peft/seconds": [seconds * x for x in share]}
-    return {column: [Point(step, None, value) for step, value in enumerate(values)] for column, values in columns.items()}
+    return {column: [CurvePoint(step, None, value) for step, value in enumerate(values)] for column, values in columns.items()}
 
 
-def grown(curves: dict[str, list[dict[str, list[Point]]]], monitor: str = "test/accuracy") -> Comparison:
+def grown(curves: dict[str, list[dict[str, list[CurvePoint]]]], monitor: str = "test/accuracy") -> Comparison:
     trials = {label: [trial(label, seed, 0.5) for seed in range(len(seeds))] for label, seeds in curves.items()}
     for label, mine in trials.items():
         for one in mine:

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_peft.structure.axes import carry, index_map, is_old, size
+from lightning_peft.structure.axes import index_map, is_old, resized, size
 
 sizes = st.integers(1, 4).flatmap(lambda old: st.tuples(st.just(old), st.integers(old, 9)))
 
@@ -25,7 +25,7 @@ def test_coordinates_of_a_product_are_those_of_its_axes(a, b, sections):
 def test_copies_equal_their_source_and_padding_is_zero(a, b):
     axes, dims = {"a": a, "b": b}, ["2 a", "b"]
     value = torch.rand(2 * a[0], b[0]) + 1
-    copied, padded = carry(value, dims, axes, "copy"), carry(value, dims, axes, "pad")
+    copied, padded = resized(value, dims, axes, "copy"), resized(value, dims, axes, "pad")
     assert torch.equal(copied, value[index_map("2 a", axes)][:, index_map("b", axes)])
     kept = is_old("2 a", axes)[:, None] & is_old("b", axes)
     assert torch.equal(padded[kept].view_as(value), value)

@@ -15,7 +15,7 @@ from lightning_peft.compose.run import Run
 from lightning_peft.network.resolve import resolve_network
 from lightning_peft.registry import suggest
 from lightning_peft.structure.carry import RULES
-from lightning_peft.structure.edits import Change, Growth
+from lightning_peft.structure.edits import Change, EditRequest
 from lightning_peft.structure.forms import Form, whole
 from lightning_peft.structure.journal import journal_of
 from lightning_peft.structure.width_map import WidthMap
@@ -120,11 +120,11 @@ class LayerGrowth(TimedMethod):
         self._masks: list[Masks] = []
         self._parts = 0
 
-    def first_edit(self, module: LightningModule) -> Growth | None:
+    def first_edit(self, module: LightningModule) -> EditRequest | None:
         """Begin with the first blocks, if asked to."""
         self.plan.find(module, self._network_name(module))
         edit = self.plan.first_edit(module)
-        return None if edit is None else Growth(edit | {"by": self.name, "step": 0})
+        return None if edit is None else EditRequest(edit | {"by": self.name, "step": 0})
 
     def _network_name(self, module: nn.Module) -> str:
         try:
@@ -152,7 +152,7 @@ class LayerGrowth(TimedMethod):
         self.plan.check_next(run.module, self.done, self._parts)
         self._mask_again(run.module)
 
-    def next_edit(self, run: Run) -> Growth | None:
+    def next_edit(self, run: Run) -> EditRequest | None:
         """Grow when the time of the next event has come: first wider, then deeper."""
         if self._parts == 0 and (self._masks or not self.due(run)):
             return None
@@ -163,7 +163,7 @@ class LayerGrowth(TimedMethod):
         restart = self._parts == 0 and self.lr_rule.restart
         self._parts = 0 if last else self._parts + 1
         self.mark_done(last)
-        return Growth(
+        return EditRequest(
             edit,
             operator,
             self.optimizer_state,

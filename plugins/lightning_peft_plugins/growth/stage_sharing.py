@@ -18,7 +18,7 @@ from lightning_peft.network.resolve import resolve_network
 from lightning_peft.structure.carry import RULES
 from lightning_peft.structure.depth import blocks_at, blocks_edit
 from lightning_peft.structure.depth_settings import drop_rates, redrawn
-from lightning_peft.structure.edits import Edit, Growth
+from lightning_peft.structure.edits import Edit, EditRequest
 from lightning_peft.structure.journal import journal_of
 from lightning_peft_plugins.growth._shared.blocks_to_grow import check_equal, find_blocks
 from lightning_peft_plugins.growth._shared.timed import TimedMethod
@@ -85,7 +85,7 @@ class StageSharing(TimedMethod):
         self.optimizer_state, self.blocks = optimizer_state, blocks
         self._path = ""
 
-    def first_edit(self, module: LightningModule) -> Growth | None:
+    def first_edit(self, module: LightningModule) -> EditRequest | None:
         """Let the positions of each stage hold one block."""
         self._find(module)
         blocks = list(blocks_at(module, self._path))
@@ -95,7 +95,7 @@ class StageSharing(TimedMethod):
         lines = {name: redrawn(rates, len(sources)) for name, rates in drop_rates(blocks).items()}
         rates = {name: stage_means(line, lengths) for name, line in lines.items() if line}
         edit = blocks_edit(module, self._path, sources, rates=rates, shared=True)
-        return Growth({**edit, "follow": True, "by": self.name, "step": 0})
+        return EditRequest({**edit, "follow": True, "by": self.name, "step": 0})
 
     def _find(self, module: nn.Module) -> None:
         """Find the blocks and check what is asked of them, before anything is changed.
@@ -156,7 +156,7 @@ class StageSharing(TimedMethod):
         edits = [edit for edit in journal_of(module) if edit["path"] == self._path]
         return len(edits) > 1 and edits[-1].get("by") == self.name and not edits[-1].get("shared")
 
-    def next_edit(self, run: Run) -> Growth | None:
+    def next_edit(self, run: Run) -> EditRequest | None:
         """Give every position a block of its own when the moment has come."""
         if not self.due(run):
             return None
@@ -168,7 +168,7 @@ class StageSharing(TimedMethod):
         rates = {name: redrawn(line, len(stages)) or [] for name, line in ends.items()}
         edit = blocks_edit(run.module, self._path, [firsts[stage] for stage in stages], rates=rates)
         self.mark_done()
-        return Growth(
+        return EditRequest(
             {**edit, "follow": True, "by": self.name, "step": self.steps},
             optimizer_state=self.optimizer_state,  # type: ignore[arg-type]
             restart_schedulers=self.lr_rule.restart,

@@ -22,14 +22,14 @@ from lightning_peft.network.targets import TargetSpec
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.registry import suggest
 from lightning_peft.structure.depth import blocks_at, blocks_edit
-from lightning_peft.structure.edits import Change, Growth
+from lightning_peft.structure.edits import Change, EditRequest
 from lightning_peft.structure.forms import Form, dict_of, fields, maybe, whole
 from lightning_peft.weights.choose import check_scores
-from lightning_peft_plugins.pruning._block_pruning.block_activations import SEEN, BlockWatch, Seen
+from lightning_peft_plugins.pruning._block_pruning.block_activations import SEEN, BlockActivations, BlockWatch
 from lightning_peft_plugins.pruning._block_pruning.budget import Choice, goal, lowest
 from lightning_peft_plugins.pruning._block_pruning.prunable_lists import PrunableList, lists_form, lists_to_prune
 from lightning_peft_plugins.pruning._block_pruning.weight_scores import magnitude_of, taylor_of
-from lightning_peft_plugins.pruning._shared.timeline import Timeline
+from lightning_peft_plugins.pruning._shared.timeline import PruningTimeline
 
 SCORES = ("influence", "taylor", "magnitude")
 
@@ -97,7 +97,7 @@ class BlockPruning(Method):
         self.amount, self.score, self.optimizer_state = amount, score, optimizer_state
         self.schedule = Schedule(start, start if end is None else end, "constant" if end is None else shape)
         self.every = parse_point(every)
-        self.timeline: Timeline | None = None
+        self.timeline: PruningTimeline | None = None
         self.watch = BlockWatch(self.in_training_step, self._scores_calls)
         self.lists: dict[str, PrunableList] = {}
         self._goal: int | None = None
@@ -113,7 +113,7 @@ class BlockPruning(Method):
         """Place the cuts in this training, and find the lists."""
         if not self.lists:
             self.lists = lists_to_prune(run.module, run.network_name, self.targets, self.exclude)
-        self.timeline = Timeline.of_cuts(self.schedule, self.every, run, watched=True)
+        self.timeline = PruningTimeline.of_cuts(self.schedule, self.every, run, watched=True)
 
     def _watches(self) -> bool:
         return self.timeline is not None and self.timeline.watched(self.steps)
@@ -135,7 +135,7 @@ class BlockPruning(Method):
         """Let go of the activations of the step."""
         self.watch.let_go()
 
-    def next_edit(self, run: Run) -> Growth | None:
+    def next_edit(self, run: Run) -> EditRequest | None:
         """Cut when the time has come, one list after the other."""
         if self.timeline is None:
             return None
@@ -152,7 +152,7 @@ class BlockPruning(Method):
             path, places = self._due.pop(0)
             sources = [place for place in range(len(blocks_at(run.module, path))) if place not in places]
             edit = blocks_edit(run.module, path, sources) | {"by": self.name, "step": self.steps}
-            return Growth(edit, optimizer_state="reset" if self.optimizer_state == "reset" else "pad")
+            return EditRequest(edit, optimizer_state="reset" if self.optimizer_state == "reset" else "pad")
         if self._goal is None or self._watches():
             self.watch.open(run.module, {path: found.blocks for path, found in self.lists.items()})
         else:
@@ -162,7 +162,7 @@ class BlockPruning(Method):
     def _blocks(self) -> list[str]:
         return [f"{path}.{place}" for path, found in self.lists.items() for place in found.blocks]
 
-    def _seen(self, run: Run) -> dict[str, Seen]:
+    def _seen(self, run: Run) -> dict[str, BlockActivations]:
         return self.watch.reduced(self._blocks(), run.trainer.strategy)
 
     def _settle(self, run: Run, due: bool) -> None:
@@ -223,7 +223,7 @@ class BlockPruning(Method):
         ranked = {path: {place: scores[f"{path}.{place}"] for place in places} for path, places in free.items()}
         return lowest(ranked, {path: len(found.blocks) - 1 for path, found in self.lists.items()}, wanted)
 
-    def _score(self, run: Run, name: str, seen: Seen) -> float:
+    def _score(self, run: Run, name: str, seen: BlockActivations) -> float:
         return magnitude_of(run.module.get_submodule(name)) if self.score == "magnitude" else seen.mean()
 
     def structure_changed(self, module: LightningModule, change: Change) -> None:

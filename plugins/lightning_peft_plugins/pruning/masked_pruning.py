@@ -29,10 +29,10 @@ from lightning_peft.weights.nm_pattern import parse_pattern
 from lightning_peft_plugins.pruning._masked_pruning.decay import add_decay
 from lightning_peft_plugins.pruning._masked_pruning.mask_map import MaskMap, PruneRule
 from lightning_peft_plugins.pruning._masked_pruning.rewind import Rewind, rewind_form
+from lightning_peft_plugins.pruning._shared.layer_recorder import LayerRecorder
 from lightning_peft_plugins.pruning._shared.layer_statistics import FROM_CALLS
-from lightning_peft_plugins.pruning._shared.layer_watch import Watch
 from lightning_peft_plugins.pruning._shared.scores import SCORES
-from lightning_peft_plugins.pruning._shared.timeline import Timeline
+from lightning_peft_plugins.pruning._shared.timeline import PruningTimeline
 
 Rule = Literal["zero", "ste", "shrink", "decay"]
 RULES = get_args(Rule)
@@ -136,8 +136,8 @@ class MaskedPruning(Method):
         self.rule = PruneRule(masked=rule in ("zero", "ste"), regrow=rule == "ste")
         self.fades, self.alpha = not self.rule.masked, alpha
         self.decays = strength if rule == "decay" else 0.0
-        self.timeline: Timeline | None = None
-        self.watch = Watch(self.score.reads, self._watches, self.in_training_step)
+        self.timeline: PruningTimeline | None = None
+        self.watch = LayerRecorder(self.score.reads, self._watches, self.in_training_step)
         self._chosen_at: int | None = None
         self._shrunk_at: int | None = None
         self.rewind_to = None if rewind is None else parse_point(rewind)
@@ -180,7 +180,7 @@ class MaskedPruning(Method):
 
     def start(self, run: Run) -> None:
         """Place the choices in this training, and make the first if it is due and needs no data."""
-        self.timeline = Timeline.of_choices(self.schedule, self.every, run, watched=bool(self.score.reads))
+        self.timeline = PruningTimeline.of_choices(self.schedule, self.every, run, watched=bool(self.score.reads))
         if self.rewind_to is not None:
             self._prepare_rewind(run)
         if self.score.reads:

@@ -21,12 +21,12 @@ from lightning_peft.method import Method
 from lightning_peft.network.layers import is_norm, own_parameters
 from lightning_peft.network.targets import TargetSpec, select
 from lightning_peft.registry import suggest
-from lightning_peft.structure.edits import Change, Edit, Growth
+from lightning_peft.structure.edits import Change, Edit, EditRequest
 from lightning_peft.structure.forms import Form, dict_of, fields, maybe, number, whole
 from lightning_peft.weights.choose import check_scores
-from lightning_peft_plugins.pruning._shared.layer_watch import Watch
+from lightning_peft_plugins.pruning._shared.layer_recorder import LayerRecorder
 from lightning_peft_plugins.pruning._shared.scores import SCORES
-from lightning_peft_plugins.pruning._shared.timeline import Timeline
+from lightning_peft_plugins.pruning._shared.timeline import PruningTimeline
 from lightning_peft_plugins.pruning._structured_pruning.budget import Limits, StructuredScope
 from lightning_peft_plugins.pruning._structured_pruning.channels import Baseline, Channels, Counted
 from lightning_peft_plugins.pruning._structured_pruning.dependency import torch_pruning
@@ -115,8 +115,8 @@ class StructuredPruning(Method):
         last = start if end is None else end
         self.schedule = Schedule(start, last, "constant" if end is None else shape, (0.0, float(amount)))
         self.every = parse_point(every)
-        self.timeline: Timeline | None = None
-        self.watch = Watch(self.score.reads, self._watches, self.in_training_step)
+        self.timeline: PruningTimeline | None = None
+        self.watch = LayerRecorder(self.score.reads, self._watches, self.in_training_step)
         self._shim: Shim | None = None
         self._example: dict[str, Any] | None = None
         self._baseline: Baseline | None = None
@@ -130,7 +130,7 @@ class StructuredPruning(Method):
     def start(self, run: Run) -> None:
         """Place the cuts in this training, and wait for a call of the network."""
         torch_pruning()  # its absence must show before the training, not at the first cut
-        self.timeline = Timeline.of_cuts(self.schedule, self.every, run, watched=bool(self.score.reads))
+        self.timeline = PruningTimeline.of_cuts(self.schedule, self.every, run, watched=bool(self.score.reads))
         self._allowed(run)
         if self._example is None:
             compiler = step_compiler(run.module)
@@ -160,7 +160,7 @@ class StructuredPruning(Method):
         if self.score.reads:
             self.watch.see_gradients(_weights(run), optimizer)
 
-    def next_edit(self, run: Run) -> Growth | None:
+    def next_edit(self, run: Run) -> EditRequest | None:
         """Cut when the time has come."""
         if self._shim is not None and self._example is not None:
             self._shim.remove()
@@ -197,7 +197,7 @@ class StructuredPruning(Method):
         share = self.timeline.amounts.value(self.steps)
         edit, self._cost = channels.choose(self._values(run, channels), share, self._baseline, self.limits, self.scope)
         self.watch.seen.clear()
-        return None if edit is None else Growth(self._signed(edit), optimizer_state=self._rule)
+        return None if edit is None else EditRequest(self._signed(edit), optimizer_state=self._rule)
 
     @property
     def _rule(self) -> Literal["reset", "pad"]:

@@ -21,7 +21,7 @@ from lightning_peft.structure.forms import Form, fields, list_of, whole
 from lightning_peft.weights.maps import maps_of
 from lightning_peft.weights.nm_pattern import parse_pattern
 from lightning_peft_plugins.sparsity._nm_sparsity.nm_map import HeldNMMap, MaskRule, NMMap
-from lightning_peft_plugins.sparsity._nm_sparsity.nm_schedule import NEVER, RECIPES, Recipe, Timeline, needs_end, phase_at
+from lightning_peft_plugins.sparsity._nm_sparsity.nm_schedule import NEVER, RECIPES, PhaseTimeline, Recipe, needs_end, phase_at
 
 
 class NMSparsity(Method):
@@ -104,7 +104,7 @@ class NMSparsity(Method):
         self.sr_lambda = sr_lambda if recipe == "sr-ste" else 0.0
         self.coefficient = None if decay == "auto" else float(decay)
         self.refresh = refresh
-        self.timeline: Timeline | None = None
+        self.timeline: PhaseTimeline | None = None
         self._rules: dict[tuple[int, int], MaskRule] = {}
 
     @property
@@ -146,10 +146,10 @@ class NMSparsity(Method):
         """Fix the phases of this training."""
         dense_end = run.place(self.dense, "dense=")
         if self.fine_tune.amount or needs_end(self.recipe, self.coefficient):
-            self.timeline = Timeline(dense_end, self._sparse_end(run), run.total_steps)
+            self.timeline = PhaseTimeline(dense_end, self._sparse_end(run), run.total_steps)
         else:
             total = run.end or NEVER
-            self.timeline = Timeline(dense_end, total, total)
+            self.timeline = PhaseTimeline(dense_end, total, total)
         self._enter_phase()
         self._refresh(run.module, fresh_only=True)
 
@@ -217,7 +217,7 @@ class NMSparsity(Method):
 
     def load_state(self, state: dict[str, Any]) -> None:
         if state["timeline"]:
-            self.timeline = Timeline(*(int(step) for step in state["timeline"]))
+            self.timeline = PhaseTimeline(*(int(step) for step in state["timeline"]))
         self._enter_phase()
 
 

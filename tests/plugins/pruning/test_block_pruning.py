@@ -29,7 +29,7 @@ from lightning_peft.testing import MethodTester
 from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import deepened, loader, trainer
 from lightning_peft.testing.runs import Fit, assert_same, fit
-from lightning_peft_plugins.pruning._block_pruning.block_activations import BlockWatch, Seen
+from lightning_peft_plugins.pruning._block_pruning.block_activations import BlockActivations, BlockWatch
 from lightning_peft_plugins.pruning.block_pruning import BlockPruning
 
 
@@ -81,7 +81,7 @@ def test_ranks_decide_by_what_all_saw() -> None:
             return table + table * torch.tensor([4.0, 2.0, 2.0, 2.0, 2.0])
 
     watch = BlockWatch(lambda: True, lambda: True)
-    watch.seen = {"b.0": Seen(torch.tensor(0.5), scored=2, calls=2, links=1)}
+    watch.seen = {"b.0": BlockActivations(torch.tensor(0.5), scored=2, calls=2, links=1)}
     reduced = watch.reduced(["b.0", "b.1"], Both())  # type: ignore[arg-type]
     assert reduced["b.0"].mean() == pytest.approx(2.5 / 6)
     assert reduced["b.0"].why_it_stays() == ""

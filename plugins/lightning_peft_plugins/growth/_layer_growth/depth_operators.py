@@ -6,13 +6,12 @@ An operator is written as the old position of every block of the grown list; the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-Edit = dict[str, Any]
+from lightning_peft.structure.edits import Edit
 
 
 def stacked(now: int, to: int) -> list[int]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 from lightning_peft.network.layers import is_conv
 from lightning_peft.structure.axes import OLD, is_old, size
+from lightning_peft.structure.edits import Edit
 from lightning_peft.weights.maps import split_name
 from lightning_peft_plugins.growth._layer_growth.depth_operators import new_places
 from lightning_peft_plugins.growth._layer_growth.msg import masked_layer_norm, masked_rms_norm
-
-Edit: TypeAlias = Mapping[str, Any]
 
 
 class Masks:

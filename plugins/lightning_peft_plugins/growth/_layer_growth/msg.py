@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_peft.structure.axes import Axes, carry, is_old
+from lightning_peft.structure.axes import Axes, is_old, resized
 from lightning_peft_plugins.growth._layer_growth.net2net import Edit, Values, normal_like, old_mask
 
 
@@ -105,7 +105,7 @@ def msg(values: Values, edit: Edit, generator: torch.Generator, *, std: float = 
     """
     new = {}
     for name, entry in edit["tensors"].items():
-        value = carry(values[name], entry["dims"], edit["axes"])
+        value = resized(values[name], entry["dims"], edit["axes"])
         if entry["role"] == "norm_weight":
             filling = torch.ones_like(value)
         elif entry["role"] == "norm_bias":

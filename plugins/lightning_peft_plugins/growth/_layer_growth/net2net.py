@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from lightning_peft.structure.axes import Axes, index_map, is_old
+from lightning_peft.structure.edits import Edit
 
 Values = Mapping[str, Tensor]
-Edit = Mapping[str, Any]
 
 
 def unit_mapping(old: int, new: int, generator: torch.Generator | None = None) -> Tensor:
@@ -128,7 +128,7 @@ def preserves(edit: Edit) -> bool:
     return all(edit["axes"][part][1] % edit["axes"][part][0] == 0 for part in dims)
 
 
-def fpi(value: Tensor, entry: Edit, axes: Axes, units: Mapping[str, Tensor]) -> Tensor:
+def fpi(value: Tensor, entry: Mapping[str, Any], axes: Axes, units: Mapping[str, Tensor]) -> Tensor:
     """Widen one tensor.
 
     Args:
@@ -159,7 +159,7 @@ def next_layer(name: str, names: Mapping[str, object], path: str = "") -> str | 
     return upper if upper in names else None
 
 
-def old_mask(value: Tensor, entry: Edit, axes: Axes) -> Tensor:
+def old_mask(value: Tensor, entry: Mapping[str, Any], axes: Axes) -> Tensor:
     """Which coordinates of a new tensor are old ones; broadcasts to its shape."""
     kept = torch.ones((), dtype=torch.bool, device=value.device)
     for position, dim in enumerate(entry["dims"]):
@@ -180,7 +180,7 @@ def _units(axes: Axes, mapping: str, generator: torch.Generator) -> dict[str, Te
     return {label: unit_mapping(old, new, generator if mapping == "random" else None) for label, (old, new) in axes.items()}
 
 
-def _tied_head(value: Tensor, entry: Edit, axes: Axes, units: Mapping[str, Tensor]) -> Tensor:
+def _tied_head(value: Tensor, entry: Mapping[str, Any], axes: Axes, units: Mapping[str, Tensor]) -> Tensor:
     """Divide what is read by a head whose weight is also the embedding, and so could not be divided itself."""
     if not entry.get("tied_head"):
         return value

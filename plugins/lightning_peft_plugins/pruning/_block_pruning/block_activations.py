@@ -20,7 +20,7 @@ from lightning_peft_plugins.pruning.functional.block_influence import block_infl
 
 
 @dataclass
-class Seen:
+class BlockActivations:
     """What was seen of one block.
 
     Attributes:
@@ -63,7 +63,7 @@ class Seen:
 SEEN = fields(
     {"score": maybe(tensor([])), "scored": whole(), "calls": whole(), "misfits": whole(), "links": whole(), "shapes": text}
 )
-"""What :class:`Seen` looks like in a checkpoint."""
+"""What :class:`BlockActivations` looks like in a checkpoint."""
 
 
 class BlockWatch:
@@ -79,13 +79,13 @@ class BlockWatch:
 
     def __init__(self, watching: Callable[[], bool], scoring: Callable[[], bool]) -> None:
         self.watching, self.scoring = watching, scoring
-        self.seen: dict[str, Seen] = {}
+        self.seen: dict[str, BlockActivations] = {}
         self._shims: list[Shim] = []
-        self._last: dict[str, tuple[Seen, Tensor]] = {}
+        self._last: dict[str, tuple[BlockActivations, Tensor]] = {}
 
-    def of(self, block: str) -> Seen:
+    def of(self, block: str) -> BlockActivations:
         """Return what was seen of a block."""
-        return self.seen.setdefault(block, Seen())
+        return self.seen.setdefault(block, BlockActivations())
 
     def open(self, module: nn.Module, lists: Mapping[str, Iterable[int]]) -> None:
         """Begin to see the calls of blocks; does nothing while it is open.
@@ -137,7 +137,7 @@ class BlockWatch:
         elif self.scoring():
             seen.add(block_influence(inputs, outputs, features(inputs)))
 
-    def reduced(self, blocks: Sequence[str], strategy: Strategy) -> dict[str, Seen]:
+    def reduced(self, blocks: Sequence[str], strategy: Strategy) -> dict[str, BlockActivations]:
         """Return what all ranks saw of blocks, each of its own samples."""
         device = strategy.root_device
         own = [self.of(name) for name in blocks]
@@ -146,7 +146,7 @@ class BlockWatch:
         scores = torch.stack([zero if seen.score is None else seen.score.to(zero) for seen in own])
         table: Any = strategy.reduce(torch.cat([scores[:, None], counts], 1), reduce_op="sum")
         return {
-            name: Seen(row[0], *(int(count) for count in row[1:].tolist()), seen.shapes)
+            name: BlockActivations(row[0], *(int(count) for count in row[1:].tolist()), seen.shapes)
             for name, row, seen in zip(blocks, table, own, strict=True)
         }
 
@@ -177,7 +177,7 @@ class BlockWatch:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state` gave."""
-        self.seen = {name: Seen(**seen) for name, seen in state.items()}
+        self.seen = {name: BlockActivations(**seen) for name, seen in state.items()}
 
 
 def _feature_dim(block: nn.Module) -> Callable[[Tensor], int]:

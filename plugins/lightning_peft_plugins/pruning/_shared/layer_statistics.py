@@ -17,7 +17,7 @@ FROM_CALLS: frozenset[Quantity] = frozenset({"x^2", "sd"})
 """What is seen when the layer is called; the rest is seen with its gradient."""
 
 
-class Statistics:
+class LayerStatistics:
     """Running sums of one layer's weight.
 
     Args:
@@ -106,7 +106,7 @@ class Statistics:
 
 
 def statistics_form(quantities: Collection[str], shape: Sequence[int] | None) -> Form:
-    """What :meth:`Statistics.state` looks like for a weight of some shape; ``None`` when that is not known."""
+    """What :meth:`LayerStatistics.state` looks like for a weight of some shape; ``None`` when that is not known."""
 
     def sums(value: Any, place: str) -> str | None:
         if (found := dict_of(tensor(), quantities, "quantity of this score")(value, place)) is not None:

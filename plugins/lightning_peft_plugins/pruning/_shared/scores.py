@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_peft.weights.importance import magnitude
-from lightning_peft_plugins.pruning._shared.layer_statistics import Quantity, Statistics
+from lightning_peft_plugins.pruning._shared.layer_statistics import LayerStatistics, Quantity
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Score:
     """
 
     reads: frozenset[Quantity]
-    value: Callable[[Tensor, Statistics, int], Tensor]
+    value: Callable[[Tensor, LayerStatistics, int], Tensor]
 
 
 def wanda(weight: Tensor, inputs: Tensor, dim: int) -> Tensor:
@@ -42,7 +42,7 @@ def wanda(weight: Tensor, inputs: Tensor, dim: int) -> Tensor:
     return weight.detach().abs() * inputs.sqrt().to(weight.dtype).view(shape)
 
 
-def _gblm(weight: Tensor, seen: Statistics, dim: int) -> Tensor:
+def _gblm(weight: Tensor, seen: LayerStatistics, dim: int) -> Tensor:
     return wanda(weight, seen.mean("x^2"), dim) + GBLM_ALPHA * weight.detach().abs() * seen.mean("g^2").sqrt()
 
 

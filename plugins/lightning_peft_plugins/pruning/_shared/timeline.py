@@ -9,7 +9,7 @@ from lightning_peft.compose.schedule import Point, ResolvedSchedule, Schedule
 
 
 @dataclass(frozen=True)
-class Timeline:
+class PruningTimeline:
     """Moments of choice, in optimizer steps.
 
     Attributes:
@@ -21,7 +21,7 @@ class Timeline:
     every: int
 
     @classmethod
-    def of_choices(cls, schedule: Schedule, every: Point, run: Run, *, watched: bool) -> Timeline:
+    def of_choices(cls, schedule: Schedule, every: Point, run: Run, *, watched: bool) -> PruningTimeline:
         """Place the choices of masks in a training.
 
         Args:
@@ -37,7 +37,7 @@ class Timeline:
         return cls(replace(amounts, start=first, end=max(first, amounts.end)), length)
 
     @classmethod
-    def of_cuts(cls, schedule: Schedule, every: Point, run: Run, *, watched: bool) -> Timeline:
+    def of_cuts(cls, schedule: Schedule, every: Point, run: Run, *, watched: bool) -> PruningTimeline:
         """Place the cuts of a network in a training, which goes on after the last of them; see :meth:`of_choices`."""
         line = cls.of_choices(schedule, every, run, watched=watched)
         first = max(1, line.amounts.start)
@@ -50,7 +50,7 @@ class Timeline:
         """Whether masks are chosen after so many steps.
 
         Example:
-            >>> line = Timeline(ResolvedSchedule(10, 25, "cubic", (0.0, 0.5)), every=10)
+            >>> line = PruningTimeline(ResolvedSchedule(10, 25, "cubic", (0.0, 0.5)), every=10)
             >>> [step for step in range(40) if line.due(step)]
             [10, 20, 25]
         """
@@ -61,7 +61,7 @@ class Timeline:
         """Whether what happens in the step after so many bears on a choice: the ``every`` steps before each of them do.
 
         Example:
-            >>> line = Timeline(ResolvedSchedule(10, 10, "constant", (0.0, 0.5)), every=4)
+            >>> line = PruningTimeline(ResolvedSchedule(10, 10, "constant", (0.0, 0.5)), every=4)
             >>> [step for step in range(40) if line.watched(step)]
             [6, 7, 8, 9]
         """
@@ -71,7 +71,7 @@ class Timeline:
         """How much of the way from the first choice to the last is done, from 0 to 1.
 
         Example:
-            >>> line = Timeline(ResolvedSchedule(10, 30, "cubic", (0.0, 0.5)), every=10)
+            >>> line = PruningTimeline(ResolvedSchedule(10, 30, "cubic", (0.0, 0.5)), every=10)
             >>> [line.progress(step) for step in (0, 10, 15, 30, 40)]
             [0.0, 0.0, 0.25, 1.0, 1.0]
         """

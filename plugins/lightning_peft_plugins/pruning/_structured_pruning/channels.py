@@ -16,7 +16,7 @@ from lightning_peft_plugins.pruning._structured_pruning.budget import Limits, St
 from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled, cut_edit, scores
 from lightning_peft_plugins.pruning._structured_pruning.dependency import channel_groups, layers_of
 from lightning_peft_plugins.pruning._structured_pruning.heads import attention_heads
-from lightning_peft_plugins.pruning._structured_pruning.network_copy import Twin
+from lightning_peft_plugins.pruning._structured_pruning.network_copy import NetworkCopy
 
 Counted = Literal["params", "flops", "channels"]
 
@@ -63,7 +63,7 @@ class Channels:
         excused: Collection[str] = (),
     ) -> None:
         self.module, self.path, self.counted = module, path, counted
-        self.twin = Twin(network, path, example)
+        self.twin = NetworkCopy(network, path, example)
         heads = list(attention_heads(self.twin.module))
         groups: list[Coupled] = list(heads) if "heads" in kinds else []
         self.whole: dict[str, str] = {}

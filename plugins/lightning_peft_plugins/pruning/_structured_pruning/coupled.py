@@ -17,7 +17,7 @@ Kind = Literal["channels", "heads"]
 
 
 @dataclass(frozen=True)
-class Place:
+class UnitPlace:
     """A dimension of a tensor in which units have coordinates.
 
     Attributes:
@@ -34,7 +34,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Number:
+class UnitCount:
     """A number a layer notes that falls with the units.
 
     Attributes:
@@ -63,8 +63,8 @@ class Coupled:
     name: str
     kind: Kind
     units: int
-    places: Sequence[Place]
-    numbers: Sequence[Number]
+    places: Sequence[UnitPlace]
+    numbers: Sequence[UnitCount]
 
     def under(self, prefix: str) -> Coupled:
         """The same group by its names in a module that holds the network as ``prefix``."""

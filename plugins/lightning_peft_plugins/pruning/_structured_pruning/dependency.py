@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lightning_peft.network.layers import own_parameters
 from lightning_peft.weights.maps import split_name
 from lightning_peft_plugins.pruning._structured_pruning.closure import Closure, Reached
-from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled, Number, Place
-from lightning_peft_plugins.pruning._structured_pruning.network_copy import Twin
+from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled, UnitCount, UnitPlace
+from lightning_peft_plugins.pruning._structured_pruning.network_copy import NetworkCopy
 
 _Item: TypeAlias = tuple[Closure, Reached]
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -42,7 +42,7 @@ class UncuttableError(Exception):
 
 
 def channel_groups(
-    twin: Twin, attended: Collection[str] = (), excused: Collection[str] = ()
+    twin: NetworkCopy, attended: Collection[str] = (), excused: Collection[str] = ()
 ) -> tuple[list[Coupled], dict[str, str]]:
     """Find the groups of channels that can be cut.
 
@@ -92,7 +92,7 @@ class _Reader:
         attended: See :func:`channel_groups`.
     """
 
-    def __init__(self, tp: ModuleType, graph: Any, twin: Twin, attended: Collection[str]) -> None:
+    def __init__(self, tp: ModuleType, graph: Any, twin: NetworkCopy, attended: Collection[str]) -> None:
         self.tp, self.graph, self.attended = tp, graph, attended
         self.names: dict[Any, str] = {module: name for name, module in twin.module.named_modules()}
         self.parameters = {id(parameter): name for name, parameter in twin.module.named_parameters()}
@@ -156,8 +156,8 @@ class _Reader:
         """
         if closure is None:
             raise OverflowError
-        places: list[Place] = []
-        numbers: list[Number] = []
+        places: list[UnitPlace] = []
+        numbers: list[UnitCount] = []
         for place in closure:
             node, outputs = place.node, self.graph.is_out_channel_pruning_fn(place.handler)
             if node.type == self.tp.ops.OPTYPE.OUTPUT or (outputs and not node.outputs):
@@ -177,16 +177,16 @@ class _Reader:
             raise UncuttableError("they depend on one another")
         return Coupled(name, "channels", count, _merged(places), _counted(numbers))
 
-    def _parameter(self, parameter: nn.Parameter, dim: int, item: _Item) -> tuple[list[Place], list[Number]]:
+    def _parameter(self, parameter: nn.Parameter, dim: int, item: _Item) -> tuple[list[UnitPlace], list[UnitCount]]:
         name = self.parameters[id(parameter)]
         path, _ = split_name(name)
         dim %= parameter.ndim
         units = _units(parameter.shape[dim], item)
         noted = vars(self.network.get_submodule(path)).get("normalized_shape")
         shaped = isinstance(noted, tuple) and noted[-1] == len(units)
-        return [Place(name, dim, units)], [Number(path, "normalized_shape", units)] if shaped else []
+        return [UnitPlace(name, dim, units)], [UnitCount(path, "normalized_shape", units)] if shaped else []
 
-    def _layer(self, layer: Any, outputs: bool, item: _Item) -> tuple[list[Place], list[Number]]:
+    def _layer(self, layer: Any, outputs: bool, item: _Item) -> tuple[list[UnitPlace], list[UnitCount]]:
         name = self.names[layer]
         if f"{name}:{'out' if outputs else 'in'}" in self.attended:
             raise UncuttableError("they are attention heads")
@@ -197,7 +197,7 @@ class _Reader:
             return _weighted(name, layer, 0 if outputs else 1, outputs, ["out_features" if outputs else "in_features"], units)
         if isinstance(layer, nn.Embedding):
             units = _units(layer.embedding_dim, item)
-            return [Place(f"{name}.weight", 1, units)], [Number(name, "embedding_dim", units)]
+            return [UnitPlace(f"{name}.weight", 1, units)], [UnitCount(name, "embedding_dim", units)]
         if isinstance(layer, _BATCH_NORMS):
             return self._norm(name, layer, "num_features", layer.num_features, item)
         if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1:
@@ -207,10 +207,10 @@ class _Reader:
         if isinstance(layer, nn.PReLU):
             units = _units(layer.num_parameters, item)
             one = layer.num_parameters == 1
-            return ([], []) if one else ([Place(f"{name}.weight", 0, units)], [Number(name, "num_parameters", units)])
+            return ([], []) if one else ([UnitPlace(f"{name}.weight", 0, units)], [UnitCount(name, "num_parameters", units)])
         raise UncuttableError(f"{name} is a {type(layer).__name__}, of which no single channels can be removed")
 
-    def _conv(self, name: str, layer: Any, outputs: bool, item: _Item) -> tuple[list[Place], list[Number]]:
+    def _conv(self, name: str, layer: Any, outputs: bool, item: _Item) -> tuple[list[UnitPlace], list[UnitCount]]:
         if layer.groups > 1:
             if not layer.groups == layer.in_channels == layer.out_channels:
                 raise UncuttableError(f"{name} is a convolution in {layer.groups} groups, which must stay of one size")
@@ -220,13 +220,13 @@ class _Reader:
         dim = int(outputs == layer.transposed)
         return _weighted(name, layer, dim, outputs, ["out_channels" if outputs else "in_channels"], units)
 
-    def _norm(self, name: str, layer: Any, attribute: str, size: int, item: _Item) -> tuple[list[Place], list[Number]]:
+    def _norm(self, name: str, layer: Any, attribute: str, size: int, item: _Item) -> tuple[list[UnitPlace], list[UnitCount]]:
         units = _units(size, item)
         tensors = {"weight": True, "bias": False, "running_mean": False, "running_var": False}
         found = [(key, scored) for key, scored in tensors.items() if getattr(layer, key, None) is not None]
-        return [Place(f"{name}.{key}", 0, units, scored) for key, scored in found], [Number(name, attribute, units)]
+        return [UnitPlace(f"{name}.{key}", 0, units, scored) for key, scored in found], [UnitCount(name, attribute, units)]
 
-    def _check_ties(self, places: list[Place]) -> None:
+    def _check_ties(self, places: list[UnitPlace]) -> None:
         """Refuse tied tensors that are not cut alike wherever they are used."""
         held = {(place.tensor, place.dim): place.units for place in places}
         for (tensor, dim), units in held.items():
@@ -239,11 +239,11 @@ class _Reader:
 
 def _weighted(
     name: str, layer: Any, dim: int, outputs: bool, attributes: list[str], units: Tensor
-) -> tuple[list[Place], list[Number]]:
-    places = [Place(f"{name}.weight", dim, units, scored=True)]
+) -> tuple[list[UnitPlace], list[UnitCount]]:
+    places = [UnitPlace(f"{name}.weight", dim, units, scored=True)]
     if outputs and layer.bias is not None:
-        places.append(Place(f"{name}.bias", 0, units))
-    return places, [Number(name, attribute, units) for attribute in attributes]
+        places.append(UnitPlace(f"{name}.bias", 0, units))
+    return places, [UnitCount(name, attribute, units) for attribute in attributes]
 
 
 def _units(size: int, item: _Item) -> Tensor:
@@ -252,14 +252,14 @@ def _units(size: int, item: _Item) -> Tensor:
     return closure.units_of(place, size)
 
 
-def _counted(numbers: list[Number]) -> list[Number]:
+def _counted(numbers: list[UnitCount]) -> list[UnitCount]:
     """Each number once."""
     return list({(number.path, number.attribute): number for number in numbers}.values())
 
 
-def _merged(places: list[Place]) -> list[Place]:
+def _merged(places: list[UnitPlace]) -> list[UnitPlace]:
     """Each dimension of each tensor once: a layer norm or depthwise convolution is met as writer and as reader."""
-    found: dict[tuple[str, int], Place] = {}
+    found: dict[tuple[str, int], UnitPlace] = {}
     for place in places:
         first = found.setdefault((place.tensor, place.dim), place)
         if not torch.equal(first.units, place.units):

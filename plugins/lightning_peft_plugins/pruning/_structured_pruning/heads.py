@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.network.layers import own_parameters
-from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled, Number, Place
+from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled, UnitCount, UnitPlace
 
 _SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
 _COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads")
@@ -80,15 +80,15 @@ def _group(
 ) -> Coupled:
     places, numbers = [], []
     for name, reader, units in readers:
-        places.append(Place(f"{name}.weight", 0, units, scored=True))
+        places.append(UnitPlace(f"{name}.weight", 0, units, scored=True))
         if reader.bias is not None:
-            places.append(Place(f"{name}.bias", 0, units))
-        numbers.append(Number(name, "out_features", units))
-    places.append(Place(f"{writer[0]}.weight", 1, writer[2], scored=True))
-    numbers.append(Number(writer[0], "in_features", writer[2]))
+            places.append(UnitPlace(f"{name}.bias", 0, units))
+        numbers.append(UnitCount(name, "out_features", units))
+    places.append(UnitPlace(f"{writer[0]}.weight", 1, writer[2], scored=True))
+    numbers.append(UnitCount(writer[0], "in_features", writer[2]))
     for attribute, value in vars(layer).items():
         if attribute in _SPANS and value == len(writer[2]):
-            numbers.append(Number(path, attribute, writer[2]))
+            numbers.append(UnitCount(path, attribute, writer[2]))
         elif attribute in _COUNTS and type(value) is int and value % heads == 0:
-            numbers.append(Number(path, attribute, torch.arange(heads).repeat_interleave(value // heads)))
+            numbers.append(UnitCount(path, attribute, torch.arange(heads).repeat_interleave(value // heads)))
     return Coupled(path, "heads", heads, places, numbers)

@@ -19,7 +19,7 @@ from lightning_peft.weights.maps import parameters_with_maps
 from lightning_peft_plugins.pruning._structured_pruning.example import call
 
 
-class Twin:
+class NetworkCopy:
     """A network without weight maps and data, on the ``meta`` device where its forward runs there, else on the CPU.
 
     Args:

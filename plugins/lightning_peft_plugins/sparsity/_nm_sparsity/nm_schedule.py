@@ -22,7 +22,7 @@ NEVER = 2**63 - 1
 
 
 @dataclass(frozen=True)
-class Timeline:
+class PhaseTimeline:
     """Boundaries of the three phases, in optimizer steps.
 
     Attributes:
@@ -62,7 +62,7 @@ class Phase:
     decay: float
 
 
-def phase_at(step: int, timeline: Timeline, recipe: str, n: int, m: int, coefficient: float | None = None) -> Phase:
+def phase_at(step: int, timeline: PhaseTimeline, recipe: str, n: int, m: int, coefficient: float | None = None) -> Phase:
     """Return the phase of a recipe at a step.
 
     Args:
@@ -78,7 +78,7 @@ def phase_at(step: int, timeline: Timeline, recipe: str, n: int, m: int, coeffic
         The phase.
 
     Example:
-        >>> timeline = Timeline(dense_end=10, sparse_end=90, total=100)
+        >>> timeline = PhaseTimeline(dense_end=10, sparse_end=90, total=100)
         >>> [phase_at(step, timeline, "sdgf-stepwise", 1, 8).n for step in (10, 30, 50, 70, 95)]
         [7, 4, 2, 1, 1]
     """

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass
-class Kept:
+class StoredSample:
     """A sample in memory, how unsure its prediction was (entropy, in nats), and how many samples ago it came."""
 
     sample: Any
@@ -39,9 +39,9 @@ class SampleMemory:
     def __init__(self, capacity: int, classes: int, timeliness: float = 1.0, uncertainty: float = 1.0) -> None:
         self.capacity, self.classes = capacity, classes
         self.timeliness, self.uncertainty = timeliness, uncertainty
-        self._classes: list[list[Kept]] = [[] for _ in range(classes)]
+        self._classes: list[list[StoredSample]] = [[] for _ in range(classes)]
 
-    def kept(self) -> list[Kept]:
+    def kept(self) -> list[StoredSample]:
         """Everything in memory, by class."""
         return [kept for group in self._classes for kept in group]
 
@@ -49,7 +49,7 @@ class SampleMemory:
         """Offer a sample; whether or not it is taken, all in memory grow older by one."""
         score = self._score(0, uncertainty)
         if self._make_room(label, score):
-            self._classes[label].append(Kept(sample, uncertainty))
+            self._classes[label].append(StoredSample(sample, uncertainty))
         for kept in self.kept():
             kept.age += 1
 

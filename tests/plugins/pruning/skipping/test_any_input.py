@@ -18,7 +18,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from lightning_peft.network.channel_units import channel_units
 from lightning_peft_plugins.pruning._ftwt.skipping.build import build, lay_out
 from lightning_peft_plugins.pruning._ftwt.skipping.deploy import deploy
-from lightning_peft_plugins.pruning._ftwt.skipping.layers import SelectiveLayer, Way
+from lightning_peft_plugins.pruning._ftwt.skipping.layers import Computation, SelectiveLayer
 from lightning_peft_plugins.pruning._ftwt.skipping.native import is_by_input, kernels
 from lightning_peft_plugins.pruning._ftwt.skipping.predictor import ChannelPredictor, chosen
 
@@ -58,7 +58,7 @@ def skipping(kernel: bool = True, predictors: dict[str, ChannelPredictor] | None
     net = plain()
     network = lay_out(build(net, channel_units(net), predictors or gates(), [], False), channels_last=kernel)
     for layer in [layer for layer in network.modules() if isinstance(layer, SelectiveLayer)]:
-        layer.settle(list(layer.ways())[-1] if kernel else Way(True, layer.reads is not None))
+        layer.settle(list(layer.ways())[-1] if kernel else Computation(True, layer.reads is not None))
     return network.requires_grad_(False)
 
 

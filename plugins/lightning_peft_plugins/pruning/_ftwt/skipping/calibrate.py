@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_peft_plugins.pruning._ftwt.skipping.depthwise import SelectiveFilter
-from lightning_peft_plugins.pruning._ftwt.skipping.layers import SelectiveLayer, Way
+from lightning_peft_plugins.pruning._ftwt.skipping.layers import Computation, SelectiveLayer
 from lightning_peft_plugins.pruning._ftwt.skipping.selection import Choice, Selection, in_layout, spread
 
 _ROUNDS = 2
@@ -71,13 +71,13 @@ class _Probe:
         self._network = network
         self.layers = [layer for layer in network.modules() if isinstance(layer, SelectiveLayer)]
         self._filters = [layer for layer in network.modules() if isinstance(layer, SelectiveFilter)]
-        self._ways: dict[SelectiveLayer, dict[Way, list[float]]] = {
+        self._ways: dict[SelectiveLayer, dict[Computation, list[float]]] = {
             layer: {way: [] for way in layer.ways()} for layer in self.layers
         }
         self._now: dict[SelectiveLayer, list[float]] = defaultdict(list)
         self._gain: dict[tuple[Selection, nn.Module], list[float]] = defaultdict(list)
-        self._less_rows: dict[SelectiveLayer, dict[Way, list[float]]] = defaultdict(lambda: defaultdict(list))
-        self._less_columns: dict[SelectiveLayer, dict[Way, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self._less_rows: dict[SelectiveLayer, dict[Computation, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self._less_columns: dict[SelectiveLayer, dict[Computation, list[float]]] = defaultdict(lambda: defaultdict(list))
 
     def time_ways(self, samples: Sequence[Tensor]) -> None:
         """Compute every sample with every layer in each of its ways."""
@@ -133,7 +133,7 @@ class _Probe:
             whole, every = spread(inputs, choice, 1), Choice(choice.channels, choice.channels)
             self._gain[layer.selection, layer].append(_seconds(lambda: layer.compute(whole, every)) - now)
 
-    def _time_all(self, layer: SelectiveLayer, inputs: Tensor, times: dict[Way, list[float]]) -> None:
+    def _time_all(self, layer: SelectiveLayer, inputs: Tensor, times: dict[Computation, list[float]]) -> None:
         for way in layer.ways():
             times[way].append(_seconds(lambda way=way: layer.compute(inputs, way)))  # type: ignore[misc]
 
@@ -160,7 +160,7 @@ def _hooks(handles: Sequence[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
-def _fastest(times: Mapping[Way, list[float]]) -> Way:
+def _fastest(times: Mapping[Computation, list[float]]) -> Computation:
     return min(times, key=lambda way: statistics.median(times[way]))
 
 

@@ -29,7 +29,7 @@ from lightning_peft_plugins.pruning._ftwt.skipping.values import readable
 
 
 @dataclass(frozen=True)
-class Way:
+class Computation:
     """How a layer computes what is selected; every way gives the same numbers.
 
     Attributes:
@@ -104,18 +104,18 @@ class SelectiveLayer(nn.Module):
         self._laid: dict[Layout, Tensor] | None = None
         self.register_load_state_dict_post_hook(_lay_out_again)  # type: ignore[no-untyped-call]
         self.reads, self.writes, self.predictor = reads, writes, predictor
-        self.way = Way()
+        self.way = Computation()
         self.channels_last = False
         self.dense = False
 
-    def ways(self) -> Iterator[Way]:
+    def ways(self) -> Iterator[Computation]:
         """Yield every way there is for this layer."""
         reads, writes = self.reads is not None, self.writes is not None and not self.dense
         products = (False, True) if self._product else (False,)
         for rows, columns, product in itertools.product((True, False)[: 1 + writes], (True, False)[: 1 + reads], products):
-            yield Way(rows and writes, columns and reads, product)
+            yield Computation(rows and writes, columns and reads, product)
         if self._geometry is not None and kernels() is not None and (self.channels_last or not self.convolution):
-            yield Way(writes, reads, products[-1], native=True)
+            yield Computation(writes, reads, products[-1], native=True)
 
     @contextlib.contextmanager
     def every_layout(self) -> Iterator[None]:
@@ -128,14 +128,14 @@ class SelectiveLayer(nn.Module):
             self._laid = None
 
     @torch.no_grad()
-    def settle(self, way: Way) -> None:
+    def settle(self, way: Computation) -> None:
         """Compute in one way from now on, and lay the weight out for it."""
         self.way = way
         layout = self._layout(way)
         if not layout.holds(self.weight):
             self.weight = nn.Parameter(layout.lay(self.weight.detach()), self.weight.requires_grad)
 
-    def _layout(self, way: Way) -> Layout:
+    def _layout(self, way: Computation) -> Layout:
         """The memory layout of the weight in which a way is fastest."""
         columns_of_matrix = way.columns and way.product and not way.rows and self.weight[0, 0].numel() == 1
         if way.native or columns_of_matrix:
@@ -174,7 +174,7 @@ class SelectiveLayer(nn.Module):
         if self.predictor is not None and self.writes is not None:
             self.predictor.choose(inputs, self.reads, self.writes, dense=self.dense)
 
-    def compute(self, inputs: Tensor, way: Way) -> Tensor:
+    def compute(self, inputs: Tensor, way: Computation) -> Tensor:
         """Compute the selected channels in one of :meth:`ways`, of inputs in the network's memory layout."""
         weight = self.weight if self._laid is None else self._laid[self._layout(way)]
         reads, writes = (None if each is None else each.now for each in (self.reads, self.writes))
@@ -197,7 +197,7 @@ class SelectiveLayer(nn.Module):
         return None if self.bias is None else rows_of(self.bias, writes)
 
     def _gathered(
-        self, weight: Tensor, inputs: Tensor, way: Way, reads: Choice | None, writes: Choice | None
+        self, weight: Tensor, inputs: Tensor, way: Computation, reads: Choice | None, writes: Choice | None
     ) -> tuple[Tensor, Tensor]:
         """The rows and columns of the weight that a way takes, and the inputs they are for."""
         columns = None if reads is None else reads.index

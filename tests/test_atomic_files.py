@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_peft.files import whole
+from lightning_peft.atomic_files import whole
 
 
 def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):

@@ -14,10 +14,10 @@ from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form, anything, dict_of
 from lightning_peft.weights.maps import MappedTensor
-from lightning_peft_plugins.pruning._shared.layer_statistics import FROM_CALLS, Quantity, Statistics, statistics_form
+from lightning_peft_plugins.pruning._shared.layer_statistics import FROM_CALLS, LayerStatistics, Quantity, statistics_form
 
 
-class Watch:
+class LayerRecorder:
     """Keeps the statistics of every target.
 
     Args:
@@ -28,12 +28,12 @@ class Watch:
 
     def __init__(self, reads: frozenset[Quantity], wanted: Callable[[], bool], in_step: Callable[[], bool]) -> None:
         self.reads, self.wanted, self.in_step = reads, wanted, in_step
-        self.seen: dict[str, Statistics] = {}
+        self.seen: dict[str, LayerStatistics] = {}
         self._shims: list[Shim] = []
 
-    def of(self, name: str) -> Statistics:
+    def of(self, name: str) -> LayerStatistics:
         """Return the statistics of a tensor."""
-        return self.seen.setdefault(name, Statistics(self.reads))
+        return self.seen.setdefault(name, LayerStatistics(self.reads))
 
     def open(self, targets: Iterable[MappedTensor]) -> None:
         """Begin to see what layers are given and give."""
@@ -44,7 +44,7 @@ class Watch:
             handler = self._see(mapped.layer, self.of(mapped.name))
             self._shims.append(Shim(mapped.layer, forward_attribute(mapped.layer), handler).install())
 
-    def _see(self, layer: nn.Module, seen: Statistics) -> Callable[..., Any]:
+    def _see(self, layer: nn.Module, seen: LayerStatistics) -> Callable[..., Any]:
         def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             output = inner(*args, **kwargs)
             if self.in_step() and self.wanted():
