@@ -5,7 +5,7 @@
     python benchmarks/faults.py --list
 
 Each fault replaces a piece of one file, in a copy of the working tree, and runs the test files that should notice. A fault that
-no test notices is printed with the tests that passed. What is planted, and where, stands in ``faults.toml``; a test asks that
+no test notices is printed with the tests that passed. What is planted, and where, stands in ``faults.yaml``; a test asks that
 every entry still fits the code.
 """
 
@@ -21,10 +21,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tomllib
+import yaml
 
 ROOT = Path(__file__).parents[1]
-TABLE = ROOT / "benchmarks" / "faults.toml"
+TABLE = ROOT / "benchmarks" / "faults.yaml"
 PACKAGES = (".", "plugins", "recipes")
 
 
@@ -60,7 +60,7 @@ class Fault:
 
 def faults() -> list[Fault]:
     """Read the table."""
-    return [Fault(name, **entry) for name, entry in tomllib.loads(TABLE.read_text(encoding="utf-8")).items()]
+    return [Fault(name, **entry) for name, entry in yaml.safe_load(TABLE.read_text(encoding="utf-8")).items()]
 
 
 def copy_of_the_tree(folder: Path) -> Path:
