@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -283,12 +283,11 @@ class MaskedPruning(Method):
         amount = self.timeline.amounts.value(self.steps)
         return keep_largest(scores, amount, self.scope, None if self.grouping.single else sizes)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def batch_start(self, run: Run, batch: Any) -> None:
         """Go back after a choice; not at once, so that a validation in between sees what was pruned, trained."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._rewind_due and self._hub is not None:
+        if self._rewind_due:
             self._rewind_due = False
-            self._rewind.restore(self._hub.run)
+            self._rewind.restore(run)
 
     def finish(self, run: Run) -> None:
         """Stop looking at inputs."""
