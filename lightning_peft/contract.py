@@ -287,7 +287,12 @@ def ordered(methods: Iterable[Contract]) -> list[Contract]:
 
 
 def _comes_after(method: Contract, other: Contract) -> bool:
-    return method.lane > other.lane or (method.lane == other.lane and other.name in method.after)
+    return method.lane > other.lane or (method.lane == other.lane and goes_after(method, other))
+
+
+def goes_after(method: Contract, other: Contract) -> bool:
+    """Whether a method names another in its ``after``."""
+    return other.name in ((method.after,) if isinstance(method.after, str) else method.after)
 
 
 def overrides(method: Contract, hook: str) -> bool:

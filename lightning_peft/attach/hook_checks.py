@@ -8,7 +8,7 @@ from itertools import combinations
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_peft.compose.lanes import Lane, Resource
-from lightning_peft.contract import Contract, overrides
+from lightning_peft.contract import Contract, goes_after, overrides
 
 _LANE_OF = {"first_edit": Lane.STRUCTURE, "next_edit": Lane.STRUCTURE, "adapt": Lane.ADAPT}
 """Hooks that methods of one lane alone are asked for."""
@@ -65,7 +65,7 @@ def check_order(methods: Sequence[Contract], claims: Mapping[str, Sequence[str]]
 
 def _meet(one: Contract, other: Contract, resource: Resource) -> bool:
     """Whether one writes what the other reads or writes, without an order and without commuting."""
-    if one.name in other.after or other.name in one.after:
+    if goes_after(one, other) or goes_after(other, one):
         return False
     writing = [resource in method.writes_now() for method in (one, other)]
     if all(writing):
@@ -81,7 +81,7 @@ def _apart(one: Contract, other: Contract, claims: Mapping[str, Sequence[str]]) 
 
 def _check_after(methods: Sequence[Contract]) -> None:
     for one, other in combinations(methods, 2):
-        if one.lane < other.lane and other.name in one.after:
+        if one.lane < other.lane and goes_after(one, other):
             raise ConflictError(
                 f"{one.name} is to act after {other.name}, but its lane {one.lane.name} comes before {other.lane.name}. Take "
                 f"the name out of {one.name}.after."

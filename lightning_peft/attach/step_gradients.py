@@ -172,14 +172,17 @@ class StepGradients:
         self._terms.batch = seen.batch
         if self._run.samples is not None:
             self._run.samples.current = seen.positions
-        # Through the strategy, whose wrapper of the module brings ranks together; but not through its backward, which would
-        # call the on_before_backward and on_after_backward of everybody's callbacks again.
+        # Through the strategy, whose wrapper of the module brings ranks together.
         output = trainer.strategy.training_step(*seen.args, **seen.kwargs)
         if output is None:  # as the first time: the user left this batch out
             return []
         loss = split_output(output) / trainer.accumulate_grad_batches
-        self._run.module.backward(loss if self._scaler is None else self._scaler.scale(loss))
+        self._propagate(loss)
         return [loss.detach()]
+
+    def _propagate(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backward pass, but for the ``on_before_backward`` and ``on_after_backward`` of everybody's callbacks."""
+        self._run.module.backward(loss if self._scaler is None else self._scaler.scale(loss), *args, **kwargs)
 
     # Once more, by hand.
 
@@ -187,12 +190,15 @@ class StepGradients:
     def _manual(self) -> bool:
         return not self._run.module.automatic_optimization
 
-    def _backward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _backward(self, inner: Callable[..., Any], loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         """Before a closure's first backward pass, see whether it adds to gradients that it cannot bring about again."""
-        optimizer, self._cleared = self._cleared, None
-        if optimizer is not None:
-            self._carried = any(p.grad is not None and bool(p.grad.any()) for p in trained_by(optimizer))
-        return inner(*args, **kwargs)
+        if self._run.repeated:
+            self._run.trainer.strategy.pre_backward(loss)
+            return self._propagate(loss, *args, **kwargs)
+        stepped, self._cleared = self._cleared, None
+        if stepped is not None:
+            self._carried = any(p.grad is not None and bool(p.grad.any()) for p in trained_by(stepped))
+        return inner(loss, optimizer, *args, **kwargs)
 
     def _by_hand(self, optimizer: Optimizer, closure: Callable[[], Any], random: RandomState, statistics: bool) -> Any:
         if closure is do_nothing_closure or self._carried:

@@ -140,6 +140,8 @@ class MethodTester(LifeCycleChecks, OrdinaryChecks):
                 f"a training against one whose steps are evaluated once more (StepClosure.again): {part}{found}. Remember "
                 "nothing in loss() when step.repeated, and in calls of layers only if in_training_step()"
             )
+        if not self.no_accumulation:
+            self._fit([factory(), ToyTwice()], max_epochs=2, accumulate_grad_batches=2)
 
     # Is the module left as it was?
 

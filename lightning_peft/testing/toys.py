@@ -164,7 +164,7 @@ def moved(parameters: Sequence[nn.Parameter], by: Sequence[Tensor]) -> Iterator[
 
 
 class ToyTwice(Method):
-    """Evaluates every step once more and takes the first gradients: a training with it is that without it, to the last bit."""
+    """Evaluates every step once more, which must give the same gradients and leave nothing: a training as if it were not there."""
 
     lane = Lane.REPORT
 
@@ -172,7 +172,9 @@ class ToyTwice(Method):
         closure()
         first = [(parameter, parameter.grad) for parameter in with_gradient(optimizer)]
         closure.again()
-        optimizer.zero_grad()
+        names = {id(parameter): name for name, parameter in run.module.named_parameters()}
+        differing = [names[id(p)] for p, gradient in first if p.grad is None or not torch.equal(p.grad, gradient)]
+        assert not differing, f"evaluated once more, a step has other gradients: {', '.join(differing)}"
         for parameter, gradient in first:
             parameter.grad = gradient
 

@@ -187,6 +187,11 @@ def test_a_circle_and_a_contradiction_are_refused():
         plan(Plain(), [scale, ToyNoise()])
     scale.after = ("somebody else",)  # who need not be there
     plan(Plain(), [scale, ToyNoise()])
+    pair[0].after, pair[1].after = (), "aa"  # a name, not letters
+    with pytest.raises(ConflictError, match="depends on which acts first"):
+        plan(Plain(), pair)
+    pair[1].after = "a"
+    plan(Plain(), pair)
 
 
 # Before and after clipping.

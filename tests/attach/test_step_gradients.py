@@ -338,8 +338,15 @@ def test_sam_of_two_optimizers_by_hand():
             optimizer.step()
     run = fit([ToySAM(RADIUS)], module=seeded(Closures), max_epochs=2)
     same(hand, run, "two optimizers")
-    logged = fit([ToyTwice(), ToyEntropy()], module=seeded(Closures)), fit([ToyEntropy()], module=seeded(Closures))
-    assert difference(*(dict(run.module.state_dict()) for run in logged)) is None
+
+
+def test_a_step_by_hand_evaluated_twice_leaves_what_one_does():
+    def trained(*extra):
+        counts = Backwards()
+        run = fit([ToyEntropy(), *extra], style=Closures, after=[counts], max_epochs=2)
+        return counts.seen, run.methods[0].state(), dict(run.module.state_dict())
+
+    assert difference(trained(), trained(ToyTwice())) is None
 
 
 class Adds(Closures):
