@@ -22,6 +22,7 @@ from lightning_peft.method import Method
 from lightning_peft.optim.wrapped import WrappedOptimizer
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form, fields, whole
+from lightning_peft.testing.trace import difference
 from lightning_peft.weights.maps import WeightMap
 
 
@@ -164,18 +165,18 @@ def moved(parameters: Sequence[nn.Parameter], by: Sequence[Tensor]) -> Iterator[
 
 
 class ToyTwice(Method):
-    """Evaluates every step once more, which must give the same gradients and leave nothing: a training as if it were not there."""
+    """Evaluates every step once more, which must give the same gradients and leave nothing that tells of it."""
 
     lane = Lane.REPORT
 
     def compute_gradients(self, run: Run, optimizer: Optimizer, closure: StepClosure) -> None:
         closure()
-        first = [(parameter, parameter.grad) for parameter in with_gradient(optimizer)]
+        first = {parameter: parameter.grad for parameter in with_gradient(optimizer)}
         closure.again()
         names = {id(parameter): name for name, parameter in run.module.named_parameters()}
-        differing = [names[id(p)] for p, gradient in first if p.grad is None or not torch.equal(p.grad, gradient)]
+        differing = [names[id(p)] for p, gradient in first.items() if difference(gradient, p.grad) is not None]
         assert not differing, f"evaluated once more, a step has other gradients: {', '.join(differing)}"
-        for parameter, gradient in first:
+        for parameter, gradient in first.items():
             parameter.grad = gradient
 
 
