@@ -54,8 +54,8 @@ class Contract:
         lane: Where in a step the method acts.
         reads: What it reads of a training step.
         writes: What it changes; two methods that write one thing are a conflict.
-        commutes: Whether what it does to gradients comes to the same before and after what other such methods do, as adding
-            to them does, or setting some to zero.
+        commutes: Whether all it does to gradients is to add something that does not depend on them, so that it comes to the
+            same before and after others that do so.
         strategies: Kinds of Lightning strategy it works with: ``"single"``, ``"ddp"``.
         weight_maps: Weight maps it may attach, so that its checkpoints can be baked without the model's class.
         paper: Source, "Authors, venue year, link".

@@ -110,6 +110,7 @@ class ToyNoise(Method):
 
     lane = Lane.GRADIENT
     writes = frozenset({Resource.GRADIENT})
+    commutes = True
     paper = "Neelakantan et al., 2015, https://arxiv.org/abs/1511.06807"
 
     def __init__(self, deviation: float = 0.01, *, name: str | None = None) -> None:

@@ -144,11 +144,10 @@ def test_two_writers_of_gradients_are_not_ordered_by_the_alphabet(noise, project
 
 
 def test_writers_that_commute_or_keep_apart_need_no_order():
-    adds = type("Adds", (ToyNoise,), {"commutes": True})
-    plan(Plain(), [adds(name="a"), adds(name="b")])
+    plan(Plain(), [ToyNoise(name="a"), ToyNoise(name="b")])
     with pytest.raises(ConflictError):
-        plan(Plain(), [adds(name="a"), ToyNoise(name="b")])
-    apart = ToyNoise(name="a"), ToyNoise(name="b")
+        plan(Plain(), [ToyNoise(name="a"), Project(name="b")])
+    apart = Project(name="a"), Project(name="b")
     apart[0].targets, apart[1].targets = "model.0", "model.2"
     plan(Plain(), apart)
     apart[1].targets = ["model.0", "model.2"]
@@ -159,7 +158,7 @@ def test_writers_that_commute_or_keep_apart_need_no_order():
 def test_hooks_and_lanes_tell_the_order_too():
     plan(Plain(), [ToySAM(), ToyNoise()])  # the one computes what the other changes
     early = type("Early", (ToyNoise,), {"lane": Lane.MASK})
-    plan(Plain(), [early(), ToyNoise()])
+    plan(Plain(), [early(), Project()])
     with pytest.raises(ConflictError, match=r"a and b both act on the gradient in compute_gradients\(\)"):
         plan(Plain(), [ToySAM(name="a"), ToySAM(name="b")])
     with pytest.raises(ConflictError, match=r"a and b both act on the optimizer in wrap_optimizer\(\)"):
@@ -177,7 +176,7 @@ def test_who_reads_gradients_beside_one_who_changes_them_is_told_apart():
 
 
 def test_a_circle_and_a_contradiction_are_refused():
-    pair = ToyNoise(name="a"), ToyNoise(name="b")
+    pair = ToyNoise(name="a"), Project(name="b")
     pair[0].after, pair[1].after = ("b",), ("a",)
     with pytest.raises(MisconfigurationException, match="a and b are to act after one another"):
         plan(Plain(), pair)
