@@ -75,18 +75,25 @@ def copy_of_the_tree(folder: Path) -> Path:
     return folder
 
 
-def notices(fault: Fault, root: Path) -> bool:
-    """Plant a fault, run its tests in a fork of this process, and take it out again."""
+def notices(fault: Fault, root: Path, *, plant: bool = True) -> bool:
+    """Plant a fault, run its tests in a fork of this process, and take it out again.
+
+    Raises:
+        RuntimeError: The tests did not run, so that they say nothing.
+    """
     path = root / fault.file
     whole = path.read_text(encoding="utf-8")
-    path.write_text(fault.planted(root), encoding="utf-8")
+    path.write_text(fault.planted(root) if plant else whole, encoding="utf-8")
     try:
         child = os.fork()
         if not child:
             _run(root, fault.tests.split())
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     finally:
         path.write_text(whole, encoding="utf-8")
+    if code > 2:  # 0: all passed; 1: a test failed; 2: the fault cannot be imported
+        raise RuntimeError(f"{fault.name}: pytest ended with {code} on {fault.tests}")
+    return code != 0
 
 
 def _run(root: Path, tests: list[str]) -> None:
@@ -102,7 +109,8 @@ def _run(root: Path, tests: list[str]) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
-        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+        rewritten = "ignore::pytest.PytestAssertRewriteWarning"  # what is imported already keeps its plain assertions
+        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", rewritten, *tests]))
     finally:
         os._exit(code)
 
@@ -112,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="first words of the faults to plant")
     parser.add_argument("--list", action="store_true", help="only list them")
+    parser.add_argument("--control", action="store_true", help="plant nothing: no test may fail")
     arguments = parser.parse_args()
     chosen = [f for f in faults() if not arguments.names or f.name.split()[0] in arguments.names]
     if arguments.list:
@@ -128,7 +137,7 @@ def main() -> None:
         root = copy_of_the_tree(Path(folder))
         for fault in chosen:
             start = time.monotonic()
-            noticed = notices(fault, root)
+            noticed = notices(fault, root, plant=not arguments.control)
             print(f"{'noticed' if noticed else 'LIVES':8} {time.monotonic() - start:5.0f} s  {fault.name}", flush=True)
             if not noticed:
                 lived.append(fault)
