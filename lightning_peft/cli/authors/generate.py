@@ -51,6 +51,7 @@ def write(checkout: Checkout) -> list[Path]:
         if text is None:
             place.unlink()
         else:
+            place.parent.mkdir(parents=True, exist_ok=True)
             place.write_text(text, encoding="utf-8")
         changed.append(path)
     return changed
