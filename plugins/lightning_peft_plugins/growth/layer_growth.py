@@ -214,7 +214,7 @@ class LayerGrowth(TimedMethod):
         return f"{self.plan.describe(module)} at {self._arguments['at']}"
 
     def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
-        """Blocks now, if there is a list of them, and what learning rates are multiplied with."""
+        """Present number of blocks, if there is a list of them, and the factor on learning rates."""
         blocks = {"blocks": float(self.plan.blocks_now(run.module))} if self.plan.path else {}
         mask = {"mask": self._masks[0].value} if self._masks else {}
         return {**blocks, **mask, "lr_factor": self.lr_factor()}

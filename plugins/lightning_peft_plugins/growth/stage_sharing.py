@@ -187,7 +187,7 @@ class StageSharing(TimedMethod):
         return f"{self._path or self._list_in(module)}: {shown} share -> {self.to or 'as built'} at {self._arguments['at']}"
 
     def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
-        """Positions, blocks of their own, and what learning rates are multiplied with."""
+        """Positions, separate blocks, and the factor on learning rates."""
         kin = ties(blocks_at(run.module, self._path))
         return {"blocks": float(len(kin)), "own_blocks": float(len(set(kin))), "lr_factor": self.lr_factor()}
 
