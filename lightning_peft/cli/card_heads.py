@@ -1,4 +1,4 @@
-"""The head of a method's card: what it is good for, in fields that can be searched and put into tables."""
+"""The head of a method's card: purpose, needs and costs, in fields that can be searched and put into tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DOMAINS = ("any", "vision", "language")
 
 @dataclass(frozen=True)
 class CardHead:
-    """What the head of a card says.
+    """The fields of a card's head.
 
     Attributes:
         goals: What a user wants it for, the main goal first; keys of :data:`GOALS`.

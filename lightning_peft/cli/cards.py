@@ -1,4 +1,4 @@
-"""What an installed method says of itself in files: its card and one sentence, both read without importing its package."""
+"""The files that describe an installed method: its card and one sentence, both read without importing its package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is written down about one episode: errors, calibration, passes through the network, time."""
+"""The record of one episode: errors, calibration, passes through the network, time."""
 
 from __future__ import annotations
 

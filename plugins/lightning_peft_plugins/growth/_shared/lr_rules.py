@@ -1,4 +1,4 @@
-"""What becomes of the learning rate when a network has grown."""
+"""Rules for the learning rate after a network has grown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the methods that change a network in the middle of its training share: moments, and learning rates afterwards."""
+"""Shared by the methods that change a network in the middle of its training: moments, and learning rates afterwards."""
 
 from __future__ import annotations
 

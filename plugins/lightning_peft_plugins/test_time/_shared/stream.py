@@ -1,4 +1,4 @@
-"""What all methods of the family share: a stream of batches that starts at the source model, and may return to it."""
+"""Shared by all methods of the family: a stream of batches that starts at the source model, and may return to it."""
 
 from __future__ import annotations
 
@@ -127,5 +127,5 @@ class StreamMethod(Method):
         self._batch = values
 
     def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
-        """What was noted of the last batch."""
+        """Figures of the last batch."""
         return self._batch
