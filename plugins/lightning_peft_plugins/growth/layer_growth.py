@@ -10,9 +10,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn 
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_peft import Lane, Resource, Run
 from lightning_peft.arguments import one_of
-from lightning_peft.compose.lanes import Lane, Resource
-from lightning_peft.compose.run import Run
 from lightning_peft.network.resolve import resolve_network
 from lightning_peft.structure.carry import RULES
 from lightning_peft.structure.edits import Change, EditRequest

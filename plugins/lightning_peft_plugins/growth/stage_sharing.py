@@ -10,9 +10,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_peft import Lane, Resource, Run
 from lightning_peft.arguments import one_of
-from lightning_peft.compose.lanes import Lane, Resource
-from lightning_peft.compose.run import Run
 from lightning_peft.contract import methods_of
 from lightning_peft.network.block_lists import ties
 from lightning_peft.network.resolve import resolve_network

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_peft.compose.run import Run
+from lightning_peft import Run
 from lightning_peft.compose.schedule import Point, parse_point
 
 

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
-from lightning_peft.compose.run import Run
+from lightning_peft import Run
 from lightning_peft.structure.forms import entries, fields, number, whole
 from lightning_peft_plugins.growth._shared.triggers import Plateau, parse_trigger, tokens_in
 

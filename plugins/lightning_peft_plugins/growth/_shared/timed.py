@@ -8,8 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_peft.compose.run import Run
-from lightning_peft.method import Method
+from lightning_peft import Method, Run
 from lightning_peft.structure.forms import Form, fields, list_of, maybe, whole
 from lightning_peft_plugins.growth._shared.lr_rules import parse_lr_rule
 from lightning_peft_plugins.growth._shared.moments import MOMENT, Moment

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.compose.lanes import Lane
+from lightning_peft import Lane, WeightMap
 from lightning_peft.weights.held import HeldMask
-from lightning_peft.weights.maps import WeightMap
 from lightning_peft.weights.nm import nm_mask
 from lightning_peft.weights.nm_prune import ste_prune
 

@@ -8,11 +8,9 @@ from typing import Any, Literal, TypeAlias
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.attach.averaging import swapped_in
 from lightning_peft.capture.evaluation import Call
-from lightning_peft.compose.lanes import Lane, Resource
-from lightning_peft.compose.run import Run
-from lightning_peft.method import Method
 from lightning_peft.network.logits import as_logits
 from lightning_peft.network.targets import TargetSpec
 
