@@ -107,6 +107,8 @@ def _package(name: str, snake: str, place: Path) -> Outcome:
 
 def _write(root: Path, files: dict[Path, str], fill: dict[str, str]) -> list[Path]:
     """Write all files or, when one is there already, none."""
+    imports = [("lightning_peft.testing", "MethodTester"), (fill["functions"], fill["snake"]), (fill["module"], fill["name"])]
+    fill = {**fill, "imports": "\n".join(f"from {module} import {name}" for module, name in sorted(imports))}
     present = [str(root / path) for path in files if (root / path).exists()]
     if present:
         raise UsageError(f"{', '.join(present)} exists already. Choose another name, or move it away.")

@@ -67,9 +67,7 @@ from __future__ import annotations
 
 import torch
 
-from $functions import $snake
-from $module import $name
-from lightning_peft.testing import MethodTester
+$imports
 
 
 class Test$name(MethodTester):
