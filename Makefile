@@ -6,13 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test lint docs clean
+.PHONY: help quickstart test lint docs generate clean
 
 help:
 	@echo "make quickstart  fine-tune a pretrained network on real photos with three methods, and write a report"
 	@echo "make test        run the tests"
 	@echo "make lint        check style and types"
 	@echo "make docs        build the documentation into site/"
+	@echo "make generate    write the stub, the tables and the pages that follow from the registered methods and their cards"
 	@echo "make clean       remove the environment and everything built"
 
 quickstart: $(VENV)/.test
@@ -30,6 +31,9 @@ lint: $(VENV)/.dev
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
+
+generate: $(VENV)/.test
+	$(BIN)/python -m lightning_peft.cli.authors.generate
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

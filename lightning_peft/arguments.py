@@ -1,4 +1,4 @@
-"""What the constructor of a method is given: which arguments there are, whether they are of the right type, as plain data."""
+"""Constructor arguments of methods: their names, checks of their types, and their form as plain data."""
 
 from __future__ import annotations
 

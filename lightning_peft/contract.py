@@ -1,4 +1,4 @@
-"""What an author of a method overrides and calls."""
+"""The contract between a method and the engine: everything its author overrides and calls."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightning_peft.weights.maps import WeightMap, attach_map, attached_map
 
 
 class Contract:
-    """What a method is to the engine; authors subclass :class:`lightning_peft.Method`, which is this and a Lightning callback.
+    """A method as the engine sees it; authors subclass :class:`lightning_peft.Method`, which is this and a Lightning callback.
 
     Subclasses set :attr:`lane` and whatever of :attr:`reads`, :attr:`writes` and :attr:`weight_maps` applies, and override
     the few of these they need, each called in lane order whatever the order of the callbacks list:

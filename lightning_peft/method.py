@@ -1,4 +1,4 @@
-"""What makes a contract a Lightning callback: how one is built, and the hooks that go to the hub."""
+"""Turns a contract into a Lightning callback: construction, and the hooks that go to the hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a method remembers of a run, and how it forgets that when another training begins.
+"""The memory a method has of a run, and how it is cleared when another training begins.
 
 A method's ``__init__`` says what it is before any run, so it is run again, on the same object and with the arguments that
 were first given. Its author declares nothing, and cannot forget anything.
@@ -34,7 +34,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Held:
-    """What a method holds before a run."""
+    """The attributes of a method before a run."""
 
     attributes: dict[str, Any]
     first: dict[str, Any]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import lightning_peft
 from lightning_peft import functional, registry
 
 ROOT = Path(__file__).parents[1]
@@ -167,6 +168,18 @@ def test_families_do_not_import_each_other_or_recipes(path):
         if name.startswith("lightning_peft_plugins.") and (PLUGINS / name.split(".")[1]).is_dir()
     }
     assert others <= {family}
+
+
+@pytest.mark.parametrize("path", [*files(PLUGINS), *files(RECIPES)], ids=lambda path: str(path.relative_to(ROOT)))
+def test_public_names_come_from_the_package_as_contributing_teaches(path):
+    deep = {
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    public = {f"lightning_peft.{module}.{name}" for name, module in lightning_peft._HOMES.items()}
+    assert not deep & public, "import it as `from lightning_peft import ...`"
 
 
 @pytest.mark.parametrize("family", sorted(path.name for path in PLUGINS.iterdir() if (path / "__init__.py").exists()))

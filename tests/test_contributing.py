@@ -1,3 +1,5 @@
+"""CONTRIBUTING.md as a contributor walks it, in a copy of the repository."""
+
 from __future__ import annotations
 
 import os
@@ -5,65 +7,123 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
+import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r'^```\w+ title="(?P<name>[^"]+)"\n(?P<text>.*?)^```$', re.MULTILINE | re.DOTALL)
-FILES = ["tests/plugins/test_confidence_penalty.py", "plugins/lightning_peft_plugins/regularizers/confidence_penalty.py"]
+NAME, SNAKE = "ConfidencePenalty", "confidence_penalty"
+FAMILY = "plugins/lightning_peft_plugins/regularizers"
+TEST, METHOD, FUNCTIONS = f"tests/plugins/test_{SNAKE}.py", f"{FAMILY}/{SNAKE}.py", f"{FAMILY}/functional/{SNAKE}.py"
+FOLDERS = (".ci", "lightning_peft", "plugins", "recipes", "docs", "tests")
+COPIED = (*FOLDERS, "README.md", "CONTRIBUTING.md", "pyproject.toml", "LICENSE")
+# Every test that looks at methods as such; those of this file would copy the copy.
+LOOKS_AT_METHODS = [
+    "tests/test_api.py::test_the_stub_lists_what_dir_offers",
+    f"tests/test_api.py::test_every_public_name_resolves[{NAME}]",
+    "tests/test_arrows.py::test_a_family_lists_its_methods_and_nothing_beside",
+    "tests/test_arrows.py::test_functions_that_plugins_offer_stand_in_a_folder_functional",
+    "tests/docs/test_pages.py",
+    "tests/docs/test_generated.py::test_nothing_that_is_generated_is_stale",
+    f"tests/docs/test_quoted_numbers.py::test_every_measured_number_is_quoted_from_somewhere[cards/{NAME}.md]",
+    "tests/cli/test_listing.py::test_every_method_is_one_line_of_80_columns",
+    "tests/pairs/test_pairs.py::test_every_registered_method_is_here",
+    f"tests/pairs/test_pairs.py::test_alone[{NAME}]",
+]
+
+
+class Walk:
+    """A copy of the repository, and the commands of the page in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.site = folder / "repository", folder / "site"
+        for name in COPIED:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, self.root / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / name, self.root / name)
+
+    def python(self, *arguments: str) -> str:
+        path = os.pathsep.join(map(str, (self.site, self.root, self.root / "plugins", self.root / "recipes")))
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+        environment = {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *arguments], cwd=self.root, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        return done.stdout
+
+    def install(self) -> None:
+        """Do what `pip install -e .` does with the entry points: build the editable wheel and unpack its metadata."""
+        shutil.rmtree(self.site, ignore_errors=True)
+        self.site.mkdir()
+        build = "import sys, hatchling.build as b; print(b.build_editable(sys.argv[1]))"
+        wheel = self.python("-c", build, str(self.site)).splitlines()[-1]
+        with zipfile.ZipFile(self.site / wheel) as archive:
+            archive.extractall(self.site)
+
+    def test(self, *names: str) -> int:
+        """Run tests and return how many passed."""
+        output = self.python("-m", "pytest", "-p", "no:cacheprovider", *names)
+        passed = re.search(r"(\d+) passed", output.strip().splitlines()[-1])
+        assert passed is not None, output
+        return int(passed[1])
+
+    def ruff(self, *arguments: str) -> None:
+        ruff = shutil.which("ruff", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        if ruff is None:
+            pytest.skip("ruff is not installed; make lint installs it")
+        done = subprocess.run([ruff, *arguments], cwd=self.root, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory) -> Path:
-    """The plugins of this repository with the method of CONTRIBUTING.md among them, registered as it says."""
-    folder = tmp_path_factory.mktemp("contributing")
-    plugins = Path(find_spec("lightning_peft_plugins").origin).parent
-    shutil.copytree(plugins, folder / "plugins" / plugins.name, ignore=shutil.ignore_patterns("__pycache__"))
-    for block in BLOCK.finditer((ROOT / "CONTRIBUTING.md").read_text()):
-        path = folder / block["name"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(block["text"])
-    # What an installation makes of the entry points of a pyproject.toml.
-    header, *points = (folder / "pyproject.toml").read_text().splitlines()
-    assert header == '[project.entry-points."lightning_peft.plugins"]'
-    installed = folder / "plugins" / "contributed-0.0.1.dist-info"
-    installed.mkdir()
-    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: contributed\nVersion: 0.0.1\n")
-    (installed / "entry_points.txt").write_text("\n".join(["[lightning_peft.plugins]", *points]).replace('"', ""))
-    (folder / "pyproject.toml").unlink()
-    shutil.copy(ROOT / "pyproject.toml", folder / "pyproject.toml")  # warnings are errors, as for every test here
-    return folder
+def walk(tmp_path_factory) -> Walk:
+    """The copy after the page's first step."""
+    pytest.importorskip("hatchling", reason="builds the package, as pip does; make test installs it")
+    walk = Walk(tmp_path_factory.mktemp("contributing"))
+    command = re.search(r"^lightning-peft (new .*)$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    walk.python("-m", "lightning_peft.cli.main", *command[1].split())
+    walk.install()
+    return walk
 
 
-def python(project: Path, *arguments: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(project / "plugins"), "OMP_NUM_THREADS": "1"}
-    for key in [key for key in environment if key.startswith("PYTEST_")]:
-        del environment[key]
-    done = subprocess.run([sys.executable, *arguments], cwd=project, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
+@pytest.fixture(scope="module")
+def written(walk) -> Walk:
+    """The copy with the files of the page in place of those that were generated, and its last commands given."""
+    blocks = list(BLOCK.finditer((ROOT / "CONTRIBUTING.md").read_text()))
+    assert {FUNCTIONS, METHOD, TEST, "use.py"} == {block["name"] for block in blocks}
+    for block in blocks:
+        assert (walk.root / block["name"]).exists() == (block["name"] != "use.py"), "the page replaces what new wrote"
+        (walk.root / block["name"]).write_text(block["text"])
+    card = walk.root / FAMILY / "cards" / f"{NAME}.md"
+    placeholder = "Say in one sentence, of 60 characters, what it does."
+    card.write_text(card.read_text().replace(placeholder, "Rewards unsure predictions."))
+    walk.python("-m", "lightning_peft.cli.authors.generate")
+    assert "| Rewards unsure predictions. |" in (walk.root / "README.md").read_text()
+    return walk
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_tests_of_the_example_pass(project: Path) -> None:
-    output = python(project, "-m", "pytest", "-p", "no:cacheprovider", *FILES)
-    passed = re.search(r"(\d+) passed", output.strip().splitlines()[-1])
-    assert passed is not None, output
-    assert int(passed[1]) > 20, "the example runs the whole contract"
+@pytest.mark.timeout(900)
+def test_a_new_method_is_green_before_its_author_writes_a_line(walk) -> None:
+    assert walk.test(*LOOKS_AT_METHODS, f"{TEST}::test_the_formula_by_hand", FUNCTIONS) > len(LOOKS_AT_METHODS)
+    walk.ruff("check", ".")
+    walk.ruff("format", "--check", ".")
 
 
-def test_the_example_is_used_by_name(project: Path) -> None:
-    output = python(project, "use.py")
-    assert "peft/loss/confidence_penalty" in output
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_tests_of_the_example_pass(written) -> None:
+    stale = "tests/docs/test_generated.py::test_nothing_that_is_generated_is_stale"
+    assert written.test(TEST, METHOD, FUNCTIONS, stale) > 20, "the example runs the whole contract"
 
 
-@pytest.mark.parametrize("tool", [["check"], ["format", "--check"]])
-def test_the_example_is_in_our_style(project: Path, tool: list[str]) -> None:
-    ruff = shutil.which("ruff", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if ruff is None:
-        pytest.skip("ruff is not installed; make lint installs it")
-    done = subprocess.run([ruff, *tool, *FILES], cwd=project, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+def test_the_example_is_used_by_name(written) -> None:
+    assert f"peft/loss/{SNAKE}" in written.python("use.py")
+    assert "Rewards unsure predictions." in written.python("-m", "lightning_peft.cli.main", "list")
+
+
+def test_the_example_is_in_our_style(written) -> None:
+    written.ruff("check", METHOD, FUNCTIONS, TEST)
+    written.ruff("format", "--check", METHOD, FUNCTIONS, TEST)

@@ -1,4 +1,4 @@
-"""What an archive is: its package, its file, its hash."""
+"""Description of an archive: its package, its file, its hash."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def _copy_again(callback: Any, trainer: Trainer, module: LightningModule) -> Non
 
 @dataclass(frozen=True)
 class Average:
-    """What an averaging callback holds before an edit of the module."""
+    """The averages of a callback before an edit of the module."""
 
     callback: Any
     tensors: Mapping[str, Tensor]

@@ -68,7 +68,7 @@ def enter(trainer: Trainer, module: LightningModule) -> Hub:
 
 
 def passes_of(module: LightningModule) -> Passes | None:
-    """What went through the network in the evaluation that is running; ``None`` when no method adapts in it."""
+    """Counts of the network's passes in the evaluation that is running; ``None`` when no method adapts in it."""
     hub = _HUBS.get(module)
     return None if hub is None or hub._evaluation is None else hub._evaluation.passes
 

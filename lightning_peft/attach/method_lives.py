@@ -1,4 +1,4 @@
-"""What a run makes of the method objects themselves: as new when a clock begins, as before when the run is refused."""
+"""The life of method objects over runs: as new when a clock begins, as before when a run is rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a method: written, held against its form, taken back."""
+"""A method's part of a checkpoint: written, checked against its form, restored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a module's own checkpoint hooks save and load beside it: the section of weight maps and methods."""
+"""The section of a checkpoint for weight maps and methods, saved and loaded beside the module's own."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, tor
 
 
 class ExportError(RuntimeError):
-    """What was exported does not compute what the network does, or could not be exported."""
+    """The exported program computes something else than the network, or could not be written."""
 
 
 def other_inputs(inputs: Inputs, *, larger: bool) -> Inputs:

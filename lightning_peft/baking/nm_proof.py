@@ -21,7 +21,7 @@ Pattern = str | tuple[int, int]
 
 @dataclass(frozen=True)
 class NMProof:
-    """What was counted in one weight.
+    """Counts of one weight.
 
     Attributes:
         name: Layer name in the module, or key in the state dict.

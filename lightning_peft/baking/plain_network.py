@@ -1,4 +1,4 @@
-"""What leaves training: a copy of a module's network, baked, in evaluation mode, with nothing of Lightning around it."""
+"""A baked copy of a module's network, in evaluation mode, without Lightning around it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_peft.namespaces import both
 from lightning_peft.network.resolve import resolve_network
 
 Inputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
-"""What a network is called with: a tensor, positional arguments (tuple), or keyword arguments (mapping)."""
+"""Arguments of a network's call: a tensor, positional arguments (tuple), or keyword arguments (mapping)."""
 
 
 def plain_network(module: nn.Module, network: str | None = None) -> nn.Module:

@@ -29,7 +29,7 @@ _TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 @dataclass(frozen=True)
 class SparseDevice:
-    """What a device offers for 2:4 products.
+    """Support of a device for 2:4 products.
 
     Attributes:
         kind: Its type: ``"cuda"``, ``"cpu"``.
@@ -51,7 +51,7 @@ class SparseDevice:
 
 @dataclass(frozen=True)
 class SparseWeight:
-    """What is to know about a linear layer before its weight is packed.
+    """Facts about a linear layer that decide whether its weight is packed.
 
     Attributes:
         shape: ``(outputs, inputs)``.
@@ -72,7 +72,7 @@ class SparseWeight:
 
 @dataclass(frozen=True)
 class SparseLayer:
-    """What became of one layer.
+    """Outcome for one layer.
 
     Attributes:
         name: Qualified name.
@@ -89,7 +89,7 @@ class SparseLayer:
 
 @dataclass(frozen=True)
 class SemiStructuredReport:
-    """What became of every layer that was looked at."""
+    """Outcomes for every layer that was considered."""
 
     layers: tuple[SparseLayer, ...]
 

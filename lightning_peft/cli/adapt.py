@@ -23,7 +23,7 @@ from lightning_peft.shifts.streams import PROTOCOLS, check_protocol
 
 @dataclass(frozen=True)
 class Choice:
-    """What a study covers.
+    """The scope of a study.
 
     Attributes:
         methods: Methods of the recipe to run, by class name or name; all when empty.

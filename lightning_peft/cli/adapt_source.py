@@ -29,7 +29,7 @@ CHECKPOINT = "source.ckpt"
 
 
 class Source:
-    """What a recipe builds: the module, its data, and the methods that adapt; :meth:`obtain` gives it the source's weights.
+    """A recipe's objects: the module, its data, and the methods that adapt; :meth:`obtain` gives it the source's weights.
 
     Args:
         recipe: The recipe.

@@ -133,7 +133,7 @@ class Trials:
 
 
 def label(method: Method | None) -> str:
-    """What a report calls a method: its class, or the name it was given."""
+    """The name of a method in reports: its class, or the name it was given."""
     if method is None:
         return SOURCE
     own = type(method).__name__

@@ -1,4 +1,4 @@
-"""What a recipe gives its Trainer, kept beside what the command line needs; what cannot be kept is said."""
+"""A recipe's own callbacks and loggers, kept beside those of the command line; settings that are overruled are reported."""
 
 from __future__ import annotations
 

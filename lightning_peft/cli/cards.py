@@ -1,4 +1,4 @@
-"""What an installed method says of itself in files: its card and one sentence, both read without importing its package."""
+"""The files that describe an installed method: its card and one sentence, both read without importing its package."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+from lightning_peft.cli.card_heads import CardHead, parse_head, split_head
 from lightning_peft.registry import MethodEntry
 
 # A full stop that ends a sentence, and not "et al." or "e.g.".
@@ -14,7 +15,20 @@ _SENTENCE_END = re.compile(r"(?<!\bal)(?<!\be\.g)(?<!\bi\.e)\.\s+(?=[A-Z`*\[])")
 
 
 def card_of(entry: MethodEntry) -> str:
-    """Return the method's packaged card, ``cards/<Name>.md`` beside its module; empty when there is none."""
+    """Return the method's packaged card, ``cards/<Name>.md`` beside its module, without its head; empty when there is none."""
+    return split_head(_card_file(entry))[1]
+
+
+def head_of(entry: MethodEntry) -> CardHead:
+    """Return the head of a method's card; an empty one when the card has none.
+
+    Raises:
+        ValueError: The head cannot be read.
+    """
+    return parse_head(split_head(_card_file(entry))[0])
+
+
+def _card_file(entry: MethodEntry) -> str:
     for module in _places(entry):
         path = module.parent / "cards" / f"{entry.name}.md"
         if path.is_file():
@@ -28,7 +42,7 @@ def summary_of(entry: MethodEntry) -> str:
 
 
 def missing(entry: MethodEntry) -> str:
-    """Say which part of the entry point leads nowhere; empty when its module may be there."""
+    """Say which part of the entry point leads nowhere, or that its card cannot be read; empty when all may be there."""
     module = entry.value.partition(":")[0]
     places = _places(entry)
     if not places:
@@ -36,6 +50,10 @@ def missing(entry: MethodEntry) -> str:
     on_disk = [place.parent for place in places if place.parent.is_dir()]
     if on_disk and not any(any(folder.glob(f"{module.rpartition('.')[2]}*")) for folder in on_disk):
         return f"there is no module {module}"
+    try:
+        head_of(entry)
+    except ValueError as error:
+        return f"the head of its card: {error}"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""What every command hands back: data for machines, and a way to show it to people."""
+"""The result of every command: data for machines, and a way to show it to people."""
 
 from __future__ import annotations
 

@@ -14,10 +14,40 @@ from rich.text import Text
 
 import lightning_peft
 from lightning_peft import registry
-from lightning_peft.cli.cards import card_of, missing, summary_of
+from lightning_peft.cli.card_heads import DOMAINS, GOALS, CardHead
+from lightning_peft.cli.cards import card_of, head_of, missing, summary_of
 from lightning_peft.cli.console import Outcome, grid
 from lightning_peft.cli.recipes import UsageError, packaged
 from lightning_peft.report.contents import Table
+
+
+def list_for(wishes: str) -> Outcome:
+    """List the methods whose cards say that they serve all wishes, with their main costs.
+
+    Args:
+        wishes: Goals, domains or words, separated by commas.
+
+    Raises:
+        UsageError: No method serves them; what cards can be asked for is listed.
+    """
+    methods = [_method(entry) for entry in registry.installed().values()]
+    found = [item for item in methods if not item["error"] and CardHead(**item["head"]).serves(wishes, item["summary"])]
+    if not found:
+        raise UsageError(
+            f"No method is for {wishes!r}. Goals: {', '.join(GOALS)}. Domains: {', '.join(DOMAINS)}. "
+            "Give one of them, or words that a card's head has; separate several by commas."
+        )
+
+    def show(console: Console) -> None:
+        console.print(f"[bold]Methods for[/] {wishes}\n")
+        for item in found:
+            console.print(Text.assemble((item["name"], "bold"), "  ", item["summary"]))
+            for field in ("needs", "saves", "cost"):
+                if words := item["head"][field]:
+                    console.print(Padding(Text.assemble((f"{field}: ", "dim"), words), (0, 0, 0, 2)))
+        console.print("\n[dim]lightning-peft show METHOD[/]")
+
+    return Outcome({"for": wishes, "methods": found}, show)
 
 
 def list_all() -> Outcome:
@@ -36,13 +66,15 @@ def list_all() -> Outcome:
 
 
 def _method(entry: registry.MethodEntry) -> dict[str, Any]:
+    error = missing(entry)
     return {
         "name": entry.name,
         "family": entry.family,
         "summary": summary_of(entry),
         "package": f"{entry.distribution} {entry.version}",
         "class": entry.value,
-        "error": missing(entry),
+        "head": asdict(CardHead() if error else head_of(entry)),
+        "error": error,
     }
 
 
@@ -86,6 +118,10 @@ def show_method(name: str) -> Outcome:
     if exact is None:
         raise UsageError(f"There is no method {name!r}.{registry.suggest(name, list(entries))}")
     entry = entries[exact]
+    try:
+        head = head_of(entry)
+    except ValueError as error:
+        raise UsageError(f"The head of the card of {exact} cannot be read: {error}.") from error
     method = entry.load()
     text, _ = _docstring(method)
     arguments = _arguments(method)
@@ -107,6 +143,7 @@ def show_method(name: str) -> Outcome:
         "reads": sorted(resource.value for resource in method.reads),
         "writes": sorted(resource.value for resource in method.writes),
         "paper": method.paper,
+        "head": asdict(head),
         "text": text,
         "arguments": parameters,
         "card": card,
@@ -116,6 +153,10 @@ def show_method(name: str) -> Outcome:
         console.print(f"[bold]{exact}[/]  [dim]{data['package']}, lane {data['lane']}[/]\n")
         console.print(Markdown(text))
         console.print(f"\n[dim]{method.paper}[/]\n", highlight=False)
+        for field, value in data["head"].items():
+            if value:
+                words = ", ".join(value) if isinstance(value, (list, tuple)) else value
+                console.print(Text.assemble((f"{field}: ", "dim"), words))
         rows = tuple((item["name"], item["default"] or "required", item["meaning"]) for item in parameters)
         console.print(grid(Table(("argument", "default", "meaning"), rows)))
         if card:

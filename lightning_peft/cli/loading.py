@@ -38,7 +38,7 @@ class Loading:
 
     @property
     def text(self) -> str:
-        """What to say about the lines."""
+        """The remarks to print about the lines."""
         if not self.lines:
             return f"No short way to load the network was found: {self.refusal}"
         tried = "These lines gave the tested network, tensor by tensor, when this was written."

@@ -67,8 +67,14 @@ def build_parser() -> _Parser:
         parents = [shared, trusting] if name in READS_CHECKPOINTS else [shared]
         return commands.add_parser(name, help=text, description=text, epilog=epilog, parents=parents, allow_abbrev=False)
 
-    add("list", "list methods and recipes")
+    listed = add("list", "list methods and recipes")
+    listed.add_argument(
+        "--for", dest="wishes", metavar="WISH", help='only methods that serve it: "faster inference", "vision, smaller"'
+    )
     add("show", "show the card of a method").add_argument("name", metavar="METHOD")
+    method = add("new", "write the files of a new method: class, function, card, test, registration")
+    method.add_argument("name", metavar="NAME", help="name of the class, such as ConfidencePenalty")
+    method.add_argument("--family", metavar="FOLDER", help="its family; needed in a checkout of lightning_peft")
     more = "All further arguments go to LightningCLI and win over the recipe, such as --trainer.max_epochs 1 --model.lr 3e-4."
     run = add("run", "train a recipe beside its dense baseline and write a report", more)
     run.add_argument("recipe", metavar="RECIPE", help="packaged name, or path of a LightningCLI YAML file")
@@ -135,7 +141,13 @@ def dispatch(options: argparse.Namespace, overrides: Sequence[str], console: Con
     if options.command in ("list", "show"):
         from lightning_peft.cli import listing
 
-        return listing.list_all() if options.command == "list" else listing.show_method(options.name)
+        if options.command == "show":
+            return listing.show_method(options.name)
+        return listing.list_all() if options.wishes is None else listing.list_for(options.wishes)
+    if options.command == "new":
+        from lightning_peft.cli.authors.new import new
+
+        return new(options.name, options.family, Path.cwd())
     if options.command in READS_CHECKPOINTS:
         _let_import(getattr(options, "recipe", None))
     if options.command == "run":

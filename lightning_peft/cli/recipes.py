@@ -25,7 +25,7 @@ EXTRAS = {
 
 
 class UsageError(Exception):
-    """What the user asked for cannot be done; the message says what can."""
+    """The request cannot be met; the message says what can be done instead."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ class Lane(IntEnum):
 
 
 class Resource(Enum):
-    """What a method reads or writes.
+    """A thing that methods read or write.
 
     ``LOGITS``, ``INPUTS``, ``FEATURES`` and ``SAMPLE_INDEX`` are read. ``LOSS_SCALE`` has room for one writer per
     training step, ``PREDICTIONS`` for one per evaluation; ``WEIGHT_MAP``, ``DELTA`` and ``MASK`` for one writer per tensor.

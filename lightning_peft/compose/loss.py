@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What a loss method returns: the optimised loss becomes ``scale * base + value``, values of other methods unscaled.
+    """The result of a loss method: the optimised loss becomes ``scale * base + value``, values of other methods unscaled.
 
     Attributes:
         value: Scalar to add, with its graph.

@@ -1,4 +1,4 @@
-"""What was measured of a network, and of two side by side."""
+"""Measurements of one network, and of two side by side."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_peft.measure.spread import Spread
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured of one network.
+    """Measurements of one network.
 
     Attributes:
         parameters: Values of all parameters, tied ones once.

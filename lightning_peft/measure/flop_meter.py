@@ -1,4 +1,4 @@
-"""What a training has cost so far in floating point operations, measured on a few of its own batches."""
+"""The floating point operations of a training so far, measured on a few of its own batches."""
 
 from __future__ import annotations
 

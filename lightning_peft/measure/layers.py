@@ -1,4 +1,4 @@
-"""What each layer of a network costs in one call: a running count, charged to the innermost module at work."""
+"""The cost of each layer of a network in one call: a running count, charged to the innermost module at work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a LightningModule's own test loop calls its network with, whatever its batches look like."""
+"""The arguments with which a LightningModule's own test loop calls its network, whatever its batches look like."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from lightning_peft.network.logits import as_logits
 
 @dataclass(frozen=True)
 class Quality:
-    """What a classifier's answers are worth.
+    """Quality of a classifier's answers.
 
     Attributes:
         samples: Number of samples.

@@ -1,4 +1,4 @@
-"""What kind of layer a module is, told without importing the libraries that define it."""
+"""The kind of a layer, told without importing the library that defines it."""
 
 from __future__ import annotations
 

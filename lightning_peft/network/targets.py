@@ -162,7 +162,7 @@ def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 SENSITIVE = ("first", "head", "depthwise", "embedding")
-"""What sparsity leaves dense by default: few weights, much harm."""
+"""Layers that sparsity leaves dense by default: few weights, much harm."""
 
 PRESETS: dict[str, Callable[[nn.Module], bool]] = {
     "all-linear": is_linear,

@@ -1,4 +1,4 @@
-"""What learning-rate schedulers keep: lists per parameter group, so that groups can be added under them, and how to restart."""
+"""Lists that learning-rate schedulers keep per parameter group, so that groups can be added under them; and restarts."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class FreshSchedule:
 
 
 def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
-    """What schedulers move: learning rates and momenta."""
+    """Keys of a parameter group that schedulers change: learning rates and momenta."""
     moved = {key: value for key, value in group.items() if is_learning_rate(key) or key in ("momentum", "betas")}
     return {key: float(value) if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in moved.items()}
 

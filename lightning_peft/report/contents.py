@@ -1,4 +1,4 @@
-"""What reports are made of: facts, tables, figures and sections, and how their cells are written."""
+"""The parts of a report: facts, tables, figures and sections, and how their cells are written."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a report says.
+    """The contents of a report.
 
     Attributes:
         title: Heading.

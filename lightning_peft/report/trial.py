@@ -1,4 +1,4 @@
-"""What one finished training left behind, as plain data in one JSON file."""
+"""The results of one finished training, as plain data in one JSON file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, tensor by tensor: shape, methods on it, stored and non-zero values, N:M proof."""
+"""The contents of a checkpoint, tensor by tensor: shape, methods on it, stored and non-zero values, N:M proof."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a data module offers to be evaluated under shift, and the test sets of a study."""
+"""The interface of a data module that can be evaluated under shift, and the test sets of a study."""
 
 from __future__ import annotations
 

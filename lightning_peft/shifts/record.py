@@ -1,4 +1,4 @@
-"""What is written down about one episode: errors, calibration, passes through the network, time."""
+"""The record of one episode: errors, calibration, passes through the network, time."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class EpisodeRecord:
         curve: Places in the stream (samples seen) and error in the samples around each.
         borders: Samples seen at the end of each segment.
         forward: Samples of all forward passes.
-        backward: Samples of the forward passes whose graph was walked back through.
+        backward: Samples in forward passes that were backpropagated through.
         seconds: Wall time of the evaluation loop.
         made_with: Digest of the source model, data, recipe and versions it was made with; empty where nobody said.
     """

@@ -1,4 +1,4 @@
-"""What differs between Lightning's strategies, behind small functions.
+"""Differences between Lightning's strategies, behind small functions.
 
 Methods name kinds of strategies, never strategy classes.
 """

@@ -1,4 +1,4 @@
-"""What networks note about their depth outside the list of blocks: configurations, layer numbers, stochastic-depth rates."""
+"""Records of a network's depth outside the list of blocks: configurations, layer numbers, stochastic-depth rates."""
 
 from __future__ import annotations
 

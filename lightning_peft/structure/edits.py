@@ -48,7 +48,7 @@ class EditRequest:
 
 @dataclass
 class Change:
-    """What an edit did to a module, by plain qualified name.
+    """The effect of an edit on a module, by plain qualified name.
 
     Attributes:
         edit: The edit.

@@ -1,4 +1,4 @@
-"""What a journal leads to, held against the tensors of the same file before any of it is built."""
+"""The structure a journal leads to, checked against the tensors of the same file before any of it is built."""
 
 from __future__ import annotations
 

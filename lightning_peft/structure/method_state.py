@@ -13,7 +13,7 @@ FORMAT = 1
 
 
 class MethodState(NamedTuple):
-    """What a checkpoint holds of a method: the clock it had, and its own state."""
+    """A method's part of a checkpoint: its clock and its own state."""
 
     steps: int
     epochs: int

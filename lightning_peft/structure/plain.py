@@ -1,4 +1,4 @@
-"""What may go into a checkpoint: data that ``torch.load(weights_only=True)`` gives back in every version of torch."""
+"""Data that may go into a checkpoint: ``torch.load(weights_only=True)`` gives back in every version of torch."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def _registries(part: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _attributes(part: nn.Module) -> dict[str, Any]:
-    """What a part notes; neither what Lightning and PyTorch keep for themselves, nor methods that are shadowed."""
+    """Attributes of a part, without those that Lightning and PyTorch manage and without shadowed methods."""
     return {key: value for key, value in vars(part).items() if not key.startswith("_") and not callable(value)}
 
 

@@ -85,7 +85,7 @@ def _declared(network: nn.Module, width_map: WidthMap) -> Iterator[tuple[str, nn
 
 
 def _entries(network: nn.Module, width_map: WidthMap) -> dict[str, dict[str, Any]]:
-    """What the declaration says about each tensor, by name relative to the network."""
+    """The declared axes of each tensor, by name relative to the network."""
     entries: dict[str, dict[str, Any]] = {}
     for path, layer, kind in _declared(network, width_map):
         for attribute, tensor in own_parameters(layer).items() if kind is not None else ():

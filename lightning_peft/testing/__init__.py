@@ -1,4 +1,4 @@
-"""What authors of methods test with: :class:`MethodTester`, tiny LightningModules, toy methods, a two-process runner.
+"""Tools for authors who test methods: :class:`MethodTester`, tiny LightningModules, toy methods, a two-process runner.
 
 Only this folder may import pytest; nothing else in the library imports this folder.
 """

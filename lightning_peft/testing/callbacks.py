@@ -28,7 +28,7 @@ class StopAfter(Callback):
 
 
 class PlannedError(RuntimeError):
-    """What :class:`FailAt` raises."""
+    """The error that :class:`FailAt` raises."""
 
 
 class FailAt(Callback):

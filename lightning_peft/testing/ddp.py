@@ -162,7 +162,7 @@ def load_module(source: str) -> Any:
 
 
 def _run_rank(function: str, folder: str, environment: Mapping[str, str]) -> None:
-    """What each process runs."""
+    """The function that each process runs."""
     if os.name == "posix":
         os.setsid()
     rank = environment["RANK"]

@@ -97,7 +97,7 @@ class Plain(LightningModule):
         return self.model(inputs)
 
     def logits(self, inputs: Tensor) -> Tensor:
-        """What the loss is computed from."""
+        """The outputs that the loss is computed from."""
         output: Tensor = self(inputs)
         return output
 

@@ -69,7 +69,7 @@ class Probe(Callback):
 
 
 def shape_of(module: nn.Module) -> dict[str, Any]:
-    """What tells an ordinary module from a mapped one: classes, parameter names in order, state-dict keys."""
+    """The features that tell an ordinary module from a mapped one: classes, parameter names in order, state-dict keys."""
     described = trace(module)
     return {key: described[key] for key in ("classes", "parameter order", "state")}
 

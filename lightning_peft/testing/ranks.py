@@ -1,4 +1,4 @@
-"""What :class:`~lightning_peft.testing.tester.MethodTester` runs in each of two processes."""
+"""Runs of :class:`~lightning_peft.testing.tester.MethodTester` in each of two processes."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ _CLEAN: dict[type[LightningModule], dict[str, Any]] = {}
 
 
 def _clean_trace(style: type[LightningModule]) -> dict[str, Any]:
-    """What plain Lightning leaves of a module of this style."""
+    """A module of this style after training by plain Lightning."""
     if style not in _CLEAN:
         _CLEAN[style] = trace(fit([], style=style).module)  # type: ignore[arg-type]
     return _CLEAN[style]

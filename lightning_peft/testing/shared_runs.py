@@ -1,4 +1,4 @@
-"""What the checks of :class:`~lightning_peft.testing.tester.MethodTester` share: configurations, and trainings run once."""
+"""Shared by the checks of :class:`~lightning_peft.testing.tester.MethodTester`: configurations, and trainings run once."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class SharedRuns:
 
     @pytest.fixture
     def two_ranks(self) -> list[Any]:
-        """What each of two processes found, for all configurations in one launch."""
+        """Findings of each of two processes, for all configurations in one launch."""
         home = type(self)
         names = {"source": inspect.getfile(home), "module": home.__module__, "tester": home.__qualname__}
         results: list[Any] = self._once("two ranks", lambda: run_ddp("lightning_peft.testing.ranks:train_on_rank", names))

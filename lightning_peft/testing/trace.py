@@ -1,4 +1,4 @@
-"""What can be seen of a module from outside, so that a test can say that nothing was left on it."""
+"""The visible state of a module, so that a test can say that nothing was left on it."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def _untraced(function: Callable[[Tensor], Tensor], stored: Tensor) -> Tensor:
 
 
 class MappedLayer(StandIn):
-    """What the class of a layer gains while maps are on its parameters.
+    """Additions to the class of a layer while maps are on its parameters.
 
     In a state dict a parameter under maps goes by the names ``torch.nn.utils.parametrize`` would give it,
     ``parametrizations.weight.original`` and ``parametrizations.weight.0.<...>``, so that no module without maps loads a file

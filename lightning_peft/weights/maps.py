@@ -45,7 +45,7 @@ class MappedTensor:
 
     @property
     def stored(self) -> nn.Parameter:
-        """What the optimizer updates."""
+        """The tensor that the optimizer updates."""
         return self.layer._parameters[self.attribute]  # type: ignore[return-value]
 
     @property

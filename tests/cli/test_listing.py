@@ -143,3 +143,76 @@ def test_a_method_without_card_or_docstring_is_listed(tmp_path, monkeypatch) -> 
         monkeypatch.syspath_prepend(tmp_path)
         entry = registry.MethodEntry("Bare", "bare_plugin:Bare", "bare", "0")
         assert (cards.summary_of(entry), cards.missing(entry)) == ("", "")
+
+
+def names_for(cli, wishes: str) -> set[str]:
+    status, data, _ = cli("list", "--for", wishes, "--json")
+    assert status == 0
+    return {item["name"] for item in data["methods"]}
+
+
+def test_methods_for_a_goal_are_those_whose_cards_name_it(cli) -> None:
+    named = {name for name, entry in OURS.items() if "faster inference" in cards.head_of(entry).goals}
+    assert {"StructuredPruning", "FTWT"} <= named
+    assert names_for(cli, "Faster  inference") == named
+    assert "PSKD" not in named
+
+
+def test_several_wishes_must_all_be_met(cli) -> None:
+    assert "Tent" in names_for(cli, "vision, robust at test time"), "any data includes images"
+    assert "DeYO" not in names_for(cli, "language, robust at test time")
+    assert names_for(cli, "robust at test time, augment") == {"CoTTA", "RoTTA", "MEMO", "ROID"}
+
+
+def test_a_wish_that_no_method_serves_names_what_can_be_asked_for(cli) -> None:
+    status, _, error = cli("list", "--for", "faster inferense")
+    assert status == 2
+    assert "Goals: smaller, faster inference" in error
+    wish = error.split("Goals: ")[1].split(", ")[1]
+    assert names_for(cli, wish)
+
+
+def test_the_methods_of_a_wish_are_shown_with_their_costs(cli) -> None:
+    status, shown, _ = cli("list", "--for", "better accuracy")
+    assert status == 0
+    assert "PSKD  Softens targets" in shown
+    assert "cost: 1.00 times a plain training step" in " ".join(shown.split())
+
+
+HEAD = "---\ngoals: [smaller]\ncost: none\n---\n"
+
+
+@pytest.mark.parametrize(
+    ("card", "error"),
+    [
+        ("# Theirs\n\nTheirs.\n", ""),
+        (f"{HEAD}# Theirs\n\nTheirs.\n", ""),
+        (HEAD.replace("smaller", "tiny") + "# Theirs\n", "the head of its card: goals must be a list of smaller"),
+        (HEAD.replace("none", "[1]") + "# Theirs\n", "the head of its card: cost must be text"),
+        (HEAD.replace("none", "{") + "# Theirs\n", "the head of its card: not YAML"),
+        ("---\n- a\n---\n# Theirs\n", "the head of its card: not a mapping"),
+    ],
+)
+def test_somebody_elses_card_with_and_without_a_head(cli, their_site, monkeypatch, card: str, error: str) -> None:
+    (their_site / "their_plugin" / "inner" / "cards").mkdir()
+    (their_site / "their_plugin" / "inner" / "cards" / "Theirs.md").write_text(card)
+    monkeypatch.syspath_prepend(their_site)
+    entry = registry.MethodEntry("Theirs", "their_plugin.inner.method:Theirs", "their-plugin", "1.2.3")
+    monkeypatch.setattr(registry, "installed", lambda: {"Theirs": entry})
+    status, data, _ = cli("list", "--json")
+    assert status == 0
+    assert data["methods"][0]["error"].startswith(error)
+    assert bool(data["methods"][0]["error"]) == bool(error)
+    if error:
+        assert cli("list", "--for", "smaller")[0] == 2
+    elif card.startswith("---"):
+        assert names_for(cli, "smaller") == {"Theirs"}
+        assert cards.card_of(entry).startswith("# Theirs")
+
+
+def test_the_card_is_shown_without_its_head_and_with_its_fields(cli) -> None:
+    status, shown, _ = cli("show", "Tent")
+    assert status == 0
+    assert "goals: robust at test time" in shown
+    assert "licence: MIT" in shown
+    assert "---" not in shown

@@ -57,9 +57,11 @@ class Closed(Base):
 @pytest.mark.parametrize("name", OURS)
 def test_a_method_has_a_page_with_its_card_and_its_class(name: str) -> None:
     page = (ROOT / "docs" / "methods" / f"{name}.md").read_text()
-    card = re.search(r'--8<-- "(.+)"', page)
+    assert page.startswith(f"# {name}\n")
+    card = re.search(r'--8<-- "(.+):(\d+)"', page)
     assert card is not None
-    assert (ROOT / card[1]).read_text().startswith(f"# {name}\n")
+    shown = "\n".join((ROOT / card[1]).read_text().splitlines()[int(card[2]) - 1 :])
+    assert shown.startswith(summary_of(OURS[name])[:20]), "the page shows the card from below its title"
     assert f"::: {OURS[name].value.replace(':', '.')}\n" in page
 
 

@@ -10,9 +10,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn 
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_peft import Lane, Resource, Run
 from lightning_peft.arguments import one_of
-from lightning_peft.compose.lanes import Lane, Resource
-from lightning_peft.compose.run import Run
 from lightning_peft.network.resolve import resolve_network
 from lightning_peft.structure.carry import RULES
 from lightning_peft.structure.edits import Change, EditRequest
@@ -214,7 +213,7 @@ class LayerGrowth(TimedMethod):
         return f"{self.plan.describe(module)} at {self._arguments['at']}"
 
     def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
-        """Blocks now, if there is a list of them, and what learning rates are multiplied with."""
+        """Present number of blocks, if there is a list of them, and the factor on learning rates."""
         blocks = {"blocks": float(self.plan.blocks_now(run.module))} if self.plan.path else {}
         mask = {"mask": self._masks[0].value} if self._masks else {}
         return {**blocks, **mask, "lr_factor": self.lr_factor()}

@@ -11,14 +11,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_peft import Lane, Resource, Run, WeightMap
 from lightning_peft.arguments import one_of
 from lightning_peft.capture.shim import Shim
-from lightning_peft.compose.lanes import Lane, Resource
-from lightning_peft.compose.run import Run
 from lightning_peft.contract import methods_of
 from lightning_peft.network.resolve import resolve_network
 from lightning_peft.network.targets import TargetSpec
-from lightning_peft.weights.maps import MappedTensor, WeightMap, mapped_tensors
+from lightning_peft.weights.maps import MappedTensor, mapped_tensors
 from lightning_peft_plugins.growth._mixture_growth.halves import head_layers, inner_layers
 from lightning_peft_plugins.growth._shared.timed import TimedMethod
 from lightning_peft_plugins.growth.functional.mixture import (

@@ -10,9 +10,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_peft import Lane, Resource, Run
 from lightning_peft.arguments import one_of
-from lightning_peft.compose.lanes import Lane, Resource
-from lightning_peft.compose.run import Run
 from lightning_peft.contract import methods_of
 from lightning_peft.network.block_lists import ties
 from lightning_peft.network.resolve import resolve_network
@@ -187,7 +186,7 @@ class StageSharing(TimedMethod):
         return f"{self._path or self._list_in(module)}: {shown} share -> {self.to or 'as built'} at {self._arguments['at']}"
 
     def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
-        """Positions, blocks of their own, and what learning rates are multiplied with."""
+        """Positions, separate blocks, and the factor on learning rates."""
         kin = ties(blocks_at(run.module, self._path))
         return {"blocks": float(len(kin)), "own_blocks": float(len(set(kin))), "lr_factor": self.lr_factor()}
 

@@ -14,12 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Optimizer
 
+from lightning_peft import Lane, Method, Resource, Run, Step
 from lightning_peft.arguments import one_of, positive
-from lightning_peft.compose.lanes import Lane, Resource
-from lightning_peft.compose.loss import Step
-from lightning_peft.compose.run import Run
 from lightning_peft.compose.schedule import parse_point
-from lightning_peft.method import Method
 from lightning_peft.network.channel_units import ChannelUnit, channel_units
 from lightning_peft.network.layers import is_conv
 from lightning_peft.network.resolve import resolve_network

@@ -11,11 +11,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_peft import Lane, Method, Resource, Run, Schedule
 from lightning_peft.arguments import one_of
-from lightning_peft.compose.lanes import Lane, Resource
-from lightning_peft.compose.run import Run
-from lightning_peft.compose.schedule import Schedule, Shape, parse_point
-from lightning_peft.method import Method
+from lightning_peft.compose.schedule import Shape, parse_point
 from lightning_peft.network.nm_layers import input_dim, wide_layers
 from lightning_peft.network.targets import SENSITIVE, TargetSpec
 from lightning_peft.structure.edits import Change

@@ -9,10 +9,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.arguments import one_of
-from lightning_peft.compose.lanes import Lane, Resource
-from lightning_peft.compose.run import Run
-from lightning_peft.method import Method
 from lightning_peft.network.layers import heads, is_norm, own_parameters
 from lightning_peft.network.targets import SENSITIVE, TargetSpec
 from lightning_peft.optim.optimizers import owner

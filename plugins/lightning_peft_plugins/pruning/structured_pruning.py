@@ -12,13 +12,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_peft import Lane, Method, Resource, Run, Schedule
 from lightning_peft.arguments import one_of
 from lightning_peft.capture.shim import Shim
 from lightning_peft.capture.tap import forward_attribute, step_compiler
-from lightning_peft.compose.lanes import Lane, Resource
-from lightning_peft.compose.run import Run
-from lightning_peft.compose.schedule import Schedule, Shape, parse_point
-from lightning_peft.method import Method
+from lightning_peft.compose.schedule import Shape, parse_point
 from lightning_peft.network.layers import is_norm, own_parameters
 from lightning_peft.network.targets import TargetSpec, select
 from lightning_peft.structure.edits import Change, Edit, EditRequest

@@ -12,10 +12,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.arguments import one_of
-from lightning_peft.compose.lanes import Lane, Resource
-from lightning_peft.compose.run import Run
-from lightning_peft.method import Method
 from lightning_peft.network.targets import SENSITIVE, TargetSpec
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.structure.edits import Change

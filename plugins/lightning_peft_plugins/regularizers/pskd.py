@@ -13,11 +13,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_peft import Lane, Loss, Method, Resource, Run, Step
 from lightning_peft.arguments import one_of
-from lightning_peft.compose.lanes import Lane, Resource
-from lightning_peft.compose.loss import Loss, Step
-from lightning_peft.compose.run import Run
-from lightning_peft.method import Method
 from lightning_peft.network.logits import as_logits
 from lightning_peft.structure.edits import Change
 from lightning_peft.weights.maps import detach_maps

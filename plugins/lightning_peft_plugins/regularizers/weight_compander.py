@@ -10,11 +10,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_peft.compose.lanes import Lane, Resource
-from lightning_peft.compose.run import Run
-from lightning_peft.method import Method
+from lightning_peft import Lane, Method, Resource, Run, WeightMap
 from lightning_peft.network.targets import TargetSpec
-from lightning_peft.weights.maps import WeightMap, mapped_tensors
+from lightning_peft.weights.maps import mapped_tensors
 from lightning_peft_plugins.regularizers.functional.compander import compand, compand_inverse, compander_scales
 
 

@@ -10,11 +10,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.arguments import one_of
-from lightning_peft.compose.lanes import Lane, Resource
-from lightning_peft.compose.run import Run
 from lightning_peft.compose.schedule import parse_point
-from lightning_peft.method import Method
 from lightning_peft.network.nm_layers import input_dim, inputs, wide_layers
 from lightning_peft.network.targets import SENSITIVE, TargetSpec, by_layer
 from lightning_peft.structure.edits import Change

@@ -8,8 +8,8 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_peft import Run
 from lightning_peft.capture.evaluation import Call
-from lightning_peft.compose.run import Run
 from lightning_peft_plugins.test_time._shared.batch_statistics import BlendStatistics, UseBatchStatistics, batch_norms
 from lightning_peft_plugins.test_time._shared.stream import StreamMethod
 

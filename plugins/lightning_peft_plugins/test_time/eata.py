@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_peft.compose.run import Run
+from lightning_peft import Run
 from lightning_peft_plugins.test_time.eta import ETA
 from lightning_peft_plugins.test_time.fisher_estimator import Convention, FisherEstimator, network_fisher
 

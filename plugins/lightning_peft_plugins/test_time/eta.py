@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_peft import Run
 from lightning_peft.capture.evaluation import Call
-from lightning_peft.compose.run import Run
 from lightning_peft_plugins.test_time._shared.entropy import EntropyMethod
 from lightning_peft_plugins.test_time.functional.predictions import entropy_margin, entropy_weight, redundancy
 

@@ -11,9 +11,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from lightning_peft.compose.lanes import Lane, Resource
-from lightning_peft.compose.run import Run
-from lightning_peft.method import Method
+from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.network.batches import batch_size
 from lightning_peft.network.layers import parameter_names
 from lightning_peft.network.targets import TargetSpec

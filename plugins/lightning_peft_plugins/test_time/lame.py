@@ -8,8 +8,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_peft import Run
 from lightning_peft.capture.evaluation import Call
-from lightning_peft.compose.run import Run
 from lightning_peft.network.layers import heads
 from lightning_peft.network.logits import with_logits
 from lightning_peft_plugins.test_time._shared.stream import StreamMethod

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_peft import Run
 from lightning_peft.capture.evaluation import Call
-from lightning_peft.compose.run import Run
 from lightning_peft.network.batches import detached, join
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft_plugins.test_time._shared.batch_statistics import BlendStatistics, batch_norms

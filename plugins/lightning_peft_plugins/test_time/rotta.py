@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_peft import Run
 from lightning_peft.arguments import positive
 from lightning_peft.capture.evaluation import Call
-from lightning_peft.compose.run import Run
 from lightning_peft.network.logits import with_logits
 from lightning_peft_plugins.test_time._rotta.sample_memory import SampleMemory
 from lightning_peft_plugins.test_time._shared.batch_statistics import RobustStatistics, batch_norms

@@ -1,1 +1,1 @@
-"""What LayerGrowth alone needs: its operators, the plan of edits, masks on what is new."""
+"""Helpers of LayerGrowth: its operators, the plan of edits, masks on new units."""

@@ -12,9 +12,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lightning_peft import Run
 from lightning_peft.capture.once_more import silent
 from lightning_peft.compose.loss import split_output
-from lightning_peft.compose.run import Run
 from lightning_peft.structure.edits import Edit
 from lightning_peft.weights.maps import mapped_tensors
 from lightning_peft_plugins.growth._layer_growth.ligo_training import LigoOperator, materialised, train_operator

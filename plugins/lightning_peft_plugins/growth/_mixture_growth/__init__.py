@@ -1,1 +1,1 @@
-"""What MixtureGrowth alone needs."""
+"""Helpers of MixtureGrowth."""

@@ -1,1 +1,1 @@
-"""What the growth methods share: moments in a training and learning rates after them."""
+"""Shared by the growth methods: moments in a training and learning rates after them."""

@@ -1,4 +1,4 @@
-"""What becomes of the learning rate when a network has grown."""
+"""Rules for the learning rate after a network has grown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_peft.compose.run import Run
+from lightning_peft import Run
 from lightning_peft.compose.schedule import Point, parse_point
 
 

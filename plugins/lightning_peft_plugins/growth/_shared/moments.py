@@ -8,12 +8,12 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
-from lightning_peft.compose.run import Run
+from lightning_peft import Run
 from lightning_peft.structure.forms import entries, fields, number, whole
 from lightning_peft_plugins.growth._shared.triggers import Plateau, parse_trigger, tokens_in
 
 MOMENT = fields({"tokens": whole(), "plateau": entries(number(infinite=True), whole())})
-"""What :meth:`Moment.state` looks like."""
+"""Form of :meth:`Moment.state`."""
 
 
 class Moment:
@@ -82,7 +82,7 @@ class Moment:
         self._plateau.look(trainer.strategy.broadcast(metrics[name]))
 
     def state(self) -> dict[str, Any]:
-        """What was seen so far, as plain data."""
+        """The observations so far, as plain data."""
         return {"tokens": self._tokens, "plateau": [self._plateau.best, self._plateau.waited]}
 
     def load_state(self, state: dict[str, Any]) -> None:

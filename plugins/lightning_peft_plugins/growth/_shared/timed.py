@@ -1,4 +1,4 @@
-"""What the methods that change a network in the middle of its training share: moments, and learning rates afterwards."""
+"""Shared by the methods that change a network in the middle of its training: moments, and learning rates afterwards."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_peft.compose.run import Run
-from lightning_peft.method import Method
+from lightning_peft import Method, Run
 from lightning_peft.structure.forms import Form, fields, list_of, maybe, whole
 from lightning_peft_plugins.growth._shared.lr_rules import parse_lr_rule
 from lightning_peft_plugins.growth._shared.moments import MOMENT, Moment

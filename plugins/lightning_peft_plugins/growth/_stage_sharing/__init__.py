@@ -1,1 +1,1 @@
-"""What StageSharing alone needs."""
+"""Helpers of StageSharing."""

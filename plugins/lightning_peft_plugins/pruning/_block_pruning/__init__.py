@@ -1,1 +1,1 @@
-"""What BlockPruning alone needs: what passes through blocks, what they weigh, how many go."""
+"""Helpers of BlockPruning: activations of blocks, scores of their weights, the number that leave."""

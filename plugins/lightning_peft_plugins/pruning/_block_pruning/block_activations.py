@@ -21,7 +21,7 @@ from lightning_peft_plugins.pruning.functional.block_influence import block_infl
 
 @dataclass
 class BlockActivations:
-    """What was seen of one block.
+    """Observations of one block.
 
     Attributes:
         score: Sum of what the block scored, float32; ``None`` before the first time.
@@ -63,7 +63,7 @@ class BlockActivations:
 SEEN = fields(
     {"score": maybe(tensor([])), "scored": whole(), "calls": whole(), "misfits": whole(), "links": whole(), "shapes": text}
 )
-"""What :class:`BlockActivations` looks like in a checkpoint."""
+"""Form of :class:`BlockActivations` in a checkpoint."""
 
 
 class BlockWatch:
@@ -172,7 +172,7 @@ class BlockWatch:
         self.let_go()
 
     def state(self) -> dict[str, Any]:
-        """What was seen, as plain data."""
+        """The observations as plain data."""
         return {name: asdict(seen) for name, seen in self.seen.items()}
 
     def load_state(self, state: dict[str, Any]) -> None:

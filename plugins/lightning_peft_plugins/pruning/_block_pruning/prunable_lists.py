@@ -40,7 +40,7 @@ class PrunableList:
 
 
 def lists_form(tensors: Mapping[str, Tensor] | None) -> Form:
-    """What lists look like in a checkpoint: positions of blocks that the module has, those that may go among them."""
+    """Form of the lists in a checkpoint: positions of blocks that the module has, those that may go among them."""
     form = dict_of(fields(dict.fromkeys(("blocks", "may_go", "named"), list_of(whole()))))
 
     def check(value: Any, place: str) -> str | None:

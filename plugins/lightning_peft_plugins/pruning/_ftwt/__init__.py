@@ -1,1 +1,1 @@
-"""What FTWT alone needs: gates of channels, their predictors, and the networks that skip what is predicted."""
+"""Helpers of FTWT: gates of channels, their predictors, and the networks that skip what is predicted."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_peft.compose.run import Run
+from lightning_peft import Run
 from lightning_peft.network.nm_layers import input_dim
 from lightning_peft.optim.optimizers import owner
 from lightning_peft.weights.groups import Grouping

@@ -1,1 +1,1 @@
-"""What MaskedPruning and its variants alone need: their weight map, rewinding, decay."""
+"""Helpers of MaskedPruning and its variants: their weight map, rewinding, decay."""

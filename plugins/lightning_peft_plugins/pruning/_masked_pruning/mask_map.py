@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from lightning_peft.compose.lanes import Lane
+from lightning_peft import Lane
 from lightning_peft.weights.hard_mask import hard_mask
 from lightning_peft.weights.held import HeldMask
 

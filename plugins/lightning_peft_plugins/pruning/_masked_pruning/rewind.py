@@ -9,8 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_peft.compose.lanes import Lane
-from lightning_peft.compose.run import Run
+from lightning_peft import Lane, Run
 from lightning_peft.compose.schedule import Point
 from lightning_peft.contract import methods_of
 from lightning_peft.structure.carry import reset_states

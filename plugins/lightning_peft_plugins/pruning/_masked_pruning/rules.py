@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_peft.compose.run import Run
+from lightning_peft import Run
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.weights.maps import MappedTensor
 from lightning_peft_plugins.pruning._masked_pruning.mask_map import MaskMap

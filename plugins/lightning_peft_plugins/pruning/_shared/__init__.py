@@ -1,1 +1,1 @@
-"""What several pruning methods share: timeline, scores, and the statistics these are made of."""
+"""Shared by several pruning methods: timeline, scores, and the statistics these are made of."""

@@ -76,7 +76,7 @@ class LayerRecorder:
         self._shims = []
 
     def state(self) -> dict[str, Any]:
-        """What was seen, as plain data."""
+        """The observations as plain data."""
         return {name: seen.state() for name, seen in self.seen.items()}
 
     def form(self, tensors: Mapping[str, Tensor] | None) -> Form:

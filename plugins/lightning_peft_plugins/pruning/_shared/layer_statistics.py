@@ -1,4 +1,4 @@
-"""What scores of weights are made of besides the weights: sums over gradients and inputs, since masks were last chosen."""
+"""The statistics in scores of weights, besides the weights: sums over gradients and inputs, since masks were last chosen."""
 
 from __future__ import annotations
 

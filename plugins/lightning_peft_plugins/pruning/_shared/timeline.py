@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lightning_peft.compose.run import Run
-from lightning_peft.compose.schedule import Point, ResolvedSchedule, Schedule
+from lightning_peft import Run, Schedule
+from lightning_peft.compose.schedule import Point, ResolvedSchedule
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""What StructuredPruning alone needs: units that leave together, and the choice of those that do."""
+"""Helpers of StructuredPruning: units that leave together, and the choice of those that do."""

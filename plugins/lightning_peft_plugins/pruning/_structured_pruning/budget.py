@@ -17,7 +17,7 @@ StructuredScope = Literal["global", "layer"]
 
 @dataclass(frozen=True)
 class Limits:
-    """What every group keeps.
+    """The units that every group keeps.
 
     Attributes:
         min_kept: Share of the units a group had at first that always stays, at least one unit.

@@ -110,7 +110,7 @@ class Channels:
         return {group.name: group.units for group in self.groups}
 
     def cost(self, gone: Sequence[Tensor] = ()) -> float:
-        """What the network costs without some units of each group.
+        """Cost of the network without some units of each group.
 
         Raises:
             MisconfigurationException: The network does not run any more.

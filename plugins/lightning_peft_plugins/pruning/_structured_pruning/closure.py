@@ -23,7 +23,7 @@ class Index(NamedTuple):
 
 @dataclass
 class Reached:
-    """What is to be cut at one node of the graph.
+    """The cut at one node of the graph.
 
     Attributes:
         node: The node.

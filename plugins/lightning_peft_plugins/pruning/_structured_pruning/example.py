@@ -1,4 +1,4 @@
-"""What a network is called with, by shape only: a record that can be kept in a checkpoint without anybody's data."""
+"""Arguments of a network's call, by shape only: a record that can be kept in a checkpoint without anybody's data."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _made(value: Any, device: torch.device) -> Any:
 
 
 def example_form(value: Any, place: str) -> str | None:
-    """What :func:`record` returns, with tensors no larger than a call may need."""
+    """Form of the result of :func:`record`, with tensors no larger than a call may need."""
     return fields({"args": list_of(_value_form), "kwargs": dict_of(_value_form)})(value, place)
 
 

@@ -1,4 +1,4 @@
-"""What FTWT teaches its predictors: which channels of a layer's output were active enough to be worth computing."""
+"""Targets of FTWT's predictors: which channels of a layer's output were active enough to be worth computing."""
 
 from __future__ import annotations
 

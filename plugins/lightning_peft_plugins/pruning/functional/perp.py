@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.compose.lanes import Lane
-from lightning_peft.weights.maps import WeightMap
+from lightning_peft import Lane, WeightMap
 
 
 def mask_lora(weight: Tensor, product: Tensor, scale: float) -> Tensor:

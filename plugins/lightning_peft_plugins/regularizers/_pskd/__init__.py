@@ -1,1 +1,1 @@
-"""What PSKD alone needs: the memory of predictions and the way into it."""
+"""Helpers of PSKD: the memory of predictions and the way into it."""

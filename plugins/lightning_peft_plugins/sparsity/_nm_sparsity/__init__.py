@@ -1,1 +1,1 @@
-"""What NMSparsity alone needs: its weight map and its phases."""
+"""Helpers of NMSparsity: its weight map and its phases."""

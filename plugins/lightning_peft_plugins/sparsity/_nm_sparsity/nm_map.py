@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.compose.lanes import Lane
+from lightning_peft import Lane, WeightMap
 from lightning_peft.weights.held import HeldMask
-from lightning_peft.weights.maps import WeightMap
 from lightning_peft.weights.nm import nm_mask
 from lightning_peft.weights.nm_prune import ste_prune
 
 
 class MaskRule:
-    """What all layers of one pattern share at the moment: N, M, and how strongly pruned weights are held back.
+    """State shared by all layers of one pattern: N, M, and how strongly pruned weights are held back.
 
     One object serves many maps, so a step changes one number instead of one per layer. ``decay`` is a 0-dim tensor because a
     compiled step would be compiled again for every new Python number.

@@ -1,1 +1,1 @@
-"""What RoTTA alone needs."""
+"""Helpers of RoTTA."""

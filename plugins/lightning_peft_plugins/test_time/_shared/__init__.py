@@ -1,1 +1,1 @@
-"""What the methods share: streams, descent, entropy, batch statistics, views."""
+"""Shared by the methods: streams, descent, entropy, batch statistics, views."""

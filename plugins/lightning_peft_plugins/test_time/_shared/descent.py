@@ -12,9 +12,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_peft import Run
 from lightning_peft.arguments import one_of
 from lightning_peft.capture.evaluation import Call
-from lightning_peft.compose.run import Run
 from lightning_peft.network.layers import parameter_names
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft_plugins.test_time._shared.batch_statistics import UseBatchStatistics, batch_norms

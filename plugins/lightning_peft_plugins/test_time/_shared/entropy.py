@@ -8,9 +8,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_peft import Run
 from lightning_peft.arguments import one_of, positive
 from lightning_peft.capture.evaluation import Call
-from lightning_peft.compose.run import Run
 from lightning_peft.network.batches import separable, take
 from lightning_peft_plugins.test_time._shared.costs import Costs, Way, candidates
 from lightning_peft_plugins.test_time._shared.descent import DescentMethod

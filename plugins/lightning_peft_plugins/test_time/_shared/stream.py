@@ -1,4 +1,4 @@
-"""What all methods of the family share: a stream of batches that starts at the source model, and may return to it."""
+"""Shared by all methods of the family: a stream of batches that starts at the source model, and may return to it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Any, Literal, TypeAlias
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.attach.averaging import swapped_in
 from lightning_peft.capture.evaluation import Call
-from lightning_peft.compose.lanes import Lane, Resource
-from lightning_peft.compose.run import Run
-from lightning_peft.method import Method
 from lightning_peft.network.logits import as_logits
 from lightning_peft.network.targets import TargetSpec
 
@@ -127,5 +125,5 @@ class StreamMethod(Method):
         self._batch = values
 
     def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
-        """What was noted of the last batch."""
+        """Figures of the last batch."""
         return self._batch

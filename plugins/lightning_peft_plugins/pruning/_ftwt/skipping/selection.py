@@ -44,7 +44,7 @@ class Choice:
 
 
 class Selection:
-    """What one unit chooses, call by call.
+    """The choices of one unit, call by call.
 
     For one sample these are the channels its predictor chooses; for several, the channels any of them needs, and a mask that
     takes from each sample what the others need. Their number is rounded up with channels that stay zero, because kernels are

@@ -1,4 +1,4 @@
-"""What units choose over many inputs: a choice that hardly changes can be made once and for all."""
+"""The choices of units over many inputs: a choice that hardly changes can be made once and for all."""
 
 from __future__ import annotations
 
