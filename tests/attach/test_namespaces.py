@@ -13,12 +13,14 @@ import lightning_peft
 from lightning_peft import PSKD, LayerGrowth, NMSparsity, Tent, WeightCompander
 from lightning_peft.network.resolve import resolve_network
 from lightning_peft.testing.modules import ResidualBlock, loader, mlp
+from lightning_peft.testing.toys import ToyLookahead, ToyNoise, ToySAM
 from lightning_peft.testing.trace import difference
 
 NAMESPACES = ["lightning.pytorch", "pytorch_lightning"]
 METHODS = {
     "weights and loss": lambda: [NMSparsity("2:4"), WeightCompander(), PSKD()],
     "structure": lambda: [LayerGrowth(at="step:3", start=2)],
+    "step and optimizer": lambda: [ToySAM(), ToyNoise(), ToyLookahead()],
 }
 
 

@@ -125,7 +125,7 @@ def test_lookahead_resumes_exactly(scheduler, average, others, tmp_path):
 
 def test_lookahead_beside_growth(tmp_path):
     def trained(**settings):
-        methods = [ToyLookahead(), LayerGrowth(at="step:6", start=2)]
+        methods = [ToyLookahead(), LayerGrowth(at="step:6", start=2, optimizer_state="copy")]
         return fit(methods, style=deepened(style("step")), max_epochs=3, **settings)
 
     whole = trained(after=[every_epoch(tmp_path)])

@@ -226,6 +226,7 @@ def test_batches_are_told_apart_when_they_come_again():
 class Notes(DictOutput):
     def build(self):
         super().build()
+        self.model.insert(2, nn.Dropout(0.2))
         self.accuracy = MulticlassAccuracy(3)
         self.logged = 0
 
@@ -258,6 +259,13 @@ def test_a_step_evaluated_twice_leaves_what_one_does(settings):
         return logged, counted, run.module.logged, counts.seen, dict(run.module.state_dict()), torch.rand(3)
 
     assert difference(trained(), trained(ToyTwice())) is None
+
+
+def test_the_losses_logged_are_those_at_the_weights():
+    run = fit([ToySAM(RADIUS), ToyEntropy()], style=DictOutput, log_every_n_steps=1, limit_val_batches=0)
+    logged = run.trainer.logged_metrics
+    assert logged["peft/loss/base"] == logged["loss"]
+    assert logged["peft/loss/total"] == logged["peft/loss/base"] + logged["peft/loss/toy_entropy"]
 
 
 def test_a_loss_that_is_not_finite_elsewhere_leaves_the_weights():
@@ -405,7 +413,9 @@ def test_a_later_method_has_the_earlier_one_within_its_closure(first):
     pair = {"doubles": Doubling(name="doubles"), "toy_sam": ToySAM(RADIUS)}
     last = next(name for name in pair if name != first)
     pair[last].after = (first,)
-    run = fit(pair.values(), module=seeded(SGD), max_epochs=1)
+    counts = Backwards()
+    run = fit(pair.values(), module=seeded(SGD), max_epochs=1, after=[counts])
+    assert counts.seen == 4, "what is computed once more is no second step"
     assert len(calls) == (8 if first == "doubles" else 4)
     hand = by_hand(seeded(SGD), batches(1), loss_of=lambda module, batch: 2.0 * loss_of(module, batch))
     error = max((p - q).abs().max().item() for p, q in zip(hand.parameters(), run.module.parameters(), strict=True))
