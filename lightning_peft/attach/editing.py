@@ -103,7 +103,8 @@ def _carry_optimizers(
     gone = _gone_parameters(module, change)
     if growth.optimizer_state == "reset":
         tensors = plain_tensors(module)
-        changed = {new for new, _ in pairs.values()} | {tensors[name] for name in change.edit.get("tensors", ())} | {*gone}
+        resized = () if change.edit["op"] == "blocks" else change.edit["tensors"]
+        changed = {new for new, _ in pairs.values()} | {tensors[name] for name in resized} | {*gone}
         # An adversary's optimizer does not start anew when the network grows.
         carry.reset_states([optimizer for optimizer in optimizers if trained_by(optimizer) & changed])
     elif growth.optimizer_state == "copy":
@@ -134,14 +135,15 @@ def _resized_states(
     optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor], growth: EditRequest
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Optimizer states with what they become when the module is resized; made first, because not every state can follow."""
-    if growth.edit.get("op") not in ("resize", "slice") or growth.optimizer_state == "reset":
+    edit = growth.edit
+    if edit["op"] == "blocks" or growth.optimizer_state == "reset":
         return []
     found = []
-    for name in growth.edit["tensors"]:
+    for name in edit["tensors"]:
         for optimizer in optimizers:
             if (state := optimizer.state.get(tensors[name])) is not None:
                 resized = dict(state)
-                carry_optimizer_state(resized, growth.edit, name, growth.optimizer_state)
+                carry_optimizer_state(resized, edit, name, growth.optimizer_state)
                 found.append((state, resized))
     return found
 

@@ -19,6 +19,7 @@ from lightning_peft.contract import Contract
 from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure import journal
 from lightning_peft.structure.carry import group_names
+from lightning_peft.structure.edit_types import Edit
 from lightning_peft.structure.snapshot import ModuleSnapshot
 from lightning_peft.weights.maps import mapped_tensors, plain_tensors
 
@@ -146,7 +147,7 @@ class CheckpointHooks:
             found.append((method, state))
         return found
 
-    def _restructure(self, checkpoint: dict[str, Any], edits: list[dict[str, Any]]) -> None:
+    def _restructure(self, checkpoint: dict[str, Any], edits: list[Edit]) -> None:
         """Give the module the structure of the file, so that its weights load strictly and its optimizers by position."""
         old = {id(tensor) for tensor in plain_tensors(self._module).values()}
         if journal.replay(self._module, edits, checkpoint["state_dict"]):

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.structure import depth, slices, width
+from lightning_peft.structure.edit_types import BlocksEdit, Recorded
+from lightning_peft.structure.edit_types import Edit as Edit
 from lightning_peft.structure.errors import CheckpointError
-
-Edit: TypeAlias = dict[str, Any]
-"""``{"op": "blocks" | "resize" | "slice", "path": ..., ...}``: strings, numbers, lists and dicts only.
-
-With ``"follow": True`` the other methods act on new layers too; with ``"shared": True`` blocks of one source are one block.
-"""
 
 Operator: TypeAlias = Callable[[Mapping[str, Tensor], Edit, torch.Generator], Mapping[str, Tensor]]
 """Plain values before an edit, by qualified name, to values after it; what is not returned stays as the edit left it."""
@@ -96,7 +92,7 @@ def split_block(edit: Edit, name: str) -> tuple[str, str | None]:
     return f"{start}{index}", rest or None
 
 
-def check(module: nn.Module, edit: Edit) -> None:
+def check(module: nn.Module, edit: Recorded) -> None:
     """Refuse an edit that does not fit a module, before anything is touched.
 
     Raises:
@@ -168,7 +164,7 @@ def _numbers(journal: Sequence[Edit]) -> dict[tuple[str, str], list[float]]:
     return numbers
 
 
-def _places(edit: Edit, path: str) -> list[str]:
+def _places(edit: BlocksEdit, path: str) -> list[str]:
     """Where the layers are, after an edit of blocks, that were one layer before."""
     prefix, rest = split_block(edit, f"{path}.")
     if rest is None and not prefix:
