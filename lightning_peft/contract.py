@@ -16,8 +16,11 @@ from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Loss, Step
 from lightning_peft.compose.run import Run
 from lightning_peft.network.targets import TargetSpec, select
+from lightning_peft.structure.edit_types import PutEdit
 from lightning_peft.structure.edits import Change, EditRequest
 from lightning_peft.structure.forms import Form
+from lightning_peft.structure.put import put_edit
+from lightning_peft.structure.replacement import Replacement
 from lightning_peft.weights.maps import WeightMap, attach_map, attached_map
 
 
@@ -52,6 +55,7 @@ class Contract:
         writes: What it changes; two methods that write one thing are a conflict.
         strategies: Kinds of Lightning strategy it works with: ``"single"``, ``"ddp"``.
         weight_maps: Weight maps it may attach, so that its checkpoints can be baked without the model's class.
+        replacements: What it may put in a layer's place, so that its checkpoints can be loaded.
         paper: Source, "Authors, venue year, link".
         fixed_arguments: Constructor arguments of a base that the class gives itself, and does not take.
         features: Qualified names of submodules whose calls :meth:`loss` reads from ``step.features``.
@@ -64,6 +68,7 @@ class Contract:
     writes: ClassVar[frozenset[Resource]] = frozenset()
     strategies: ClassVar[frozenset[str]] = frozenset({"single", "ddp"})
     weight_maps: ClassVar[tuple[type[WeightMap], ...]] = ()
+    replacements: ClassVar[tuple[type[Replacement], ...]] = ()
     paper: ClassVar[str] = ""
     fixed_arguments: ClassVar[frozenset[str]] = frozenset()
 
@@ -197,6 +202,10 @@ class Contract:
         weight_map.owner = type(self).__name__
         present = attached_map(module, name, weight_map)
         return attach_map(module, name, weight_map).maps[-1] if present is None else present
+
+    def put(self, module: nn.Module, path: str, replacement: Replacement) -> PutEdit:
+        """Describe one of :attr:`replacements` in the place of the layer called ``path``, for an :class:`EditRequest`."""
+        return put_edit(module, path, replacement, method=type(self).__name__)
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments as plain data."""

@@ -144,7 +144,29 @@ class SliceEdit(EditNotes):
     attributes: dict[str, dict[str, list[Any]]]
 
 
-Edit: TypeAlias = BlocksEdit | ResizeEdit | SliceEdit
+class PutEdit(EditNotes):
+    """Another module in a layer's place (:mod:`lightning_peft.structure.put`).
+
+    Attributes:
+        op: ``"put"``.
+        path: Qualified name of the layer.
+        also: Its other names, where it stands in several places.
+        replaced: Signature of the layer.
+        method: Class name of the method that declares the replacement; ``None`` for one of the engine's own.
+        kind: Name of the replacement.
+        config: Arguments the replacement is built with: numbers, strings, lists and dicts.
+    """
+
+    op: Literal["put"]
+    path: str
+    also: list[str]
+    replaced: str
+    method: str | None
+    kind: str
+    config: dict[str, Any]
+
+
+Edit: TypeAlias = BlocksEdit | ResizeEdit | SliceEdit | PutEdit
 """A change of structure: strings, numbers, lists and dicts only, told apart by ``"op"``."""
 
 Recorded: TypeAlias = Mapping[str, Any]

@@ -39,7 +39,7 @@ def check_sizes(edits: Sequence[Recorded], state: Mapping[str, Any]) -> None:
     """
     shapes = {plain_name(name): tensor.shape for name, tensor in state.items() if isinstance(tensor, Tensor)}
     for place, edit in enumerate(edits):
-        later = [str(other.get("path")) for other in edits[place + 1 :] if other.get("op") == "blocks"]
+        later = [str(other.get("path")) for other in edits[place + 1 :] if other.get("op") in ("blocks", "put")]
         if edit.get("op") == "blocks":
             _check_blocks(edit, shapes, later)
         elif isinstance(edit.get("tensors"), dict):
