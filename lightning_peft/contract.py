@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.arguments import as_plain
+from lightning_peft.capture.calibration_block import CalibrationBlock
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Loss, Step
@@ -35,6 +36,7 @@ class Contract:
     - :meth:`loss` inside every ``training_step``;
     - :meth:`before_step` before and :meth:`after_step` after every real optimizer step;
     - :meth:`epoch_end` after every training epoch;
+    - :meth:`calibrate` to act on a trained network block by block, outside of any run;
     - :meth:`adapt_start` and :meth:`adapt` (lane ``ADAPT``) to answer the network's calls in ``test`` and its like;
     - :meth:`metrics` for numbers worth a curve, :meth:`state` and :meth:`load_state` for what must survive a crash, and
       :meth:`state_form` for what a damaged file must not bring back.
@@ -167,6 +169,13 @@ class Contract:
         Gradients are off and can be enabled. Return what the network would: ``call()`` runs it.
         """
         return call()
+
+    def calibrate(self, block: CalibrationBlock) -> None:
+        """Act on a block of a trained network, for :func:`lightning_peft.calibrate`; the blocks before it are done.
+
+        Gradients are off and can be enabled. Random numbers are those of the block, so that a calibration that was killed goes
+        on as it would have; what must be known at the next block belongs into :meth:`state`.
+        """
 
     def finish(self, run: Run) -> None:
         """Let go of resources when the Trainer is done with the module or has failed."""
