@@ -137,5 +137,6 @@ class _BatchWatcher(Callback):
 
 def tensor_bytes(tensor: Tensor) -> Any:
     """Return the numbers of a tensor as bytes."""
-    flat = tensor.detach().cpu().contiguous().flatten()
+    dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
+    flat = dense.cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy()

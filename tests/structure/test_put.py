@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
 import lightning_peft
-from lightning_peft import NMSparsity, split_low_rank
+from lightning_peft import NMSparsity, Wanda, split_low_rank
 from lightning_peft.compose.run import Run
 from lightning_peft.structure import journal
 from lightning_peft.structure.checkpoint import KEY
@@ -95,6 +95,7 @@ RESUMED: dict[str, tuple[Callable[[], list[Any]], dict[str, Any]]] = {
     "masks": (lambda: [ToyWrap(at=6), NMSparsity("2:4", exclude=())], {}),
     "map inside": (lambda: [ToyWrap(at=6), ToyScale()], {}),
     "map beside": (lambda: [ToySplit(at=6), ToyScale(exclude=["model.0"])], {}),
+    "scores": (lambda: [ToyWrap(at=6), Wanda(0.5, end=9)], {}),
     "EMA": (lambda: [ToyWrap(at=6), EMAWeightAveraging(decay=0.5)], {}),
     "EMA of a pair": (lambda: [EMAWeightAveraging(decay=0.5), ToySplit(at=6)], {}),
 }
