@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lightning_peft.arguments import one_of
 from lightning_peft.attach.saving import JournalShim
 from lightning_peft.namespaces import both
 from lightning_peft.network.targets import TargetSpec, select
@@ -69,8 +70,7 @@ def split_low_rank(
         >>> [tuple(p.shape) for p in net.parameters()]
         [(1, 8), (8, 1)]
     """
-    if scheme not in SCHEMES:
-        raise MisconfigurationException(f"scheme={scheme!r} is unknown; choose one of {', '.join(SCHEMES)}.")
+    one_of("scheme", scheme, SCHEMES)
     layers = select(module, targets, exclude) if ranks is None else {name: _layer(module, name) for name in ranks}
     made: dict[str, _Factors] = {}
     for name, layer in layers.items():

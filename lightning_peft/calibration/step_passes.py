@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+from lightning_peft.arguments import one_of
 from lightning_peft.namespaces import own
 
 Stage = Literal["validate", "test", "predict"]
@@ -49,8 +50,8 @@ class StepPasses:
                 "batches= can be run over only once, and every block runs over them again. Pass a loader or a list: "
                 "batches=list(batches)."
             )
-        if stage is not None and stage not in STAGES:
-            raise MisconfigurationException(f"stage={stage!r} is unknown; choose one of {', '.join(STAGES)}.")
+        if stage is not None:
+            one_of("stage", stage, STAGES)
         self._module, self._seed = module, seed
         self._data: Any = batches if isinstance(batches, DataLoader) else _OneLoader(batches)
         defined: Stage = next((name for name in STAGES[:2] if _defines(module, name)), "predict")

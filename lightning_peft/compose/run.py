@@ -34,6 +34,7 @@ class Run:
         started: Whether the methods are started, so that their state is in force.
         schedules: Learning-rate schedulers as they began, for methods that let them begin again.
         in_step: Whether the user's ``training_step`` runs now.
+        repeated: Whether it runs once more for a batch that this optimizer step has seen: nobody is to remember anything of it.
         late_epoch: Set while an epoch that ended before the checkpoint is ended for the methods.
         asked_total: Whether a method has asked for the end of this training.
         asked_epoch: Whether a method has asked for the length of an epoch.
@@ -47,6 +48,7 @@ class Run:
     samples: SampleRecorder | None = None
     started: bool = False
     in_step: bool = False
+    repeated: bool = False
     late_epoch: int | None = None
     schedules: list[FreshSchedule] = field(default_factory=list)
     asked_total: bool = False

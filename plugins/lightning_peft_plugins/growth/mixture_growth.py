@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_peft.arguments import one_of
 from lightning_peft.capture.shim import Shim
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
@@ -119,8 +120,7 @@ class MixtureGrowth(TimedMethod):
         **kwargs: Any,
     ) -> None:
         super().__init__(at=at, lr=lr, **kwargs)
-        if coefficients not in CROSS_RULES:
-            raise MisconfigurationException(f"coefficients={coefficients!r} must be one of {', '.join(CROSS_RULES)}.")
+        one_of("coefficients", coefficients, CROSS_RULES)
         self.rule, self.noise, self.seed = coefficients, float(noise), seed
         if self.lr_rule.restart:
             raise MisconfigurationException('lr="restart" is not offered here; write "rewarm:<length>@<peak>" or "continue".')
@@ -167,7 +167,7 @@ class MixtureGrowth(TimedMethod):
     def _answer(self, layer: nn.Module, inner: Callable[..., Tensor], features: Tensor) -> Tensor:
         """In training, let the head see of each sample what its member made of it."""
         # A network can be trained in evaluation mode; activation checkpointing repeats its calls in the backward pass.
-        trains = layer.training or self.in_training_step() or torch._C._current_graph_task_id() != -1
+        trains = layer.training or (self.run is not None and self.run.in_step) or torch._C._current_graph_task_id() != -1
         if self._turns["on"] and trains:
             features = of_its_member(features, -1 if isinstance(layer, nn.Linear) else 1, self._turns["offset"])
         return inner(features)

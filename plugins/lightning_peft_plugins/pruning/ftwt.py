@@ -9,11 +9,12 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Optimizer
 
+from lightning_peft.arguments import one_of, positive
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Step
 from lightning_peft.compose.run import Run
@@ -102,15 +103,11 @@ class FTWT(Method):
         for share in (mass, *self.masses.values()):
             if isinstance(share, bool) or not 0.0 < share <= 1.0:
                 raise MisconfigurationException(f"mass={share!r} is the share of activity to keep, above 0 and at most 1.")
-        for given, known, what in (
-            (criterion, get_args(Criterion), "criterion"),
-            (normalise, NORMALISE, "normalise"),
-            (tokens, (None, *get_args(Tokens)), "tokens"),
-        ):
-            if given not in known:
-                raise MisconfigurationException(f"{what}={given!r} is unknown; choose one of {', '.join(map(repr, known))}.")
-        if strength <= 0.0 or lr_scale <= 0.0:
-            raise MisconfigurationException(f"strength={strength} and lr_scale={lr_scale} must be positive.")
+        one_of("criterion", criterion, get_args(Criterion))
+        one_of("normalise", normalise, NORMALISE)
+        one_of("tokens", tokens, (None, *get_args(Tokens)))
+        positive("strength", strength)
+        positive("lr_scale", lr_scale)
         self.mass, self.criterion, self.decoupled, self.strength = mass, criterion, decoupled, strength
         self.normalise, self.lr_scale, self.residual, self.tokens = normalise, lr_scale, residual, tokens
         self.cooldown = None if cooldown is None else parse_point(cooldown)
@@ -183,10 +180,9 @@ class FTWT(Method):
             gate.open = True
         self._costs.open(run.network)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def batch_start(self, run: Run, batch: Any) -> None:
         """Forget what was predicted outside of training steps."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        for _, gate in self.gates(pl_module):
+        for _, gate in self.gates(run.module):
             gate.take()
 
     def loss(self, step: Step) -> Tensor:
@@ -200,7 +196,8 @@ class FTWT(Method):
                     f"{name} was not called in this training step, so its predictor cannot learn. Leave it out with "
                     f"exclude=[{name!r}]."
                 )
-            self._last[name] = Prediction(calls[-1].logits.detach(), calls[-1].target)
+            if not step.repeated:
+                self._last[name] = Prediction(calls[-1].logits.detach(), calls[-1].target)
             losses = [binary_cross_entropy_with_logits(*_floats(call), reduction="none") for call in calls]
             terms.append(torch.stack([loss.sum(-1).mean() for loss in losses]).mean())
         if first:

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_peft.arguments import one_of
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Loss, Step
 from lightning_peft.compose.run import Run
@@ -87,10 +88,10 @@ class PSKD(Method):
         for label, number in (("epochs", epochs), ("num_samples", num_samples)):
             if number is not None and number < 1:
                 raise MisconfigurationException(f"PSKD({label}={number}): must be at least 1, or None to find out.")
-        _one_of("memory", memory, ("auto", "ram", "mapped"))
-        _one_of("dtype", dtype, tuple(_DTYPES))
-        _one_of("teacher", teacher, ("memory", "copy"))
-        _one_of("reduction", reduction, ("mean", "sum"))
+        one_of("memory", memory, ("auto", "ram", "mapped"))
+        one_of("dtype", dtype, tuple(_DTYPES))
+        one_of("teacher", teacher, ("memory", "copy"))
+        one_of("reduction", reduction, ("mean", "sum"))
         self.alpha = alpha
         self.sample_index = sample_index
         self.epochs = epochs
@@ -103,6 +104,7 @@ class PSKD(Method):
         self._copy: nn.Module | None = None
         self._loaded: dict[str, Any] | None = None
         self._outbox = PredictionOutbox()
+        self._targets: dict[int, tuple[Tensor, int]] = {}  # of the batches of the step at hand
         self._total = 1
         self._reached: float | None = None
         self._fits = self._warned = False
@@ -151,11 +153,13 @@ class PSKD(Method):
             )
         memory = self._memory_of(step.run, logits.shape[1])
         epoch = step.run.epoch
-        # A closure may evaluate one batch several times; the prediction that counts is the first, before the step.
-        again = self._outbox.holds(epoch, step.batch_idx)
+        # A step may be evaluated several times; the prediction that counts is the first, and so is the target.
+        again = step.repeated or self._outbox.holds(epoch, step.batch_idx)
         if not again:
             self._outbox.deliver(memory)
-        previous, seen = memory.read(index)
+        if not step.repeated:
+            self._targets[step.batch_idx] = memory.read(index)
+        previous, seen = self._targets[step.batch_idx]
         first = epoch == 0 or seen == 0
         log_probabilities = _log_softmax(logits.detach() if first else logits)
         if not again:
@@ -167,6 +171,9 @@ class PSKD(Method):
         previous = previous.to(logits.device, non_blocking=True)
         value = alpha * soft_cross_entropy(log_probabilities, previous, self.reduction)
         return Loss(value=value, scale=1 - alpha * (seen / len(index)))
+
+    def after_step(self, run: Run) -> None:
+        self._targets.clear()
 
     def structure_changed(self, module: LightningModule, change: Change) -> None:
         """Copy the network anew: a teacher of the structure before could not be restored beside that of now."""
@@ -270,11 +277,6 @@ class PSKD(Method):
             return
         strategy = run.trainer.strategy
         memory.merge(lambda tensor: strategy.all_gather(tensor.to(strategy.root_device)).cpu())
-
-
-def _one_of(label: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise MisconfigurationException(f"PSKD({label}={value!r}): choose one of {', '.join(map(repr, allowed))}.")
 
 
 def _epochs_of(run: Run) -> int:
