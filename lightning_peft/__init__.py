@@ -25,6 +25,7 @@ _HOMES = {
     "apply_terms": "attach.hub",
     "bake": "baking.bake",
     "bake_checkpoint": "baking.bake",
+    "calibrate": "calibration.calibrate",
     "compare_deployments": "report.compare_deployments",
     "load_baked": "baking.baked_folder",
     "load_from_checkpoint": "baking.bake",

@@ -13,6 +13,7 @@ from lightning_peft.baking.portable import to_exported as to_exported
 from lightning_peft.baking.portable import to_onnx as to_onnx
 from lightning_peft.baking.semi_structured import semi_structured as semi_structured
 from lightning_peft.baking.split_low_rank import split_low_rank as split_low_rank
+from lightning_peft.calibration.calibrate import calibrate as calibrate
 from lightning_peft.compose.lanes import Lane as Lane
 from lightning_peft.compose.lanes import Resource as Resource
 from lightning_peft.compose.loss import Loss as Loss

@@ -12,14 +12,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.arguments import as_plain
+from lightning_peft.capture.calibration_block import CalibrationBlock
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Loss, Step
 from lightning_peft.compose.run import Run
 from lightning_peft.compose.step_closure import StepClosure
 from lightning_peft.network.targets import TargetSpec, select
+from lightning_peft.structure.edit_types import PutEdit
 from lightning_peft.structure.edits import Change, EditRequest
 from lightning_peft.structure.forms import Form
+from lightning_peft.structure.put import put_edit
+from lightning_peft.structure.replacement import Replacement
 from lightning_peft.weights.maps import WeightMap, attach_map, attached_map
 
 
@@ -36,6 +40,7 @@ class Contract:
     - :meth:`compute_gradients` around the forward and backward passes of a real optimizer step, :meth:`before_step` before
       its gradients are clipped, :meth:`after_clipping` after that, and :meth:`after_step` after the step;
     - :meth:`epoch_end` after every training epoch, :meth:`validation_end` after every validation;
+    - :meth:`calibrate` to act on a trained network block by block, outside of any run;
     - :meth:`adapt_start` and :meth:`adapt` (lane ``ADAPT``) to answer the network's calls in ``test`` and its like;
     - :meth:`metrics` for numbers worth a curve, :meth:`state` and :meth:`load_state` for what must survive a crash, and
       :meth:`state_form` for what a damaged file must not bring back.
@@ -58,6 +63,7 @@ class Contract:
             same before and after others that do so.
         strategies: Kinds of Lightning strategy it works with: ``"single"``, ``"ddp"``.
         weight_maps: Weight maps it may attach, so that its checkpoints can be baked without the model's class.
+        replacements: What it may put in a layer's place, so that its checkpoints can be loaded.
         paper: Source, "Authors, venue year, link".
         fixed_arguments: Constructor arguments of a base that the class gives itself, and does not take.
         features: Qualified names of submodules whose calls :meth:`loss` reads from ``step.features``.
@@ -73,6 +79,7 @@ class Contract:
     commutes: ClassVar[bool] = False
     strategies: ClassVar[frozenset[str]] = frozenset({"single", "ddp"})
     weight_maps: ClassVar[tuple[type[WeightMap], ...]] = ()
+    replacements: ClassVar[tuple[type[Replacement], ...]] = ()
     paper: ClassVar[str] = ""
     fixed_arguments: ClassVar[frozenset[str]] = frozenset()
 
@@ -214,6 +221,13 @@ class Contract:
         """
         return call()
 
+    def calibrate(self, block: CalibrationBlock) -> None:
+        """Act on a block of a trained network, for :func:`lightning_peft.calibrate`; the blocks before it are done.
+
+        Gradients are off and can be enabled. Random numbers are those of the block, so that a calibration that was killed goes
+        on as it would have; what must be known at the next block belongs into :meth:`state`.
+        """
+
     def finish(self, run: Run) -> None:
         """Let go of resources when the Trainer is done with the module or has failed."""
 
@@ -248,6 +262,10 @@ class Contract:
         weight_map.owner = type(self).__name__
         present = attached_map(module, name, weight_map)
         return attach_map(module, name, weight_map).maps[-1] if present is None else present
+
+    def put(self, module: nn.Module, path: str, replacement: Replacement) -> PutEdit:
+        """Describe one of :attr:`replacements` in the place of the layer called ``path``, for an :class:`EditRequest`."""
+        return put_edit(module, path, replacement, method=type(self).__name__)
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments as plain data."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -15,11 +16,13 @@ from torch.optim import Optimizer
 
 from lightning_peft.attach import averaging, finetuning
 from lightning_peft.attach.map_groups import place_maps
+from lightning_peft.attach.plan import network_of
 from lightning_peft.contract import Contract
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.optim.schedulers import FreshSchedule
 from lightning_peft.strategies.support import rewrap
-from lightning_peft.structure import carry, journal
+from lightning_peft.structure import carry, journal, put
+from lightning_peft.structure.edit_types import PutEdit
 from lightning_peft.structure.edits import Change, Edit, EditRequest
 from lightning_peft.structure.width_state import carry_optimizer_state
 from lightning_peft.weights.maps import mapped_tensors, parameters_with_maps, plain_tensors, plain_values, set_plain_values
@@ -48,6 +51,8 @@ def edit_training(
         CheckpointError: The edit does not fit; nothing is changed then.
     """
     growth = replace(growth, edit=trainer.strategy.broadcast(growth.edit))  # rank 0 decides for all
+    if growth.edit["op"] == "put":
+        _check_put(module, methods, growth.edit)
     before = {} if growth.operator is None else plain_values(module)
     old = plain_tensors(module)
     taken = averaging.averages(trainer)
@@ -66,7 +71,10 @@ def edit_training(
         follow(trainer, module, methods, {id(tensor) for tensor in old.values()})
 
     def values(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        copies = {name: plain[source] for name in plain_tensors(module) if (source := change.source(name)) is not None}
+        if change.edit["op"] == "put":
+            copies = put.values_after(module, change.edit, change.removed, plain)
+        else:
+            copies = {name: plain[source] for name in plain_tensors(module) if (source := change.source(name)) is not None}
         return copies | ({} if growth.operator is None else dict(growth.operator(plain, growth.edit, generator(growth.edit))))
 
     for method in methods:
@@ -76,6 +84,23 @@ def edit_training(
     rewrap(trainer)
     rank_zero_info(describe(module, growth.edit))
     return change
+
+
+def _check_put(module: LightningModule, methods: Sequence[Contract], edit: PutEdit) -> None:
+    """Refuse what would leave methods with a network, or with weight maps, that are no longer called."""
+    path = edit["path"]
+    network, _ = network_of(methods, module)
+    if path == network or network.startswith(f"{path}."):
+        raise MisconfigurationException(
+            f"{edit['kind']} cannot take the place of {path}, the network that methods watch. Put it on a layer within."
+        )
+    leaves = put.rebuild(edit).inside is None
+    mapped = next(mapped_tensors(put.layer_at(module, path)), None) if leaves else None
+    if mapped is not None:
+        raise MisconfigurationException(
+            f"{edit['kind']} takes the place of {path}, whose {mapped.name} is under the weight map of {mapped.maps[0].owner}. "
+            f"Leave the layer out of that method with exclude=[{path!r}]."
+        )
 
 
 def _release(module: LightningModule, change: Change) -> None:
@@ -98,16 +123,18 @@ def _carry_optimizers(
     trainer: Trainer, module: LightningModule, change: Change, growth: EditRequest, old: Mapping[str, Tensor]
 ) -> None:
     optimizers = trainer.optimizers
-    pairs = _new_parameters(module, change, old)
+    pairs = _new_parameters(module, change, optimizers, old)
     carry.join(optimizers, [config.scheduler for config in trainer.lr_scheduler_configs], pairs)
     gone = _gone_parameters(module, change)
     if growth.optimizer_state == "reset":
         tensors = plain_tensors(module)
-        changed = {new for new, _ in pairs.values()} | {tensors[name] for name in change.edit.get("tensors", ())} | {*gone}
+        resized = change.edit["tensors"] if change.edit["op"] in ("resize", "slice") else ()
+        changed = {new for new, _ in pairs.values()} | {tensors[name] for name in resized} | {*gone}
         # An adversary's optimizer does not start anew when the network grows.
         carry.reset_states([optimizer for optimizer in optimizers if trained_by(optimizer) & changed])
     elif growth.optimizer_state == "copy":
-        carry.copy_states(optimizers, pairs, restart_steps=growth.restart_steps)
+        alike = {name: (new, source) for name, (new, source) in pairs.items() if new.shape == source.shape}
+        carry.copy_states(optimizers, alike, restart_steps=growth.restart_steps)
     carry.leave(optimizers, gone)
 
 
@@ -119,9 +146,13 @@ def _gone_parameters(module: nn.Module, change: Change) -> list[nn.Parameter]:
 
 
 def _new_parameters(
-    module: LightningModule, change: Change, old: Mapping[str, Tensor]
+    module: LightningModule, change: Change, optimizers: Sequence[Optimizer], old: Mapping[str, Tensor]
 ) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """New parameters with the parameter each was copied from, by name."""
+    """New parameters with the parameter each was copied from, or is trained like, by name."""
+    if change.edit["op"] == "put":
+        trained = [*trained_by(*optimizers)]
+        found = put.new_parameters(module, change.edit, change.copied, old, trained)
+        return {name: (new, like) for name, new, like in found}
     pairs = {}
     for name, tensor in plain_tensors(module).items():
         source = change.source(name)
@@ -134,14 +165,15 @@ def _resized_states(
     optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor], growth: EditRequest
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Optimizer states with what they become when the module is resized; made first, because not every state can follow."""
-    if growth.edit.get("op") not in ("resize", "slice") or growth.optimizer_state == "reset":
+    edit = growth.edit
+    if edit["op"] == "blocks" or edit["op"] == "put" or growth.optimizer_state == "reset":
         return []
     found = []
-    for name in growth.edit["tensors"]:
+    for name in edit["tensors"]:
         for optimizer in optimizers:
             if (state := optimizer.state.get(tensors[name])) is not None:
                 resized = dict(state)
-                carry_optimizer_state(resized, growth.edit, name, growth.optimizer_state)
+                carry_optimizer_state(resized, edit, name, growth.optimizer_state)
                 found.append((state, resized))
     return found
 
@@ -168,6 +200,8 @@ def describe(module: nn.Module, edit: Edit) -> str:
     size = sum(parameter.numel() for parameter in module.parameters()) / 1e6
     if edit["op"] == "blocks":
         return f"lightning_peft: {edit['path']} {edit['from']} -> {len(edit['sources'])} blocks, now {size:.2f} M parameters"
+    if edit["op"] == "put":
+        return f"lightning_peft: {edit['path']} is now under {edit['kind']}, now {size:.2f} M parameters"
     if edit["op"] == "slice":
         cut = sum(math.prod(entry["from"]) - math.prod(entry["to"]) for entry in edit["tensors"].values()) / 1e6
         return f"lightning_peft: {edit['path'] or type(module).__name__} lost {cut:.2f} M numbers, now {size:.2f} M parameters"

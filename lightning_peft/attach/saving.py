@@ -19,6 +19,7 @@ from lightning_peft.contract import Contract
 from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure import journal
 from lightning_peft.structure.carry import group_names
+from lightning_peft.structure.edit_types import Edit
 from lightning_peft.structure.snapshot import ModuleSnapshot
 from lightning_peft.weights.maps import mapped_tensors, plain_tensors
 
@@ -105,7 +106,7 @@ class CheckpointHooks:
         edits, groups = journal.read(section), self._groups(checkpoint, section)
         saved = self._saved_states(checkpoint, section)
         self.before = ModuleSnapshot(self._module)
-        self._restructure(checkpoint, edits)
+        self._restructure(checkpoint, edits, section)
         self.groups = groups
         tensors = list(mapped_tensors(self._module, every_name=True))
         files.check_tensors(checkpoint["state_dict"], self._module)
@@ -146,14 +147,21 @@ class CheckpointHooks:
             found.append((method, state))
         return found
 
-    def _restructure(self, checkpoint: dict[str, Any], edits: list[dict[str, Any]]) -> None:
+    def _restructure(self, checkpoint: dict[str, Any], edits: list[Edit], section: dict[str, Any] | None) -> None:
         """Give the module the structure of the file, so that its weights load strictly and its optimizers by position."""
         old = {id(tensor) for tensor in plain_tensors(self._module).values()}
         if journal.replay(self._module, edits, checkpoint["state_dict"]):
-            if not edits or any(edit.get("follow") for edit in edits):
+            if not edits or any(edit.get("follow") for edit in edits) or self._maps_follow(edits, section):
                 follow(self._trainer, self._module, self._methods, old)
             if self._fitting:
                 averaging.rebuild(self._trainer, self._module)
+
+    def _maps_follow(self, edits: list[Edit], section: dict[str, Any] | None) -> bool:
+        """Whether weight maps were on modules that edits put in place, because a later fit began with them there."""
+        if section is None or not any(edit["op"] == "put" for edit in edits):
+            return False
+        mapped = {tensor.name for tensor in mapped_tensors(self._module, every_name=True)}
+        return not mapped.issuperset(section["weights"])
 
     def _adopt(self, checkpoint: dict[str, Any], section: dict[str, Any] | None) -> None:
         """Load weights that were trained under other maps: allowed for evaluation, not for resuming an optimizer."""

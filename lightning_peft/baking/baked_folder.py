@@ -26,6 +26,7 @@ from lightning_peft.contract import Contract, methods_of, ordered
 from lightning_peft.namespaces import both
 from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure import journal
+from lightning_peft.structure.edit_types import Edit
 
 
 def save_baked(
@@ -142,7 +143,7 @@ class _Baked:
     """A baked model, whatever it was read from."""
 
     state: Mapping[str, Any]
-    edits: list[dict[str, Any]]
+    edits: list[Edit]
     methods: list[dict[str, Any]]
     hyper_parameters: Mapping[str, Any]
 

@@ -13,10 +13,11 @@ from lightning_peft.attach.saving import JournalShim
 from lightning_peft.namespaces import both
 from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure import journal
+from lightning_peft.structure.edit_types import Edit
 from lightning_peft.weights.maps import mapped_tensors
 
 
-def restore(module: nn.Module, state: Mapping[str, Any], edits: Sequence[dict[str, Any]] = (), *, strict: bool = True) -> None:
+def restore(module: nn.Module, state: Mapping[str, Any], edits: Sequence[Edit] = (), *, strict: bool = True) -> None:
     """Load plain weights into a module; when that is refused, the module is as before.
 
     Args:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_peft.arguments import one_of
-from lightning_peft.network.layers import has_class, is_conv, is_linear
+from lightning_peft.attach.saving import JournalShim
+from lightning_peft.namespaces import both
 from lightning_peft.network.targets import TargetSpec, select
+from lightning_peft.structure import journal
+from lightning_peft.structure.low_rank_pair import LowRankPair, can_be_split, fill_pair, plain_weight
+from lightning_peft.structure.put import put_edit, shells
 from lightning_peft.weights.low_rank import SCHEMES, Scheme, as_matrix, decompose
 from lightning_peft.weights.mapped_layer import is_mapped
+
+
+class _Factors(NamedTuple):
+    """``left @ right`` is the matrix of a weight of this shape."""
+
+    left: Tensor
+    right: Tensor
+    shape: torch.Size
 
 
 def split_low_rank(
@@ -28,8 +41,10 @@ def split_low_rank(
 ) -> dict[str, int]:
     """Replace layers, in place, by a ``Sequential`` of two that compute the same, where that takes fewer operations.
 
-    It is an ordinary module afterwards, with other names: ``fc.weight`` becomes ``fc.0.weight`` and ``fc.1.weight``. Give a
-    new instance the same structure with ``ranks=`` to load its state dict. Optimizers have to be made anew.
+    It is an ordinary module afterwards, with other names: ``fc.weight`` becomes ``fc.0.weight`` and ``fc.1.weight``. The
+    splits are written into the journal of the module, as changes in training are: give the LightningModule, and its
+    checkpoints, ``save_baked`` and ``load_from_checkpoint`` know them. To load a bare state dict, give a new instance the same
+    structure with ``ranks=``. Optimizers have to be made anew.
 
     Args:
         module: A module without weight maps: after the fit, or baked.
@@ -57,23 +72,24 @@ def split_low_rank(
     """
     one_of("scheme", scheme, SCHEMES)
     layers = select(module, targets, exclude) if ranks is None else {name: _layer(module, name) for name in ranks}
-    made: dict[str, tuple[nn.Module, nn.Module, int]] = {}
+    made: dict[str, _Factors] = {}
     for name, layer in layers.items():
         if is_mapped(layer) or parametrize.is_parametrized(layer):
             raise MisconfigurationException(
                 f"{name} is under weight maps. Bake the module first: lightning_peft.bake(copy.deepcopy(module))."
             )
-        if not name or not _can_be_split(layer):
+        if not name or not can_be_split(layer):
             continue
-        pair = _split(name, layer, scheme, tolerance, None if ranks is None else ranks[name])
-        if pair is not None:
-            made[name] = (layer, *pair)
-    for parent in list(module.modules()):
-        for key, child in list(parent._modules.items()):
-            for layer, two, _ in made.values():
-                if child is layer:
-                    parent._modules[key] = two
-    return {name: rank for name, (_, _, rank) in made.items()}
+        factors = _factorise(name, layer, scheme, tolerance, None if ranks is None else ranks[name])
+        if factors is not None:
+            made[name] = factors
+    for name, factors in made.items():
+        change = journal.edit(module, put_edit(module, name, LowRankPair(len(factors.right), scheme)))
+        change.removed.update(shells(change.removed))  # the split is to save memory
+        fill_pair(module.get_submodule(name), factors.shape, scheme, factors.left, factors.right)
+    if isinstance(module, both(LightningModule)):
+        JournalShim.keep(module)
+    return {name: len(factors.right) for name, factors in made.items()}
 
 
 def _layer(module: nn.Module, name: str) -> nn.Module:
@@ -81,21 +97,14 @@ def _layer(module: nn.Module, name: str) -> nn.Module:
         layer = module.get_submodule(name)
     except AttributeError:
         raise MisconfigurationException(f"ranks= names {name!r}, which {type(module).__name__} does not have.") from None
-    if not (_can_be_split(layer) or is_mapped(layer) or parametrize.is_parametrized(layer)):
+    if not (can_be_split(layer) or is_mapped(layer) or parametrize.is_parametrized(layer)):
         raise MisconfigurationException(f"ranks= names {name!r}, a {type(layer).__name__}, which cannot be split.")
     return layer
 
 
-def _can_be_split(layer: nn.Module) -> bool:
-    if type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        return bool(layer.groups == 1)
-    return type(layer) is nn.Linear or (is_linear(layer) and type(layer).__name__ == "Conv1D")
-
-
-def _split(name: str, layer: Any, scheme: Scheme, tolerance: float, rank: int | None) -> tuple[nn.Module, int] | None:
-    """The two layers and their rank, or nothing if one is cheaper."""
-    weight: Tensor = layer.weight.detach()
-    weight = weight.t() if has_class(layer, "Conv1D") else weight
+def _factorise(name: str, layer: Any, scheme: Scheme, tolerance: float, rank: int | None) -> _Factors | None:
+    """The factors of a layer's weight, or nothing if one layer is cheaper."""
+    weight = plain_weight(layer)
     matrix = as_matrix(weight, scheme)
     parts = decompose(matrix.to(torch.promote_types(matrix.dtype, torch.float32)))
     if parts is None:
@@ -109,14 +118,7 @@ def _split(name: str, layer: Any, scheme: Scheme, tolerance: float, rank: int | 
         raise MisconfigurationException(f"ranks= gives {name} {rank}; its weight has {len(sigma)} singular values.")
     root = sigma[:rank].sqrt()
     left, right = (u[:, :rank] * root).to(weight.dtype), (root.unsqueeze(1) * v[:rank]).to(weight.dtype)
-    first, second = _pair(layer, weight.shape, scheme, rank, left, right)
-    two = nn.Sequential(first, second).to(weight).train(layer.training)
-    if layer.bias is not None:
-        second.bias.data.copy_(layer.bias.detach())
-        second.bias.requires_grad_(layer.bias.requires_grad)
-    for part in (first, second):
-        part.weight.requires_grad_(layer.weight.requires_grad)
-    return two, rank
+    return _Factors(left, right, weight.shape)
 
 
 def _cost(layer: Any, weight: Tensor, scheme: Scheme) -> int:
@@ -125,38 +127,3 @@ def _cost(layer: Any, weight: Tensor, scheme: Scheme) -> int:
         outputs, inputs, height, width = weight.shape
         return inputs * height * int(layer.stride[1]) + outputs * width
     return weight.shape[1:].numel() + weight.shape[0]
-
-
-def _pair(layer: Any, shape: torch.Size, scheme: Scheme, rank: int, left: Tensor, right: Tensor) -> tuple[Any, Any]:
-    """Both layers with the factors of ``left @ right``; the second has the bias."""
-    bias = layer.bias is not None
-    if not is_conv(layer):
-        return _filled(nn.Linear(shape[1], rank, bias=False), right), _filled(nn.Linear(rank, shape[0], bias=bias), left)
-    settings = {key: getattr(layer, key) for key in ("stride", "padding", "dilation")}
-    kind, mode = type(layer), layer.padding_mode
-    if scheme == "channel" or len(shape) != 4:
-        first = kind(shape[1], rank, layer.kernel_size, bias=False, padding_mode=mode, **settings)
-        second = kind(rank, shape[0], 1, bias=bias)
-        return _filled(first, right.view(rank, *shape[1:])), _filled(second, left.view(shape[0], rank, *[1] * (len(shape) - 2)))
-    outputs, inputs, height, width = shape
-    column, row = ({key: _along(value, axis, key) for key, value in settings.items()} for axis in (0, 1))
-    first = nn.Conv2d(inputs, rank, (height, 1), bias=False, padding_mode=mode, **column)
-    second = nn.Conv2d(rank, outputs, (1, width), bias=bias, padding_mode=mode, **row)
-    return (
-        _filled(first, left.view(inputs, height, rank).permute(2, 0, 1).unsqueeze(3)),
-        _filled(second, right.view(rank, outputs, width).permute(1, 0, 2).unsqueeze(2)),
-    )
-
-
-def _along(value: Iterable[int] | str, axis: int, key: str) -> Any:
-    """Keep a setting of a convolution along one axis only."""
-    if isinstance(value, str):
-        return value
-    neutral = 0 if key == "padding" else 1
-    return tuple(size if place == axis else neutral for place, size in enumerate(value))
-
-
-def _filled(layer: Any, weight: Tensor) -> Any:
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-    return layer

@@ -12,12 +12,13 @@ import copy
 import reprlib
 from collections.abc import Mapping, Sequence
 from types import MethodType
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from torch import nn
 
 from lightning_peft.network.block_lists import signature, ties
 from lightning_peft.structure import depth_settings as settings
+from lightning_peft.structure.edit_types import BlocksEdit, Recorded
 from lightning_peft.structure.errors import CheckpointError
 from lightning_peft.weights.maps import detach_maps
 
@@ -46,7 +47,7 @@ def blocks_edit(
     *,
     rates: Mapping[str, Sequence[float]] | None = None,
     shared: bool = False,
-) -> dict[str, Any]:
+) -> BlocksEdit:
     """Describe a new list of blocks.
 
     Args:
@@ -65,7 +66,7 @@ def blocks_edit(
     old_rates = settings.drop_rates(list(blocks))
     if rates is None:
         rates = {name: settings.redrawn(values, len(sources)) or [] for name, values in old_rates.items()}
-    return {
+    edit: BlocksEdit = {
         "op": "blocks",
         "path": path,
         "from": len(blocks),
@@ -73,12 +74,15 @@ def blocks_edit(
         "block": sorted({signature(block) for block in blocks}),
         "rates": {name: [float(rate) for rate in values] for name, values in rates.items() if len(values)},
         "old_rates": old_rates,
-        **({"shared": True} if shared else {}),
-        **({"tied": kin} if kin != list(range(len(kin))) else {}),
     }
+    if shared:
+        edit["shared"] = True
+    if kin != list(range(len(kin))):
+        edit["tied"] = kin
+    return edit
 
 
-def check_blocks(module: nn.Module, edit: Mapping[str, Any]) -> None:
+def check_blocks(module: nn.Module, edit: Recorded) -> None:
     """Refuse an edit that does not fit.
 
     Raises:
@@ -110,7 +114,7 @@ def _kinds(kinds: Sequence[str]) -> str:
     return " and ".join(f"{name} (shapes {digest})" for name, _, digest in (str(kind).partition(":") for kind in kinds))
 
 
-def set_blocks(module: nn.Module, edit: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str], dict[str, nn.Module]]:
+def set_blocks(module: nn.Module, edit: BlocksEdit) -> tuple[dict[str, str], dict[str, str], dict[str, nn.Module]]:
     """Put the new list in place.
 
     Returns:
@@ -139,7 +143,7 @@ def _first_places(sources: Sequence[int]) -> dict[int, int]:
     return {source: place for place, source in reversed(list(enumerate(sources)))}
 
 
-def undo_blocks(module: nn.Module, edit: Mapping[str, Any], removed: Mapping[str, nn.Module]) -> None:
+def undo_blocks(module: nn.Module, edit: BlocksEdit, removed: Mapping[str, nn.Module]) -> None:
     """Put the old list back; removed blocks that are not at hand become copies."""
     path, sources = edit["path"], edit["sources"]
     blocks = blocks_at(module, path)

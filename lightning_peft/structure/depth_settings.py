@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.structure.edit_types import Recorded
 from lightning_peft.structure.errors import CheckpointError
 
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
@@ -55,7 +56,7 @@ def redrawn(rates: Sequence[float], count: int) -> list[float] | None:
     return [rates[0] + (rates[-1] - rates[0]) * place / max(count - 1, 1) for place in range(count)]
 
 
-def check_rates(edit: Mapping[str, Any]) -> None:
+def check_rates(edit: Recorded) -> None:
     """Refuse malformed rates in a recorded edit.
 
     Raises:

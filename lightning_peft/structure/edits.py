@@ -1,6 +1,7 @@
 """Edits: changes of a module's structure as plain data, applied live, replayed on resume, and undone.
 
-An edit describes structure only: which blocks a list holds, which sizes tensors have, which of their coordinates stay. Values
+An edit describes structure only: which blocks a list holds, which sizes tensors have, which of their coordinates stay, what
+stands in a layer's place. Values
 come from an operator when it is applied live and from the checkpoint when it is replayed, so both lead to the same module.
 """
 
@@ -8,19 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.structure import depth, slices, width
+from lightning_peft.structure import depth, put, slices, width
+from lightning_peft.structure.edit_types import BlocksEdit, PutEdit, Recorded
+from lightning_peft.structure.edit_types import Edit as Edit
 from lightning_peft.structure.errors import CheckpointError
-
-Edit: TypeAlias = dict[str, Any]
-"""``{"op": "blocks" | "resize" | "slice", "path": ..., ...}``: strings, numbers, lists and dicts only.
-
-With ``"follow": True`` the other methods act on new layers too; with ``"shared": True`` blocks of one source are one block.
-"""
 
 Operator: TypeAlias = Callable[[Mapping[str, Tensor], Edit, torch.Generator], Mapping[str, Tensor]]
 """Plain values before an edit, by qualified name, to values after it; what is not returned stays as the edit left it."""
@@ -52,9 +49,11 @@ class Change:
 
     Attributes:
         edit: The edit.
-        renamed: Old prefix of a moved block to its new prefix, for each of the prefixes it had.
-        copied: Prefix of a new block to the old prefix of the block it was copied from.
-        removed: Blocks that left the list, by old prefix; they keep their tensors, so that the edit can be undone.
+        renamed: Old prefix of a moved block or layer to its new prefix, for each of the prefixes it had; of a replaced layer
+            the old name of every tensor that went on to its new name.
+        copied: Prefix of a new block to the old prefix of the block it was copied from; of a replaced layer the name of a new
+            tensor to that of the one it is trained like.
+        removed: Blocks and layers that left, by old prefix; they keep their tensors, so that the edit can be undone.
         cut: What left each sliced tensor, by name, so that the edit can be undone.
     """
 
@@ -66,6 +65,8 @@ class Change:
 
     def new_name(self, name: str) -> str | None:
         """Return what a tensor is called now; ``None`` when it was removed."""
+        if self.edit["op"] == "put":
+            return _name_after_put(self.edit, self.renamed, name)
         prefix, rest = split_block(self.edit, name)
         if rest is None or prefix in self.renamed:
             return name if rest is None else f"{self.renamed[prefix]}.{rest}"
@@ -73,6 +74,8 @@ class Change:
 
     def source(self, name: str) -> str | None:
         """Return the old name of the tensor that a new one was copied from; ``None`` when it is not new."""
+        if self.edit["op"] == "put":
+            return self.copied.get(name)
         prefix, rest = split_block(self.edit, name)
         return f"{self.copied[prefix]}.{rest}" if rest is not None and prefix in self.copied else None
 
@@ -96,7 +99,15 @@ def split_block(edit: Edit, name: str) -> tuple[str, str | None]:
     return f"{start}{index}", rest or None
 
 
-def check(module: nn.Module, edit: Edit) -> None:
+def _name_after_put(edit: PutEdit, renamed: Mapping[str, str], name: str) -> str | None:
+    for old, new in renamed.items():
+        if name == old or name.startswith(f"{old}."):
+            return new + name.removeprefix(old)
+    gone = any(name.startswith(f"{place}.") for place in (edit["path"], *edit["also"]))
+    return None if gone else name
+
+
+def check(module: nn.Module, edit: Recorded) -> None:
     """Refuse an edit that does not fit a module, before anything is touched.
 
     Raises:
@@ -109,6 +120,8 @@ def check(module: nn.Module, edit: Edit) -> None:
         width.check_resize(module, edit)
     elif op == "slice":
         slices.check_slice(module, edit)
+    elif op == "put":
+        put.check_put(module, edit)
     else:
         raise CheckpointError(
             f"A recorded change of structure has the operation {op!r}, which this version of lightning-peft does not know. "
@@ -130,6 +143,8 @@ def apply(module: nn.Module, edit: Edit) -> Change:
         return Change(edit)
     if edit["op"] == "slice":
         return Change(edit, cut=slices.cut(module, edit))
+    if edit["op"] == "put":
+        return Change(edit, *put.put(module, edit))
     return Change(edit, *depth.set_blocks(module, edit))
 
 
@@ -161,6 +176,10 @@ def _numbers(journal: Sequence[Edit]) -> dict[tuple[str, str], list[float]]:
         if edit["op"] == "blocks":
             numbers = {(path, key): pair for (old, key), pair in numbers.items() for path in _places(edit, old)}
             continue
+        if edit["op"] == "put":
+            moved = {old: _place_after_put(edit, old) for old, _ in numbers}
+            numbers = {(path, key): pair for (old, key), pair in numbers.items() if (path := moved[old]) is not None}
+            continue
         for path, changes in edit["attributes"].items():
             for key, (old, new) in changes.items():
                 if isinstance(new, float):
@@ -168,7 +187,7 @@ def _numbers(journal: Sequence[Edit]) -> dict[tuple[str, str], list[float]]:
     return numbers
 
 
-def _places(edit: Edit, path: str) -> list[str]:
+def _places(edit: BlocksEdit, path: str) -> list[str]:
     """Where the layers are, after an edit of blocks, that were one layer before."""
     prefix, rest = split_block(edit, f"{path}.")
     if rest is None and not prefix:
@@ -176,6 +195,14 @@ def _places(edit: Edit, path: str) -> list[str]:
     index = prefix.removeprefix(f"{edit['path']}.")
     tail = path.removeprefix(prefix)
     return [f"{edit['path']}.{place}{tail}" for place, source in enumerate(edit["sources"]) if str(source) == index]
+
+
+def _place_after_put(edit: PutEdit, path: str) -> str | None:
+    """Where a layer is after a put; ``None`` when it left."""
+    inside = put.rebuild(edit).inside
+    places = (edit["path"], *edit["also"])
+    renamed = {} if inside is None else {place: f"{place}.{inside}" for place in places}
+    return None if inside is None and path in places else _name_after_put(edit, renamed, path)
 
 
 def undo(module: nn.Module, change: Change) -> None:
@@ -187,5 +214,7 @@ def undo(module: nn.Module, change: Change) -> None:
         width.undo_resize(module, change.edit)
     elif change.edit["op"] == "slice":
         slices.mend(module, change.edit, change.cut)
+    elif change.edit["op"] == "put":
+        put.take_out(module, change.edit, change.removed)
     else:
         depth.undo_blocks(module, change.edit, change.removed)

@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_peft.structure.edit_types import Recorded
 from lightning_peft.structure.errors import CheckpointError
 from lightning_peft.weights.maps import plain_name
 
 _MOST = 64  # how many times as large as the file a network may have been on the way
 
 
-def check_sizes(edits: Sequence[Mapping[str, Any]], state: Mapping[str, Any]) -> None:
+def check_sizes(edits: Sequence[Recorded], state: Mapping[str, Any]) -> None:
     """Refuse a journal that leads to other sizes than those of the tensors it was saved with.
 
     Edits that are malformed are left to those who apply them, which they are refused by before they are built.
@@ -38,7 +39,7 @@ def check_sizes(edits: Sequence[Mapping[str, Any]], state: Mapping[str, Any]) ->
     """
     shapes = {plain_name(name): tensor.shape for name, tensor in state.items() if isinstance(tensor, Tensor)}
     for place, edit in enumerate(edits):
-        later = [str(other.get("path")) for other in edits[place + 1 :] if other.get("op") == "blocks"]
+        later = [str(other.get("path")) for other in edits[place + 1 :] if other.get("op") in ("blocks", "put")]
         if edit.get("op") == "blocks":
             _check_blocks(edit, shapes, later)
         elif isinstance(edit.get("tensors"), dict):
@@ -50,7 +51,7 @@ def check_sizes(edits: Sequence[Mapping[str, Any]], state: Mapping[str, Any]) ->
             _check_shapes(_tensors(edit), final, shapes)
 
 
-def _check_blocks(edit: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], later: Sequence[str]) -> None:
+def _check_blocks(edit: Recorded, shapes: Mapping[str, Sequence[int]], later: Sequence[str]) -> None:
     path, sources, kinds = edit.get("path"), edit.get("sources"), edit.get("block")
     if not isinstance(path, str) or not isinstance(sources, list) or not isinstance(kinds, list):
         return
@@ -65,7 +66,7 @@ def _check_blocks(edit: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], 
         )
 
 
-def _before(edit: Mapping[str, Any]) -> int:
+def _before(edit: Recorded) -> int:
     """Blocks before an edit, as far as a file can be trusted: no more than a thousand."""
     count = edit.get("from")
     return min(count, 1000) if type(count) is int else 0
@@ -77,7 +78,7 @@ def _count(shapes: Iterable[str], path: str) -> int:
     return 1 + max((int(match[1]) for name in shapes if (match := pattern.match(name))), default=-1)
 
 
-def _tensors(edit: Mapping[str, Any]) -> dict[str, Any]:
+def _tensors(edit: Recorded) -> dict[str, Any]:
     tensors = edit.get("tensors")
     return {name: entry for name, entry in tensors.items() if isinstance(entry, dict)} if isinstance(tensors, dict) else {}
 

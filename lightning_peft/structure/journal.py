@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_peft.structure import edits, foresight
 from lightning_peft.structure.edits import Change, Edit
 from lightning_peft.structure.errors import CheckpointError
+from lightning_peft.structure.put import shells
 
 FORMAT = 1
 
@@ -85,8 +86,14 @@ def take_back(module: nn.Module) -> Change:
 
 
 def hand_on(module: nn.Module, twin: nn.Module) -> None:
-    """Copy the edit history to a copy of the module, without the data needed to undo it."""
-    _JOURNALS[twin] = [Change(what) for what in journal_of(module)]
+    """Copy the edit history to a copy of the module, without the values needed to undo it.
+
+    Replaced layers are handed on as empty shells, because nothing else says what they were.
+    """
+    _JOURNALS[twin] = [
+        Change(change.edit, removed=shells(change.removed) if change.edit["op"] == "put" else {})
+        for change in changes_of(module)
+    ]
 
 
 def replay(module: nn.Module, journal: Sequence[Edit], state: Mapping[str, Any]) -> bool:
@@ -136,7 +143,7 @@ def _rehearse(module: nn.Module, common: int, journal: Sequence[Edit]) -> None:
     """Try on a copy, because a module that was trained in this process would lose what undone edits had added."""
     twin = copy.deepcopy(module)
     for change in reversed(_JOURNALS[module][common:]):
-        edits.undo(twin, change)
+        edits.undo(twin, copy.deepcopy(change))  # what comes back is changed by the edits that follow
     for what in journal[common:]:
         edits.apply(twin, what)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.structure.axes import NEW, OLD
+from lightning_peft.structure.edit_types import Recorded, SliceEdit, SliceEntry
 from lightning_peft.structure.errors import CheckpointError
 from lightning_peft.structure.in_place import check_attributes, is_changes, put, set_attributes
 from lightning_peft.structure.ranges import Ranges, are_ranges, complement, indices
@@ -23,7 +24,7 @@ Cut: TypeAlias = dict[str, list[Tensor]]
 """What left each tensor, by name: one part for each dimension that was cut, in order, on the CPU."""
 
 
-def slice_entry(shape: Sequence[int], kept: Mapping[int, Ranges], tied: Sequence[str] = ()) -> dict[str, Any]:
+def slice_entry(shape: Sequence[int], kept: Mapping[int, Ranges], tied: Sequence[str] = ()) -> SliceEntry:
     """Describe the cut of one tensor.
 
     Args:
@@ -37,10 +38,13 @@ def slice_entry(shape: Sequence[int], kept: Mapping[int, Ranges], tied: Sequence
     """
     sizes = [sum(stop - start for start, stop in kept[dim]) if dim in kept else size for dim, size in enumerate(shape)]
     parts = [[list(part) for part in kept[dim]] if dim in kept else None for dim in range(len(shape))]
-    return {"from": list(shape), "to": sizes, "kept": parts, **({"tied": list(tied)} if tied else {})}
+    entry: SliceEntry = {"from": list(shape), "to": sizes, "kept": parts}
+    if tied:
+        entry["tied"] = list(tied)
+    return entry
 
 
-def check_slice(module: nn.Module, edit: Mapping[str, Any]) -> None:
+def check_slice(module: nn.Module, edit: Recorded) -> None:
     """Refuse an edit that does not fit, before anything is touched.
 
     Raises:
@@ -70,7 +74,7 @@ def check_slice(module: nn.Module, edit: Mapping[str, Any]) -> None:
             _check_map(weight_map, name, edit["tensors"][name])
 
 
-def _check_form(edit: Mapping[str, Any]) -> None:
+def _check_form(edit: Recorded) -> None:
     tensors, attributes = edit.get("tensors"), edit.get("attributes")
     fits = (
         isinstance(edit.get("path"), str)
@@ -106,7 +110,7 @@ def _is_entry(entry: object) -> bool:
 
 
 @torch.no_grad()
-def cut(module: nn.Module, edit: Mapping[str, Any]) -> Cut:
+def cut(module: nn.Module, edit: SliceEdit) -> Cut:
     """Make a checked cut.
 
     Returns:
@@ -124,7 +128,7 @@ def cut(module: nn.Module, edit: Mapping[str, Any]) -> Cut:
 
 
 @torch.no_grad()
-def mend(module: nn.Module, edit: Mapping[str, Any], left: Cut) -> None:
+def mend(module: nn.Module, edit: SliceEdit, left: Cut) -> None:
     """Undo a cut: what stayed keeps the values it has now, what left comes back as it was.
 
     A cut made in another process has nothing at hand: zeros take its place, for a checkpoint to fill.
@@ -168,10 +172,10 @@ def _left(value: Tensor, kept: Sequence[Ranges | None]) -> list[Tensor]:
     return parts
 
 
-def _widen(value: Tensor, entry: Mapping[str, Any], left: Sequence[Tensor] | None, fill: float = 0.0) -> Tensor:
-    cut_dims = [dim for dim, part in enumerate(entry["kept"]) if part is not None]
-    for place, dim in reversed(list(enumerate(cut_dims))):
-        part, size = entry["kept"][dim], entry["from"][dim]
+def _widen(value: Tensor, entry: SliceEntry, left: Sequence[Tensor] | None, fill: float = 0.0) -> Tensor:
+    cut_dims = [(dim, part) for dim, part in enumerate(entry["kept"]) if part is not None]
+    for place, (dim, part) in reversed(list(enumerate(cut_dims))):
+        size = entry["from"][dim]
         shape = [*value.shape[:dim], size, *value.shape[dim + 1 :]]
         whole = value.new_full(shape, fill).index_copy_(dim, indices(part).to(value.device), value)
         if left is not None:
@@ -180,12 +184,12 @@ def _widen(value: Tensor, entry: Mapping[str, Any], left: Sequence[Tensor] | Non
     return value
 
 
-def _maps(module: nn.Module, edit: Mapping[str, Any]) -> dict[str, list[WeightMap]]:
+def _maps(module: nn.Module, edit: Recorded) -> dict[str, list[WeightMap]]:
     """Weight maps on the tensors of an edit, by name."""
     return {mapped.name: mapped.maps for mapped in mapped_tensors(module) if mapped.name in edit["tensors"]}
 
 
-def _check_map(weight_map: WeightMap, name: str, entry: Mapping[str, Any]) -> None:
+def _check_map(weight_map: WeightMap, name: str, entry: SliceEntry) -> None:
     own = {key: tensor for key, tensor in weight_map.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
     sized = [key for key, tensor in own.items() if tensor.ndim > 0 and not key.endswith("_extra_state")]
     if sized:
@@ -196,7 +200,7 @@ def _check_map(weight_map: WeightMap, name: str, entry: Mapping[str, Any]) -> No
         )
 
 
-def _narrow_map(weight_map: WeightMap, entry: Mapping[str, Any]) -> None:
+def _narrow_map(weight_map: WeightMap, entry: SliceEntry) -> None:
     """Cut masks and other plain attributes of the tensor's shape with the tensor."""
     if isinstance(weight_map, HeldMask):
         if list(weight_map.held.shape) == entry["from"]:

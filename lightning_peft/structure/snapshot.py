@@ -27,7 +27,7 @@ class ModuleSnapshot:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._journal = journal.changes_of(module)
-        self._parts = {id(part): (part, _registries(part), _attributes(part)) for part in self._reach()}
+        self._parts = {id(part): (part, type(part), _registries(part), _attributes(part)) for part in self._reach()}
         configs = {id(config): config for part in self._reach() if (config := vars(part).get("config")) is not None}
         self._configs = [(config, dict(vars(config))) for config in configs.values() if hasattr(config, "__dict__")]
         self._values = {id(tensor): (tensor, tensor.detach().clone()) for tensor in self._tensors()}
@@ -44,14 +44,15 @@ class ModuleSnapshot:
                 yield from block.modules()
 
     def _tensors(self) -> Iterator[Tensor]:
-        for _, registries, attributes in self._parts.values():
+        for _, _, registries, attributes in self._parts.values():
             for values in (registries["_parameters"], registries["_buffers"], attributes):
                 yield from (value for value in values.values() if isinstance(value, Tensor))
 
     @torch.no_grad()
     def restore(self) -> None:
         """Give the module back what it was."""
-        for part, registries, attributes in self._parts.values():
+        for part, cls, registries, attributes in self._parts.values():
+            part.__class__ = cls  # a replaced layer lost its weight maps, and those are a class of their own
             for key, values in registries.items():
                 getattr(part, key).clear()
                 getattr(part, key).update(values)

@@ -6,20 +6,21 @@ replayed from a checkpoint, in the next. ``width_map`` declares a network, ``wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.structure.axes import NEW, OLD, Axes, is_old, resized
+from lightning_peft.structure.edit_types import Recorded, ResizeEdit, ResizeEntry
 from lightning_peft.structure.errors import CheckpointError
 from lightning_peft.structure.in_place import check_attributes, put, set_attributes
 from lightning_peft.structure.width_form import check_form
 from lightning_peft.weights.maps import plain_tensors
 
 
-def check_resize(module: nn.Module, edit: Mapping[str, Any]) -> None:
+def check_resize(module: nn.Module, edit: Recorded) -> None:
     """Refuse an edit that does not fit, before anything is touched.
 
     Raises:
@@ -48,7 +49,7 @@ def check_resize(module: nn.Module, edit: Mapping[str, Any]) -> None:
             raise CheckpointError(f"A change of width was made on a configuration with {key}={old}; this model has none.")
 
 
-def resize(module: nn.Module, edit: Mapping[str, Any]) -> None:
+def resize(module: nn.Module, edit: ResizeEdit) -> None:
     """Give a module the sizes of a checked edit, in place.
 
     Parameters stay the same objects, so optimizers and ties hold; their gradients go. Old coordinates keep their values, new
@@ -57,7 +58,7 @@ def resize(module: nn.Module, edit: Mapping[str, Any]) -> None:
     _apply(module, edit, NEW, lambda value, entry: resized(value, entry["dims"], edit["axes"]))
 
 
-def undo_resize(module: nn.Module, edit: Mapping[str, Any]) -> None:
+def undo_resize(module: nn.Module, edit: ResizeEdit) -> None:
     """Give a module the sizes it had before an edit; old coordinates keep the values they have now."""
     _apply(module, edit, OLD, lambda value, entry: _narrow(value, entry["dims"], edit["axes"]))
 
@@ -69,9 +70,7 @@ def _narrow(value: Tensor, dims: Sequence[str], axes: Axes) -> Tensor:
 
 
 @torch.no_grad()
-def _apply(
-    module: nn.Module, edit: Mapping[str, Any], when: int, change: Callable[[Tensor, Mapping[str, Any]], Tensor]
-) -> None:
+def _apply(module: nn.Module, edit: ResizeEdit, when: int, change: Callable[[Tensor, ResizeEntry], Tensor]) -> None:
     tensors = plain_tensors(module)
     for name, entry in edit["tensors"].items():
         put(module, name, tensors[name], change(tensors[name].detach(), entry))
@@ -84,7 +83,7 @@ def _apply(
         _set_features(module.get_submodule(edit["path"]), pair[1 - when], pair[when])
 
 
-def _configs(module: nn.Module, edit: Mapping[str, Any], key: str, value: object) -> Iterator[Any]:
+def _configs(module: nn.Module, edit: Recorded, key: str, value: object) -> Iterator[Any]:
     """Distinct configurations of the network's modules that note ``key=value``."""
     layers = module.get_submodule(edit["path"]).modules()
     for config in {id(config): config for layer in layers if (config := vars(layer).get("config")) is not None}.values():

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_peft.network.layers import has_class, is_conv, is_linear, own_parameters
 from lightning_peft.structure.axes import NEW, OLD, size
+from lightning_peft.structure.edit_types import ResizeEdit, ResizeEntry
 from lightning_peft.structure.width_map import Layer, Norm, Scale, WidthMap
 from lightning_peft.structure.width_targets import grown_axes
 from lightning_peft.weights.maps import plain_tensors, split_name
 
 
-def width_edit(network: nn.Module, prefix: str, width_map: WidthMap, to: Mapping[str, int]) -> dict[str, Any]:
+def width_edit(network: nn.Module, prefix: str, width_map: WidthMap, to: Mapping[str, int]) -> ResizeEdit:
     """Describe the growth of a network's axes.
 
     Args:
@@ -27,10 +28,7 @@ def width_edit(network: nn.Module, prefix: str, width_map: WidthMap, to: Mapping
             keep their ratio to ``"width"``, and every other axis stays.
 
     Returns:
-        The edit, plain data by qualified name: ``"axes"``; ``"tensors"`` with their ``"role"``, ``"dims"``, the position of the
-        ``"input"`` dimension (or ``None``), ``"from"`` and ``"to"``; ``"attributes"`` and ``"config"`` as old and new value;
-        ``"norms"``, and ``"inputs"``, the product each layer reads. A tied tensor stands under one name, with the others in
-        ``"tied"``.
+        The edit, plain data by qualified name. A tied tensor stands under one name, with the others in ``"tied"``.
 
     Raises:
         MisconfigurationException: A target is impossible, or the declaration does not fit the network.
@@ -42,8 +40,17 @@ def width_edit(network: nn.Module, prefix: str, width_map: WidthMap, to: Mapping
         {'0': {'out_features': [4, 6]}, '2': {'in_features': [4, 6]}}
     """
     axes = grown_axes(width_map, to)
-    edit: dict[str, Any] = {"op": "resize", "path": prefix, "axes": axes, "tensors": {}, "attributes": {}, "config": {}}
-    edit |= {"norms": {}, "inputs": {}, "eps_config": ""}
+    edit: ResizeEdit = {
+        "op": "resize",
+        "path": prefix,
+        "axes": axes,
+        "tensors": {},
+        "attributes": {},
+        "config": {},
+        "norms": {},
+        "inputs": {},
+        "eps_config": "",
+    }
     entries = _entries(network, width_map)
     _check_known(network, width_map, entries)
     tensors = plain_tensors(network)
@@ -58,7 +65,7 @@ def width_edit(network: nn.Module, prefix: str, width_map: WidthMap, to: Mapping
         if entry["from"] != entry["to"]:
             for key in {"of", "tied"} & set(entry):
                 entry[key] = [_join(prefix, other) for other in entry[key]]
-            edit["tensors"][_join(prefix, name)] = entry
+            edit["tensors"][_join(prefix, name)] = cast(ResizeEntry, entry)
     _note_attributes(network, width_map, edit)
     _note_config(network, width_map, edit)
     for path, layer, kind in _declared(network, width_map):
@@ -158,7 +165,7 @@ def _check_known(network: nn.Module, width_map: WidthMap, entries: Mapping[str, 
         )
 
 
-def _note_attributes(network: nn.Module, width_map: WidthMap, edit: dict[str, Any]) -> None:
+def _note_attributes(network: nn.Module, width_map: WidthMap, edit: ResizeEdit) -> None:
     found: dict[str, dict[str, Any]] = {}
     for path, layer, kind in _declared(network, width_map):
         found[path] = _torch_attributes(layer, kind)
@@ -202,7 +209,7 @@ def _change(what: str, value: Any, dim: str | Sequence[str], edit: Mapping[str, 
     return change
 
 
-def _note_config(network: nn.Module, width_map: WidthMap, edit: dict[str, Any]) -> None:
+def _note_config(network: nn.Module, width_map: WidthMap, edit: ResizeEdit) -> None:
     config = vars(network).get("config")
     for key, dim in width_map.config.items() if config is not None else ():
         value, (old, new) = getattr(config, key), [size(dim, edit["axes"], when) for when in (OLD, NEW)]

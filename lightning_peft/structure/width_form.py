@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from lightning_peft.structure.axes import NEW, OLD, Axes, size
+from lightning_peft.structure.edit_types import Recorded
 from lightning_peft.structure.errors import CheckpointError
 from lightning_peft.structure.in_place import is_changes
 
 
-def check_form(edit: Mapping[str, Any]) -> None:
+def check_form(edit: Recorded) -> None:
     """Refuse an edit that is not built as :func:`lightning_peft.structure.width_edit.width_edit` builds it.
 
     Raises:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_peft.structure.axes import Axes, Rule, resized
+from lightning_peft.structure.edit_types import ResizeEdit, ResizeEntry, SliceEdit, SliceEntry
 from lightning_peft.structure.slices import narrow
 
 
-def carry_state(state: Tensor, entry: Mapping[str, Any], axes: Axes, rule: Rule, key: str = "") -> Tensor:
+def carry_state(state: Tensor, entry: ResizeEntry, axes: Axes, rule: Rule, key: str = "") -> Tensor:
     """Bring one tensor of a parameter's optimizer state to the parameter's new sizes.
 
     Besides states of the parameter's shape, these are known: scalars, factored second moments that keep a dimension of size 1
@@ -40,7 +41,7 @@ def carry_state(state: Tensor, entry: Mapping[str, Any], axes: Axes, rule: Rule,
     return resized(state, dims, axes, rule)
 
 
-def slice_state(state: Tensor, entry: Mapping[str, Any], key: str = "") -> Tensor:
+def slice_state(state: Tensor, entry: SliceEntry, key: str = "") -> Tensor:
     """Cut one tensor of a parameter's optimizer state like the parameter; the same kinds of state are known.
 
     Args:
@@ -92,7 +93,7 @@ def state_dims(state: Tensor, old: Sequence[int], key: str) -> list[int | None]:
     return list(chosen)
 
 
-def carry_optimizer_state(state: MutableMapping[str, Any], edit: Mapping[str, Any], name: str, rule: Rule) -> None:
+def carry_optimizer_state(state: MutableMapping[str, Any], edit: ResizeEdit | SliceEdit, name: str, rule: Rule) -> None:
     """Bring everything an optimizer keeps about one parameter to the parameter's new sizes; all of it or nothing.
 
     Args:
@@ -104,7 +105,6 @@ def carry_optimizer_state(state: MutableMapping[str, Any], edit: Mapping[str, An
     Raises:
         MisconfigurationException: A state has a shape that is not known (see :func:`carry_state`).
     """
-    entry = edit["tensors"][name]
     for key, value in state.items():
         if isinstance(value, (list, tuple, dict)) and value:
             raise MisconfigurationException(
@@ -113,6 +113,8 @@ def carry_optimizer_state(state: MutableMapping[str, Any], edit: Mapping[str, An
             )
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if edit["op"] == "slice":
-        state.update({key: slice_state(value, entry, key) for key, value in tensors.items()})
+        cut = edit["tensors"][name]
+        state.update({key: slice_state(value, cut, key) for key, value in tensors.items()})
     else:
-        state.update({key: carry_state(value, entry, edit["axes"], rule, key) for key, value in tensors.items()})
+        grown, axes = edit["tensors"][name], edit["axes"]
+        state.update({key: carry_state(value, grown, axes, rule, key) for key, value in tensors.items()})

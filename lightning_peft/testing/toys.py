@@ -1,4 +1,4 @@
-"""Small methods, one for each way of acting: a weight map, a mask, a loss term, gradients, a step, an optimizer.
+"""Small methods, one for each way of acting: maps, masks, loss terms, gradients, steps, optimizers, modules, calibration.
 
 They stand in for other people's methods wherever a test needs some, and are the shortest complete examples of each kind.
 """
@@ -14,14 +14,17 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_peft.capture.calibration_block import CalibrationBlock
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Step
 from lightning_peft.compose.run import Run
 from lightning_peft.compose.step_closure import StepClosure
 from lightning_peft.method import Method
 from lightning_peft.optim.wrapped import WrappedOptimizer
-from lightning_peft.structure.edits import Change
-from lightning_peft.structure.forms import Form, fields, whole
+from lightning_peft.structure.edits import Change, EditRequest
+from lightning_peft.structure.forms import Form, dict_of, fields, whole
+from lightning_peft.structure.journal import journal_of
+from lightning_peft.structure.replacement import Replacement
 from lightning_peft.testing.trace import difference
 from lightning_peft.weights.maps import WeightMap
 
@@ -268,3 +271,98 @@ class ToyEntropy(Method):
 def _indices(value: Any, place: str) -> str | None:
     fits = isinstance(value, Tensor) and value.dtype == torch.int64 and value.ndim == 1
     return None if fits else f"{place} is no vector of sample positions"
+
+
+class Adapted(nn.Module):
+    """A layer with a bottleneck behind it, which begins as the layer alone."""
+
+    def __init__(self, layer: Any, width: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down, self.up = nn.Linear(layer.out_features, width), nn.Linear(width, layer.out_features)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output = self.layer(inputs)
+        adapted: Tensor = output + self.up(self.down(output).relu())
+        return adapted
+
+
+class Adapter(Replacement):
+    """Puts a bottleneck behind a linear layer, which goes on inside."""
+
+    kind, inside = "toy_adapter", "layer"
+
+    def __init__(self, width: int = 3) -> None:
+        self.width = width
+
+    def config(self) -> dict[str, Any]:
+        return {"width": self.width}
+
+    def check(self, layer: nn.Module) -> None:
+        fits = isinstance(layer, nn.Linear) and type(self.width) is int and 1 <= self.width <= layer.out_features
+        if not fits:
+            raise ValueError(f"width={self.width!r} is no whole number from 1 to the outputs of a linear layer")
+
+    def build(self, layer: nn.Module) -> nn.Module:
+        return Adapted(layer, self.width)
+
+
+class ToyWrap(Method):
+    """Wraps the first linear layer in the middle of a training; what was done stands in the module's journal."""
+
+    lane = Lane.STRUCTURE
+    writes = frozenset({Resource.STRUCTURE})
+    replacements = (Adapter,)
+
+    def __init__(
+        self, at: int = 2, width: int = 3, *, targets: Any = "all-linear", exclude: Any = None, name: str | None = None
+    ) -> None:
+        super().__init__(targets=targets, exclude=exclude, name=name)
+        self.at, self.width = at, width
+
+    def claims(self, module: nn.Module) -> list[str]:
+        return []
+
+    def next_edit(self, run: Run) -> EditRequest | None:
+        if run.step < self.at or any(edit.get("by") == self.name for edit in journal_of(run.module)):
+            return None
+        edit = self.put(run.module, next(iter(self.select(run.module))), Adapter(self.width))
+        return EditRequest(edit | {"by": self.name, "seed": 1})
+
+
+class ToyWanda(Method):
+    """Prunes each row of linear weights by ``|w|`` times the norm of its input (Sun et al., 2024), block after block."""
+
+    lane = Lane.MASK
+
+    def __init__(
+        self, share: float = 0.5, *, targets: Any = "all-linear", exclude: Any = None, name: str | None = None
+    ) -> None:
+        super().__init__(targets=targets, exclude=exclude, name=name)
+        self.share = share
+        self.pruned: dict[str, int] = {}
+
+    def calibrate(self, block: CalibrationBlock) -> None:
+        layers: dict[str, Any] = block.inside(self.select(block.root))
+        squares = {name: torch.zeros_like(layer.weight[0]) for name, layer in layers.items()}
+
+        def add(name: str, inputs: Tensor) -> None:
+            squares[name] += inputs.flatten(0, -2).square().sum(0)
+
+        block.watch(layers, add)
+        for name, layer in layers.items():
+            scores = layer.weight.abs() * squares[name].sqrt()
+            lowest = scores.argsort(dim=1, stable=True)[:, : int(self.share * scores.shape[1])]
+            layer.weight.scatter_(1, lowest, 0.0)
+            self.pruned[name] = lowest.numel()
+
+    def state(self) -> dict[str, Any]:
+        return {"pruned": dict(self.pruned)}
+
+    def state_form(self, tensors: Mapping[str, Tensor] | None) -> Form:
+        return fields({"pruned": dict_of(whole())})
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.pruned = dict(state["pruned"])
