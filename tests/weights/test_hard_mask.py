@@ -41,5 +41,6 @@ def test_a_factor_follows_the_mask_and_the_type_and_outlives_validation() -> Non
     held.hold(torch.tensor([False, True, True, False]))
     assert held.factor(weight).tolist() == [0, 1, 1, 0]
     assert held.factor(weight.half()).dtype is torch.float16
+    assert held.factor(weight).tolist() == [0, 1, 1, 0]
     held.set_extra_state(torch.tensor([True, True, False, False]))
     assert held.factor(weight).tolist() == [1, 1, 0, 0]
