@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -18,16 +18,20 @@ from lightning_peft.compose.run import Run
 from lightning_peft.network.targets import TargetSpec, select
 from lightning_peft.structure.edits import Change, EditRequest
 from lightning_peft.structure.forms import Form
+from lightning_peft.weights.layer_part import LayerPart
 from lightning_peft.weights.maps import WeightMap, attach_map, attached_map
+from lightning_peft.weights.parts import put_part
+
+PartT = TypeVar("PartT", bound=LayerPart)
 
 
 class Contract:
     """What a method is to the engine; authors subclass :class:`lightning_peft.Method`, which is this and a Lightning callback.
 
-    Subclasses set :attr:`lane` and whatever of :attr:`reads`, :attr:`writes` and :attr:`weight_maps` applies, and override
-    the few of these they need, each called in lane order whatever the order of the callbacks list:
+    Subclasses set :attr:`lane` and whatever of :attr:`reads`, :attr:`writes`, :attr:`weight_maps` and :attr:`parts` applies,
+    and override the few of these they need, each called in lane order whatever the order of the callbacks list:
 
-    - :meth:`attach` once the module is complete and before optimizers exist: weight maps, structure;
+    - :meth:`attach` once the module is complete and before optimizers exist: weight maps, layer parts, structure;
     - :meth:`start` when training is about to begin, after a checkpoint was restored;
     - :meth:`loss` inside every ``training_step``;
     - :meth:`before_step` before and :meth:`after_step` after every real optimizer step;
@@ -52,6 +56,7 @@ class Contract:
         writes: What it changes; two methods that write one thing are a conflict.
         strategies: Kinds of Lightning strategy it works with: ``"single"``, ``"ddp"``.
         weight_maps: Weight maps it may attach, so that its checkpoints can be baked without the model's class.
+        parts: Layer parts it may put beside layers, for the same reason.
         paper: Source, "Authors, venue year, link".
         fixed_arguments: Constructor arguments of a base that the class gives itself, and does not take.
         features: Qualified names of submodules whose calls :meth:`loss` reads from ``step.features``.
@@ -64,6 +69,7 @@ class Contract:
     writes: ClassVar[frozenset[Resource]] = frozenset()
     strategies: ClassVar[frozenset[str]] = frozenset({"single", "ddp"})
     weight_maps: ClassVar[tuple[type[WeightMap], ...]] = ()
+    parts: ClassVar[tuple[type[LayerPart], ...]] = ()
     paper: ClassVar[str] = ""
     fixed_arguments: ClassVar[frozenset[str]] = frozenset()
 
@@ -196,7 +202,14 @@ class Contract:
         """Attach a map to the tensor called ``name`` (``"model.fc1.weight"``) and return it, or the one it carries already."""
         weight_map.owner = type(self).__name__
         present = attached_map(module, name, weight_map)
-        return attach_map(module, name, weight_map).maps[-1] if present is None else present
+        if present is None:
+            attach_map(module, name, weight_map)
+        return weight_map if present is None else present
+
+    def put_part(self, module: nn.Module, name: str, part: PartT) -> PartT:
+        """Put a part beside the layer called ``name`` (``"model.fc1"``) and return it, or the one that stands there already."""
+        part.owner, part.method = type(self).__name__, self.name
+        return put_part(module, name, part)
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments as plain data."""

@@ -44,6 +44,7 @@ from lightning_peft.structure.carry import regroup
 from lightning_peft.structure.edits import Edit
 from lightning_peft.weights import stash
 from lightning_peft.weights.maps import detach_maps, forget_pristine, mapped_tensors
+from lightning_peft.weights.parts import placed_parts
 
 _HUBS: weakref.WeakKeyDictionary[nn.Module, Hub] = weakref.WeakKeyDictionary()
 
@@ -166,15 +167,16 @@ class Hub:
         self.run.network_name, self.run.network = network_of(self.methods, module)
         plan = resolve(self.methods, module, self.run.network_name)
         check_neighbours(self.run.trainer, self.methods, module)
-        stashed = stash.peek(module)
+        stashed, stashed_parts = stash.peek(module), stash.peek_parts(module)
         self._attached = True
         for method in self.methods:
             method.attach(module)
         if self._fitting:
             warn_of_twins(module)
         stash.restore(module, stashed)
+        stash.restore_parts(module, stashed_parts)
         if self._fitting:
-            if self._first or any(True for _ in mapped_tensors(module)):
+            if self._first or any(True for _ in (*mapped_tensors(module), *placed_parts(module))):
                 averaging.rebuild(self.run.trainer, module)
             self._terms = StepTerms(self.run, self.methods, lambda: self.active)
             self._shadow(module, "training_step", self._terms.training_step)

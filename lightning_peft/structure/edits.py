@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_peft.structure import depth, slices, width
 from lightning_peft.structure.errors import CheckpointError
+from lightning_peft.structure.part_slices import check_parts
 
 Edit: TypeAlias = dict[str, Any]
 """``{"op": "blocks" | "resize" | "slice", "path": ..., ...}``: strings, numbers, lists and dicts only.
@@ -76,6 +77,12 @@ class Change:
         prefix, rest = split_block(self.edit, name)
         return f"{self.copied[prefix]}.{rest}" if rest is not None and prefix in self.copied else None
 
+    def old_name(self, name: str) -> str:
+        """Return what a tensor that is not new was called before."""
+        prefix, rest = split_block(self.edit, name)
+        old = next((old for old, new in self.renamed.items() if new == prefix), prefix)
+        return name if rest is None else f"{old}.{rest}"
+
     def new_value(self, name: str, value: Tensor) -> Tensor:
         """Return what an old tensor's value, or an average of it, becomes; only a slice changes it."""
         entry = self.edit["tensors"].get(name) if self.edit["op"] == "slice" else None
@@ -107,6 +114,7 @@ def check(module: nn.Module, edit: Edit) -> None:
         depth.check_blocks(module, edit)
     elif op == "resize":
         width.check_resize(module, edit)
+        check_parts(module, edit)
     elif op == "slice":
         slices.check_slice(module, edit)
     else:
