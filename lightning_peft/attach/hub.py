@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_peft.attach import after_fit, averaging
+from lightning_peft.attach import after_fit, averaging, part_calls
 from lightning_peft.attach.editing import edit_training
 from lightning_peft.attach.loader_state import restore_loader
 from lightning_peft.attach.map_groups import MapGroups
@@ -247,6 +247,8 @@ class Hub:
     def before_step(self, optimizer: Optimizer) -> None:
         """Show every method the gradients of a step."""
         if self.active and self.run.started:
+            if not self._moved:
+                part_calls.check_called(self.run.module)
             for method in self.methods:
                 method.before_step(self.run, optimizer)
 
@@ -261,6 +263,7 @@ class Hub:
         for method in self.methods:
             method.steps = self.run.step
             method.start(self.run)
+        part_calls.warn_untrained(self.run.trainer, self.run.module)
         self._end_missed_epoch()
         self._get_ready()
 
@@ -321,6 +324,7 @@ class Hub:
         if not self.run.started:
             return
         warn_unfinished(self.run, self.methods)
+        part_calls.warn_uncalled(self.run.module)
         after_fit.note_groups(self.run.trainer, self.run.module)
 
     def apply(self, loss: Tensor) -> Tensor:
@@ -419,6 +423,8 @@ class Hub:
         if self._fitting:
             stash.fill(module)
             warn_of_copies(module, averaging.copies(self.run.trainer))
+            if not failed:
+                part_calls.warn_lost(module)
         detach_maps(module, "baked" if self._fitting and not failed else "pristine")
         if failed:
             self._undo_first_edits()
