@@ -19,6 +19,7 @@ from lightning_peft.contract import Contract
 from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure import journal, part_states
 from lightning_peft.structure.carry import group_names
+from lightning_peft.structure.earlier_parts import upgraded
 from lightning_peft.structure.snapshot import ModuleSnapshot
 from lightning_peft.weights.maps import mapped_tensors, plain_tensors
 from lightning_peft.weights.parts import placed_parts
@@ -113,6 +114,7 @@ class CheckpointHooks:
         Raises:
             CheckpointError: The file is damaged, or its optimizer state belongs to other maps.
         """
+        checkpoint.update(upgraded(checkpoint))
         section = files.read(checkpoint)
         parts = part_states.read(section)
         if self._fitting:

@@ -19,6 +19,7 @@ from lightning_peft.baking.reading import harmless_objects
 from lightning_peft.baking.reading import read_checkpoint as read_checkpoint
 from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure import journal, part_states
+from lightning_peft.structure.earlier_parts import upgraded
 from lightning_peft.structure.edits import Edit
 from lightning_peft.weights.maps import detach_maps
 
@@ -65,6 +66,7 @@ def baked(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: The recorded weight maps do not fit the tensors.
     """
+    checkpoint = upgraded(checkpoint)
     section = files.read(checkpoint)
     kept = {key: checkpoint[key] for key in checkpoint if key in _KEPT or key.startswith(("hyper_parameters", "hparams"))}
     state = dict(checkpoint["state_dict"])

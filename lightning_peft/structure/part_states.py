@@ -17,7 +17,7 @@ from lightning_peft import registry
 from lightning_peft.structure.errors import CheckpointError
 from lightning_peft.structure.forms import anything, dict_of, fields, flag, list_of, tensor, text
 from lightning_peft.weights.layer_part import LayerPart
-from lightning_peft.weights.parts import part_stacks, placed_parts
+from lightning_peft.weights.parts import part_stacks, placed_parts, recorded_parts
 
 PARTS, WEIGHTS, COPIES = "parts", "part_weights", "part_copies"
 
@@ -34,7 +34,8 @@ def write(state: MutableMapping[str, Any], module: nn.Module) -> dict[str, Any]:
     records: PartRecords = {}
     weights: dict[str, Tensor] = {}
     for path, _, stack in part_stacks(module, every_name=True):
-        records[path] = [{**part.record(), "state": own} for part, own in zip(stack, states[path], strict=True)]
+        if stack.recorded:
+            records[path] = [{**part.record(), "state": own} for part, own in zip(stack.recorded, states[path], strict=True)]
         name = weight_name(path)
         if stack.merges and name in state:  # under weight maps it goes by another name
             weights[name], state[name] = state[name], stack.merged(state[name])
@@ -53,7 +54,7 @@ def weight_name(path: str) -> str:
 
 def states_of(module: nn.Module) -> PartStates:
     """Return the tensors of the parts on a module."""
-    return {path: [part.state_dict() for part in stack] for path, _, stack in part_stacks(module, every_name=True)}
+    return {path: [dict(part.state_dict()) for part in parts] for path, parts in recorded_parts(module, every_name=True)}
 
 
 def read(section: Mapping[str, Any] | None) -> PartRecords:
@@ -76,7 +77,7 @@ _RECORDS = dict_of(list_of(fields(_RECORD)))
 
 def difference(records: PartRecords, module: nn.Module) -> str | None:
     """Say how the recorded parts differ from those on a module; ``None`` when they agree."""
-    now = {path: [(part.method, part.kind) for part in stack] for path, _, stack in part_stacks(module, every_name=True)}
+    now = {path: [(part.method, part.kind) for part in parts] for path, parts in recorded_parts(module, every_name=True)}
     then = {path: [(record["name"], record["part"]) for record in entries] for path, entries in records.items()}
     for path in dict.fromkeys([*then, *now]):
         if then.get(path) != now.get(path):
@@ -94,8 +95,8 @@ def check_states(states: PartStates, module: nn.Module) -> None:
     Raises:
         CheckpointError: A tensor is missing or has another shape.
     """
-    for path, _, stack in part_stacks(module, every_name=True):
-        for part, state in zip(stack, states[path], strict=True):
+    for path, parts in recorded_parts(module, every_name=True):
+        for part, state in zip(parts, states.get(path, ()), strict=True):
             own = part.state_dict()
             for key in dict.fromkeys([*own, *state]):
                 a, b = own.get(key), state.get(key)
@@ -114,15 +115,15 @@ def _shape(value: Any) -> str:
 @torch.no_grad()
 def restore(states: PartStates, module: nn.Module) -> None:
     """Give the parts on a module the tensors of a file, bit for bit."""
-    for path, _, stack in part_stacks(module):
-        for part, state in zip(stack, states[path], strict=True):
+    for path, parts in recorded_parts(module):
+        for part, state in zip(parts, states[path], strict=True):
             part.load_state_dict(state)
 
 
 def restore_switches(records: PartRecords, module: nn.Module) -> None:
     """Switch the parts on a module on and off as they were."""
-    for path, _, stack in part_stacks(module):
-        for part, record in zip(stack, records[path], strict=True):
+    for path, parts in recorded_parts(module):
+        for part, record in zip(parts, records[path], strict=True):
             part.enabled = record["enabled"]
 
 

@@ -25,6 +25,7 @@ class LayerPart(Attachment):
             dimension 1 of ``down`` loses what dimension 1 of the layer's ``weight`` does. Empty for a part without such
             tensors; ``None`` lets the layer not be cut or widened.
         training_only: Whether the layer does without the part after training, so that nobody is told that it left.
+        recorded: Whether checkpoints tell of the part; not of one without tensors that is put there again whatever they say.
         enabled: Whether the part takes part in calls; saved with it.
         method: Name of the method that attached it, which tells parts of two methods of one class apart.
         called: Whether a call of the layer reached it.
@@ -33,6 +34,7 @@ class LayerPart(Attachment):
     order: ClassVar[int] = 0
     follows: ClassVar[Follows | None] = None
     training_only: ClassVar[bool] = False
+    recorded: ClassVar[bool] = True
     method: str = ""
     enabled: bool = True
     called: bool = False

@@ -30,9 +30,14 @@ class PartStack:
         return iter(self.parts)
 
     @property
+    def recorded(self) -> list[LayerPart]:
+        """The parts that checkpoints tell of."""
+        return [part for part in self.parts if part.recorded]
+
+    @property
     def names(self) -> list[tuple[str, str]]:
-        """Method and kind of each part."""
-        return [(part.method, part.kind) for part in self.parts]
+        """Method and kind of each part that checkpoints tell of."""
+        return [(part.method, part.kind) for part in self.recorded]
 
     def insert(self, part: LayerPart) -> None:
         """Give a part its place: outside those of lower lanes, then of lower order, then of those that came before."""

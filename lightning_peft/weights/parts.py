@@ -69,6 +69,13 @@ def part_tensors(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def recorded_parts(module: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, list[LayerPart]]]:
+    """Yield the parts of every layer that checkpoints tell of; see :func:`placed_parts`."""
+    for path, _, stack in part_stacks(module, every_name=every_name):
+        if stack.recorded:
+            yield path, stack.recorded
+
+
 def put_part(module: nn.Module, path: str, part: PartT) -> PartT:
     """Put a part beside the layer called ``path``; one of the same method and kind that stands there already stays instead.
 

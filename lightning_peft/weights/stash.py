@@ -62,11 +62,13 @@ def fill(module: nn.Module) -> None:
         stash[mapped.name] = places[id(mapped.chain)]
     parts: dict[str, StashedParts] = {}
     for path, layer, stack in part_stacks(module, every_name=True):
+        if not stack.recorded:
+            continue
         weight: Any = layer._parameters.get("weight") if stack.merges and f"{path}.weight".lstrip(".") not in stash else None
         parts[path] = StashedParts(
             None if weight is None else weight.detach().clone(),
-            [part.record() for part in stack],
-            [_copied(part.state_dict()) for part in stack],
+            [part.record() for part in stack.recorded],
+            [_copied(part.state_dict()) for part in stack.recorded],
             {},
         )
     _STASHES[module] = stash
@@ -132,7 +134,7 @@ def restore_parts(module: nn.Module, held: dict[str, StashedParts]) -> None:
         if stashed.value is not None:
             stack.pristine = weight.detach().clone()
             weight.copy_(stashed.value)
-        for part, record, state in zip(stack, stashed.records, stashed.states, strict=True):
+        for part, record, state in zip(stack.recorded, stashed.records, stashed.states, strict=True):
             part.load_state_dict(state)
             part.enabled = record["enabled"]
         stack.version = stack.count(layer)
