@@ -37,7 +37,7 @@ from lightning_peft.compose.run import Run
 from lightning_peft.testing.modules import Conv, Plain, deepened
 from lightning_peft.testing.runs import assert_clean, fit
 from lightning_peft_plugins.growth._shared.triggers import Plateau
-from lightning_peft_plugins.pruning._block_pruning.block_activations import Seen
+from lightning_peft_plugins.pruning._block_pruning.block_activations import BlockActivations
 from lightning_peft_plugins.pruning._shared.layer_statistics import Statistics
 
 Deep = deepened(Plain)
@@ -137,7 +137,7 @@ def test_a_gradient_that_is_not_finite_is_not_seen() -> None:
         seen.see_inputs(layer, torch.tensor([values]))
     assert seen.sums["|g|"].tolist() == [[1.0, 12.0]]
     assert seen.sums["x^2"].tolist() == [1.0, 56.0]
-    block = Seen()
+    block = BlockActivations()
     for value in (0.5, math.nan, 0.5):
         block.add(torch.tensor(value))
     assert block.mean() == 0.5

@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_peft.arguments import one_of, positive
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.compose.run import Run
 from lightning_peft.network.batches import separable, take
@@ -62,10 +63,9 @@ class EntropyMethod(DescentMethod):
         self, *, backward: Backward = "auto", chunk_size: int | None = None, window: int = 0, class_dim: int = -1, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        if backward not in BACKWARDS:
-            raise MisconfigurationException(f"backward={backward!r} is not one of {', '.join(map(repr, BACKWARDS))}.")
-        if chunk_size is not None and chunk_size < 1:
-            raise MisconfigurationException(f"chunk_size={chunk_size!r} is not positive.")
+        one_of("backward", backward, BACKWARDS)
+        if chunk_size is not None:
+            positive("chunk_size", chunk_size)
         if window < 0:
             raise MisconfigurationException(f"window={window!r} is negative; 0 means that batches are taken as they come.")
         self.backward, self.chunk_size, self.class_dim = backward, chunk_size, class_dim
