@@ -80,11 +80,19 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def seal(module: nn.Module) -> None:
-    """Note what the plain module looks like; call after its maps were taken off."""
-    for name, stashed in _STASHES.get(module, {}).items():
-        stashed.identity = _identity(module, name)
-    for path, held in _PARTS.get(module, {}).items():
-        held.identities = _identities(module, path)
+    """Note what the plain module looks like; call after its maps were taken off.
+
+    Nothing is kept for a module that has lost some of its layers since :func:`fill`: a fit that failed before its first step
+    gives back the structure it found.
+    """
+    try:
+        for name, stashed in _STASHES.get(module, {}).items():
+            stashed.identity = _identity(module, name)
+        for path, held in _PARTS.get(module, {}).items():
+            held.identities = _identities(module, path)
+    except AttributeError:
+        _STASHES.pop(module, None)
+        _PARTS.pop(module, None)
 
 
 def peek(module: nn.Module) -> dict[str, StashedTensor]:
