@@ -182,10 +182,11 @@ class MethodTester(LifeCycleChecks, OrdinaryChecks):
     def test_keeps_its_values_on_another_map(self, factory: Factory) -> None:
         alone, beside = (self._begun([factory(), *others]) for others in ([], [ToyShift(name="companion")]))
         for place, (one, other) in enumerate(zip(alone, beside, strict=True)):
+            when = ("at the start", "with plain weights loaded")[place]
             error = (one - other).abs().max().item()
             assert error <= self.tolerance, (
-                f"{('at the start', 'with plain weights loaded')[place]}, the network computes something else ({error:.3g}) when another map that can be inverted stands on "
-                "the same tensors; see right_inverse"
+                f"{when}, the network computes something else ({error:.3g}) when another map with an inverse stands on the "
+                "same tensors; see right_inverse"
             )
 
     def _begun(self, methods: list[Method]) -> list[Tensor]:
