@@ -12,6 +12,7 @@ from torch import nn
 
 import lightning_peft
 from lightning_peft import Lane, LayerPart, Method
+from lightning_peft.attach import averaging as averages
 from lightning_peft.structure import depth, journal, slices
 from lightning_peft.structure.checkpoint import KEY, CheckpointError
 from lightning_peft.structure.edits import EditRequest
@@ -102,15 +103,25 @@ def test_parts_train_in_groups_of_their_own():
     assert own["weight_decay"] == 0.0
 
 
+class Answers(Plain):
+    def on_test_epoch_end(self):
+        self.answer = self(X)
+
+    def test_step(self, batch, batch_idx):
+        return None
+
+
+def test_what_went_into_the_weight_is_beside_it_again_for_an_evaluation():
+    at = AtStep(4, lambda trainer, module: module(X))
+    run = fit([ToyLowRank()], style=Answers, after=[at])
+    before = copy.deepcopy(run.module.state_dict())
+    trainer(callbacks=[ToyLowRank()]).test(run.module, loader(), verbose=False)
+    assert torch.equal(run.module.answer, at.seen), "not with the part twice"
+    assert difference(before, run.module.state_dict()) is None
+
+
 @pytest.mark.filterwarnings("ignore:.*without the part:UserWarning")
 def test_what_no_weight_does_comes_back_for_evaluation_and_the_next_fit(tmp_path):
-    class Answers(Plain):
-        def on_test_epoch_end(self):
-            self.answer = self(X)
-
-        def test_step(self, batch, batch_idx):
-            return None
-
     at = AtStep(4, lambda trainer, module: module(X))
     run = fit([Adapters()], style=Answers, after=[at, every_epoch(tmp_path)])
     assert not torch.allclose(run.module(X), at.seen, atol=1e-4), "after the fit the module is without the part"
@@ -304,6 +315,23 @@ def test_optimizer_state_and_averages_are_cut_along(averaged, tmp_path):
     assert at.seen == [(4, 2), (4, 2)]
     resumed = fit([ToyLowRank(), Cuts()], seed=3, before=before(), resume=tmp_path / "epoch=0.ckpt", max_epochs=2)
     assert_same(full, resumed, "cut in training, uninterrupted against resumed")
+
+
+def test_the_average_of_a_part_is_cut_as_the_part_is():
+    class ByHand(Callback):
+        average, shown = None, None
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            up = next(iter(parts_of(pl_module).values())).up.detach()
+            old = self.average if self.average is None else self.average[: len(up)]
+            self.average = up.clone() if old is None else 0.5 * old + 0.5 * up
+            (averaged,) = averages.averaged_modules(trainer)
+            self.shown = next(iter(parts_of(averaged).values())).up.detach().clone()
+
+    by_hand = ByHand()
+    fit([ToyLowRank(), Cuts()], before=[EMAWeightAveraging(decay=0.5)], after=[by_hand])
+    assert by_hand.shown.shape == (4, 2)
+    assert torch.allclose(by_hand.shown, by_hand.average, atol=1e-6)
 
 
 class Blocks(Plain):
