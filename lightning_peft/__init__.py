@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Lane": "compose.lanes",
+    "LayerPart": "weights.layer_part",
     "Loss": "compose.loss",
     "Method": "method",
     "Resource": "compose.lanes",

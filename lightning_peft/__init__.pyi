@@ -24,6 +24,7 @@ from lightning_peft.compose.step_closure import StepClosure as StepClosure
 from lightning_peft.method import Method as Method
 from lightning_peft.optim.wrapped import WrappedOptimizer as WrappedOptimizer
 from lightning_peft.report.compare_deployments import compare_deployments as compare_deployments
+from lightning_peft.weights.layer_part import LayerPart as LayerPart
 from lightning_peft.weights.maps import WeightMap as WeightMap
 from lightning_peft_plugins.growth.layer_growth import LayerGrowth as LayerGrowth
 from lightning_peft_plugins.growth.mixture_growth import MixtureGrowth as MixtureGrowth

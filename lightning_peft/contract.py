@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
@@ -24,16 +24,20 @@ from lightning_peft.structure.edits import Change, EditRequest
 from lightning_peft.structure.forms import Form
 from lightning_peft.structure.put import put_edit
 from lightning_peft.structure.replacement import Replacement
+from lightning_peft.weights.layer_part import LayerPart
 from lightning_peft.weights.maps import WeightMap, attach_map, attached_map
+from lightning_peft.weights.parts import put_part
+
+PartT = TypeVar("PartT", bound=LayerPart)
 
 
 class Contract:
     """A method as the engine sees it; authors subclass :class:`lightning_peft.Method`, which is this and a Lightning callback.
 
-    Subclasses set :attr:`lane` and whatever of :attr:`reads`, :attr:`writes` and :attr:`weight_maps` applies, and override
-    the few of these they need, each called in lane order whatever the order of the callbacks list:
+    Subclasses set :attr:`lane` and whatever of :attr:`reads`, :attr:`writes`, :attr:`weight_maps` and :attr:`parts` applies,
+    and override the few of these they need, each called in lane order whatever the order of the callbacks list:
 
-    - :meth:`attach` once the module is complete and before optimizers exist: weight maps, structure;
+    - :meth:`attach` once the module is complete and before optimizers exist: weight maps, layer parts, structure;
     - :meth:`start` when training is about to begin, after a checkpoint was restored;
     - :meth:`wrap_optimizer` once, to wrap or replace an optimizer;
     - :meth:`batch_start` before and :meth:`loss` inside every ``training_step``;
@@ -64,6 +68,7 @@ class Contract:
         strategies: Kinds of Lightning strategy it works with: ``"single"``, ``"ddp"``.
         weight_maps: Weight maps it may attach, so that its checkpoints can be baked without the model's class.
         replacements: What it may put in a layer's place, so that its checkpoints can be loaded.
+        parts: Layer parts it may put beside layers, for the same reason.
         paper: Source, "Authors, venue year, link".
         fixed_arguments: Constructor arguments of a base that the class gives itself, and does not take.
         features: Qualified names of submodules whose calls :meth:`loss` reads from ``step.features``.
@@ -80,6 +85,7 @@ class Contract:
     strategies: ClassVar[frozenset[str]] = frozenset({"single", "ddp"})
     weight_maps: ClassVar[tuple[type[WeightMap], ...]] = ()
     replacements: ClassVar[tuple[type[Replacement], ...]] = ()
+    parts: ClassVar[tuple[type[LayerPart], ...]] = ()
     paper: ClassVar[str] = ""
     fixed_arguments: ClassVar[frozenset[str]] = frozenset()
 
@@ -261,7 +267,14 @@ class Contract:
         """Attach a map to the tensor called ``name`` (``"model.fc1.weight"``) and return it, or the one it carries already."""
         weight_map.owner = type(self).__name__
         present = attached_map(module, name, weight_map)
-        return attach_map(module, name, weight_map).maps[-1] if present is None else present
+        if present is None:
+            attach_map(module, name, weight_map)
+        return weight_map if present is None else present
+
+    def put_part(self, module: nn.Module, name: str, part: PartT) -> PartT:
+        """Put a part beside the layer called ``name`` (``"model.fc1"``) and return it, or the one that stands there already."""
+        part.owner, part.method = type(self).__name__, self.name
+        return put_part(module, name, part)
 
     def put(self, module: nn.Module, path: str, replacement: Replacement) -> PutEdit:
         """Describe one of :attr:`replacements` in the place of the layer called ``path``, for an :class:`EditRequest`."""

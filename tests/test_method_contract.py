@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_peft import NMSparsity, WeightCompander
 from lightning_peft.testing import MethodTester, run_ddp
-from lightning_peft.testing.toys import ToyEntropy, ToyLookahead, ToyNoise, ToySAM, ToyScale, ToyThreshold
+from lightning_peft.testing.toys import ToyEntropy, ToyLookahead, ToyLowRank, ToyNoise, ToySAM, ToyScale, ToyShift, ToyThreshold
 
 
 class TestToyScale(MethodTester):
@@ -20,6 +20,14 @@ class TestToyScale(MethodTester):
 
 class TestToyThreshold(MethodTester):
     methods = [ToyThreshold]
+
+
+class TestToyShift(MethodTester):
+    methods = [ToyShift]
+
+
+class TestToyLowRank(MethodTester):
+    methods = [ToyLowRank, lambda: ToyLowRank(rank=1, exclude="head")]
 
 
 class TestToyEntropy(MethodTester):

@@ -12,7 +12,7 @@ from lightning_peft.attach import method_records
 from lightning_peft.attach.saving import structure_record
 from lightning_peft.contract import methods_of, ordered
 from lightning_peft.structure import checkpoint as files
-from lightning_peft.structure import journal
+from lightning_peft.structure import journal, part_states
 from lightning_peft.structure.carry import group_names
 from lightning_peft.weights import stash
 
@@ -30,7 +30,8 @@ def complete(trainer: Trainer, module: LightningModule, checkpoint: dict[str, An
     """Give a checkpoint saved after a fit the training-time tensors, which left the module when the fit ended."""
     stashed = stash.peek(module)
     edits = journal.journal_of(module)
-    if files.KEY in checkpoint or not (stashed or edits):
+    parts = stash.peek_parts(module)
+    if files.KEY in checkpoint or not (stashed or parts or edits):
         return
     state = checkpoint["state_dict"]
     for name, tensor in stashed.items():
@@ -38,5 +39,11 @@ def complete(trainer: Trainer, module: LightningModule, checkpoint: dict[str, An
     methods = ordered(methods_of(trainer.callbacks))  # type: ignore[attr-defined]
     records = {name: tensor.records for name, tensor in stashed.items()}
     checkpoint[files.KEY] = files.section(records, [method_records.describe(method) for method in methods])
+    records_of_parts = {
+        path: [{**record, "state": state} for record, state in zip(held.records, held.states, strict=True)]
+        for path, held in parts.items()
+    }
+    weights = {part_states.weight_name(path): held.value for path, held in parts.items() if held.value is not None}
+    checkpoint[files.KEY] |= part_states.section_of(records_of_parts, weights)
     if edits:
         checkpoint[files.KEY] |= structure_record(module, _GROUPS.get(module, []))

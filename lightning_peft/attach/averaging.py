@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from lightning_peft.namespaces import both
 from lightning_peft.structure.edits import Change
+from lightning_peft.structure.part_slices import part_entries
+from lightning_peft.structure.slices import narrow
 from lightning_peft.weights.maps import plain_name, plain_values, set_plain_values
+from lightning_peft.weights.parts import part_tensors
 
 
 def _averaging(trainer: Trainer) -> Iterator[Any]:
@@ -36,6 +39,17 @@ def swapped_in(trainer: Trainer) -> list[WeightAveraging]:
 def copies(trainer: Trainer) -> list[nn.Module]:
     """Return the averaged copies of the module that callbacks keep."""
     return [callback._average_model for callback in _averaging(trainer) if callback._average_model is not None]
+
+
+def shown(trainer: Trainer) -> nn.Module | None:
+    """Return the average that stands in the state dict of a Trainer's checkpoints, as a module of the user's class."""
+    averages = (each for each in _averaging(trainer) if isinstance(each, both(WeightAveraging)))
+    return next((_inner(each._average_model) for each in averages if each._average_model is not None), None)
+
+
+def averaged_modules(trainer: Trainer) -> list[nn.Module]:
+    """Return what :func:`copies` does, each as a module of the user's class."""
+    return [_inner(copy) for copy in copies(trainer)]
 
 
 def rebuild(trainer: Trainer, module: LightningModule) -> None:
@@ -61,6 +75,7 @@ class Average:
 
     callback: Any
     tensors: Mapping[str, Tensor]
+    parts: Mapping[str, Tensor]
     plain: Mapping[str, Tensor]
     counters: Mapping[str, Tensor]
 
@@ -74,7 +89,7 @@ def averages(trainer: Trainer) -> list[Average]:
             continue
         inner = _inner(outer)
         counters = {} if inner is outer else {key: value for key, value in outer.state_dict().items() if "." not in key}
-        found.append(Average(callback, dict(inner.state_dict()), plain_values(inner), counters))
+        found.append(Average(callback, dict(inner.state_dict()), part_tensors(inner), plain_values(inner), counters))
     return found
 
 
@@ -113,6 +128,11 @@ def edit_averages(
             tensor = change.new_value(plain_name(name), tensor)
             if target is not None and target.shape == tensor.shape:
                 target.copy_(tensor)
+        cut = part_entries(module, change.edit, average.parts)
+        for name, tensor in part_tensors(inner).items():
+            taken_from = average.parts.get(change.source(name) or change.old_name(name))
+            if taken_from is not None:
+                tensor.copy_(narrow(taken_from, cut[name]["kept"]) if name in cut else taken_from)
         set_plain_values(inner, values(average.plain))
         for name, value in average.counters.items():
             outer.state_dict()[name].copy_(value)

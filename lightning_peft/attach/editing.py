@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.attach import averaging, finetuning
-from lightning_peft.attach.map_groups import place_maps
+from lightning_peft.attach.map_groups import place_maps, place_parts
 from lightning_peft.attach.plan import network_of
 from lightning_peft.contract import Contract
 from lightning_peft.optim.optimizers import trained_by
@@ -24,8 +24,10 @@ from lightning_peft.strategies.support import rewrap
 from lightning_peft.structure import carry, journal, put
 from lightning_peft.structure.edit_types import PutEdit
 from lightning_peft.structure.edits import Change, Edit, EditRequest
+from lightning_peft.structure.part_slices import part_entries
 from lightning_peft.structure.width_state import carry_optimizer_state
 from lightning_peft.weights.maps import mapped_tensors, parameters_with_maps, plain_tensors, plain_values, set_plain_values
+from lightning_peft.weights.parts import part_tensors
 
 
 def edit_training(
@@ -54,9 +56,9 @@ def edit_training(
     if growth.edit["op"] == "put":
         _check_put(module, methods, growth.edit)
     before = {} if growth.operator is None else plain_values(module)
-    old = plain_tensors(module)
+    old = plain_tensors(module) | part_tensors(module)
     taken = averaging.averages(trainer)
-    states = _resized_states(trainer.optimizers, old, growth)
+    states = _resized_states(trainer.optimizers, old, growth, part_entries(module, growth.edit))
     change = journal.edit(module, growth.edit)
     if growth.operator is not None:
         set_plain_values(module, growth.operator(before, growth.edit, generator(growth.edit)))
@@ -154,26 +156,27 @@ def _new_parameters(
         found = put.new_parameters(module, change.edit, change.copied, old, trained)
         return {name: (new, like) for name, new, like in found}
     pairs = {}
-    for name, tensor in plain_tensors(module).items():
+    for name, tensor in (plain_tensors(module) | part_tensors(module)).items():
         source = change.source(name)
-        if source is not None and isinstance(tensor, nn.Parameter):
+        if source is not None and source in old and isinstance(tensor, nn.Parameter):
             pairs[name] = (tensor, old[source])
     return pairs  # type: ignore[return-value]
 
 
 def _resized_states(
-    optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor], growth: EditRequest
+    optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor], growth: EditRequest, parts: Mapping[str, dict[str, Any]]
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Optimizer states with what they become when the module is resized; made first, because not every state can follow."""
     edit = growth.edit
     if edit["op"] == "blocks" or edit["op"] == "put" or growth.optimizer_state == "reset":
         return []
     found = []
-    for name in edit["tensors"]:
+    whole: Any = {**edit, "tensors": {**edit["tensors"], **parts}}
+    for name in whole["tensors"]:
         for optimizer in optimizers:
             if (state := optimizer.state.get(tensors[name])) is not None:
                 resized = dict(state)
-                carry_optimizer_state(resized, edit, name, growth.optimizer_state)
+                carry_optimizer_state(resized, whole, name, growth.optimizer_state)
                 found.append((state, resized))
     return found
 
@@ -188,11 +191,12 @@ def follow(trainer: Trainer, module: LightningModule, methods: Sequence[Contract
         old: Identities of the stored tensors there were before.
     """
     for method in methods:
-        if method.weight_maps:
+        if method.weight_maps or method.parts:
             method.attach(module)
     for mapped in mapped_tensors(module):
         if id(mapped.stored) not in old:
             place_maps(trainer, mapped)
+    place_parts(trainer, module)
 
 
 def describe(module: nn.Module, edit: Edit) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_peft.attach import after_fit, averaging
+from lightning_peft.attach import after_fit, averaging, part_calls
 from lightning_peft.attach.editing import edit_training
 from lightning_peft.attach.loader_state import restore_loader
 from lightning_peft.attach.map_groups import MapGroups
@@ -46,6 +46,7 @@ from lightning_peft.structure.carry import regroup
 from lightning_peft.structure.edits import Edit
 from lightning_peft.weights import stash
 from lightning_peft.weights.maps import detach_maps, forget_pristine, mapped_tensors
+from lightning_peft.weights.parts import placed_parts
 
 _HUBS: weakref.WeakKeyDictionary[nn.Module, Hub] = weakref.WeakKeyDictionary()
 
@@ -172,15 +173,16 @@ class Hub:
         self.run.network_name, self.run.network = network_of(self.methods, module)
         plan = resolve(self.methods, module, self.run.network_name)
         check_neighbours(self.run.trainer, self.methods, module)
-        stashed = stash.peek(module)
+        stashed, stashed_parts = stash.peek(module), stash.peek_parts(module)
         self._attached = True
         for method in self.methods:
             method.attach(module)
         if self._fitting:
             warn_of_twins(module)
         stash.restore(module, stashed)
+        stash.restore_parts(module, stashed_parts)
         if self._fitting:
-            if self._first or any(True for _ in mapped_tensors(module)):
+            if self._first or any(True for _ in (*mapped_tensors(module), *placed_parts(module))):
                 averaging.rebuild(self.run.trainer, module)
             self._terms = StepTerms(self.run, self.methods, lambda: self.active)
             self._shadow(module, "training_step", self._terms.training_step)
@@ -257,6 +259,8 @@ class Hub:
     def before_step(self, optimizer: Optimizer) -> None:
         """Show every method the gradients of a step."""
         if self.active and self.run.started:
+            if not self._moved:
+                part_calls.check_called(self.run.module)
             for method in self.methods:
                 method.before_step(self.run, optimizer)
             if self._gradients is not None and not self.run.module.automatic_optimization:
@@ -273,6 +277,7 @@ class Hub:
         for method in self.methods:
             method.steps = self.run.step
             method.start(self.run)
+        part_calls.warn_untrained(self.run.trainer, self.run.module)
         self._end_missed_epoch()
         self._get_ready()
 
@@ -341,6 +346,7 @@ class Hub:
         if not self.run.started:
             return
         warn_unfinished(self.run, self.methods)
+        part_calls.warn_uncalled(self.run.module)
         after_fit.note_groups(self.run.trainer, self.run.module)
 
     def apply(self, loss: Tensor) -> Tensor:
@@ -439,6 +445,8 @@ class Hub:
         if self._fitting:
             stash.fill(module)
             warn_of_copies(module, averaging.copies(self.run.trainer))
+            if not failed:
+                part_calls.warn_lost(module)
         detach_maps(module, "baked" if self._fitting and not failed else "pristine")
         if failed:
             self._undo_first_edits()

@@ -1,13 +1,15 @@
-"""Where the parameters of weight maps are trained: with the weight they belong to."""
+"""Where the parameters of weight maps and layer parts are trained: with the weight they belong to."""
 
 from __future__ import annotations
 
 from lightning.pytorch import Trainer
+from torch import nn
 
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.compose.run import Run
 from lightning_peft.optim.optimizers import place_parameters
 from lightning_peft.weights.maps import MappedTensor, mapped_tensors
+from lightning_peft.weights.parts import placed_parts
 
 
 def place_maps(trainer: Trainer, mapped: MappedTensor) -> None:
@@ -19,8 +21,21 @@ def place_maps(trainer: Trainer, mapped: MappedTensor) -> None:
         place_parameters(trainer.optimizers, schedulers, parameters, mapped.stored, *settings)
 
 
+def place_parts(trainer: Trainer, module: nn.Module) -> None:
+    """Let the parameters of every layer part be trained beside its layer, by the settings of the part."""
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    for placed in placed_parts(module):
+        parameters = dict(placed.part.named_parameters(placed.name))
+        sibling = placed.sibling
+        if sibling is None:  # beside an activation, say: like the module's first parameter
+            sibling = next(iter(trainer.optimizers[0].param_groups[0]["params"]), None) if trainer.optimizers else None
+        if parameters and sibling is not None:
+            part = placed.part
+            place_parameters(trainer.optimizers, schedulers, parameters, sibling, part.optimizer_overrides, part.lr_scale)
+
+
 class MapGroups:
-    """Gives the parameters of weight maps their groups, and follows callbacks that add groups while training goes on.
+    """Gives the parameters of weight maps and layer parts their groups; follows callbacks that add groups in a training.
 
     Args:
         run: The fit.
@@ -31,9 +46,10 @@ class MapGroups:
         self._counts: list[int] = []
 
     def place(self) -> None:
-        """Place every map's own parameters beside the stored value of its tensor."""
+        """Place every map's own parameters beside the stored value of its tensor, and those of parts beside their layer's."""
         for mapped in mapped_tensors(self._run.module):
             place_maps(self._run.trainer, mapped)
+        place_parts(self._run.trainer, self._run.module)
         self._counts = self._count()
 
     def follow(self) -> None:

@@ -17,11 +17,13 @@ from lightning_peft.compose.lanes import Lane
 from lightning_peft.compose.run import Run
 from lightning_peft.contract import Contract
 from lightning_peft.structure import checkpoint as files
-from lightning_peft.structure import journal
+from lightning_peft.structure import journal, part_states
 from lightning_peft.structure.carry import group_names
+from lightning_peft.structure.earlier_parts import upgraded
 from lightning_peft.structure.edit_types import Edit
 from lightning_peft.structure.snapshot import ModuleSnapshot
 from lightning_peft.weights.maps import mapped_tensors, plain_tensors
+from lightning_peft.weights.parts import placed_parts
 
 
 def structure_record(module: LightningModule, groups: list[list[list[str]]]) -> dict[str, Any]:
@@ -88,9 +90,22 @@ class CheckpointHooks:
         """Write the section."""
         inner(checkpoint)
         checkpoint[files.KEY] = files.section_of(self._module, [method_records.describe(method) for method in self._methods])
+        checkpoint[files.KEY] |= self._parts(checkpoint)
         if journal.journal_of(self._module):
             groups = group_names(self._module, self._trainer.optimizers) if self._fitting else []
             checkpoint[files.KEY] |= structure_record(self._module, groups)
+
+    def _parts(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Write the layer parts that belong to the state dict, and those of the module and its averages beside them.
+
+        Lightning's WeightAveraging has put the average into the state dict by now.
+        """
+        averages = averaging.averaged_modules(self._trainer)
+        owner = averaging.shown(self._trainer) if "current_model_state" in checkpoint else self._module
+        section = part_states.write(checkpoint["state_dict"], owner or self._module)
+        if section and averages:
+            section[part_states.COPIES] = [part_states.states_of(module) for module in (self._module, *averages)]
+        return section
 
     def load(self, inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         """Check the file, and translate weights that were saved under other maps.
@@ -100,7 +115,9 @@ class CheckpointHooks:
         Raises:
             CheckpointError: The file is damaged, or its optimizer state belongs to other maps.
         """
+        checkpoint.update(upgraded(checkpoint))
         section = files.read(checkpoint)
+        parts = part_states.read(section)
         if self._fitting:
             files.check_order(checkpoint, section)
         edits, groups = journal.read(section), self._groups(checkpoint, section)
@@ -112,12 +129,27 @@ class CheckpointHooks:
         files.check_tensors(checkpoint["state_dict"], self._module)
         for method, state in saved:
             method_records.check(method, state, self._module)
-        if section is None or files.difference(section, tensors):
+        if section is None or files.difference(section, tensors) or part_states.difference(parts, self._module):
             self._adopt(checkpoint, section)
+        elif parts:
+            self._load_parts(checkpoint, section, parts)
         if not self._fitting:
             for method, state in saved:
                 method_records.restore(method, state, self._module)
         inner(checkpoint)
+
+    def _load_parts(self, checkpoint: dict[str, Any], section: dict[str, Any], parts: part_states.PartRecords) -> None:
+        """Give the module's parts and those of its averages what they held, and the weights what is beside the parts."""
+        shown = {path: [record["state"] for record in records] for path, records in parts.items()}
+        modules = [self._module, *(averaging.averaged_modules(self._trainer) if self._fitting else [])]
+        beside = section.get(part_states.COPIES, [])
+        states = beside if self._fitting and len(beside) == len(modules) else [shown] * len(modules)
+        for each, module in zip(states, modules, strict=True):
+            part_states.check_states(each, module)
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], **section[part_states.WEIGHTS]}
+        for each, module in zip(states, modules, strict=True):
+            part_states.restore(each, module)
+            part_states.restore_switches(parts, module)
 
     def _groups(self, checkpoint: dict[str, Any], section: dict[str, Any] | None) -> list[list[list[str]]] | None:
         """Names in the optimizers, which differ from what ``configure_optimizers`` lists when the module was edited."""
@@ -166,8 +198,10 @@ class CheckpointHooks:
     def _adopt(self, checkpoint: dict[str, Any], section: dict[str, Any] | None) -> None:
         """Load weights that were trained under other maps: allowed for evaluation, not for resuming an optimizer."""
         tensors = list(mapped_tensors(self._module, every_name=True))
-        if self._fitting and (tensors or section) and checkpoint.get("optimizer_states"):
-            reason = files.difference(section or {"weights": {}}, tensors)
+        attached = tensors or next(placed_parts(self._module), None) is not None
+        if self._fitting and (attached or section) and checkpoint.get("optimizer_states"):
+            parts = part_states.read(section)
+            reason = files.difference(section or {"weights": {}}, tensors) or part_states.difference(parts, self._module)
             if reason is not None:
                 raise files.CheckpointError(
                     f"This checkpoint cannot be resumed with these methods: {reason}, so its optimizer state would land on the "

@@ -18,7 +18,8 @@ from lightning_peft.attach.saving import JournalShim
 from lightning_peft.baking.reading import harmless_objects
 from lightning_peft.baking.reading import read_checkpoint as read_checkpoint
 from lightning_peft.structure import checkpoint as files
-from lightning_peft.structure import journal
+from lightning_peft.structure import journal, part_states
+from lightning_peft.structure.earlier_parts import upgraded
 from lightning_peft.structure.edits import Edit
 from lightning_peft.weights.maps import detach_maps
 
@@ -29,7 +30,7 @@ _KEPT = ("epoch", "global_step", "pytorch-lightning_version")
 
 
 def bake(module: ModuleT) -> ModuleT:
-    """Turn a module into an ordinary one, in place: weight maps applied, masks last, names and classes as they were.
+    """Turn a module into an ordinary one, in place: maps applied, masks last, parts merged, names and classes as they were.
 
     A module whose ``fit`` has ended is baked already; a copy taken during training is not.
 
@@ -39,11 +40,19 @@ def bake(module: ModuleT) -> ModuleT:
     Returns:
         The same module.
 
+    Raises:
+        MisconfigurationException: A layer part computes something that no weight does.
+
     Example:
         >>> import torch
         >>> bake(torch.nn.Linear(2, 2))
         Linear(in_features=2, out_features=2, bias=True)
     """
+    if lost := part_states.unmergeable(module):
+        raise MisconfigurationException(
+            f"The layer part {lost[0]} computes something that no weight does, so the module cannot be baked. Keep it as it "
+            "is, or switch them off first (part.enabled = False) to bake it without them."
+        )
     detach_maps(module, "baked")
     return module
 
@@ -57,6 +66,7 @@ def baked(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: The recorded weight maps do not fit the tensors.
     """
+    checkpoint = upgraded(checkpoint)
     section = files.read(checkpoint)
     kept = {key: checkpoint[key] for key in checkpoint if key in _KEPT or key.startswith(("hyper_parameters", "hparams"))}
     state = dict(checkpoint["state_dict"])

@@ -15,6 +15,7 @@ from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure import journal
 from lightning_peft.structure.edit_types import Edit
 from lightning_peft.weights.maps import mapped_tensors
+from lightning_peft.weights.parts import placed_parts
 
 
 def restore(module: nn.Module, state: Mapping[str, Any], edits: Sequence[Edit] = (), *, strict: bool = True) -> None:
@@ -28,12 +29,12 @@ def restore(module: nn.Module, state: Mapping[str, Any], edits: Sequence[Edit] =
 
     Raises:
         CheckpointError: Names, shapes, types or structural changes do not fit.
-        MisconfigurationException: Weight maps stand on the module.
+        MisconfigurationException: Weight maps or layer parts stand on the module.
     """
-    if next(mapped_tensors(module), None) is not None:
+    if next(mapped_tensors(module), None) is not None or next(placed_parts(module), None) is not None:
         raise MisconfigurationException(
-            "The module is under weight maps, and the weights to load are baked. Load into a new instance, or bake it first: "
-            "lightning_peft.bake(module)."
+            "The module is under weight maps or layer parts, and the weights to load are baked. Load into a new instance, or "
+            "bake it first: lightning_peft.bake(module)."
         )
     before = journal.journal_of(module)
     restructured = journal.replay(module, list(edits), state)

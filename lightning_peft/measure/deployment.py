@@ -17,7 +17,7 @@ from lightning_peft.measure.figures import Comparison, Figures
 from lightning_peft.measure.layers import count_flops, layer_costs, time_layers
 from lightning_peft.measure.quality import judge, moved
 from lightning_peft.namespaces import both
-from lightning_peft.weights.maps import mapped_tensors
+from lightning_peft.weights.mapped_layer import is_mapped
 
 
 def measure(
@@ -129,8 +129,8 @@ def _figures(network: nn.Module, samples: list[Inputs], latencies: list[Latency]
 
 @contextlib.contextmanager
 def _ready(module: nn.Module) -> Iterator[tuple[nn.Module, torch.device]]:
-    """Put a network into evaluation mode for a while; a LightningModule's, or one under weight maps, is copied and baked."""
-    if isinstance(module, both(LightningModule)) or next(mapped_tensors(module), None) is not None:
+    """Put a network into evaluation mode for a while; a LightningModule's, or one under maps or parts, is copied and baked."""
+    if isinstance(module, both(LightningModule)) or any(map(is_mapped, module.modules())):
         module = plain_network(module)
     if any(isinstance(parameter, torch.sparse.SparseSemiStructuredTensor) for parameter in module.parameters()):
         raise MisconfigurationException(

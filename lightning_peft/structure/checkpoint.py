@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft import registry
+from lightning_peft.structure import part_states
 from lightning_peft.structure.errors import CheckpointError as CheckpointError
 from lightning_peft.structure.forms import anything, dict_of, fields, maybe, text, whole
 from lightning_peft.weights.mapped_layer import map_prefix, maps_prefix, stored_key
@@ -157,10 +158,11 @@ def bake_state_dict(state: Mapping[str, Tensor], section: Mapping[str, Any]) -> 
         section: The library's part of the same checkpoint.
 
     Returns:
-        Tensors by plain name, maps applied, masks last.
+        Tensors by plain name, maps applied, masks last, layer parts in the weights.
 
     Raises:
-        CheckpointError: A recorded tensor is missing, or has a shape its maps do not fit.
+        CheckpointError: A recorded tensor is missing, or has a shape its maps do not fit; or a layer part cannot go into a
+            weight.
     """
     plain = dict(state)
     for name, records in section["weights"].items():
@@ -183,6 +185,7 @@ def bake_state_dict(state: Mapping[str, Tensor], section: Mapping[str, Any]) -> 
         if value.shape != shape:
             raise CheckpointError(f"The weight maps on {name} change its shape from {tuple(shape)} to {tuple(value.shape)}.")
         plain[name] = value
+    part_states.merge(plain, section)
     _check_counts(section)
     return plain
 

@@ -162,7 +162,7 @@ def undo_blocks(module: nn.Module, edit: BlocksEdit, removed: Mapping[str, nn.Mo
 
 
 def copied(block: nn.Module, *, masked: bool) -> nn.Module:
-    """Copy a block without its weight maps; what the block is configured with stays shared.
+    """Copy a block with its layer parts and without its weight maps; what the block is configured with stays shared.
 
     Args:
         block: The block.
@@ -170,7 +170,7 @@ def copied(block: nn.Module, *, masked: bool) -> nn.Module:
     """
     shared = [vars(layer)["config"] for layer in block.modules() if "config" in vars(layer)]  # transformers change it later
     twin = copy.deepcopy(block, {id(config): config for config in shared})
-    detach_maps(twin, "live" if masked else "unmasked")
+    detach_maps(twin, "live" if masked else "unmasked", parts=False)
     _drop_plain_methods(twin)
     return twin
 

@@ -18,6 +18,7 @@ from lightning_peft.structure import depth, put, slices, width
 from lightning_peft.structure.edit_types import BlocksEdit, PutEdit, Recorded
 from lightning_peft.structure.edit_types import Edit as Edit
 from lightning_peft.structure.errors import CheckpointError
+from lightning_peft.structure.part_slices import check_parts
 
 Operator: TypeAlias = Callable[[Mapping[str, Tensor], Edit, torch.Generator], Mapping[str, Tensor]]
 """Plain values before an edit, by qualified name, to values after it; what is not returned stays as the edit left it."""
@@ -79,6 +80,12 @@ class Change:
         prefix, rest = split_block(self.edit, name)
         return f"{self.copied[prefix]}.{rest}" if rest is not None and prefix in self.copied else None
 
+    def old_name(self, name: str) -> str:
+        """Return what a tensor that is not new was called before."""
+        prefix, rest = split_block(self.edit, name)
+        old = next((old for old, new in self.renamed.items() if new == prefix), prefix)
+        return name if rest is None else f"{old}.{rest}"
+
     def new_value(self, name: str, value: Tensor) -> Tensor:
         """Return what an old tensor's value, or an average of it, becomes; only a slice changes it."""
         entry = self.edit["tensors"].get(name) if self.edit["op"] == "slice" else None
@@ -118,6 +125,7 @@ def check(module: nn.Module, edit: Recorded) -> None:
         depth.check_blocks(module, edit)
     elif op == "resize":
         width.check_resize(module, edit)
+        check_parts(module, edit)
     elif op == "slice":
         slices.check_slice(module, edit)
     elif op == "put":

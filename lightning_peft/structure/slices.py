@@ -16,6 +16,7 @@ from lightning_peft.structure.axes import NEW, OLD
 from lightning_peft.structure.edit_types import Recorded, SliceEdit, SliceEntry
 from lightning_peft.structure.errors import CheckpointError
 from lightning_peft.structure.in_place import check_attributes, is_changes, put, set_attributes
+from lightning_peft.structure.part_slices import check_parts, put_parts
 from lightning_peft.structure.ranges import Ranges, are_ranges, complement, indices
 from lightning_peft.weights.held import HeldMask
 from lightning_peft.weights.maps import WeightMap, mapped_tensors, plain_tensors
@@ -72,6 +73,7 @@ def check_slice(module: nn.Module, edit: Recorded) -> None:
     for name, weight_maps in _maps(module, edit).items():
         for weight_map in weight_maps:
             _check_map(weight_map, name, edit["tensors"][name])
+    check_parts(module, edit)
 
 
 def _check_form(edit: Recorded) -> None:
@@ -118,11 +120,16 @@ def cut(module: nn.Module, edit: SliceEdit) -> Cut:
     """
     tensors, left = plain_tensors(module), {}
     weight_maps = _maps(module, edit)
+
+    def narrowed(name: str, value: Tensor, entry: Mapping[str, Any]) -> Tensor:
+        left[name] = _left(value, entry["kept"])
+        return narrow(value, entry["kept"])
+
+    put_parts(module, edit, narrowed)
     for name, entry in edit["tensors"].items():
         for weight_map in weight_maps.get(name, ()):
             _narrow_map(weight_map, entry)
-        left[name] = _left(tensors[name].detach(), entry["kept"])
-        put(module, name, tensors[name], narrow(tensors[name].detach(), entry["kept"]))
+        put(module, name, tensors[name], narrowed(name, tensors[name].detach(), entry))
     set_attributes(module, edit["attributes"], NEW)
     return left
 
@@ -134,6 +141,7 @@ def mend(module: nn.Module, edit: SliceEdit, left: Cut) -> None:
     A cut made in another process has nothing at hand: zeros take its place, for a checkpoint to fill.
     """
     tensors, weight_maps = plain_tensors(module), _maps(module, edit)
+    put_parts(module, edit, lambda name, value, entry: _widen(value, entry, left.get(name)))
     for name, entry in edit["tensors"].items():
         for weight_map in weight_maps.get(name, ()):
             if isinstance(weight_map, HeldMask) and list(weight_map.held.shape) == entry["to"]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.structure import journal
 from lightning_peft.weights.maps import mapped_tensors
+from lightning_peft.weights.parts import placed_parts
 
 _REGISTRIES = ("_modules", "_parameters", "_buffers")
 
@@ -39,6 +40,8 @@ class ModuleSnapshot:
         for mapped in mapped_tensors(self._module):
             for weight_map in mapped.maps:
                 yield from weight_map.modules()
+        for placed in placed_parts(self._module):
+            yield from placed.part.modules()
         for change in self._journal:
             for block in change.removed.values():
                 yield from block.modules()

@@ -5,8 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lightning_peft.structure.journal import journal_of
+from lightning_peft.testing.modules import loader
 
 
 class Losses(Callback):
@@ -45,3 +50,31 @@ class FailAt(Callback):
 def every_epoch(folder: Path) -> ModelCheckpoint:
     """Keep ``epoch=<n>.ckpt`` of every epoch."""
     return ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+
+
+class Beginning(Callback):
+    """Ends a fit before its first step, and keeps what the module computes there, then with other plain weights loaded.
+
+    Attributes:
+        outputs: The module's outputs on one batch; the second only where the module has the structure its class builds.
+    """
+
+    def __init__(self) -> None:
+        self.outputs: list[Tensor] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        inputs = next(iter(loader()))[0]
+        self.outputs.append(_evaluated(pl_module, inputs))
+        if not journal_of(pl_module):
+            torch.manual_seed(1)
+            pl_module.load_state_dict(type(pl_module)().state_dict())
+            self.outputs.append(_evaluated(pl_module, inputs))
+        raise PlannedError
+
+
+def _evaluated(module: Any, inputs: Tensor) -> Tensor:
+    module.eval()
+    with torch.no_grad():
+        output: Tensor = module.logits(inputs)
+    module.train()
+    return output

@@ -12,12 +12,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from torch import Tensor
 
 import lightning_peft
 from lightning_peft.compose.lanes import Lane
+from lightning_peft.method import Method
 from lightning_peft.structure.checkpoint import KEY
 from lightning_peft.structure.plain import not_plain
-from lightning_peft.testing.callbacks import FailAt, PlannedError, StopAfter, every_epoch
+from lightning_peft.testing.callbacks import Beginning, FailAt, PlannedError, StopAfter, every_epoch
 from lightning_peft.testing.evaluation import EvaluationChecks
 from lightning_peft.testing.life_cycle import LifeCycleChecks
 from lightning_peft.testing.modules import Plain, loader, trainer
@@ -25,7 +27,7 @@ from lightning_peft.testing.ordinary import OrdinaryChecks
 from lightning_peft.testing.probe import shape_of
 from lightning_peft.testing.runs import Fit, assert_same
 from lightning_peft.testing.shared_runs import EPOCHS, Factory, probe_of
-from lightning_peft.testing.toys import ToyEntropy, ToyTwice
+from lightning_peft.testing.toys import ToyEntropy, ToyShift, ToyTwice
 from lightning_peft.testing.trace import difference, without
 
 
@@ -189,6 +191,22 @@ class MethodTester(EvaluationChecks, LifeCycleChecks, OrdinaryChecks):
         second = self._fit([ToyEntropy(name="companion"), factory()], before=[Callback()])
         first.methods.reverse()
         assert_same(first, second, "[method, companion] against [companion, method]")
+
+    def test_keeps_its_values_on_another_map(self, factory: Factory) -> None:
+        alone, beside = (self._begun([factory(), *others]) for others in ([], [ToyShift(name="companion")]))
+        for place, (one, other) in enumerate(zip(alone, beside, strict=True)):
+            when = ("at the start", "with plain weights loaded")[place]
+            error = (one - other).abs().max().item()
+            assert error <= self.tolerance, (
+                f"{when}, the network computes something else ({error:.3g}) when another map with an inverse stands on the "
+                "same tensors; see right_inverse"
+            )
+
+    def _begun(self, methods: list[Method]) -> list[Tensor]:
+        beginning = Beginning()
+        with pytest.raises(PlannedError):
+            self._fit(methods, after=[beginning])
+        return beginning.outputs
 
     @pytest.mark.parametrize("averaging", ["EMA", "SWA"])
     def test_weight_averaging(self, factory: Factory, averaging: str) -> None:

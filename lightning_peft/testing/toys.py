@@ -1,4 +1,4 @@
-"""Small methods, one for each way of acting: maps, masks, loss terms, gradients, steps, optimizers, modules, calibration.
+"""Small methods, one for each way of acting: maps, masks, parts, loss terms, gradients, steps, optimizers, calibration.
 
 They stand in for other people's methods wherever a test needs some, and are the shortest complete examples of each kind.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.optim import Optimizer
 
 from lightning_peft.capture.calibration_block import CalibrationBlock
@@ -26,6 +27,7 @@ from lightning_peft.structure.forms import Form, dict_of, fields, whole
 from lightning_peft.structure.journal import journal_of
 from lightning_peft.structure.replacement import Replacement
 from lightning_peft.testing.trace import difference
+from lightning_peft.weights.layer_part import LayerPart
 from lightning_peft.weights.maps import WeightMap
 
 
@@ -230,6 +232,92 @@ class ToyLookahead(Method):
         for optimizer in module.trainer.optimizers:
             if isinstance(optimizer, Lookahead):
                 optimizer.begin_again()
+
+
+class ShiftMap(WeightMap):
+    """Adds a learned number to a weight; what is stored is the rest, as where the principal part of a weight is trained."""
+
+    kind = "toy_shift"
+    lane = Lane.DELTA
+
+    def __init__(self, start: float = 0.5) -> None:
+        super().__init__()
+        self.start = start
+        self.shift = nn.Parameter(torch.tensor(start))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.shift
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Stored value under which the layer sees ``weight``."""
+        return weight - self.shift
+
+    def config(self) -> dict[str, Any]:
+        return {"start": self.start}
+
+
+class ToyShift(Method):
+    """A second kind of map that can be inverted, for tensors that have one already."""
+
+    lane = Lane.DELTA
+    weight_maps = (ShiftMap,)
+
+    def __init__(
+        self, shift: float = 0.5, *, targets: Any = "all-linear", exclude: Any = None, name: str | None = None
+    ) -> None:
+        super().__init__(targets=targets, exclude=exclude, name=name)
+        self.shift = shift
+
+    def attach(self, module: LightningModule) -> None:
+        for name in self.claims(module):
+            self.map_weight(module, name, ShiftMap(self.shift))
+
+
+class LowRankPart(LayerPart):
+    """LoRA (Hu et al., ICLR 2022) beside a linear layer: ``x`` goes through two thin matrices, the weight is not touched.
+
+    Args:
+        inputs: Inputs of the layer.
+        outputs: Outputs of the layer.
+        rank: Rows of ``down``, ``(rank, inputs)``, and columns of ``up``, ``(outputs, rank)``.
+        seed: Seed of ``down``; ``up`` starts at zero, so that the layer computes what it did.
+    """
+
+    kind = "toy_low_rank"
+    lane = Lane.DELTA
+    follows = {"down": {1: ("weight", 1)}, "up": {0: ("weight", 0)}}
+
+    def __init__(self, inputs: int, outputs: int, rank: int = 2, seed: int = 0) -> None:
+        super().__init__()
+        self._config = {"inputs": inputs, "outputs": outputs, "rank": rank, "seed": seed}
+        down = torch.randn(rank, inputs, generator=torch.Generator().manual_seed(seed)) / inputs**0.5
+        self.down, self.up = nn.Parameter(down), nn.Parameter(torch.zeros(outputs, rank))
+
+    def forward(self, output: Tensor, inputs: Tensor) -> Tensor:
+        return output + linear(linear(inputs, self.down), self.up)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The weight of a layer that computes the same by itself."""
+        return weight + self.up @ self.down
+
+    def config(self) -> dict[str, Any]:
+        return self._config
+
+
+class ToyLowRank(Method):
+    """Layer part that can go into the weight, on every linear layer."""
+
+    lane = Lane.DELTA
+    parts = (LowRankPart,)
+
+    def __init__(self, rank: int = 2, *, targets: Any = "all-linear", exclude: Any = None, name: str | None = None) -> None:
+        super().__init__(targets=targets, exclude=exclude, name=name)
+        self.rank = rank
+
+    def attach(self, module: LightningModule) -> None:
+        for seed, (name, layer) in enumerate(self.select(module).items()):
+            outputs, inputs = layer.weight.shape  # type: ignore[misc]
+            self.put_part(module, name, LowRankPart(int(inputs), int(outputs), self.rank, seed))
 
 
 class ToyEntropy(Method):

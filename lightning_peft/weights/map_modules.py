@@ -1,4 +1,4 @@
-"""Shows who walks over a module the weight maps that hold parameters of their own, after everything else in it."""
+"""Shows who walks over a module its layer parts, and weight maps with parameters of their own, after everything else in it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class MapModules:
 
     @classmethod
     def show(cls, root: nn.Module) -> None:
-        """Show maps that have parameters or buffers of their own; nothing changes where none has."""
+        """Show parts, and maps that have parameters or buffers of their own; nothing changes where there are none."""
         if not isinstance(vars(root).get(cls.name), cls):
             shown = cls(root)
             if any(True for _ in shown._maps("", set())):
@@ -60,6 +60,7 @@ class MapModules:
                 for name, weight_map in layer._named_maps(f"{path}." if path else ""):
                     if any(True for _ in weight_map.parameters()) or any(True for _ in weight_map.buffers()):
                         yield name.removesuffix("."), weight_map
+                yield from ((name.removesuffix("."), part) for name, part in layer._named_parts(f"{path}." if path else ""))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MapModules:
         return MapModules(copy.deepcopy(self._root(), memo))  # type: ignore[arg-type]

@@ -3,11 +3,14 @@
 ``torch.nn.utils.parametrize`` moves a parameter into a submodule, which renames it, puts it behind the others in
 ``parameters()`` and makes the module impossible to pickle. Code that pairs two networks by position, as every moving average
 of a network does, would then pair weights with biases. Here only the class of the layer changes, and only while maps are on.
+
+Layer parts stand beside a layer by the same means: a call of it goes through them, and it has no submodule more.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.network.plain_class import StandIn
+from lightning_peft.weights.part_stack import PartStack
 from lightning_peft.weights.weight_map import WeightMap
 
 
@@ -84,7 +88,7 @@ def _untraced(function: Callable[[Tensor], Tensor], stored: Tensor) -> Tensor:
 
 
 class MappedLayer(StandIn):
-    """Additions to the class of a layer while maps are on its parameters.
+    """Additions to the class of a layer while maps are on its parameters, or parts beside it.
 
     In a state dict a parameter under maps goes by the names ``torch.nn.utils.parametrize`` would give it,
     ``parametrizations.weight.original`` and ``parametrizations.weight.0.<...>``, so that no module without maps loads a file
@@ -93,6 +97,20 @@ class MappedLayer(StandIn):
     """
 
     weight_maps: dict[str, MapChain]
+    part_stack: PartStack | None = None
+
+    @property
+    def layer_parts(self) -> nn.Module:
+        """The parts as modules, where ``functional_call`` looks for them by name."""
+        view = nn.Module()
+        for part in self.part_stack or ():
+            view.add_module(part.key, part)
+        return view
+
+    def train(self, mode: bool = True) -> Any:
+        for part in self.part_stack or ():
+            part.train(mode)
+        return super().train(mode)
 
     @property
     def parametrizations(self) -> nn.Module:
@@ -110,6 +128,8 @@ class MappedLayer(StandIn):
         for chain in self.weight_maps.values():
             for weight_map in chain.maps:
                 weight_map._apply(fn)
+        for part in self.part_stack or ():
+            part._apply(fn)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -178,6 +198,10 @@ class MappedLayer(StandIn):
             for position, weight_map in enumerate(chain.maps):
                 yield map_prefix(f"{prefix}{name}", position), weight_map
 
+    def _named_parts(self, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+        """Every part with what the names of its parameters begin with."""
+        return ((f"{prefix}layer_parts.{part.key}.", part) for part in self.part_stack or ())
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         inherited = getattr(super(), "__deepcopy__", None)
         if inherited is not None:
@@ -242,46 +266,79 @@ def map_prefix(name: str, position: int) -> str:
 
 def chain_on(layer: nn.Module, attribute: str) -> MapChain:
     """Return the chain of maps on a layer's own parameter, an empty new one where there is none."""
-    chains: dict[str, MapChain] = dict(layer.weight_maps) if isinstance(layer, MappedLayer) else {}
+    chains, stack = _held(layer)
     if attribute not in chains:
         chains[attribute] = MapChain()
-        _set_chains(layer, chains)
+        _stand_in(layer, chains, stack)
     return chains[attribute]
 
 
 def take_chain(layer: nn.Module, attribute: str) -> MapChain:
-    """Take the chain of maps off a layer's own parameter, and give the layer its class back when no other is left."""
-    assert isinstance(layer, MappedLayer)
-    chains = dict(layer.weight_maps)
+    """Take the chain of maps off a layer's own parameter, and give the layer its class back when nothing else is left."""
+    chains, stack = _held(layer)
     chain = chains.pop(attribute)
-    _set_chains(layer, chains)
+    _stand_in(layer, chains, stack)
     return chain
 
 
-def _set_chains(layer: Any, chains: dict[str, MapChain]) -> None:
+def stack_on(layer: nn.Module) -> PartStack:
+    """Return the parts beside a layer, an empty new stack where there are none."""
+    chains, stack = _held(layer)
+    if stack is None:
+        stack = PartStack()
+        _stand_in(layer, chains, stack)
+    return stack
+
+
+def take_stack(layer: nn.Module) -> None:
+    """Take the parts off a layer, and give it its class back when no map is left either."""
+    _stand_in(layer, _held(layer)[0], None)
+
+
+def _held(layer: nn.Module) -> tuple[dict[str, MapChain], PartStack | None]:
+    return (dict(layer.weight_maps), layer.part_stack) if isinstance(layer, MappedLayer) else ({}, None)
+
+
+def _stand_in(layer: Any, chains: dict[str, MapChain], stack: PartStack | None) -> None:
     cls = type(layer).plain_class if isinstance(layer, MappedLayer) else type(layer)
-    if chains:
+    for key in _HELD:
+        vars(layer).pop(key, None)
+    layer.__class__ = cls
+    if chains or stack is not None:
         vars(layer)["weight_maps"] = chains
-        layer.__class__ = _mapped_class(cls, tuple(chains))
-    else:
-        layer.__class__ = cls
-        del vars(layer)["weight_maps"]
+        if stack is not None:
+            vars(layer)["part_stack"] = stack
+        layer.__class__ = _mapped_class(cls, tuple(chains), stack is not None)
 
 
-_CLASSES: weakref.WeakValueDictionary[tuple[type, tuple[str, ...]], type] = weakref.WeakValueDictionary()
+_HELD = ("weight_maps", "part_stack")
+
+_CLASSES: weakref.WeakValueDictionary[tuple[type, tuple[str, ...], bool], type] = weakref.WeakValueDictionary()
 """One class for all layers of a kind, so that a compiled step is compiled once for them."""
 
 
-def _mapped_class(cls: type[nn.Module], attributes: tuple[str, ...]) -> type:
-    found = _CLASSES.get((cls, attributes))
+def _mapped_class(cls: type[nn.Module], attributes: tuple[str, ...], parts: bool) -> type:
+    found = _CLASSES.get((cls, attributes, parts))
     if found is None:
         names: dict[str, Any] = {"__module__": cls.__module__, "plain_class": cls}
         names |= {name: _reader(name) for name in attributes}
         if hasattr(cls, "reset_parameters"):
             names["reset_parameters"] = _reset_parameters
+        if parts:
+            names["forward"] = _forward(cls)
         found = type(f"Mapped{cls.__name__}", (MappedLayer, cls), names)
-        _CLASSES[cls, attributes] = found
+        _CLASSES[cls, attributes, parts] = found
     return found
+
+
+def _forward(cls: type[nn.Module]) -> Callable[..., Any]:
+    own = cls.forward
+
+    @functools.wraps(own)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.part_stack.call(own, self, args, kwargs)
+
+    return forward
 
 
 def _reader(name: str) -> property:
@@ -309,6 +366,18 @@ def _reset_parameters(layer: Any, *args: Any, **kwargs: Any) -> None:
         stored.copy_(chain.enter(stored))
 
 
+def final_value(layer: nn.Module, name: str) -> Tensor:
+    """Return the value a parameter has in an ordinary layer that computes the same: maps applied, parts merged; no graph."""
+    stored: Any = layer._parameters[name]
+    value: Tensor = stored.detach()
+    if isinstance(layer, MappedLayer):
+        if name in layer.weight_maps:
+            value = layer.weight_maps[name].bake(stored)
+        if name == "weight" and layer.part_stack is not None:
+            value = layer.part_stack.merged(value)
+    return value
+
+
 _TWINS: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictionary()
 """Baked parameters that a pickler still holds, by the stored one: what layers share they share in the file too."""
 
@@ -316,11 +385,14 @@ _TWINS: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictio
 def _baked_twin(layer: MappedLayer) -> nn.Module:
     cls = type(layer).plain_class
     twin = cls.__new__(cls)
-    state = {key: value for key, value in vars(layer).items() if key != "weight_maps"}
+    state = {key: value for key, value in vars(layer).items() if key not in _HELD}
+    if layer.part_stack is not None:
+        state["_forward_pre_hooks"] = layer.part_stack.without_marks(layer)
     state["_parameters"] = parameters = copy.copy(layer._parameters)
-    for name, chain in layer.weight_maps.items():
+    merging = layer.part_stack is not None and layer.part_stack.merges
+    for name in {**layer.weight_maps, **({"weight": None} if merging else {})}:
         stored: Any = parameters[name]
-        value = chain.bake(stored)
+        value = final_value(layer, name)
         known = _TWINS.get(id(stored))
         if known is None or not torch.equal(known, value):
             known = _TWINS[id(stored)] = nn.Parameter(value.clone(), requires_grad=stored.requires_grad)

@@ -18,7 +18,16 @@ from torch.nn.utils import parametrize
 
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.weights.map_modules import MapModules
-from lightning_peft.weights.mapped_layer import MapChain, MappedLayer, chain_on, is_mapped, maps_prefix, take_chain
+from lightning_peft.weights.mapped_layer import (
+    MapChain,
+    MappedLayer,
+    chain_on,
+    final_value,
+    is_mapped,
+    maps_prefix,
+    take_chain,
+)
+from lightning_peft.weights.parts import check_masks, part_stacks, placed_parts, take_parts
 from lightning_peft.weights.weight_map import WeightMap as WeightMap
 
 MapT = TypeVar("MapT", bound=WeightMap)
@@ -72,7 +81,7 @@ class MappedTensor:
 
     def baked(self) -> Tensor:
         """The value this tensor has in an ordinary module."""
-        return self.chain.bake(self.stored)
+        return final_value(self.layer, self.attribute)
 
 
 def mapped_tensors(module: nn.Module, *, every_name: bool = False) -> Iterator[MappedTensor]:
@@ -98,7 +107,7 @@ def maps_of(module: nn.Module, kind: type[MapT], owner: str) -> Iterator[tuple[M
 
 
 def parameters_with_maps(part: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the parameters of a part of a module, then those that weight maps on them hold for themselves.
+    """Yield the parameters of a part of a module, then those that weight maps and layer parts in it hold for themselves.
 
     ``parameters()`` of the whole module yields both, that of a part its own alone.
     """
@@ -106,6 +115,8 @@ def parameters_with_maps(part: nn.Module) -> Iterator[nn.Parameter]:
     for mapped in mapped_tensors(part):
         for weight_map in mapped.maps:
             yield from weight_map.parameters()
+    for placed in placed_parts(part):
+        yield from placed.part.parameters()
 
 
 def plain_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -182,9 +193,10 @@ def attached_map(module: nn.Module, name: str, like: WeightMap) -> WeightMap | N
 
 
 def attach_map(module: nn.Module, name: str, weight_map: WeightMap) -> MappedTensor:
-    """Put a map on the tensor called ``name``, outside the maps already there.
+    """Put a map on the tensor called ``name``, outside the maps of its lane and of those below.
 
-    The ``nn.Parameter`` object stays the same, so optimizers remain valid; a ``right_inverse`` changes its value in place.
+    The ``nn.Parameter`` object stays the same, so optimizers remain valid. A map with a ``right_inverse`` leaves what the layer
+    computes as it is, whatever invertible maps are below it: the stored value changes in place.
 
     Args:
         module: Module in which ``name`` is looked up.
@@ -195,20 +207,31 @@ def attach_map(module: nn.Module, name: str, weight_map: WeightMap) -> MappedTen
         A handle on the mapped tensor.
 
     Raises:
-        MisconfigurationException: The tensor is parametrized by somebody else.
+        MisconfigurationException: The tensor is parametrized by somebody else, or the map would keep its value but stands on
+            one that cannot be inverted.
     """
     path, attribute = split_name(name)
     layer = module.get_submodule(path)
     stored = _mappable(layer, path, attribute)
     mapped = MappedTensor(name, layer, attribute)
-    begun = None if is_mapped(layer, attribute) else _beginning(weight_map, stored)
+    if weight_map.lane >= Lane.MASK and isinstance(layer, MappedLayer) and attribute == "weight":
+        for part in layer.part_stack or ():
+            check_masks(path, part, weight_map)
+    if weight_map.lane == Lane.REPARAM and not stored.requires_grad:
+        weight_map.requires_grad_(False)  # the other view of a frozen tensor is frozen; deltas and masks train beside one
+    keeps = hasattr(weight_map, "right_inverse")
+    if keeps and is_mapped(layer, attribute):
+        _check_invertible(mapped)
     chain = chain_on(layer, attribute)
-    chain.maps.append(weight_map)
-    if begun is not None:
-        chain.pristine = stored.detach().clone()
-        with torch.no_grad():
-            stored.copy_(begun)
-    if len(chain.maps) == 1:
+    untouched = not chain.maps or mapped.untouched
+    with torch.no_grad():
+        value = mapped.unmasked() if keeps else stored
+        chain.maps.insert(sum(entry.lane <= weight_map.lane for entry in chain.maps), weight_map)
+        if keeps:
+            if untouched and chain.pristine is None:
+                chain.pristine = stored.detach().clone()
+            stored.copy_(chain.enter(value))
+    if untouched:
         chain.version = stored._version
     MapModules.show(module)
     return mapped
@@ -236,33 +259,27 @@ def _mappable(layer: nn.Module, path: str, attribute: str) -> nn.Parameter:
     return stored
 
 
-@torch.no_grad()
-def _beginning(weight_map: WeightMap, stored: nn.Parameter) -> Tensor | None:
-    """Return the stored value at which a first map gives the value its tensor has; ``None`` when it has no inverse."""
-    if weight_map.lane == Lane.REPARAM and not stored.requires_grad:
-        weight_map.requires_grad_(False)  # the other view of a frozen tensor is frozen; deltas and masks train beside one
-    inverse = getattr(weight_map, "right_inverse", None)
-    return None if inverse is None else inverse(stored.detach())
-
-
 def forget_pristine(module: nn.Module) -> None:
     """Free the copies that :func:`detach_maps` would need to undo an attachment; training has made them useless."""
     for mapped in mapped_tensors(module):
         mapped.chain.pristine = None
+    for _, _, stack in part_stacks(module):
+        stack.pristine = None
 
 
 Leave = Literal["baked", "live", "pristine", "unmasked"]
 
 
 @torch.no_grad()
-def detach_maps(module: nn.Module, leave: Leave = "baked") -> None:
-    """Take all weight maps off a module; classes and parameter objects are as before.
+def detach_maps(module: nn.Module, leave: Leave = "baked", *, parts: bool = True) -> None:
+    """Take all weight maps and layer parts off a module; classes and parameter objects are as before.
 
     Args:
         module: The module.
         leave: Value the tensors keep: ``"baked"``, what the layers saw last (``"live"``), the same without masks
             (``"unmasked"``), or the value they had before the maps came (``"pristine"``; tensors loaded or trained since then
-            keep their live value).
+            keep their live value). Parts that can go into a weight do so, unless it is left as it was before they came.
+        parts: Whether parts are taken off too.
     """
     tensors = list(mapped_tensors(module))
     values: dict[int, Tensor] = {}
@@ -270,6 +287,8 @@ def detach_maps(module: nn.Module, leave: Leave = "baked") -> None:
         stored = mapped.stored
         if id(stored) not in values:  # a tied tensor is mapped once
             values[id(stored)] = _final_value(mapped, leave)
+    if parts:
+        _detach_parts(module, leave, values)
     for mapped in tensors:
         for weight_map in mapped.maps:
             weight_map.detached()
@@ -277,12 +296,31 @@ def detach_maps(module: nn.Module, leave: Leave = "baked") -> None:
         stored = mapped.stored
         if id(stored) in values:
             stored.copy_(values.pop(id(stored)))
-    MapModules.hide(module)
+    if next(placed_parts(module), None) is None:
+        MapModules.hide(module)
+
+
+def _detach_parts(module: nn.Module, leave: Leave, values: dict[int, Tensor]) -> None:
+    """Take the parts off, and let them into the values of mapped tensors or into plain weights."""
+    for _, layer, stack in list(part_stacks(module)):
+        weight = layer._parameters.get("weight")
+        untouched = leave == "pristine" and stack.version == stack.count(layer)
+        value = values.get(id(weight)) if is_mapped(layer, "weight") else weight
+        if untouched and not is_mapped(layer, "weight"):
+            value = stack.pristine
+        elif stack.merges and value is not None and not untouched:
+            value = stack.merged(value)
+        take_parts(layer, stack)
+        if weight is not None and value is not None and value is not weight:
+            if id(weight) in values:
+                values[id(weight)] = value
+            else:
+                weight.copy_(value)
 
 
 def _final_value(mapped: MappedTensor, leave: Leave) -> Tensor:
     if leave == "baked":
-        return mapped.baked()
+        return mapped.chain.bake(mapped.stored)
     if leave == "unmasked":
         return mapped.unmasked()
     if leave == "pristine" and mapped.untouched:

@@ -1,4 +1,4 @@
-"""The stash: stored values of mapped tensors, kept beside a module whose maps were taken off after a fit.
+"""The stash: stored values of mapped tensors and parts, kept beside a module they were taken off after a fit.
 
 A fit ends with an ordinary module. The values the optimizer trained are not in it any more (a masked weight is zero there), so
 they wait here for the next ``fit``, ``test`` or ``save_checkpoint`` of the same process, which then continue exactly.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.weights.maps import mapped_tensors, split_name
+from lightning_peft.weights.parts import part_stacks
 
 
 @dataclass(slots=True)
@@ -26,6 +27,24 @@ class StashedTensor:
     identity: tuple[int, int] = (0, 0)
 
 
+@dataclass(slots=True)
+class StashedParts:
+    """The parts of one layer, its own weight where they went into it, and how to see that the layer is what was left.
+
+    Attributes:
+        value: The weight without them; ``None`` where it stayed as it is, or is under weight maps.
+        records: What :meth:`LayerPart.record` gave, innermost first.
+        states: Their tensors.
+        identities: Which tensors the layer holds, in which version, by name.
+    """
+
+    value: Tensor | None
+    records: list[dict[str, Any]]
+    states: list[dict[str, Any]]
+    identities: dict[str, tuple[int, int]]
+
+
+_PARTS: weakref.WeakKeyDictionary[nn.Module, dict[str, StashedParts]] = weakref.WeakKeyDictionary()
 _STASHES: weakref.WeakKeyDictionary[nn.Module, dict[str, StashedTensor]] = weakref.WeakKeyDictionary()
 
 
@@ -41,16 +60,39 @@ def fill(module: nn.Module) -> None:
                 [{k: v.detach().clone() for k, v in weight_map.state_dict().items()} for weight_map in mapped.maps],
             )
         stash[mapped.name] = places[id(mapped.chain)]
-    if stash:
-        _STASHES[module] = stash
-    else:
-        _STASHES.pop(module, None)
+    parts: dict[str, StashedParts] = {}
+    for path, layer, stack in part_stacks(module, every_name=True):
+        if not stack.recorded:
+            continue
+        weight: Any = layer._parameters.get("weight") if stack.merges and f"{path}.weight".lstrip(".") not in stash else None
+        parts[path] = StashedParts(
+            None if weight is None else weight.detach().clone(),
+            [part.record() for part in stack.recorded],
+            [_copied(part.state_dict()) for part in stack.recorded],
+            {},
+        )
+    _STASHES[module] = stash
+    _PARTS[module] = parts
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
 def seal(module: nn.Module) -> None:
-    """Note what the plain module looks like; call after its maps were taken off."""
-    for name, stashed in _STASHES.get(module, {}).items():
-        stashed.identity = _identity(module, name)
+    """Note what the plain module looks like; call after its maps were taken off.
+
+    Nothing is kept for a module that has lost some of its layers since :func:`fill`: a fit that failed before its first step
+    gives back the structure it found.
+    """
+    try:
+        for name, stashed in _STASHES.get(module, {}).items():
+            stashed.identity = _identity(module, name)
+        for path, held in _PARTS.get(module, {}).items():
+            held.identities = _identities(module, path)
+    except AttributeError:
+        _STASHES.pop(module, None)
+        _PARTS.pop(module, None)
 
 
 def peek(module: nn.Module) -> dict[str, StashedTensor]:
@@ -61,6 +103,16 @@ def peek(module: nn.Module) -> dict[str, StashedTensor]:
     except AttributeError:
         unchanged = False
     return stash if unchanged else {}
+
+
+def peek_parts(module: nn.Module) -> dict[str, StashedParts]:
+    """Return the stashed parts of a plain module by layer, or nothing when a tensor beside them changed since :func:`seal`."""
+    held = _PARTS.get(module, {})
+    try:
+        unchanged = all(_identities(module, path) == parts.identities for path, parts in held.items())
+    except AttributeError:
+        unchanged = False
+    return held if unchanged and (peek(module) or not _STASHES.get(module)) else {}
 
 
 @torch.no_grad()
@@ -77,6 +129,28 @@ def restore(module: nn.Module, stash: dict[str, StashedTensor]) -> None:
             weight_map.load_state_dict(state)
         # An evaluation that starts here must end with the module it was given.
         mapped.chain.version = mapped.stored._version
+
+
+@torch.no_grad()
+def restore_parts(module: nn.Module, held: dict[str, StashedParts]) -> None:
+    """Write stashed parts into a module that has them again; layers whose parts differ now are left alone."""
+    for path, layer, stack in part_stacks(module):
+        stashed = held.get(path)
+        if stashed is None or [(record["name"], record["part"]) for record in stashed.records] != stack.names:
+            continue
+        weight: Any = layer._parameters.get("weight")
+        if stashed.value is not None:
+            stack.pristine = weight.detach().clone()
+            weight.copy_(stashed.value)
+        for part, record, state in zip(stack.recorded, stashed.records, stashed.states, strict=True):
+            part.load_state_dict(state)
+            part.enabled = record["enabled"]
+        stack.version = stack.count(layer)
+
+
+def _identities(module: nn.Module, path: str) -> dict[str, tuple[int, int]]:
+    layer = module.get_submodule(path)
+    return {name: (id(p), p._version) for name, p in layer._parameters.items() if p is not None}
 
 
 def _identity(module: nn.Module, name: str) -> tuple[int, int]:

@@ -9,10 +9,19 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from lightning_peft import Lane, WeightMap, bake
+from lightning_peft.structure.checkpoint import mount_state_dict
 from lightning_peft.testing.modules import mlp
 from lightning_peft.testing.toys import ScaleMap, ThresholdMap
 from lightning_peft.testing.trace import difference, trace
-from lightning_peft.weights.maps import attach_map, detach_maps, forget_pristine, mapped_tensors, plain_tensors, split_name
+from lightning_peft.weights.maps import (
+    attach_map,
+    detach_maps,
+    forget_pristine,
+    mapped_tensors,
+    plain_tensors,
+    set_plain_values,
+    split_name,
+)
 
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
 
@@ -205,3 +214,72 @@ def test_gradients_reach_the_stored_value_and_the_maps_own_parameters(net):
     net(X).square().sum().backward()
     assert mapped.stored.grad.abs().sum() > 0
     assert mapped.maps[0].scale.grad.abs() > 0
+
+
+class Principal(WeightMap):
+    """As PiSSA: what is stored is the residual, a part of the weight is trained."""
+
+    kind, lane = "principal", Lane.DELTA
+
+    def __init__(self, part=0.5):
+        super().__init__()
+        self.part = nn.Parameter(torch.full((16, 16), part))
+
+    def forward(self, weight):
+        return weight + self.part
+
+    def right_inverse(self, weight):
+        return weight - self.part
+
+
+def two_inverses(net):
+    attach_map(net, "0.weight", ScaleMap(4.0))
+    return attach_map(net, "0.weight", Principal())
+
+
+def test_a_second_invertible_map_keeps_what_the_layer_computes(net):
+    before, weight = net(X), net[0].weight.detach().clone()
+    mapped = two_inverses(net)
+    assert torch.allclose(net(X), before, atol=1e-6)
+    assert torch.allclose(mapped.stored, (weight - 0.5) / 4.0), "the outermost inverse comes first"
+    detach_maps(net, "pristine")
+    assert torch.equal(net[0].weight, weight), "bit for bit"
+
+
+def test_plain_values_enter_two_invertible_maps_by_every_route(net):
+    mapped = two_inverses(net)
+    new = torch.arange(256.0).view(16, 16) / 64
+    stored = (new - 0.5) / 4.0
+
+    def seen():
+        assert torch.allclose(mapped.stored, stored)
+        assert torch.allclose(net[0].weight, new)
+        with torch.no_grad():
+            mapped.stored.zero_()
+
+    set_plain_values(net, {"0.weight": new})
+    seen()
+    net.load_state_dict(mlp().state_dict() | {"0.weight": new})
+    seen()
+    mount_state_dict(state := mlp().state_dict() | {"0.weight": new}, net)
+    assert torch.allclose(state["0.parametrizations.weight.original"], stored)
+    net.load_state_dict(state)
+    seen()
+
+
+def test_maps_stand_in_the_order_of_lanes_however_they_come(net):
+    before = net(X)
+    attach_map(net, "0.weight", ThresholdMap(0.0))
+    attach_map(net, "0.weight", Principal())
+    mapped = attach_map(net, "0.weight", ScaleMap(4.0))
+    assert [weight_map.kind for weight_map in mapped.maps] == ["toy_scale", "principal", "toy_threshold"]
+    assert torch.allclose(net(X), before, atol=1e-6)
+
+
+def test_a_map_that_keeps_its_value_does_not_stand_on_one_that_has_no_inverse(net):
+    attach_map(net, "0.weight", Shift())
+    live = net(X)
+    with pytest.raises(MisconfigurationException, match=r"0\.weight is under the weight map 'shift'.*exclude="):
+        attach_map(net, "0.weight", Principal())
+    assert torch.equal(net(X), live)
+    attach_map(net, "0.weight", ThresholdMap(0.0))

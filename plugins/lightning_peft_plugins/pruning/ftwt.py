@@ -22,8 +22,8 @@ from lightning_peft.network.layers import is_conv
 from lightning_peft.network.resolve import resolve_network
 from lightning_peft.network.targets import TargetSpec, by_layer, select
 from lightning_peft.optim.optimizers import trained_by
-from lightning_peft.weights.maps import mapped_tensors
-from lightning_peft_plugins.pruning._ftwt.channel_gate import ChannelGate, Prediction
+from lightning_peft.weights.parts import placed_parts
+from lightning_peft_plugins.pruning._ftwt.channel_gate import ChannelGate, GateCut, Prediction
 from lightning_peft_plugins.pruning._ftwt.skipping.costs import LayerCosts, share_of_cost
 from lightning_peft_plugins.pruning._ftwt.skipping.deploy import Deployed, deploy
 from lightning_peft_plugins.pruning._ftwt.skipping.predictor import NORMALISE, Normalise
@@ -74,7 +74,7 @@ class FTWT(Method):
 
     lane = Lane.LOSS
     reads = frozenset({Resource.STRUCTURE})
-    weight_maps = (ChannelGate,)
+    parts = (ChannelGate,)
     paper = "Elkerdawy et al., Fire Together Wire Together, CVPR 2022, https://arxiv.org/abs/2110.08232"
 
     def __init__(
@@ -152,16 +152,16 @@ class FTWT(Method):
             settings: tuple[Any, ...] = (self.normalise, self.tokens == "each", masses[name], self.criterion)
             gate = ChannelGate(weight.shape[1], unit.channels, *settings, joint=not self.decoupled)
             gate.lr_scale = self.lr_scale
-            placed = self.map_weight(module, f"{name}.weight", gate.to(weight.device))
-            assert isinstance(placed, ChannelGate)
+            placed = self.put_part(module, name, gate.to(weight.device))
             placed.place(producer, network.get_submodule(unit.gate), unit.activations)
+            if unit.gate != unit.producer:
+                self.put_part(module, f"{name.removesuffix(unit.producer)}{unit.gate}", GateCut(placed))
 
     def gates(self, module: nn.Module) -> Iterator[tuple[str, ChannelGate]]:
-        """Yield the gates by the qualified name of the layer they hang on."""
-        for mapped in mapped_tensors(module):
-            for entry in mapped.maps:
-                if isinstance(entry, ChannelGate) and entry.owner == type(self).__name__:
-                    yield mapped.name.removesuffix(".weight"), entry
+        """Yield the gates by the qualified name of the layer they stand beside."""
+        for placed in placed_parts(module):
+            if isinstance(placed.part, ChannelGate) and placed.part.owner == type(self).__name__:
+                yield placed.path, placed.part
 
     def start(self, run: Run) -> None:
         """Place the cool-down, and watch what layers cost in the first step."""

@@ -17,6 +17,7 @@ from lightning_peft import Lane, Loss, Method, Resource, Run, Step
 from lightning_peft.arguments import one_of
 from lightning_peft.network.logits import as_logits
 from lightning_peft.structure.edits import Change
+from lightning_peft.structure.part_states import unmergeable
 from lightning_peft.weights.maps import detach_maps
 from lightning_peft_plugins.regularizers._pskd.batch_index import index_in_batch
 from lightning_peft_plugins.regularizers._pskd.prediction_outbox import PredictionOutbox
@@ -306,5 +307,5 @@ def _frozen(network: nn.Module) -> nn.Module:
     Weights become what its layers see now: a soft mask that goes on hardening would make another teacher after a resume.
     """
     teacher = copy.deepcopy(network)
-    detach_maps(teacher, "live")
+    detach_maps(teacher, "live", parts=not unmergeable(teacher))
     return teacher.eval().requires_grad_(False)

@@ -19,8 +19,9 @@ from lightning_peft.network.channel_units import channel_units
 from lightning_peft.testing import MethodTester
 from lightning_peft.testing.modules import Plain, deepened, loader
 from lightning_peft.testing.runs import fit
+from lightning_peft.weights.parts import put_part
 from lightning_peft_plugins.pruning import ftwt
-from lightning_peft_plugins.pruning._ftwt.channel_gate import ChannelGate
+from lightning_peft_plugins.pruning._ftwt.channel_gate import ChannelGate, GateCut
 
 
 class TestFTWT(MethodTester):
@@ -107,6 +108,8 @@ def test_activity_is_that_of_the_activated_map(activation: nn.Module) -> None:
     unit = channel_units(network)[0]
     gate = ChannelGate(1, 6, keep=0.6)
     gate.place(network[0], network[1], unit.activations)
+    put_part(network, "0", gate)
+    put_part(network, "1", GateCut(gate))
     gate.open = True
     images = 5 * torch.randn(8, 1, 9, 9)
     hidden = network[:3](images)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import Lane, WeightMap
+from lightning_peft import Lane
 from lightning_peft.network.channel_units import Activation, rectifies
 from lightning_peft.network.layers import is_conv
+from lightning_peft.weights.layer_part import LayerPart
 from lightning_peft_plugins.pruning._ftwt.skipping.predictor import ChannelPredictor, Normalise, channel_means, chosen
 from lightning_peft_plugins.pruning.functional.active_channels import Criterion, active_channels
 
@@ -26,32 +25,10 @@ class Prediction(NamedTuple):
     target: Tensor
 
 
-class GateHook:
-    """One of a gate's methods as a hook: a deep copy of the network has its own gates in its own hooks, a pickle has none.
-
-    Args:
-        gate: The gate.
-        method: Name of its method.
-    """
-
-    def __init__(self, gate: ChannelGate, method: str) -> None:
-        self.gate, self._method = gate, method
-
-    def __call__(self, *args: Any) -> Any:
-        return getattr(self.gate, self._method)(*args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> GateHook:
-        return GateHook(copy.deepcopy(self.gate, memo), self._method)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (nullcontext(), "__exit__")  # takes anything and does nothing, wherever the file is loaded
-
-
-class ChannelGate(WeightMap):
+class ChannelGate(LayerPart):
     """Looks at a unit's input and sets the output channels to zero that its predictor does not choose.
 
-    It hangs on the weight of the unit's producer, which it leaves as it is, so that the predictor is placed, averaged, copied,
-    saved and taken off like the parameters of any weight map.
+    It stands beside the unit's producer; where channels are cut behind another layer, :class:`GateCut` stands beside that.
 
     Args:
         inputs: Input channels of the unit.
@@ -66,6 +43,7 @@ class ChannelGate(WeightMap):
     kind = "channel_gate"
     lane = Lane.MASK
     optimizer_overrides = {"weight_decay": 0.0}
+    training_only = True
 
     def __init__(
         self,
@@ -83,41 +61,33 @@ class ChannelGate(WeightMap):
         self.calls: list[Prediction] = []
         self.open = False
         self._config = {"inputs": inputs, "outputs": outputs, "normalise": normalise, "tokens": tokens}
-        self._places: list[nn.Module] = []
+        self._cuts = False
         self._activations: Sequence[Activation] = ()
         self._convolution = self._rectified = True
         self._logits: Tensor | None = None
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight
 
     def config(self) -> dict[str, Any]:
         return self._config
 
     def place(self, producer: nn.Module, gate: nn.Module, activations: Sequence[Activation]) -> None:
-        """Hang the gate in a network: it reads the input of one layer and cuts the output of another; once only.
+        """Tell the gate where its unit's channels go.
 
         Args:
             producer: Layer that computes the channels.
             gate: Layer behind which channels that are zero stay zero.
             activations: What follows ``gate`` before the channels are read.
         """
-        if self._places:
-            return
-        self._places, self._activations, self._convolution = [producer, gate], activations, is_conv(producer)
+        self._cuts, self._activations, self._convolution = gate is producer, activations, is_conv(producer)
         # timm's norms carry their activation.
         last = activations or [getattr(gate, "act", nn.Identity())]
         self._rectified = self._convolution and all(rectifies(activation) for activation in last)
-        producer.register_forward_pre_hook(GateHook(self, "_look"))
-        gate.register_forward_hook(GateHook(self, "_cut"))
+
+    def around(self, call: Callable[..., Any], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._look(args[0])
+        output = call(*args, **kwargs)
+        return self.cut(output) if self._cuts else output
 
     def detached(self) -> None:
-        """Leave the layers as they were."""
-        for layer in self._places:
-            for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
-                for key in [key for key, hook in hooks.items() if isinstance(hook, GateHook) and hook.gate is self]:
-                    del hooks[key]
-        self._places = []
         self.take()
 
     def take(self) -> list[Prediction]:
@@ -125,11 +95,12 @@ class ChannelGate(WeightMap):
         calls, self.calls, self._logits = self.calls, [], None
         return calls
 
-    def _look(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs: Tensor = args[0] if self.joint else args[0].detach()
+    def _look(self, inputs: Tensor) -> None:
+        inputs = inputs if self.joint else inputs.detach()
         self._logits = self.predictor(channel_means(inputs, convolution=self._convolution, tokens=self.tokens))
 
-    def _cut(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def cut(self, output: Tensor) -> Tensor:
+        """Set the channels of an output to zero that the predictor did not choose in the call it belongs to."""
         logits, self._logits = self._logits, None
         if logits is None:
             return output
@@ -153,3 +124,23 @@ class ChannelGate(WeightMap):
         else:
             strength = output.abs() if self.tokens or output.ndim == 2 else output.abs().flatten(1, -2).amax(1)
         return active_channels(strength.float(), self.keep, self.criterion)
+
+
+class GateCut(LayerPart):
+    """Where a gate's channels are cut, when that is behind another layer than the one that computes them.
+
+    Args:
+        gate: The gate.
+    """
+
+    kind = "channel_cut"
+    lane = Lane.MASK
+    training_only = True
+    recorded = False
+
+    def __init__(self, gate: ChannelGate) -> None:
+        super().__init__()
+        self._gate = (gate,)  # a tuple, so that it is no submodule: it stands beside its own layer
+
+    def forward(self, output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._gate[0].cut(output)

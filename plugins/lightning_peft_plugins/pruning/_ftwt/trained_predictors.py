@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_peft.baking.bake import read_checkpoint
 from lightning_peft.structure.checkpoint import CheckpointError
-from lightning_peft.structure.map_states import states_of_checkpoint, states_of_module
+from lightning_peft.structure.found_parts import parts_of_checkpoint, parts_of_module
 from lightning_peft_plugins.pruning._ftwt.channel_gate import ChannelGate
 from lightning_peft_plugins.pruning._ftwt.skipping.predictor import ChannelPredictor
 
@@ -16,7 +16,7 @@ from lightning_peft_plugins.pruning._ftwt.skipping.predictor import ChannelPredi
 def trained_predictors(
     module: nn.Module, checkpoint: str | Path | None = None, *, trusted: bool = False
 ) -> dict[str, ChannelPredictor]:
-    """Build the trained predictor of every gate, by the qualified name of the layer the gate hangs on.
+    """Build the trained predictor of every gate, by the qualified name of the layer the gate stands beside.
 
     Args:
         module: The module that was trained; asked when there is no checkpoint.
@@ -30,9 +30,9 @@ def trained_predictors(
         CheckpointError: The checkpoint is damaged, or its predictors do not fit their own description.
     """
     if checkpoint is None:
-        states = states_of_module(module, ChannelGate.kind)
+        states = parts_of_module(module, ChannelGate.kind)
     else:
-        states = states_of_checkpoint(read_checkpoint(checkpoint, trusted=trusted), ChannelGate.kind)
+        states = parts_of_checkpoint(read_checkpoint(checkpoint, trusted=trusted), ChannelGate.kind)
     predictors = {}
     for name, (config, state) in states.items():
         try:
@@ -40,5 +40,5 @@ def trained_predictors(
             gate.load_state_dict(state)
         except Exception as error:  # whatever stands in a damaged file
             raise CheckpointError(f"The predictor on {name} does not fit its description: {error}") from error
-        predictors[name.removesuffix(".weight")] = gate.predictor
+        predictors[name] = gate.predictor
     return predictors

@@ -1,0 +1,180 @@
+"""Layer parts in a checkpoint.
+
+The names of the module's state dict stay as they are: the tensors of parts stand in the library's section. A weight that parts
+go into stands in the state dict as an ordinary layer would have it, so that the file loads without this library; the weight
+beside the parts, from which training goes on, stands in the section too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft import registry
+from lightning_peft.structure.errors import CheckpointError
+from lightning_peft.structure.forms import anything, dict_of, fields, flag, list_of, tensor, text
+from lightning_peft.weights.layer_part import LayerPart
+from lightning_peft.weights.parts import part_stacks, placed_parts, recorded_parts
+
+PARTS, WEIGHTS, COPIES = "parts", "part_weights", "part_copies"
+
+PartRecords = dict[str, list[dict[str, Any]]]
+"""What :meth:`LayerPart.record` gives with the part's tensors under ``"state"``, innermost first, by name of the layer."""
+
+PartStates = dict[str, list[dict[str, Any]]]
+"""Tensors of the parts alone, by name of the layer."""
+
+
+def write(state: MutableMapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """Return what the section says of the parts on a module, and let them into the weights of its state dict, in place."""
+    states = states_of(module)
+    records: PartRecords = {}
+    weights: dict[str, Tensor] = {}
+    for path, _, stack in part_stacks(module, every_name=True):
+        if stack.recorded:
+            records[path] = [{**part.record(), "state": own} for part, own in zip(stack.recorded, states[path], strict=True)]
+        name = weight_name(path)
+        if stack.merges and name in state:  # under weight maps it goes by another name
+            weights[name], state[name] = state[name], stack.merged(state[name])
+    return section_of(records, weights)
+
+
+def section_of(records: PartRecords, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the entries of the section; none for a module without parts."""
+    return {PARTS: records, WEIGHTS: dict(weights)} if records else {}
+
+
+def weight_name(path: str) -> str:
+    """Return the name of a layer's weight."""
+    return f"{path}.weight" if path else "weight"
+
+
+def states_of(module: nn.Module) -> PartStates:
+    """Return the tensors of the parts on a module."""
+    return {path: [dict(part.state_dict()) for part in parts] for path, parts in recorded_parts(module, every_name=True)}
+
+
+def read(section: Mapping[str, Any] | None) -> PartRecords:
+    """Return the records in the library's part of a checkpoint, after checking their shape; empty when there are none.
+
+    Raises:
+        CheckpointError: They are malformed.
+    """
+    section = {} if section is None else section
+    for key, form in ((PARTS, _RECORDS), (WEIGHTS, dict_of(tensor(finite=False))), (COPIES, list_of(dict_of(anything)))):
+        found = form(section[key], f'checkpoint["lightning_peft"]["{key}"]') if key in section else None
+        if found is not None:
+            raise CheckpointError(f"The record of layer parts is malformed: {found}.")
+    return section.get(PARTS, {})  # type: ignore[no-any-return]
+
+
+_RECORD = {"part": text, "method": text, "name": text, "enabled": flag, "config": dict_of(anything), "state": dict_of(anything)}
+_RECORDS = dict_of(list_of(fields(_RECORD)))
+
+
+def difference(records: PartRecords, module: nn.Module) -> str | None:
+    """Say how the recorded parts differ from those on a module; ``None`` when they agree."""
+    now = {path: [(part.method, part.kind) for part in parts] for path, parts in recorded_parts(module, every_name=True)}
+    then = {path: [(record["name"], record["part"]) for record in entries] for path, entries in records.items()}
+    for path in dict.fromkeys([*then, *now]):
+        if then.get(path) != now.get(path):
+            return f"{path} had {_list(then.get(path))} beside it when it was saved and has {_list(now.get(path))} now"
+    return None
+
+
+def _list(names: Sequence[tuple[str, str]] | None) -> str:
+    return " and ".join(f"the part {kind!r} of {method}" for method, kind in names) if names else "no part"
+
+
+def check_states(states: PartStates, module: nn.Module) -> None:
+    """Refuse tensors that are not those of a module's parts, before anything of them is copied.
+
+    Raises:
+        CheckpointError: A tensor is missing or has another shape.
+    """
+    for path, parts in recorded_parts(module, every_name=True):
+        for part, state in zip(parts, states.get(path, ()), strict=True):
+            own = part.state_dict()
+            for key in dict.fromkeys([*own, *state]):
+                a, b = own.get(key), state.get(key)
+                both = isinstance(a, Tensor) and isinstance(b, Tensor)
+                if not (a.shape == b.shape if both and not key.endswith("_extra_state") else key in own and key in state):  # type: ignore[union-attr]
+                    raise CheckpointError(
+                        f"The checkpoint's tensor {key} of the part {part.kind!r} of {part.owner} on {path} does not fit: "
+                        f"{_shape(b)} in the file, {_shape(a)} here. Give the method the arguments it was saved with."
+                    )
+
+
+def _shape(value: Any) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else "none"
+
+
+@torch.no_grad()
+def restore(states: PartStates, module: nn.Module) -> None:
+    """Give the parts on a module the tensors of a file, bit for bit."""
+    for path, parts in recorded_parts(module):
+        for part, state in zip(parts, states[path], strict=True):
+            part.load_state_dict(state)
+
+
+def restore_switches(records: PartRecords, module: nn.Module) -> None:
+    """Switch the parts on a module on and off as they were."""
+    for path, parts in recorded_parts(module):
+        for part, record in zip(parts, records[path], strict=True):
+            part.enabled = record["enabled"]
+
+
+def merge(state: MutableMapping[str, Tensor], section: Mapping[str, Any]) -> None:
+    """Let recorded parts into the weights of a plain state dict that does not have them yet, in place.
+
+    Raises:
+        CheckpointError: A part cannot go into the weight, or does not fit it.
+    """
+    for path, entries in read(section).items():
+        name = weight_name(path)
+        for record in entries if name not in section.get(WEIGHTS, {}) else ():
+            part = rebuild_part(record)
+            if part.training_only or not record["enabled"]:
+                continue
+            if not part.merges:
+                raise CheckpointError(
+                    f"The part {part.kind!r} of {record['method']} on {path} computes something that no weight does, so it "
+                    f"cannot be baked. Evaluate the file with Trainer(callbacks=[{record['method']}(...)]).test(module, "
+                    "ckpt_path=...), or train with exclude= for that layer."
+                )
+            try:
+                part.load_state_dict(record["state"])
+                with torch.no_grad():
+                    state[name] = part.merged(state[name]).detach()  # type: ignore[operator]
+            except Exception as error:  # what stands in a damaged file nobody can foresee
+                raise CheckpointError(f"The state of the part {part.kind!r} on {path} does not fit: {error!r}") from error
+
+
+def rebuild_part(record: Mapping[str, Any]) -> LayerPart:
+    """Build the part a record describes, from an installed method only.
+
+    Raises:
+        CheckpointError: The method has no such part, or its arguments do not fit.
+    """
+    for candidate in registry.find(record["method"]).parts:
+        if candidate.kind == record["part"]:
+            try:
+                part: LayerPart = candidate(**record["config"])
+            except Exception as error:  # a part's author cannot foresee what stands in a damaged file
+                raise CheckpointError(f"The recorded arguments of the part {record['part']!r} do not fit: {error}") from error
+            return part
+    raise CheckpointError(
+        f"The method {record['method']} has no layer part {record['part']!r}; upgrade the package that ships it."
+    )
+
+
+def unmergeable(module: nn.Module) -> list[str]:
+    """Name the parts that would be lost if a module became an ordinary one now, as ``"<kind> of <method> on <layer>"``."""
+    return [
+        f"{placed.part.kind!r} of {placed.part.owner} on {placed.path}"
+        for placed in placed_parts(module)
+        if placed.part.enabled and not placed.part.merges and not placed.part.training_only
+    ]

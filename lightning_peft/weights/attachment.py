@@ -1,0 +1,49 @@
+"""What a method puts on a layer for the time of a training: a map of one of its tensors, or a part beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from lightning_peft.compose.lanes import Lane
+
+AttachmentT = TypeVar("AttachmentT", bound="Attachment")
+
+
+class Attachment(nn.Module):
+    """Base of weight maps and layer parts.
+
+    Learnable parameters are ordinary ``nn.Parameter`` attributes. Tensors that must not be averaged by EMA or saved (masks)
+    are plain attributes: they follow the module across devices but are no buffers, because averaging buffers turns a mask
+    into fractions.
+
+    Attributes:
+        kind: Name under which a checkpoint records it.
+        lane: Where it stands among others.
+        owner: Class name of the method that attached it.
+        optimizer_overrides: Hyperparameters of the parameter group its own parameters train in, for instance
+            ``{"weight_decay": 0.0}``.
+        lr_scale: Factor on the learning rate of that group.
+    """
+
+    kind: ClassVar[str]
+    lane: ClassVar[Lane]
+    owner: str = ""
+    optimizer_overrides: ClassVar[dict[str, float]] = {}
+    lr_scale: float = 1.0
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments as plain data, so that a file can be baked without the model's class."""
+        return {}
+
+    def detached(self) -> None:
+        """Let go of whatever else than its layer it holds on to; called when it is taken off."""
+
+    def _apply(self: AttachmentT, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AttachmentT:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, fn(value))
+        return self
