@@ -88,10 +88,10 @@ def apply_terms(module: LightningModule, loss: Tensor) -> Tensor:
     return loss if hub is None else hub.apply(loss)
 
 
-def complete_checkpoint(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+def complete_checkpoint(trainer: Trainer, module: LightningModule) -> None:
     """Make a checkpoint saved after a fit as complete as the hub makes those saved during it."""
     if module not in _HUBS:
-        after_fit.complete(trainer, module, checkpoint)
+        after_fit.complete(trainer, module)
 
 
 class Hub:

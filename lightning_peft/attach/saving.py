@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from torch import Tensor
 
 from lightning_peft.attach import averaging, method_records
 from lightning_peft.attach.editing import follow
@@ -17,7 +16,7 @@ from lightning_peft.compose.lanes import Lane
 from lightning_peft.compose.run import Run
 from lightning_peft.contract import Contract
 from lightning_peft.structure import checkpoint as files
-from lightning_peft.structure import journal
+from lightning_peft.structure import journal, plain_state
 from lightning_peft.structure.carry import group_names
 from lightning_peft.structure.snapshot import ModuleSnapshot
 from lightning_peft.weights.maps import mapped_tensors, plain_tensors
@@ -61,6 +60,19 @@ class JournalShim(Shim):
         return JournalShim(twin)
 
 
+def write(inner: Callable[..., Any], checkpoint: dict[str, Any], section: dict[str, Any], beside: Mapping[str, Any]) -> None:
+    """Write a checkpoint's section, after the module's own hook, which may take tensors out of it or exchange some.
+
+    Args:
+        inner: That hook.
+        checkpoint: The checkpoint, its tensors by plain name.
+        section: The library's part of it.
+        beside: What training needs beside those tensors, by training-time name.
+    """
+    inner(checkpoint)
+    checkpoint[files.KEY] = section | plain_state.section_tensors(checkpoint["state_dict"], beside, section["weights"])
+
+
 class CheckpointHooks:
     """Handlers that stand in front of a module's ``on_save_checkpoint`` and ``on_load_checkpoint``.
 
@@ -84,12 +96,17 @@ class CheckpointHooks:
         self._fitting = fitting
 
     def save(self, inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
-        """Write the section."""
-        inner(checkpoint)
-        checkpoint[files.KEY] = files.section_of(self._module, [method_records.describe(method) for method in self._methods])
+        """Give the checkpoint the names and weights of an ordinary one, which the module's own hook knows, and the section."""
+        section = files.section_of(self._module, [method_records.describe(method) for method in self._methods])
         if journal.journal_of(self._module):
             groups = group_names(self._module, self._trainer.optimizers) if self._fitting else []
-            checkpoint[files.KEY] |= structure_record(self._module, groups)
+            section |= structure_record(self._module, groups)
+        context = self._trainer.precision_plugin.forward_context()
+        state = checkpoint["state_dict"]  # an averaging callback's, when there is one
+        state.update(plain_state.masks_of(checkpoint.get("current_model_state", {}), section["weights"]))
+        seen = plain_state.seen_values(self._module, state, context)
+        checkpoint["state_dict"], beside = plain_state.split(state, seen)
+        write(inner, checkpoint, section, beside)
 
     def load(self, inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         """Check the file, and translate weights that were saved under other maps.
@@ -104,6 +121,12 @@ class CheckpointHooks:
             files.check_order(checkpoint, section)
         edits, groups = journal.read(section), self._groups(checkpoint, section)
         saved = self._saved_states(checkpoint, section)
+        given = checkpoint["state_dict"]
+        files.check_names(given)
+        edited = plain_state.edited(given, section)
+        if self._fitting:
+            plain_state.refuse_edited(edited)
+        checkpoint["state_dict"] = plain_state.joined(given, section, edited)
         self.before = ModuleSnapshot(self._module)
         self._restructure(checkpoint, edits)
         self.groups = groups
@@ -111,12 +134,26 @@ class CheckpointHooks:
         files.check_tensors(checkpoint["state_dict"], self._module)
         for method, state in saved:
             method_records.check(method, state, self._module)
-        if section is None or files.difference(section, tensors):
-            self._adopt(checkpoint, section)
+        other = section is None or files.difference(section, tensors) is not None
+        if other:
+            self._check_adoption(checkpoint, section)
+        else:
+            plain_state.check_map_states(checkpoint["state_dict"], self._module)
         if not self._fitting:
             for method, state in saved:
                 method_records.restore(method, state, self._module)
+        if section is not None and section["version"] < plain_state.PLAIN:
+            if other:
+                checkpoint["state_dict"] = files.bake_state_dict(checkpoint["state_dict"], section)
+                files.mount_state_dict(checkpoint["state_dict"], self._module)
+            inner(checkpoint)
+            return
+        checkpoint["state_dict"] = copy.copy(given)
         inner(checkpoint)
+        left = checkpoint["state_dict"]  # the module's own hook may have exchanged what the stored values belong to
+        state = left if other else plain_state.joined(left, section, plain_state.edited(left, section))
+        files.mount_state_dict(state, self._module)
+        checkpoint["state_dict"] = state
 
     def _groups(self, checkpoint: dict[str, Any], section: dict[str, Any] | None) -> list[list[list[str]]] | None:
         """Names in the optimizers, which differ from what ``configure_optimizers`` lists when the module was edited."""
@@ -155,8 +192,8 @@ class CheckpointHooks:
             if self._fitting:
                 averaging.rebuild(self._trainer, self._module)
 
-    def _adopt(self, checkpoint: dict[str, Any], section: dict[str, Any] | None) -> None:
-        """Load weights that were trained under other maps: allowed for evaluation, not for resuming an optimizer."""
+    def _check_adoption(self, checkpoint: dict[str, Any], section: dict[str, Any] | None) -> None:
+        """Refuse to resume an optimizer on weights that were trained under other maps; an evaluation may load them."""
         tensors = list(mapped_tensors(self._module, every_name=True))
         if self._fitting and (tensors or section) and checkpoint.get("optimizer_states"):
             reason = files.difference(section or {"weights": {}}, tensors)
@@ -166,8 +203,3 @@ class CheckpointHooks:
                     "wrong parameters. Resume with the callbacks it was saved with, or start anew from its weights: "
                     "model = lightning_peft.load_from_checkpoint(ModelClass, path), then fit without ckpt_path."
                 )
-        state: MutableMapping[str, Tensor] = checkpoint["state_dict"]
-        if section is not None:
-            state = files.bake_state_dict(state, section)
-        files.mount_state_dict(state, self._module)
-        checkpoint["state_dict"] = state

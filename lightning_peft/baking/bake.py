@@ -18,7 +18,7 @@ from lightning_peft.attach.saving import JournalShim
 from lightning_peft.baking.reading import harmless_objects
 from lightning_peft.baking.reading import read_checkpoint as read_checkpoint
 from lightning_peft.structure import checkpoint as files
-from lightning_peft.structure import journal
+from lightning_peft.structure import journal, plain_state
 from lightning_peft.structure.edits import Edit
 from lightning_peft.weights.maps import detach_maps
 
@@ -63,6 +63,10 @@ def baked(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     if section is None:
         return {**kept, "state_dict": state}
     done = [{key: value for key, value in record.items() if key != "maps"} for record in section["methods"]]
+    if section["version"] < plain_state.PLAIN:  # an average of theirs has masks as they stood when averaging began
+        state |= plain_state.masks_of(checkpoint.get("current_model_state", {}), section["weights"])
+    plain_state.refuse_edited(plain_state.edited(state, section))
+    state = plain_state.joined(state, section)
     history = {"version": section["version"], "methods": done, "weights": {}}
     if edits := journal.read(section):
         history["journal"] = journal.write(edits)

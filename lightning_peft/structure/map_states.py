@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.structure import checkpoint as files
+from lightning_peft.structure.plain_state import joined
 from lightning_peft.weights import stash
 from lightning_peft.weights.mapped_layer import map_prefix
 from lightning_peft.weights.maps import mapped_tensors
@@ -41,11 +42,11 @@ def states_of_checkpoint(checkpoint: Mapping[str, Any], kind: str) -> MapStates:
     """
     section = files.read(checkpoint)
     found: MapStates = {}
+    tensors = joined(checkpoint["state_dict"], section).items()
     for name, records in ({} if section is None else section["weights"]).items():
         for position, record in enumerate(records):
             if record["map"] == kind:
                 prefix = map_prefix(name, position)
-                tensors = checkpoint["state_dict"].items()
                 state = {key.removeprefix(prefix): value for key, value in tensors if key.startswith(prefix)}
                 found[name] = (record["config"], state)
     return found

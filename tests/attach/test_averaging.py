@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 
-from lightning_peft.structure.checkpoint import bake_state_dict, describe
+from lightning_peft.structure.checkpoint import bake_state_dict, section_of
 from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import BatchNorm, Configured, Plain
 from lightning_peft.testing.runs import assert_clean, assert_same, fit
@@ -30,7 +30,7 @@ class ByHand(Callback):
                 name: DECAY * self.average[name] + (1 - DECAY) * now[name] if now[name].is_floating_point() else now[name]
                 for name in now
             }
-        self.section = describe(pl_module, [])
+        self.section = section_of(pl_module, [])
 
 
 def methods():
