@@ -25,6 +25,7 @@ from lightning_peft.attach.plan import network_of, resolve
 from lightning_peft.attach.saving import CheckpointHooks, JournalShim
 from lightning_peft.attach.step_rates import StepRates
 from lightning_peft.attach.steps import StepTerms
+from lightning_peft.attach.trained import TrainedParameters
 from lightning_peft.attach.twins import warn_of_copies, warn_of_twins
 from lightning_peft.attach.unfinished import warn_unfinished
 from lightning_peft.capture.evaluation import EvaluationShim, Passes
@@ -116,6 +117,7 @@ class Hub:
         self.lives = MethodLives(self.methods, self.run, fitting=self._fitting)
         self._rates = StepRates(self.methods, lambda: self.active and self.run.started)
         self._map_groups = MapGroups(self.run)
+        self._trained = TrainedParameters(self.run, self.methods)
         self._shims: list[Shim] = []
         self._handles: list[RemovableHandle] = []
         self._terms: StepTerms | None = None
@@ -174,6 +176,7 @@ class Hub:
             warn_of_twins(module)
         stash.restore(module, stashed)
         if self._fitting:
+            self._trained.freeze()
             if self._first or any(True for _ in mapped_tensors(module)):
                 averaging.rebuild(self.run.trainer, module)
             self._terms = StepTerms(self.run, self.methods, lambda: self.active)
@@ -182,7 +185,7 @@ class Hub:
         self._adapter = next((method for method in self.methods if method.lane == Lane.ADAPT), None)
         if self._adapter is not None and not self._fitting:
             self._evaluation = EvaluationShim(self.run.network, self._adapter.adapt, step_compiler(module)).install()
-        self._saving = CheckpointHooks(self.run, self.methods, fitting=self._fitting)
+        self._saving = CheckpointHooks(self.run, self.methods, self._trained, fitting=self._fitting)
         self._shadow(module, "on_save_checkpoint", self._saving.save)
         self._shadow(module, "on_load_checkpoint", self._saving.load)
         rank_zero_info(str(plan))
@@ -255,6 +258,8 @@ class Hub:
         self.run.started = True
         if restore_loader(self.run.trainer) and self.run.samples is not None:
             self.run.samples.restores = True
+        if self._fitting:
+            self._trained.check()
         self.run.step = max(method.steps for method in self.methods)
         for method in self.methods:
             method.steps = self.run.step
@@ -298,7 +303,7 @@ class Hub:
         for method in self.methods:
             if method.lane == Lane.STRUCTURE:
                 while (growth := method.next_edit(self.run)) is not None:
-                    edit_training(self.run.trainer, self.run.module, self.methods, growth, self.run.schedules)
+                    edit_training(self.run.trainer, self.run.module, self.methods, growth, self._trained, self.run.schedules)
 
     def end_epoch(self) -> None:
         """Tell every method that an epoch is over."""
@@ -402,6 +407,7 @@ class Hub:
                 self._strip(failed)
             else:
                 self._undo_first_edits()
+            self._trained.thaw()
             JournalShim.keep(module)
             self.lives.end(refused=refused)
 

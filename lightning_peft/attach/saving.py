@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 
 from lightning_peft.attach import averaging, method_records
 from lightning_peft.attach.editing import follow
+from lightning_peft.attach.trained import TrainedParameters
 from lightning_peft.capture.shim import Shim
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.compose.run import Run
@@ -79,6 +80,7 @@ class CheckpointHooks:
     Args:
         run: The run; its module has its methods attached.
         methods: All methods, in plan order.
+        trained: Freezes what is not trained.
         fitting: Whether the Trainer fits, so that an optimizer would be restored too.
 
     Attributes:
@@ -87,12 +89,13 @@ class CheckpointHooks:
         before: The module before the checkpoint was loaded, until the run is under way.
     """
 
-    def __init__(self, run: Run, methods: Sequence[Contract], *, fitting: bool) -> None:
+    def __init__(self, run: Run, methods: Sequence[Contract], trained: TrainedParameters, *, fitting: bool) -> None:
         self.groups: list[list[list[str]]] | None = None
         self.before: ModuleSnapshot | None = None
         self._trainer = run.trainer
         self._module = run.module
         self._methods = methods
+        self._trained = trained
         self._fitting = fitting
 
     def save(self, inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
@@ -186,11 +189,12 @@ class CheckpointHooks:
     def _restructure(self, checkpoint: dict[str, Any], edits: list[dict[str, Any]]) -> None:
         """Give the module the structure of the file, so that its weights load strictly and its optimizers by position."""
         old = {id(tensor) for tensor in plain_tensors(self._module).values()}
-        if journal.replay(self._module, edits, checkpoint["state_dict"]):
-            if not edits or any(edit.get("follow") for edit in edits):
+        with self._trained.lifted():
+            restructured = journal.replay(self._module, edits, checkpoint["state_dict"])
+            if restructured and (not edits or any(edit.get("follow") for edit in edits)):
                 follow(self._trainer, self._module, self._methods, old)
-            if self._fitting:
-                averaging.rebuild(self._trainer, self._module)
+        if restructured and self._fitting:
+            averaging.rebuild(self._trainer, self._module)
 
     def _check_adoption(self, checkpoint: dict[str, Any], section: dict[str, Any] | None) -> None:
         """Refuse to resume an optimizer on weights that were trained under other maps; an evaluation may load them."""

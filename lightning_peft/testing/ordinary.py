@@ -64,6 +64,7 @@ class OrdinaryChecks(SharedRuns):
         found = difference(built, baked)
         assert found is None, f"named_parameters() of a new module against bake(copy.deepcopy(module)) in training: {found}"
 
+    @pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.:UserWarning")
     def test_checkpoints_are_ordinary(self, factory: Factory, reference: Fit, folder: Path) -> None:
         """A file of the middle of training, by Lightning alone, with the method, and baked: what validation saw then."""
         for epoch, answered in enumerate(probe_of(reference).validated):

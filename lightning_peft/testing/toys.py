@@ -1,4 +1,4 @@
-"""Three small methods, one for each way of acting: a weight map, a mask, a loss term.
+"""Small methods, one for each way of acting: a weight map, a mask, a loss term, a choice of what is trained.
 
 They stand in for other people's methods wherever a test needs some, and are the shortest complete examples of each kind.
 """
@@ -137,3 +137,16 @@ class ToyEntropy(Method):
 def _indices(value: Any, place: str) -> str | None:
     fits = isinstance(value, Tensor) and value.dtype == torch.int64 and value.ndim == 1
     return None if fits else f"{place} is no vector of sample positions"
+
+
+class ToyTuning(Method):
+    """Trains the parameters whose names end as it is told, biases for one, and nothing else of the module."""
+
+    lane = Lane.GRADIENT
+
+    def __init__(self, ends: str = "bias", *, name: str | None = None) -> None:
+        super().__init__(name=name)
+        self.ends = ends
+
+    def trained(self, module: nn.Module) -> list[str]:
+        return [name for name, _ in module.named_parameters() if name.endswith(self.ends)]

@@ -51,6 +51,7 @@ class TrainedRankPruning(Method):
     """
 
     lane = Lane.GRADIENT
+    spares_frozen = True
     paper = "Xu et al., TRP: Trained Rank Pruning for Efficient Deep Neural Networks, IJCAI 2020, arXiv 2004.14566"
 
     def __init__(
