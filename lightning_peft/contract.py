@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
@@ -59,6 +59,8 @@ class Contract:
         weight_maps: Weight maps it may attach, so that its checkpoints can be baked without the model's class.
         paper: Source, "Authors, venue year, link".
         spares_frozen: Whether it leaves frozen weights alone, as lanes ``REPARAM`` and ``MASK`` do.
+        checkpoint: ``"full"``, or ``"trained"``: checkpoints of a fit leave out what it does not change, and hold digests of
+            that instead. One method that says so is enough.
         fixed_arguments: Constructor arguments of a base that the class gives itself, and does not take.
         features: Qualified names of submodules whose calls :meth:`loss` reads from ``step.features``.
         restarts: Whether it lets learning-rate schedules begin again (``run.schedules``).
@@ -74,6 +76,7 @@ class Contract:
     spares_frozen: ClassVar[bool] = False
     fixed_arguments: ClassVar[frozenset[str]] = frozenset()
 
+    checkpoint: Literal["full", "trained"] = "full"
     run: Run | None = None
     _arguments: dict[str, Any]
 

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lightning_peft.attach import averaging, method_records
-from lightning_peft.attach.saving import structure_record, write
+from lightning_peft.attach.saving import leave_out_base, structure_record, write
 from lightning_peft.capture.shim import Shim
 from lightning_peft.contract import methods_of, ordered
 from lightning_peft.structure import checkpoint as files
@@ -46,19 +46,20 @@ class LastHook(Shim):
 
     def _save(self, inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         self.remove()
-        methods = [method_records.describe(each) for each in ordered(methods_of(self._trainer.callbacks))]  # type: ignore[attr-defined]
+        listed = ordered(methods_of(self._trainer.callbacks))  # type: ignore[attr-defined]
         stashed = stash.peek(self._module)
         weights = {name: tensor.records for name, tensor in stashed.items()}
         average = self._average(checkpoint)
         if average is not None:
             weights = weights or files.section_of(average, [])["weights"]
-        section = files.section(weights, methods)
+        section = files.section(weights, [method_records.describe(method) for method in listed])
         if journal.journal_of(self._module):
             section |= structure_record(self._module, _GROUPS.get(self._module, []))
         if average is None:
             beside = plain_state.stored_beside(checkpoint["state_dict"], files.training_tensors(stashed))
         else:
             beside = _separate_average(checkpoint, section, files.training_tensors(stashed))
+        leave_out_base(self._module, listed, checkpoint, section, beside)
         write(inner, checkpoint, section, beside)
 
     def _average(self, checkpoint: Mapping[str, Any]) -> nn.Module | None:

@@ -22,7 +22,7 @@ from lightning_peft.attach.map_groups import MapGroups
 from lightning_peft.attach.method_lives import MethodLives
 from lightning_peft.attach.neighbours import check_neighbours
 from lightning_peft.attach.plan import network_of, resolve
-from lightning_peft.attach.saving import CheckpointHooks, JournalShim
+from lightning_peft.attach.saving import CheckpointHooks, JournalShim, note_base
 from lightning_peft.attach.step_rates import StepRates
 from lightning_peft.attach.steps import StepTerms
 from lightning_peft.attach.trained import TrainedParameters
@@ -177,6 +177,7 @@ class Hub:
         stash.restore(module, stashed)
         if self._fitting:
             self._trained.freeze()
+            note_base(module, self.methods)
             if self._first or any(True for _ in mapped_tensors(module)):
                 averaging.rebuild(self.run.trainer, module)
             self._terms = StepTerms(self.run, self.methods, lambda: self.active)

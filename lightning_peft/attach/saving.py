@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from torch import nn
 
 from lightning_peft.attach import averaging, method_records
 from lightning_peft.attach.editing import follow
@@ -17,15 +18,20 @@ from lightning_peft.compose.lanes import Lane
 from lightning_peft.compose.run import Run
 from lightning_peft.contract import Contract
 from lightning_peft.structure import checkpoint as files
-from lightning_peft.structure import journal, plain_state
+from lightning_peft.structure import journal, partial, plain_state
 from lightning_peft.structure.carry import group_names
 from lightning_peft.structure.snapshot import ModuleSnapshot
+from lightning_peft.weights.mapped_layer import stored_key
 from lightning_peft.weights.maps import mapped_tensors, plain_tensors
 
 
 def structure_record(module: LightningModule, groups: list[list[list[str]]]) -> dict[str, Any]:
     """Describe what a module has become, and in which order its optimizers hold its parameters, for a checkpoint."""
     return {"journal": journal.write(journal.journal_of(module)), "groups": groups}
+
+
+_BASES: weakref.WeakKeyDictionary[nn.Module, partial.Digests] = weakref.WeakKeyDictionary()
+"""Digests of what modules held when their first fit began."""
 
 
 class JournalShim(Shim):
@@ -71,7 +77,47 @@ def write(inner: Callable[..., Any], checkpoint: dict[str, Any], section: dict[s
         beside: What training needs beside those tensors, by training-time name.
     """
     inner(checkpoint)
-    checkpoint[files.KEY] = section | plain_state.section_tensors(checkpoint["state_dict"], beside, section["weights"])
+    tensors = plain_state.section_tensors(checkpoint["state_dict"], beside, section["weights"], section.get("base", ()))
+    checkpoint[files.KEY] = section | tensors
+
+
+def note_base(module: LightningModule, methods: Iterable[Contract]) -> None:
+    """Take digests of a module whose training is about to begin, if its checkpoints shall leave out what it does not change.
+
+    Of several fits in one process the first one's base counts: it is what the module's class will build again.
+    """
+    if module not in _BASES and any(method.checkpoint == "trained" for method in methods):
+        inverted = {mapped.name for mapped in mapped_tensors(module, every_name=True) if mapped.maps[0].lane == Lane.REPARAM}
+        stored = {name: tensor for name, tensor in plain_tensors(module).items() if name not in inverted}
+        _BASES[module] = partial.digests(stored)
+
+
+def leave_out_base(
+    module: LightningModule,
+    methods: Iterable[Contract],
+    checkpoint: dict[str, Any],
+    section: dict[str, Any],
+    beside: dict[str, Any],
+) -> None:
+    """Take out of a checkpoint what training did not change, if a method asks for that; the section gets its digests.
+
+    Args:
+        module: The module.
+        methods: All methods.
+        checkpoint: The checkpoint, its tensors by plain name.
+        section: The library's part of it.
+        beside: What training needs beside those tensors, by training-time name.
+    """
+    base = _BASES.get(module)
+    if base is None or not any(method.checkpoint == "trained" for method in methods):
+        return
+    left = partial.leave_out(checkpoint["state_dict"], beside, section["weights"], base)
+    if isinstance(current := checkpoint.get("current_model_state"), dict):  # beside an average, what is trained
+        keys = {stored_key(name) if name in section["weights"] else name: name for name in base}
+        same = {key: name for key, name in keys.items() if key in current and partial.digest(current[key]) == base[name]}
+        checkpoint["current_model_state"] = {key: value for key, value in current.items() if key not in same}
+        left |= {name: base[name] for name in same.values()}
+    section["base"] = left
 
 
 class CheckpointHooks:
@@ -109,6 +155,7 @@ class CheckpointHooks:
         state.update(plain_state.masks_of(checkpoint.get("current_model_state", {}), section["weights"]))
         seen = plain_state.seen_values(self._module, state, context)
         checkpoint["state_dict"], beside = plain_state.split(state, seen)
+        leave_out_base(self._module, self._methods, checkpoint, section, beside)
         write(inner, checkpoint, section, beside)
 
     def load(self, inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
@@ -124,8 +171,8 @@ class CheckpointHooks:
             files.check_order(checkpoint, section)
         edits, groups = journal.read(section), self._groups(checkpoint, section)
         saved = self._saved_states(checkpoint, section)
-        given = checkpoint["state_dict"]
-        files.check_names(given)
+        files.check_names(checkpoint["state_dict"])
+        given = self._with_base(checkpoint, section)
         edited = plain_state.edited(given, section)
         if self._fitting:
             plain_state.refuse_edited(edited)
@@ -153,10 +200,24 @@ class CheckpointHooks:
             return
         checkpoint["state_dict"] = copy.copy(given)
         inner(checkpoint)
-        left = checkpoint["state_dict"]  # the module's own hook may have exchanged what the stored values belong to
+        left = checkpoint["state_dict"]
+        if other and section is not None and section.get("base"):  # of these it has the stored value, not the weight
+            baked = files.bake_state_dict(plain_state.joined(left, section, plain_state.edited(left, section)), section)
+            left = {**left, **{name: baked[name] for name in section["weights"] if name in section["base"]}}
+        # The module's own hook may have exchanged what the stored values belong to.
         state = left if other else plain_state.joined(left, section, plain_state.edited(left, section))
         files.mount_state_dict(state, self._module)
         checkpoint["state_dict"] = state
+
+    def _with_base(self, checkpoint: dict[str, Any], section: dict[str, Any] | None) -> Mapping[str, Any]:
+        """Return the tensors of a checkpoint by plain name, with what it leaves out taken from the module."""
+        own = plain_tensors(self._module)
+        given = partial.filled(checkpoint["state_dict"], section, own)
+        if section is not None and section.get("base") and isinstance(checkpoint.get("current_model_state"), dict):
+            keys = {stored_key(name) if name in section["weights"] else name: name for name in section["base"]}
+            missing = {key: own[name].detach().clone() for key, name in keys.items()}
+            checkpoint["current_model_state"] = {**missing, **checkpoint["current_model_state"]}
+        return given
 
     def _groups(self, checkpoint: dict[str, Any], section: dict[str, Any] | None) -> list[list[list[str]]] | None:
         """Names in the optimizers, which differ from what ``configure_optimizers`` lists when the module was edited."""

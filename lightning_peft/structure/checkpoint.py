@@ -59,10 +59,7 @@ def read(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
             f"{FORMAT}. Upgrade lightning-peft, or bake the checkpoint with the version that wrote it."
         )
     weights = section.get("weights")
-    if weights and section["version"] >= PLAIN:
-        found = _BESIDE({key: section.get(key) for key in _BESIDE_FORMS}, f'checkpoint["{KEY}"]')
-        if found is not None:
-            raise CheckpointError(f"What training needs beside the weights is malformed: {found}.")
+    _check_beside(section)
     if not isinstance(weights, dict) or not isinstance(section.get("methods"), list):
         raise CheckpointError(f'checkpoint["{KEY}"] is malformed: "weights" must be a dict and "methods" a list.')
     for place, record in enumerate(section["methods"]):
@@ -72,6 +69,15 @@ def read(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
         if not well_formed:
             raise CheckpointError(f'checkpoint["{KEY}"]["weights"][{name!r}] is malformed: it must list weight maps.')
     return section
+
+
+def _check_beside(section: Mapping[str, Any]) -> None:
+    """Refuse a section whose tensors beside an ordinary state dict, or digests of what is left out, cannot be such."""
+    found = _BASE(section.get("base"), f'checkpoint["{KEY}"]["base"]')
+    if found is None and section.get("weights") and section["version"] >= PLAIN:
+        found = _BESIDE({key: section.get(key) for key in _BESIDE_FORMS}, f'checkpoint["{KEY}"]')
+    if found is not None:
+        raise CheckpointError(f"What training needs beside the weights is malformed: {found}.")
 
 
 def check_order(checkpoint: Mapping[str, Any], section: Mapping[str, Any] | None) -> None:
@@ -126,6 +132,7 @@ def _check_method(record: object, place: str) -> None:
 _METHOD_FORMS = {"method": text, "name": text, "config": dict_of(anything), "steps": whole(), "maps": maybe(whole())}
 _METHOD = fields(_METHOD_FORMS)
 _BESIDE_FORMS = {"tensors": dict_of(anything), "seen": dict_of(whole())}
+_BASE = maybe(dict_of(text))
 _BESIDE = fields(_BESIDE_FORMS)
 
 

@@ -112,10 +112,11 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors hold the same numbers, NaN and the sign of zero included."""
     if a is b:
         return True
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b))
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(tensor_bytes(a), tensor_bytes(b))
 
 
-def _bytes(tensor: Tensor) -> Tensor:
+def tensor_bytes(tensor: Tensor) -> Tensor:
+    """Return what a tensor holds as bytes, in the order of its indices."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
@@ -132,16 +133,19 @@ def masks_of(state: object, names: Collection[str]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if key.endswith("_extra_state") and key.startswith(prefixes)}
 
 
-def section_tensors(state: Mapping[str, Any], beside: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+def section_tensors(
+    state: Mapping[str, Any], beside: Mapping[str, Any], names: Collection[str], base: Collection[str] = ()
+) -> dict[str, Any]:
     """Return what the library's section holds beside an ordinary state dict.
 
     Args:
         state: Tensors by plain name, as they go into the file; what its owner took out of it is left out here too.
         beside: What :func:`split` gave beside them.
         names: Names of the weights under maps.
+        base: Names of tensors that are not in the file because they are its base's.
     """
     there = [name for name in names if name in state]
-    prefixes = tuple(map(maps_prefix, there))
+    prefixes = tuple(maps_prefix(name) for name in names if name in state or name in base)
     tensors = {key: value for key, value in beside.items() if prefixes and key.startswith(prefixes)}
     return {"tensors": tensors, "seen": {name: fingerprint(state[name]) for name in there}}
 
@@ -154,15 +158,15 @@ def fingerprint(tensor: Tensor) -> int:
         >>> fingerprint(ones) == fingerprint(ones.view(1, 2)), fingerprint(ones) == fingerprint(-ones)
         (True, False)
     """
-    return zlib.crc32(_bytes(tensor).cpu().numpy().data)
+    return zlib.crc32(tensor_bytes(tensor).cpu().numpy().data)
 
 
 def edited(state: Mapping[str, Any], section: Mapping[str, Any] | None) -> list[str]:
     """Name the weights under maps that are not what they were when the checkpoint was saved."""
     if section is None or section["version"] < PLAIN:
         return []
-    seen = section.get("seen", {})
-    there = [name for name in section["weights"] if isinstance(state.get(name), Tensor)]
+    seen, base = section.get("seen", {}), section.get("base") or {}
+    there = [name for name in section["weights"] if name not in base and isinstance(state.get(name), Tensor)]
     return [name for name in there if seen.get(name) != fingerprint(state[name])]
 
 

@@ -36,6 +36,7 @@ class PERP(Method):
         alpha: Factor of ``"mask"``.
         targets: Layers whose weights get a low-rank map.
         exclude: Layers that get none; by default those that pruning leaves dense.
+        checkpoint: ``"trained"`` leaves what is frozen out of checkpoints, which then need the same base to be loaded.
         name: Name in logs and checkpoints.
 
     Raises:
@@ -61,6 +62,7 @@ class PERP(Method):
         targets: TargetSpec = "all-weights",
         exclude: TargetSpec = SENSITIVE,
         *,
+        checkpoint: Literal["full", "trained"] = "full",
         name: str | None = None,
     ) -> None:
         super().__init__(targets=targets, exclude=exclude or None, name=name)
@@ -75,6 +77,9 @@ class PERP(Method):
         if rank < 1:
             raise MisconfigurationException(f"rank={rank} must be at least 1.")
         self.lora, self.rank, self.alpha = lora, rank, alpha
+        if checkpoint not in ("full", "trained"):
+            raise MisconfigurationException(f'checkpoint={checkpoint!r} is unknown; choose "full" or "trained".')
+        self.checkpoint = checkpoint
 
     def claims(self, module: nn.Module) -> Iterable[str]:
         """The weights that get a map."""
