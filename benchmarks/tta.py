@@ -7,9 +7,6 @@
 Ours runs inside ``trainer.test``; after each of its batches the official code adapts its own copy of the model to the same
 batch, so both see the machine at the same moments. The share of samples that are chosen is set by the entropy margin; learning
 rates are tiny, so that it stays. Predictions are compared. A method without its official checkout is skipped.
-
-``EATA frozen`` is EATA with ``backward="frozen"``, an approximation for networks with batch statistics. Its gradients are
-compared with the exact ones, batch by batch.
 """
 
 from __future__ import annotations
@@ -40,7 +37,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import EATA, ETA, SAR, Tent
+from lightning_peft import EATA, SAR, Tent
 from lightning_peft.functional import softmax_entropy
 from lightning_peft_plugins.test_time._shared.entropy import EntropyMethod
 
@@ -54,7 +51,7 @@ BARS = {
     ("vit_tiny", "Tent", 1.0): 1.0,
     ("resnet18", "Tent", 1.0): 1.0,
 }
-OFFICIAL = {"Tent": "tent", "EATA": "eata", "EATA frozen": "eata", "SAR": "sar"}
+OFFICIAL = {"Tent": "tent", "EATA": "eata", "SAR": "sar"}
 MODELS = {"vit_tiny": "vit_tiny_patch16_224", "resnet18": "resnet18"}
 
 
@@ -167,14 +164,13 @@ def rivals(name: str, net: nn.Module, margin: float, args: argparse.Namespace) -
     if name == "Tent":
         model = load(folder, "tent").Tent(official, official_optimizer(parameters))
         return Tent(lr=LR), model
-    if name in ("EATA", "EATA frozen"):
+    if name == "EATA":
         pairs = {n: [f, dict(official.named_parameters())[n].detach().clone()] for n, f in fishers.items()}
         model = load(folder, "eata").EATA(
             official, official_optimizer(parameters), pairs, fisher_alpha=2000.0, e_margin=margin, d_margin=2.0
         )
         fisher = {f"net.{n}": f for n, f in fishers.items()}
-        backward = "frozen" if name == "EATA frozen" else "auto"
-        return EATA(lr=LR, e_margin=own, d_margin=2.0, fisher=fisher, backward=backward), model
+        return EATA(lr=LR, e_margin=own, d_margin=2.0, fisher=fisher), model
     sam = load(folder, "sam").SAM
     optimizer = sam(parameters, torch.optim.SGD, lr=LR, momentum=0.9)
     model = load(folder, "sar").SAR(official, optimizer, margin_e0=margin, reset_constant_em=-1.0)
@@ -212,9 +208,7 @@ def compare(model: str, name: str, share: float, args: argparse.Namespace, devic
     trainer.test(Classifier(net), loader, verbose=False)
     way = clock.way
     if way.name == "workers":  # the hooks that count see one thread; the workers hold as much each
-        ours.backward, ours.chunk_size = "chunks", way.chunk_size
-    elif way.name == "second-pass":  # its parts together hold what one second pass holds
-        ours.backward = "second-pass"
+        ours.backward, ours.chunk_size, ours.weighs_in_threads = "chunks", way.chunk_size, False
     with graph_bytes() as peak:
         trainer = Trainer(
             accelerator=device, devices=1, callbacks=[ours], logger=False, enable_progress_bar=False, limit_test_batches=1
@@ -233,7 +227,6 @@ def compare(model: str, name: str, share: float, args: argparse.Namespace, devic
         "high": sorted(ratios)[3 * len(ratios) // 4],
         "bar": BARS.get((model, name, share)),
         "way": str(way),
-        "gradient_error": gradient_errors(net, loader, own_margin(margin)) if name == "EATA frozen" else None,
         "memory_ratio": memory["ours"] / memory["theirs"],
         "difference": clock.difference,
     }
@@ -243,33 +236,6 @@ def own_margin(margin: float) -> float:
     return margin / math.log(CLASSES)
 
 
-class Gradients(ETA):
-    """Keeps the gradients of every batch."""
-
-    def step(self, samples: int) -> None:
-        grads = [p.grad.flatten() for p in self.parameters.values() if p.grad is not None]
-        self.kept = [*getattr(self, "kept", []), torch.cat(grads) if grads else torch.zeros(1)]
-        super().step(samples)
-
-
-def gradient_errors(net: nn.Module, loader: DataLoader[Any], margin: float, batches: int = 8) -> dict[str, float]:
-    """How far gradients with frozen statistics are from the exact ones: medians over batches."""
-    kept = []
-    for backward in ("whole", "frozen"):
-        method = Gradients(lr=LR, e_margin=margin, d_margin=2.0, backward=backward)
-        trainer = Trainer(
-            accelerator="cpu", callbacks=[method], logger=False, enable_progress_bar=False, limit_test_batches=batches
-        )
-        trainer.test(Classifier(net), loader, verbose=False)
-        kept.append(method.kept)
-    pairs = list(zip(*kept, strict=True))
-    return {
-        "relative": statistics.median(float((a - b).norm() / a.norm()) for a, b in pairs),
-        "cosine": statistics.median(float(torch.cosine_similarity(a, b, dim=0)) for a, b in pairs),
-    }
-
-
-@torch.no_grad()
 def entropy_quantile(net: nn.Module, images: Tensor, share: float, size: int, device: str) -> float:
     """Entropy below which the wanted share of the predictions lies, BatchNorm on batch statistics."""
     model, _ = official_model(net)
@@ -297,7 +263,6 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cells = [(m, n, s) for m in args.models for n in args.methods for s in ((1.0,) if n == "Tent" else (0.5, 0.25))]
-    cells = [cell for cell in cells if cell[:2] != ("vit_tiny", "EATA frozen")]
     rows = []
     for cell in track(cells, description="tta", console=Console(stderr=True)):
         row = compare(*cell, args, device)
@@ -306,7 +271,7 @@ def main() -> None:
         else:
             rows.append(row)
     head = ("model", "method", "chosen", "ours, ms a sample", "official", "ratio", "quartiles", "bar", "way", "graph bytes")
-    table = Table(*head, "difference", "gradient error")
+    table = Table(*head, "difference")
     for r in rows:
         table.add_row(
             r["model"],
@@ -320,7 +285,6 @@ def main() -> None:
             r["way"],
             f"{r['memory_ratio']:.2f}",
             f"{r['difference']:.1e}",
-            "" if (e := r["gradient_error"]) is None else f"{e['relative']:.2f}, cosine {e['cosine']:.2f}",
         )
     Console(width=180).print(table)
     if args.output is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import numbers
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, Literal, Union
 
@@ -41,6 +42,54 @@ def _constructors(cls: type) -> Iterator[Any]:
         yield init
         if all(entry.kind is not inspect.Parameter.VAR_KEYWORD for entry in inspect.signature(init).parameters.values()):
             return
+
+
+def one_of(argument: str, value: object, choices: Iterable[object]) -> None:
+    """Check that an argument is one of a few values.
+
+    Args:
+        argument: Its name.
+        value: What was given.
+        choices: What is possible.
+
+    Raises:
+        MisconfigurationException: It is none of them; the nearest and all are named.
+
+    Example:
+        >>> one_of("scope", "layre", ["global", "layer", "row"])
+        Traceback (most recent call last):
+        ...
+        lightning...MisconfigurationException: scope='layre' is unknown; choose one of global, layer, row. Did you mean layer?
+    """
+    known = list(choices)
+    if value in known:
+        return
+    names = list(map(str, known))
+    near = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.5)
+    raise MisconfigurationException(
+        f"{argument}={value!r} is unknown; choose one of {', '.join(names)}.{f' Did you mean {near[0]}?' if near else ''}"
+    )
+
+
+def positive(argument: str, value: float, hint: str = "") -> None:
+    """Check that an argument is above zero.
+
+    Args:
+        argument: Its name.
+        value: What was given.
+        hint: What to do instead, a sentence.
+
+    Raises:
+        MisconfigurationException: It is zero or negative.
+
+    Example:
+        >>> positive("strength", 0.0, "Leave the method out for none.")
+        Traceback (most recent call last):
+        ...
+        lightning...MisconfigurationException: strength=0.0 must be positive. Leave the method out for none.
+    """
+    if not value > 0:
+        raise MisconfigurationException(f"{argument}={value!r} must be positive.{f' {hint}' if hint else ''}")
 
 
 def check_types(cls: type, given: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lightning_peft.arguments import one_of
 from lightning_peft.network.layers import has_class, is_conv, is_linear
 from lightning_peft.network.targets import TargetSpec, select
 from lightning_peft.weights.low_rank import SCHEMES, Scheme, as_matrix, decompose
@@ -54,8 +55,7 @@ def split_low_rank(
         >>> [tuple(p.shape) for p in net.parameters()]
         [(1, 8), (8, 1)]
     """
-    if scheme not in SCHEMES:
-        raise MisconfigurationException(f"scheme={scheme!r} is unknown; choose one of {', '.join(SCHEMES)}.")
+    one_of("scheme", scheme, SCHEMES)
     layers = select(module, targets, exclude) if ranks is None else {name: _layer(module, name) for name in ranks}
     made: dict[str, tuple[nn.Module, nn.Module, int]] = {}
     for name, layer in layers.items():

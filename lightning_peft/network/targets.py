@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn, TypeAlias, TypeVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 from torchmetrics import Metric, MetricCollection
 
@@ -131,49 +131,6 @@ def by_layer(
             raise MisconfigurationException(f"{argument}={{{target!r}: ...}} matches no layer among the targets.")
         values.update(dict.fromkeys(matched, other))
     return values
-
-
-def weights(model: nn.Module, modules: Mapping[str, nn.Module], parameter: str = "weight") -> dict[str, Tensor]:
-    """Name the tensors called ``parameter`` of selected modules.
-
-    Args:
-        model: Module the names are relative to.
-        modules: Result of :func:`select`.
-        parameter: Attribute holding the tensor.
-
-    Returns:
-        Qualified tensor name (``"model.fc.weight"``) to the tensor the layer uses: the Parameter itself, or the
-        computed value where it is parametrized. Tied tensors appear once, under the first selected name. Modules
-        without any parameter of their own (containers, activations) are passed over.
-
-    Raises:
-        MisconfigurationException: If a module has parameters but none of that name, or if nothing is left.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(4, 2))
-        >>> list(weights(net, select(net, "all-linear")))
-        ['0.weight']
-    """
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, module in modules.items():
-        own = own_parameters(module)
-        if not own:
-            continue
-        if parameter not in own:
-            raise MisconfigurationException(
-                f"{name or type(model).__name__} ({type(module).__name__}) has no parameter {parameter!r}; it has "
-                f"{', '.join(own)}. Leave it out with `exclude`, or target its children."
-            )
-        if id(own[parameter]) not in seen:
-            seen.add(id(own[parameter]))
-            found[f"{name}.{parameter}" if name else parameter] = getattr(module, parameter)
-    if not found:
-        raise MisconfigurationException(
-            f"None of the selected modules ({', '.join(list(modules)[:5])}) holds a parameter {parameter!r} of its "
-            'own. Target the layers instead of their containers, for example "all-linear".'
-        )
-    return found
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:

@@ -14,11 +14,11 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.contract import Contract
 from lightning_peft.namespaces import both
-from lightning_peft.strategies.adaptive import rewrap_ddp
 
 _GROW_FIRST = (
     " Shards are laid out before training begins, so structure cannot change after it: change it in a fit under one of these, "
@@ -55,6 +55,12 @@ def check_strategy(trainer: Trainer, methods: Iterable[Contract]) -> None:
 
 
 def rewrap(trainer: Trainer) -> None:
-    """Let the strategy see that the module has other parameters than before."""
-    if isinstance(trainer.strategy, both(DDPStrategy)):
-        rewrap_ddp(trainer.strategy)
+    """Let the strategy see that the module has other parameters than before.
+
+    The wrapper of DDP synchronises the gradients of the parameters it was built with; new ones would diverge between ranks
+    without a word. Building it again sends rank 0's parameters and buffers to the others.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, both(DDPStrategy)) and isinstance(strategy.model, DistributedDataParallel):
+        strategy.model = strategy.lightning_module
+        strategy.configure_ddp()

@@ -18,6 +18,7 @@ from lightning_peft.compose.lanes import Lane
 from lightning_peft.structure.checkpoint import KEY
 from lightning_peft.structure.plain import not_plain
 from lightning_peft.testing.callbacks import FailAt, PlannedError, StopAfter, every_epoch
+from lightning_peft.testing.evaluation import EvaluationChecks
 from lightning_peft.testing.life_cycle import LifeCycleChecks
 from lightning_peft.testing.modules import Plain, loader, trainer
 from lightning_peft.testing.ordinary import OrdinaryChecks
@@ -28,7 +29,7 @@ from lightning_peft.testing.toys import ToyEntropy
 from lightning_peft.testing.trace import difference, without
 
 
-class MethodTester(LifeCycleChecks, OrdinaryChecks):
+class MethodTester(EvaluationChecks, LifeCycleChecks, OrdinaryChecks):
     """Subclass it in a test file, name the configurations to test, and pytest does the rest.
 
     Every check that a method cannot pass by its nature can be switched off with a sentence that says why; it shows up as

@@ -9,6 +9,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_peft.arguments import one_of
+
 Scope = Literal["global", "layer", "row"]
 SCOPES = ("global", "layer", "row")
 
@@ -41,8 +43,7 @@ def keep_largest(
         >>> keep_largest({"a": torch.tensor([[3.0, 1.0], [2.0, 4.0]])}, 0.5)["a"].tolist()
         [[True, False], [False, True]]
     """
-    if scope not in SCOPES:
-        raise MisconfigurationException(f"scope={scope!r} is unknown; choose one of {', '.join(SCOPES)}.")
+    one_of("scope", scope, SCOPES)
     if not 0.0 <= amount <= 1.0:
         raise MisconfigurationException(f"amount={amount} is a share of the weights, from 0 to 1.")
     for name, values in scores.items():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_peft.arguments import one_of
 from lightning_peft.network.batches import batch_size, plain, take, tensors_of
 from lightning_peft.network.logits import as_logits
 
@@ -78,8 +79,7 @@ def diagonal_fisher(
         {'weight': tensor([[0.2500, 1.0000],
                 [0.2500, 1.0000]])}
     """
-    if convention not in ("batch", "sample", "expected"):
-        raise MisconfigurationException(f'convention={convention!r} is not one of "batch", "sample", "expected".')
+    one_of("convention", convention, ("batch", "sample", "expected"))
     if labels not in ("model", "data") or (convention == "expected" and labels == "data"):
         raise MisconfigurationException(
             f'labels={labels!r} does not fit convention={convention!r}: "expected" weighs every class by its '

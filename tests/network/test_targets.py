@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_peft.network.targets import TargetSpec, select, tied_names, weights
+from lightning_peft.network.targets import TargetSpec, select, tied_names
 
 torch.set_num_threads(1)
 
@@ -129,7 +129,6 @@ def test_names_lead_to_the_modules_and_the_model_itself_counts() -> None:
     assert all(module.get_submodule(name) is found for name, found in select(module, "all-weights").items())
     layer = nn.Linear(2, 2)
     assert select(layer, "all-linear") == {"": layer}
-    assert weights(layer, {"": layer}) == {"weight": layer.weight}
 
 
 def test_parametrized_layers_match_as_before_and_their_innards_never() -> None:
@@ -144,9 +143,6 @@ def test_parametrized_layers_match_as_before_and_their_innards_never() -> None:
         select(net, nn.GRU)
     assert "Linear x7" in str(error.value)
     assert "Parametrized" not in str(error.value)
-    found = weights(net, select(net, ["fc", "stem"]))
-    assert list(found) == ["stem.weight", "fc.weight"]
-    assert found["fc.weight"].shape == (2, 8)
 
 
 def test_a_module_under_two_names_is_found_by_either_and_listed_once() -> None:
@@ -193,21 +189,6 @@ def test_excludes_that_match_nothing_or_leave_nothing() -> None:
     with pytest.raises(MisconfigurationException, match="removes every module"):
         select(Net(), ["stem", "fc"], ["first", "head"])
     assert list(select(Mlp(), "all-linear", "all-conv")) == ["fc1", "xfc1"]  # a preset may be vacuous in `exclude`
-
-
-def test_weights_skip_containers_join_ties_and_refuse_other_layers() -> None:
-    net = Net()
-    net.blocks[1].fc1.weight = net.blocks[0].fc1.weight
-    assert list(weights(net, select(net, "re:^blocks.*"))) == [
-        "blocks.0.fc1.weight",
-        "blocks.0.xfc1.weight",
-        "blocks.1.xfc1.weight",
-    ]
-    assert list(weights(net, select(net, "fc"), "bias")) == ["fc.bias"]
-    with pytest.raises(MisconfigurationException, match="in_proj_weight"):
-        weights(net, {"attention": nn.MultiheadAttention(4, 2)})
-    with pytest.raises(MisconfigurationException, match="all-linear"):
-        weights(net, select(net, "mlp"))
 
 
 def test_tied_names() -> None:

@@ -37,8 +37,8 @@ from lightning_peft.compose.run import Run
 from lightning_peft.testing.modules import Conv, Plain, deepened
 from lightning_peft.testing.runs import assert_clean, fit
 from lightning_peft_plugins.growth._shared.triggers import Plateau
-from lightning_peft_plugins.pruning._block_pruning.block_activations import Seen
-from lightning_peft_plugins.pruning._shared.layer_statistics import Statistics
+from lightning_peft_plugins.pruning._block_pruning.block_activations import BlockActivations
+from lightning_peft_plugins.pruning._shared.layer_statistics import LayerStatistics
 
 Deep = deepened(Plain)
 FAMILIES: list[tuple[type[Plain], Callable[[], Method]]] = [
@@ -130,14 +130,14 @@ def test_scores_of_the_last_step_that_are_nan_are_none() -> None:
 
 
 def test_a_gradient_that_is_not_finite_is_not_seen() -> None:
-    seen = Statistics({"|g|", "x^2"})
+    seen = LayerStatistics({"|g|", "x^2"})
     layer = torch.nn.Linear(2, 1)
     for values in ([1.0, 2.0], [math.inf, 4.0], [math.nan, -6.0]):
         seen.see_gradient(layer.weight, torch.tensor([values]))
         seen.see_inputs(layer, torch.tensor([values]))
     assert seen.sums["|g|"].tolist() == [[1.0, 12.0]]
     assert seen.sums["x^2"].tolist() == [1.0, 56.0]
-    block = Seen()
+    block = BlockActivations()
     for value in (0.5, math.nan, 0.5):
         block.add(torch.tensor(value))
     assert block.mean() == 0.5

@@ -10,10 +10,10 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn 
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_peft.arguments import one_of
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.network.resolve import resolve_network
-from lightning_peft.registry import suggest
 from lightning_peft.structure.carry import RULES
 from lightning_peft.structure.edits import Change, EditRequest
 from lightning_peft.structure.forms import Form, whole
@@ -103,13 +103,10 @@ class LayerGrowth(TimedMethod):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        if operator not in OPERATORS:
-            raise MisconfigurationException(f"There is no operator {operator!r}.{suggest(operator, list(OPERATORS))}")
+        one_of("operator", operator, OPERATORS)
         super().__init__(at=at, lr=lr or OPERATORS[operator].lr, **kwargs)
-        if optimizer_state not in (None, *RULES):
-            raise MisconfigurationException(f"optimizer_state={optimizer_state!r} must be one of {', '.join(RULES)}.")
-        if follow not in ("new", "none"):
-            raise MisconfigurationException(f'follow={follow!r} must be "new" or "none".')
+        one_of("optimizer_state", optimizer_state, (None, *RULES))
+        one_of("follow", follow, ("new", "none"))
         self.operator = OPERATORS[operator]
         self.plan = GrowthPlan(
             operator, read_sizes(to, len(self.moments), start), start, blocks, list(outputs), width_map, follow == "new"

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_peft.arguments import one_of
 from lightning_peft.capture.shim import Shim
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
@@ -119,8 +120,7 @@ class MixtureGrowth(TimedMethod):
         **kwargs: Any,
     ) -> None:
         super().__init__(at=at, lr=lr, **kwargs)
-        if coefficients not in CROSS_RULES:
-            raise MisconfigurationException(f"coefficients={coefficients!r} must be one of {', '.join(CROSS_RULES)}.")
+        one_of("coefficients", coefficients, CROSS_RULES)
         self.rule, self.noise, self.seed = coefficients, float(noise), seed
         if self.lr_rule.restart:
             raise MisconfigurationException('lr="restart" is not offered here; write "rewarm:<length>@<peak>" or "continue".')

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_peft.arguments import one_of
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.contract import methods_of
@@ -76,8 +77,7 @@ class StageSharing(TimedMethod):
         **kwargs: Any,
     ) -> None:
         super().__init__(at=at, lr=lr, **kwargs)
-        if optimizer_state not in RULES:
-            raise MisconfigurationException(f"optimizer_state={optimizer_state!r} must be one of {', '.join(RULES)}.")
+        one_of("optimizer_state", optimizer_state, RULES)
         self.count = stages if isinstance(stages, int) else len(stages)
         self.lengths = None if isinstance(stages, int) else list(stages)
         self.to = to if to is None or isinstance(to, int) else list(to)

@@ -14,13 +14,13 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_peft.arguments import one_of
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.compose.schedule import Schedule, Shape, parse_point
 from lightning_peft.method import Method
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft.optim.optimizers import trained_by
-from lightning_peft.registry import suggest
 from lightning_peft.structure.depth import blocks_at, blocks_edit
 from lightning_peft.structure.edits import Change, EditRequest
 from lightning_peft.structure.forms import Form, dict_of, fields, maybe, whole
@@ -91,9 +91,8 @@ class BlockPruning(Method):
             raise MisconfigurationException(
                 f"amount={amount!r} is a share of the blocks between 0 and 1, or a whole number of blocks to remove."
             )
-        for argument, value, choices in (("score", score, SCORES), ("optimizer_state", optimizer_state, ("keep", "reset"))):
-            if value not in choices:
-                raise MisconfigurationException(f"{argument}={value!r} is unknown.{suggest(str(value), list(choices))}")
+        one_of("score", score, SCORES)
+        one_of("optimizer_state", optimizer_state, ("keep", "reset"))
         self.amount, self.score, self.optimizer_state = amount, score, optimizer_state
         self.schedule = Schedule(start, start if end is None else end, "constant" if end is None else shape)
         self.every = parse_point(every)

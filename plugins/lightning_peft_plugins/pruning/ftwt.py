@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Optimizer
 
+from lightning_peft.arguments import one_of, positive
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Step
 from lightning_peft.compose.run import Run
@@ -102,15 +103,11 @@ class FTWT(Method):
         for share in (mass, *self.masses.values()):
             if isinstance(share, bool) or not 0.0 < share <= 1.0:
                 raise MisconfigurationException(f"mass={share!r} is the share of activity to keep, above 0 and at most 1.")
-        for given, known, what in (
-            (criterion, get_args(Criterion), "criterion"),
-            (normalise, NORMALISE, "normalise"),
-            (tokens, (None, *get_args(Tokens)), "tokens"),
-        ):
-            if given not in known:
-                raise MisconfigurationException(f"{what}={given!r} is unknown; choose one of {', '.join(map(repr, known))}.")
-        if strength <= 0.0 or lr_scale <= 0.0:
-            raise MisconfigurationException(f"strength={strength} and lr_scale={lr_scale} must be positive.")
+        one_of("criterion", criterion, get_args(Criterion))
+        one_of("normalise", normalise, NORMALISE)
+        one_of("tokens", tokens, (None, *get_args(Tokens)))
+        positive("strength", strength)
+        positive("lr_scale", lr_scale)
         self.mass, self.criterion, self.decoupled, self.strength = mass, criterion, decoupled, strength
         self.normalise, self.lr_scale, self.residual, self.tokens = normalise, lr_scale, residual, tokens
         self.cooldown = None if cooldown is None else parse_point(cooldown)

@@ -6,7 +6,8 @@ from typing import Any
 
 from lightning_peft.compose.schedule import Shape
 from lightning_peft.weights.choose import Scope
-from lightning_peft_plugins.pruning.masked_pruning import MaskedPruning, Rule
+from lightning_peft_plugins.pruning._masked_pruning.rules import RuleName
+from lightning_peft_plugins.pruning.masked_pruning import MaskedPruning
 
 
 class ISSP(MaskedPruning):
@@ -41,7 +42,7 @@ class ISSP(MaskedPruning):
         every: int | float | str = 1,
         scope: Scope = "layer",
         shape: Shape = "constant",
-        rule: Rule = "shrink",
+        rule: RuleName = "shrink",
         **kwargs: Any,
     ) -> None:
         super().__init__(amount, alpha=alpha, end=end, every=every, scope=scope, shape=shape, rule=rule, **kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -11,31 +11,25 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_peft.arguments import one_of
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.compose.schedule import Schedule, Shape, parse_point
-from lightning_peft.contract import methods_of
 from lightning_peft.method import Method
 from lightning_peft.network.nm_layers import input_dim, wide_layers
 from lightning_peft.network.targets import SENSITIVE, TargetSpec
-from lightning_peft.registry import suggest
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form, fields, flag, maybe, whole
 from lightning_peft.weights.choose import SCOPES, Scope, check_scores, keep_largest
-from lightning_peft.weights.groups import Grouping, parse_grouping
 from lightning_peft.weights.maps import MappedTensor, maps_of
-from lightning_peft.weights.nm import nm_mask
-from lightning_peft.weights.nm_pattern import parse_pattern
-from lightning_peft_plugins.pruning._masked_pruning.decay import add_decay
-from lightning_peft_plugins.pruning._masked_pruning.mask_map import MaskMap, PruneRule
+from lightning_peft_plugins.pruning._masked_pruning.mask_map import MaskMap
+from lightning_peft_plugins.pruning._masked_pruning.nm_grouping import NMGrouping, read_pattern
 from lightning_peft_plugins.pruning._masked_pruning.rewind import Rewind, rewind_form
+from lightning_peft_plugins.pruning._masked_pruning.rules import RULES, RuleName, make_rule
 from lightning_peft_plugins.pruning._shared.layer_recorder import LayerRecorder
 from lightning_peft_plugins.pruning._shared.layer_statistics import FROM_CALLS
 from lightning_peft_plugins.pruning._shared.scores import SCORES
 from lightning_peft_plugins.pruning._shared.timeline import PruningTimeline
-
-Rule = Literal["zero", "ste", "shrink", "decay"]
-RULES = get_args(Rule)
 
 
 class MaskedPruning(Method):
@@ -102,28 +96,17 @@ class MaskedPruning(Method):
         end: int | float | str | None = None,
         shape: Shape = "cubic",
         every: int | float | str = "1%",
-        rule: Rule = "zero",
+        rule: RuleName = "zero",
         alpha: float = 0.95,
         strength: float = 1.0,
         rewind: int | float | str | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(targets=targets, exclude=exclude or None, name=name)
-        if score not in SCORES:
-            raise MisconfigurationException(f"There is no score {score!r}.{suggest(score, list(SCORES))}")
-        if scope not in SCOPES:
-            raise MisconfigurationException(f"scope={scope!r} is unknown; choose one of {', '.join(SCOPES)}.")
-        if rule not in RULES:
-            raise MisconfigurationException(f"rule={rule!r} is unknown; choose one of {', '.join(RULES)}.")
-        if not 0.0 <= alpha <= 1.0:
-            raise MisconfigurationException(f"alpha={alpha} is what pruned weights are multiplied by, from 0 to 1.")
-        if rule == "decay" and (end is None or strength <= 0):
-            raise MisconfigurationException(
-                f'rule="decay" grows a weight decay up to strength={strength}, which must be positive, until end={end!r}, '
-                "which must be given."
-            )
-        self.nm = parse_pattern(pattern) if ":" in pattern and pattern[0].isdigit() else None
-        self.grouping = Grouping() if self.nm else parse_grouping(pattern)
+        one_of("score", score, SCORES)
+        one_of("scope", scope, SCOPES)
+        one_of("rule", rule, RULES)
+        self.grouping = read_pattern(pattern)
         self.amount = self._read_amount(amount, pattern)
         self.score, self.scope, self.score_name = SCORES[score], scope, score
         if scope == "row" and not self.grouping.single:
@@ -133,23 +116,19 @@ class MaskedPruning(Method):
         last = start if end is None else end
         self.schedule = Schedule(start, last, "constant" if end is None else shape, (0.0, self.amount))
         self.every = parse_point(every)
-        self.rule = PruneRule(masked=rule in ("zero", "ste"), regrow=rule == "ste")
-        self.fades, self.alpha = not self.rule.masked, alpha
-        self.decays = strength if rule == "decay" else 0.0
+        self.rule = make_rule(rule, alpha, strength, ends=end is not None)
+        self.rewind = Rewind(None if rewind is None else parse_point(rewind))
+        self.restarts = rewind is not None
         self.timeline: PruningTimeline | None = None
-        self.watch = LayerRecorder(self.score.reads, self._watches, self.in_training_step)
+        self.recorder = LayerRecorder(self.score.reads, self._records, self.in_training_step)
         self._chosen_at: int | None = None
-        self._shrunk_at: int | None = None
-        self.rewind_to = None if rewind is None else parse_point(rewind)
-        self.restarts = self.rewind_to is not None
-        self._rewind, self._rewind_at, self._rewind_due = Rewind(), 0, False
         self._again = 0  # step of a further choice, for layers that came later
 
     def _read_amount(self, amount: float | None, pattern: str) -> float:
-        if self.nm is not None:
+        if isinstance(self.grouping, NMGrouping):
             if amount is not None:
                 raise MisconfigurationException(f"pattern={pattern!r} says how much is pruned: leave amount= out.")
-            return 1.0 - self.nm[0] / self.nm[1]
+            return self.grouping.pruned
         amount = 0.5 if amount is None else amount
         if isinstance(amount, bool) or not 0.0 < amount < 1.0:
             raise MisconfigurationException(f"amount={amount!r} is the share of weights to prune, between 0 and 1.")
@@ -158,8 +137,8 @@ class MaskedPruning(Method):
     def select(self, module: nn.Module) -> dict[str, nn.Module]:
         """Refuse layers whose inputs cannot be told apart, for scores that read inputs, or are fewer than M."""
         found = super().select(module)
-        if self.nm is not None:
-            found = wide_layers(found, dict.fromkeys(found, self.nm), self.targets)
+        if isinstance(self.grouping, NMGrouping):
+            found = wide_layers(found, dict.fromkeys(found, (self.grouping.n, self.grouping.m)), self.targets)
         for name, layer in found.items():
             input_dim(layer)
             if self.score.reads & FROM_CALLS and getattr(layer, "groups", 1) > 1:
@@ -181,68 +160,38 @@ class MaskedPruning(Method):
     def start(self, run: Run) -> None:
         """Place the choices in this training, and make the first if it is due and needs no data."""
         self.timeline = PruningTimeline.of_choices(self.schedule, self.every, run, watched=bool(self.score.reads))
-        if self.rewind_to is not None:
-            self._prepare_rewind(run)
+        self.rewind.start(run, self.timeline.amounts.start, self.name)
         if self.score.reads:
-            self.watch.open(mapped for mapped, _ in self.masks(run.module))
+            self.recorder.open(mapped for mapped, _ in self.masks(run.module))
         elif self.timeline.due(self.steps) and self._chosen_at is None:
             self._choose(run)
 
-    def _prepare_rewind(self, run: Run) -> None:
-        assert self.rewind_to is not None
-        assert self.timeline is not None
-        self._rewind_at = run.place(self.rewind_to, "rewind=")
-        if self._rewind_at >= self.timeline.amounts.start:
-            raise MisconfigurationException(
-                f"rewind= goes back to step {self._rewind_at}, but masks are chosen from step {self.timeline.amounts.start} "
-                "on. Choose later with start=."
-            )
-        for other in methods_of(run.trainer.callbacks):  # type: ignore[attr-defined]
-            if other.lane == Lane.STRUCTURE:
-                raise MisconfigurationException(
-                    f"{self.name} cannot rewind a network that {other.name} grows. Leave rewind= out."
-                )
-        if self.steps == self._rewind_at and not self._rewind.values:
-            self._rewind.take(run.module)
-
-    def _watches(self) -> bool:
+    def _records(self) -> bool:
         return self.timeline is not None and (self.timeline.watched(self.steps) or self.steps < self._again)
 
     def structure_changed(self, module: LightningModule, change: Change) -> None:
         """Choose once more for the new layers, as soon as there is something to choose by."""
         if self._chosen_at is not None and self.timeline is not None:
             self._again = self.steps + (self.timeline.every if self.score.reads else 1)
-        self.watch.forget(change)
+        self.recorder.forget(change)
         if self.score.reads:
-            self.watch.open(mapped for mapped, _ in self.masks(module))
+            self.recorder.open(mapped for mapped, _ in self.masks(module))
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """See the gradients of a step, and let pruned weights decay."""
         if self.score.reads:
-            self.watch.see_gradients(((mapped.name, mapped.stored) for mapped, _ in self.masks(run.module)), optimizer)
-        if self.decays and not self.rule.masked and self.timeline is not None:
-            add_decay(self.masks(run.module), optimizer, self.decays * self.timeline.progress(self.steps))
+            self.recorder.see_gradients(((mapped.name, mapped.stored) for mapped, _ in self.masks(run.module)), optimizer)
+        if self.timeline is not None:
+            self.rule.before_step(self.masks(run.module), optimizer, self.timeline.progress(self.steps))
 
     def after_step(self, run: Run) -> None:
         """Choose masks when the time has come."""
         due = self.timeline is not None and (self.timeline.due(self.steps) or self.steps == self._again)
         if due and self._chosen_at != self.steps:
             self._choose(run)
-        if self.rewind_to is not None and self.steps == self._rewind_at and not self._rewind.values:
-            self._rewind.take(run.module)
-        if self.fades and self.timeline is not None:
-            self.rule.masked = self.steps >= self.timeline.amounts.end
-            if not (self.rule.masked or self.decays) and self._shrunk_at != self.steps:
-                with torch.no_grad():
-                    for mapped, factor in self.shrinkage(run):
-                        mapped.stored.mul_(factor)
-                self._shrunk_at = self.steps
-
-    def shrinkage(self, run: Run) -> Iterator[tuple[MappedTensor, Tensor]]:
-        """What the rule ``"shrink"`` multiplies weights by after a step."""
-        for mapped, mask in self.masks(run.module):
-            if mask.holds(mapped.stored):
-                yield mapped, torch.where(mask.held, 1.0, self.alpha)
+        self.rewind.take_when_due(run)
+        if self.timeline is not None:
+            self.rule.after_step(self.masks(run.module), run, self.timeline)
 
     @torch.no_grad()
     def _choose(self, run: Run) -> None:
@@ -250,7 +199,7 @@ class MaskedPruning(Method):
         maps = list(self.masks(run.module))
         scores, sizes = {}, {}
         for mapped, mask in maps:
-            seen = self.watch.of(mapped.name)
+            seen = self.recorder.of(mapped.name)
             if not seen.ready:
                 raise MisconfigurationException(
                     f"{mapped.name} cannot be scored by {self.score_name!r}: its layer was not called, or got no "
@@ -263,19 +212,19 @@ class MaskedPruning(Method):
             value = self.score.value(weight, seen, dim)
             check_scores(mapped.name, value)
             seen.clear()
-            if self.nm is not None:
-                mask.hold(nm_mask(value.contiguous(), *self.nm, dim))
+            if isinstance(self.grouping, NMGrouping):
+                mask.hold(self.grouping.mask(value, dim))
                 continue
             if self.rule.masked and not self.rule.regrow and mask.holds(weight):
                 value = value.masked_fill(~mask.held, -torch.inf)
             scores[mapped.name] = self.grouping.scores(value, dim)
             sizes[mapped.name] = self.grouping.sizes(weight.shape, dim)
-        if self.nm is None:
+        if scores:
             kept = self.keep(scores, sizes)
             for mapped, mask in maps:
                 mask.hold(self.grouping.spread(kept[mapped.name], mapped.stored.shape, input_dim(mapped.layer)))
         self._chosen_at = self.steps
-        self._rewind_due = self.rewind_to is not None
+        self.rewind.chosen()
 
     def keep(self, scores: Mapping[str, Tensor], sizes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Decide which groups stay, from their scores and the number of their weights by tensor."""
@@ -286,26 +235,25 @@ class MaskedPruning(Method):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Go back after a choice; not at once, so that a validation in between sees what was pruned, trained."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._rewind_due and self._hub is not None:
-            self._rewind_due = False
-            self._rewind.restore(self._hub.run)
+        if self.run is not None:
+            self.rewind.restore_when_due(self.run)
 
     def finish(self, run: Run) -> None:
         """Stop looking at inputs."""
-        self.watch.close()
+        self.recorder.close()
 
     def awaited(self, run: Run) -> Iterator[str]:
         """The last choice, with the whole amount, and the way back after it."""
         last = None if self.timeline is None else self.timeline.amounts.end
         if last is not None and self._chosen_at != last and self.steps < last:
             yield f"the last choice of masks at step {last}"
-        elif self._rewind_due:
-            yield f"going back to step {self._rewind_at}, for which a further step was needed"
+        elif self.rewind.due:
+            yield f"going back to step {self.rewind.at}, for which a further step was needed"
 
     def describe(self, module: nn.Module) -> str:
         """Name what is pruned by what, and when."""
         given = self._arguments
-        much = given["pattern"] if self.nm else f"{self.amount:.0%} {given['pattern']}"
+        much = given["pattern"] if isinstance(self.grouping, NMGrouping) else f"{self.amount:.0%} {given['pattern']}"
         when = f"at {given['start']}" if given["end"] is None else f"{given['start']} to {given['end']}"
         return f"{much} by {self.score_name}, {self.scope}, {when}, in {len(self.select(module))} layers"
 
@@ -322,12 +270,12 @@ class MaskedPruning(Method):
         """What was seen since the last choice; the masks themselves are in the module's state."""
         return {
             "chosen_at": self._chosen_at,
-            "shrunk_at": self._shrunk_at,
+            "shrunk_at": self.rule.faded_at,
             "again": self._again,
             "masked": self.rule.masked,
-            "rewind": self._rewind.state(),
-            "rewind_due": self._rewind_due,
-            "seen": self.watch.state(),
+            "rewind": dict(self.rewind.values),
+            "rewind_due": self.rewind.due,
+            "seen": self.recorder.state(),
         }
 
     def state_form(self, tensors: Mapping[str, Tensor] | None) -> Form:
@@ -339,12 +287,12 @@ class MaskedPruning(Method):
                 "masked": flag,
                 "rewind": rewind_form(tensors),
                 "rewind_due": flag,
-                "seen": self.watch.form(tensors),
+                "seen": self.recorder.form(tensors),
             }
         )
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._chosen_at, self._shrunk_at, self._again = state["chosen_at"], state["shrunk_at"], state["again"]
-        self.rule.masked = state["masked"]
-        self._rewind.values, self._rewind_due = dict(state["rewind"]), state["rewind_due"]
-        self.watch.load_state(state["seen"])
+        self._chosen_at, self._again = state["chosen_at"], state["again"]
+        self.rule.masked, self.rule.faded_at = state["masked"], state["shrunk_at"]
+        self.rewind.values, self.rewind.due = dict(state["rewind"]), state["rewind_due"]
+        self.recorder.load_state(state["seen"])

@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_peft.arguments import one_of
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.method import Method
@@ -68,10 +69,8 @@ class PERP(Method):
         super().__init__(targets=targets, exclude=exclude or None, name=name)
         self.tune = (tune,) if isinstance(tune, str) else tuple(tune)
         for part in self.tune:
-            if part not in PARTS:
-                raise MisconfigurationException(f"tune= has {part!r}; choose among {', '.join(PARTS)}.")
-        if lora is not None and lora not in LORA:
-            raise MisconfigurationException(f"lora={lora!r} is unknown; choose one of {', '.join(LORA)}, or None.")
+            one_of("tune", part, PARTS)
+        one_of("lora", lora, (*LORA, None))
         if not self.tune and lora is None:
             raise MisconfigurationException("Nothing would be trained: name parts with tune=, or a map with lora=.")
         if rank < 1:

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_peft.weights.choose import Scope, keep_largest
+from lightning_peft_plugins.pruning._masked_pruning.nm_grouping import NMGrouping
 from lightning_peft_plugins.pruning.functional.sparsity_index import pq_index, pq_pruned
 from lightning_peft_plugins.pruning.masked_pruning import MaskedPruning
 
@@ -61,7 +62,7 @@ class SAP(MaskedPruning):
     ) -> None:
         super().__init__(scope=scope, start=start, end=end, every=every, rewind=rewind, **kwargs)
         pq_index(torch.ones(1), p, q)
-        if not self.grouping.single or self.nm is not None:
+        if not self.grouping.single or isinstance(self.grouping, NMGrouping):
             raise MisconfigurationException(f"The PQ index is of single weights, not of pattern={kwargs['pattern']!r}.")
         self.index = {"p": p, "q": q, "eta": eta, "gamma": gamma, "beta": beta}
 

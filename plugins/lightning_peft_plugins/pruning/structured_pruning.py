@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_peft.arguments import one_of
 from lightning_peft.capture.shim import Shim
 from lightning_peft.capture.tap import forward_attribute, step_compiler
 from lightning_peft.compose.lanes import Lane, Resource
@@ -20,7 +21,6 @@ from lightning_peft.compose.schedule import Schedule, Shape, parse_point
 from lightning_peft.method import Method
 from lightning_peft.network.layers import is_norm, own_parameters
 from lightning_peft.network.targets import TargetSpec, select
-from lightning_peft.registry import suggest
 from lightning_peft.structure.edits import Change, Edit, EditRequest
 from lightning_peft.structure.forms import Form, dict_of, fields, maybe, number, whole
 from lightning_peft.weights.choose import check_scores
@@ -116,7 +116,7 @@ class StructuredPruning(Method):
         self.schedule = Schedule(start, last, "constant" if end is None else shape, (0.0, float(amount)))
         self.every = parse_point(every)
         self.timeline: PruningTimeline | None = None
-        self.watch = LayerRecorder(self.score.reads, self._watches, self.in_training_step)
+        self.recorder = LayerRecorder(self.score.reads, self._records, self.in_training_step)
         self._shim: Shim | None = None
         self._example: dict[str, Any] | None = None
         self._baseline: Baseline | None = None
@@ -152,13 +152,13 @@ class StructuredPruning(Method):
         targets = "all-weights" if self.targets is None else self.targets
         return set(select(run.module, targets, self.exclude))
 
-    def _watches(self) -> bool:
+    def _records(self) -> bool:
         return self.timeline is not None and self.timeline.watched(self.steps)
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """See the gradients of a step."""
         if self.score.reads:
-            self.watch.see_gradients(_weights(run), optimizer)
+            self.recorder.see_gradients(_weights(run), optimizer)
 
     def next_edit(self, run: Run) -> EditRequest | None:
         """Cut when the time has come."""
@@ -196,7 +196,7 @@ class StructuredPruning(Method):
         self._cut_at = self.steps
         share = self.timeline.amounts.value(self.steps)
         edit, self._cost = channels.choose(self._values(run, channels), share, self._baseline, self.limits, self.scope)
-        self.watch.seen.clear()
+        self.recorder.seen.clear()
         return None if edit is None else EditRequest(self._signed(edit), optimizer_state=self._rule)
 
     @property
@@ -213,7 +213,7 @@ class StructuredPruning(Method):
         prefix = f"{run.network_name}." if run.network_name else ""
         for name in sorted({place.tensor for group in channels.groups for place in group.places if place.scored}):
             path, _, attribute = name.rpartition(".")
-            seen = self.watch.of(prefix + name)
+            seen = self.recorder.of(prefix + name)
             weight = getattr(run.network.get_submodule(path), attribute).detach()
             if seen.ready:
                 values[name] = self.score.value(weight, seen, 1)
@@ -229,7 +229,7 @@ class StructuredPruning(Method):
 
     def structure_changed(self, module: LightningModule, change: Change) -> None:
         """Let go of what was seen of tensors that are no more what they were."""
-        self.watch.forget(change)
+        self.recorder.forget(change)
 
     def awaited(self, run: Run) -> Iterator[str]:
         """The last cut, with the whole amount."""
@@ -260,7 +260,7 @@ class StructuredPruning(Method):
             "baseline": None if self._baseline is None else asdict(self._baseline),
             "cut_at": self._cut_at,
             "cost": self._cost,
-            "seen": self.watch.state(),
+            "seen": self.recorder.state(),
         }
 
     def state_form(self, tensors: Mapping[str, Tensor] | None) -> Form:
@@ -270,21 +270,19 @@ class StructuredPruning(Method):
                 "baseline": maybe(fields({"cost": number(0.0), "units": dict_of(whole(1))})),
                 "cut_at": maybe(whole()),
                 "cost": number(0.0),
-                "seen": self.watch.form(tensors),
+                "seen": self.recorder.form(tensors),
             }
         )
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._example, self._cut_at, self._cost = state["example"], state["cut_at"], state["cost"]
         self._baseline = None if state["baseline"] is None else Baseline(**state["baseline"])
-        self.watch.load_state(state["seen"])
+        self.recorder.load_state(state["seen"])
 
 
 def _known(argument: str, given: Sequence[str], choices: Any) -> list[str]:
     for value in given:
-        if value not in choices:
-            hint = suggest(str(value), list(choices)) or f" Choose one of {', '.join(choices)}."
-            raise MisconfigurationException(f"{argument}={value!r} is unknown.{hint}")
+        one_of(argument, value, choices)
     if not given:
         raise MisconfigurationException(f"{argument}= is empty. Choose one or more of {', '.join(choices)}.")
     return list(given)

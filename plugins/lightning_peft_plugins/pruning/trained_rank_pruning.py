@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_peft.arguments import one_of
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.compose.run import Run
 from lightning_peft.method import Method
@@ -72,8 +73,7 @@ class TrainedRankPruning(Method):
             raise MisconfigurationException(f"period={period} must be at least 1 optimizer step.")
         if nuclear < 0:
             raise MisconfigurationException(f"nuclear={nuclear} would raise the rank; use 0 or more.")
-        if scheme not in SCHEMES:
-            raise MisconfigurationException(f"scheme={scheme!r} is unknown; choose one of {', '.join(SCHEMES)}.")
+        one_of("scheme", scheme, SCHEMES)
         self.energy, self.period, self.nuclear, self.scheme = energy, period, nuclear, scheme
         self.ranks: dict[str, int] = {}
         self._pulls: dict[str, Tensor] = {}

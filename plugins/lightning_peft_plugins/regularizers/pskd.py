@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_peft.arguments import one_of
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Loss, Step
 from lightning_peft.compose.run import Run
@@ -87,10 +88,10 @@ class PSKD(Method):
         for label, number in (("epochs", epochs), ("num_samples", num_samples)):
             if number is not None and number < 1:
                 raise MisconfigurationException(f"PSKD({label}={number}): must be at least 1, or None to find out.")
-        _one_of("memory", memory, ("auto", "ram", "mapped"))
-        _one_of("dtype", dtype, tuple(_DTYPES))
-        _one_of("teacher", teacher, ("memory", "copy"))
-        _one_of("reduction", reduction, ("mean", "sum"))
+        one_of("memory", memory, ("auto", "ram", "mapped"))
+        one_of("dtype", dtype, tuple(_DTYPES))
+        one_of("teacher", teacher, ("memory", "copy"))
+        one_of("reduction", reduction, ("mean", "sum"))
         self.alpha = alpha
         self.sample_index = sample_index
         self.epochs = epochs
@@ -270,11 +271,6 @@ class PSKD(Method):
             return
         strategy = run.trainer.strategy
         memory.merge(lambda tensor: strategy.all_gather(tensor.to(strategy.root_device)).cpu())
-
-
-def _one_of(label: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise MisconfigurationException(f"PSKD({label}={value!r}): choose one of {', '.join(map(repr, allowed))}.")
 
 
 def _epochs_of(run: Run) -> int:

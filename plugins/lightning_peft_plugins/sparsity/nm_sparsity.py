@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_peft.arguments import one_of
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.compose.schedule import parse_point
@@ -85,10 +86,8 @@ class NMSparsity(Method):
         name: str | None = None,
     ) -> None:
         super().__init__(targets=targets, exclude=exclude or None, name=name)
-        if recipe not in RECIPES:
-            raise MisconfigurationException(f"recipe={recipe!r} is unknown; choose one of {', '.join(RECIPES)}.")
-        if grad_mode not in ("ste", "masked"):
-            raise MisconfigurationException(f'grad_mode={grad_mode!r} is unknown; choose "ste" or "masked".')
+        one_of("recipe", recipe, RECIPES)
+        one_of("grad_mode", grad_mode, ("ste", "masked"))
         if decay != "auto" and not (isinstance(decay, (int, float)) and decay > 0):
             raise MisconfigurationException(f'decay={decay!r} must be a positive number per step or "auto".')
         if refresh < 1:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_peft.arguments import positive
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.compose.run import Run
 from lightning_peft.network.logits import with_logits
@@ -54,8 +54,8 @@ class RoTTA(ViewMethod):
         **kwargs: Any,
     ) -> None:
         super().__init__(lr=lr, optimizer=optimizer, statistics=statistics, **kwargs)
-        if capacity < 1 or every < 1:
-            raise MisconfigurationException(f"capacity={capacity!r} and every={every!r} must be positive.")
+        positive("capacity", capacity)
+        positive("every", every)
         self.capacity, self.every = capacity, every
         self.statistics_momentum, self.teacher_momentum = statistics_momentum, teacher_momentum
         self.timeliness, self.uncertainty = timeliness, uncertainty

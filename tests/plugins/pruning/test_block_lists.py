@@ -47,7 +47,7 @@ def test_arguments_are_checked_at_once() -> None:
         ({"amount": 0}, "share of the blocks between 0 and 1, or a whole number"),
         ({"amount": 1.5}, "share of the blocks"),
         ({"amount": True}, "share of the blocks"),
-        ({"score": "influense"}, "score='influense' is unknown. Did you mean influence"),
+        ({"score": "influense"}, "score='influense' is unknown; choose one of .* Did you mean influence"),
         ({"optimizer_state": "slice"}, "optimizer_state='slice' is unknown"),
     ]
     for arguments, message in cases:

@@ -24,7 +24,7 @@ from lightning_peft.testing.runs import fit
         ({"score": "magnitud"}, "Did you mean magnitude"),
         ({"scope": "all"}, "global, layer, row"),
         ({"rule": "soft"}, "zero, ste, shrink, decay"),
-        ({"rule": "decay"}, "until end=None, which must be given"),
+        ({"rule": "decay"}, "until end=, which must be given"),
         ({"rule": "decay", "end": "50%", "strength": 0.0}, "must be positive"),
         ({"alpha": 1.5}, "from 0 to 1"),
         ({"pattern": "stripes"}, '"block:RxC"'),

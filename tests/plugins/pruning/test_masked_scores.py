@@ -15,7 +15,7 @@ from lightning_peft.testing import MethodTester
 from lightning_peft.testing.runs import fit
 from lightning_peft.weights.maps import mapped_tensors
 from lightning_peft_plugins.pruning._shared.deviations import deviation_ratio
-from lightning_peft_plugins.pruning._shared.layer_statistics import Statistics
+from lightning_peft_plugins.pruning._shared.layer_statistics import LayerStatistics
 from lightning_peft_plugins.pruning._shared.scores import beta_rank, wanda
 
 
@@ -107,7 +107,7 @@ def test_gradient_scores_are_means_over_the_steps_before(score: str) -> None:
 def test_wanda_knows_the_inputs_of_convolutions() -> None:
     images = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     layer = nn.Conv2d(3, 2, 3)
-    seen = Statistics({"x^2"})
+    seen = LayerStatistics({"x^2"})
     seen.see_inputs(layer, images)
     torch.testing.assert_close(seen.mean("x^2"), images.square().sum((0, 2, 3)) / 4)
     seen.see_inputs(layer, images)
@@ -159,4 +159,4 @@ def test_beta_rank_chooses_by_the_calls_before() -> None:
 def test_each_choice_sees_only_the_steps_before_it(pattern: str) -> None:
     method = GBLM(pattern=pattern, scope="layer", exclude=EVERYTHING, start=4, end=8, every=4)
     fit([method], max_epochs=2)
-    assert {seen.steps for seen in method.watch.seen.values()} == {0}, "the last choice was after the last step"
+    assert {seen.steps for seen in method.recorder.seen.values()} == {0}, "the last choice was after the last step"

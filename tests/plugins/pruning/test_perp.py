@@ -222,8 +222,8 @@ def test_the_training_of_a_masked_lora_by_hand() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tune": ("bias", "embedding")}, "choose among bias, norm, head"),
-        ({"lora": "prune"}, "choose one of mask, scale, or None"),
+        ({"tune": ("bias", "embedding")}, "choose one of bias, norm, head"),
+        ({"lora": "prune"}, "choose one of mask, scale, None"),
         ({"tune": (), "lora": None}, "Nothing would be trained"),
         ({"rank": 0}, "at least 1"),
     ],

@@ -73,12 +73,12 @@ def call_of(net, size=6):
 def pair(make, wrap=lambda net: net, data=None, **options):
     """The same on the whole batch and with workers: predictions and norm parameters of both."""
     results = []
-    for backward in ("whole", "workers"):
+    for backward in ("whole", "chunks"):
         net = wrap(layer_norm_net())
         method = make(backward=backward, keep=True)
         predictions = run(net, method, loaders=data or stream(4, size=7), **options)
         results.append((predictions, [p.detach() for p in norm_parameters(net)]))
-        assert method.way.name == backward
+        assert method.way.name == {"whole": "whole", "chunks": "workers"}[backward]
     return results
 
 
@@ -91,10 +91,10 @@ def test_workers_give_the_same_predictions_and_updates(make, size):
 
 
 @pytest.mark.parametrize("make", [*MAKES.values(), lambda **o: DeYO(lr=0.05, drop=-0.5, **o)], ids=[*MAKES, "DeYO"])
-def test_both_passes_may_be_divided(make, monkeypatch):
+def test_a_second_pass_comes_to_the_same(make, monkeypatch):
     monkeypatch.setattr(EntropyMethod, "_find_choices", lambda self, call: [self._forced])
     results = []
-    for way in (Way("whole"), Way("second-pass", 4)):
+    for way in (Way("whole"), Way("second-pass")):
         net, method = Forgetful(layer_norm_net().double()), make(keep=True)
         method._forced = way
         predictions = run(net, method, loaders=stream(4, size=7), precision="64-true")
@@ -115,7 +115,7 @@ def test_outputs_may_be_dicts():
             self.predictions.append(self.net(batch[0])["logits"])
 
     predictions = []
-    for backward in ("whole", "workers"):
+    for backward in ("whole", "chunks"):
         module = Reads(Dictionary(layer_norm_net()))
         trainer(callbacks=[ETA(backward=backward, **MARGINS)]).test(module, stream(), verbose=False)
         predictions.append(module.predictions)
@@ -143,7 +143,7 @@ def test_an_error_in_a_worker_is_raised_and_leaves_nothing():
     net = Failing(layer_norm_net())
     net.ready = False
     before = [p.detach().clone() for p in net.parameters()]
-    method = Tent(lr=0.05, backward="workers")
+    method = Tent(lr=0.05, backward="chunks")
     run(net, method)
     net.ready = True
     with pytest.raises(ValueError, match="planned"):
@@ -225,11 +225,11 @@ def test_networks_that_cannot_be_replicated_are_refused(change):
 
 
 def test_one_thread_and_methods_that_draw_numbers_take_chunks():
-    method = DeYO(lr=0.05, drop=-0.5, backward="workers")
+    method = DeYO(lr=0.05, drop=-0.5, backward="chunks")
     run(layer_norm_net(), method, loaders=stream(1))
     assert method.way == Way("chunks", 1)
     torch.set_num_threads(1)
-    method = Tent(lr=0.05, backward="workers", chunk_size=2)
+    method = Tent(lr=0.05, backward="chunks", chunk_size=2)
     run(layer_norm_net(), method, loaders=stream(1))
     torch.set_num_threads(2)
     assert method.way == Way("chunks", 2)
@@ -261,7 +261,7 @@ def test_the_threads_of_the_process_are_as_before():
 def test_auto_tries_all_ways_and_remembers_them():
     method = ETA(**MARGINS)
     run(layer_norm_net(), method, loaders=stream(10, size=6))
-    tried = {Way("whole"), Way("workers", 1), Way("workers", 2), Way("workers", 3), Way("second-pass", 3)}
+    tried = {Way("whole"), Way("workers", 1), Way("workers", 2), Way("workers", 3), Way("second-pass")}
     assert set(method._costs.trials) == tried
     assert set(method._costs.trials.values()) == {2}
     run(layer_norm_net(), method, loaders=stream(1, size=6))

@@ -7,8 +7,9 @@ tensor, of the shape of the weight, holds these four templates as its four block
 from __future__ import annotations
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+
+from lightning_peft.arguments import one_of
 
 CROSS_RULES = ("orthogonal", "copy", "zero", "random")
 
@@ -69,8 +70,7 @@ def cross_coefficients(
         >>> cross_coefficients(own, "zero")
         tensor([0., 0.])
     """
-    if rule not in CROSS_RULES:
-        raise MisconfigurationException(f"coefficients={rule!r} must be one of {', '.join(CROSS_RULES)}.")
+    one_of("coefficients", rule, CROSS_RULES)
     if rule == "zero":
         return torch.zeros_like(own)
     drawn: Tensor = torch.rand(own.shape, generator=generator).to(own)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from torch import Tensor
 
 from lightning_peft.compose.lanes import Lane
@@ -9,16 +11,22 @@ from lightning_peft.weights.hard_mask import hard_mask
 from lightning_peft.weights.held import HeldMask
 
 
-class PruneRule:
-    """What all layers of one method do with pruned weights at the moment; one object serves many maps.
+class Visibility(Protocol):
+    """How layers see pruned weights at the moment; one object serves all maps of a method.
 
     Attributes:
         masked: Whether layers see pruned weights as zero.
         regrow: Whether pruned weights get the gradient too, so that they may come back.
     """
 
-    def __init__(self, masked: bool = True, regrow: bool = False) -> None:
-        self.masked, self.regrow = masked, regrow
+    masked: bool
+    regrow: bool
+
+
+class AlwaysMasked:
+    """Pruned weights are zero for good."""
+
+    masked, regrow = True, False
 
 
 class MaskMap(HeldMask):
@@ -31,9 +39,9 @@ class MaskMap(HeldMask):
     kind = "mask"
     lane = Lane.MASK
 
-    def __init__(self, rule: PruneRule | None = None) -> None:
+    def __init__(self, rule: Visibility | None = None) -> None:
         super().__init__()
-        self.rule = rule or PruneRule()
+        self.rule = rule or AlwaysMasked()
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.rule.masked or not self.holds(weight):

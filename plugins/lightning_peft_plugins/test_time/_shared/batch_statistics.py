@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -112,62 +111,6 @@ class BlendStatistics(SourceStatistics):
         for shim in self._shims:
             shim.remove()
         self._shims = []
-
-
-class FrozenStatistics:
-    """Lets BatchNorm layers normalise samples of a batch with the statistics that the whole batch had in a pass before.
-
-    Without a graph through the statistics, the samples no longer depend on each other.
-
-    Args:
-        layers: Layers that normalise with the statistics of each batch.
-    """
-
-    def __init__(self, layers: Iterable[BatchNorm]) -> None:
-        self._mode = "off"
-        self._seen: dict[BatchNorm, deque[tuple[Tensor, Tensor]]] = {}
-        self._shims = [Shim(layer, "forward", partial(self._forward, layer), traced=False).install() for layer in layers]
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Keep the statistics of the pass inside."""
-        self._seen.clear()
-        self._mode = "record"
-        try:
-            yield
-        finally:
-            self._mode = "off"
-
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Normalise with what was kept, once."""
-        self._mode = "frozen"
-        try:
-            yield
-        finally:
-            self._mode = "off"
-            self._seen.clear()
-
-    def _forward(self, layer: BatchNorm, inner: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        if self._mode == "off":
-            return inner(x)
-        if self._mode == "record":
-            y, mean, scale = torch.native_batch_norm(x, layer.weight, layer.bias, None, None, True, 0.0, layer.eps)
-            variance = scale.detach().square().reciprocal() - layer.eps
-            self._seen.setdefault(layer, deque()).append((mean.detach(), variance))
-        else:
-            mean, variance = self._seen[layer].popleft()  # a layer that is called twice has two
-            y = torch.nn.functional.batch_norm(x, mean, variance, layer.weight, layer.bias, False, 0.0, layer.eps)
-        for name in ("drop", "act"):  # timm's BatchNormAct2d goes on from here
-            y = getattr(layer, name, _same)(y)
-        return y
-
-    def restore(self) -> None:
-        """Give the layers their own forward pass back."""
-        for shim in self._shims:
-            shim.remove()
-        self._shims = []
-        self._seen.clear()
 
 
 class RobustStatistics(SourceStatistics):

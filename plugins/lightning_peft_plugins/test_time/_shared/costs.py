@@ -18,7 +18,7 @@ class Way:
     """A way through a batch.
 
     Attributes:
-        name: Name of the way.
+        name: ``"whole"``, ``"chunks"`` one after the other, ``"workers"``: chunks side by side, or ``"second-pass"``.
         chunk_size: Samples in a part of the batch; 0 for ways that take it whole.
 
     Example:
@@ -44,26 +44,24 @@ class Way:
         return 2.0 - (1.0 - share) ** self.chunk_size if self.chunk_size else 2.0
 
 
-def candidates(size: int, chunk_size: int | None, threads: int, *, chunks_in_threads: bool) -> list[Way]:
+def candidates(size: int, chunk_size: int | None, threads: int) -> list[Way]:
     """Ways worth timing for batches of ``size`` samples.
 
     Args:
         size: Samples in a batch.
         chunk_size: Samples in a chunk; ``None`` tries several.
-        threads: Threads whose every one may take a part; 1 for none.
-        chunks_in_threads: Whether chunks may be taken by threads, and not the parts of a second pass alone.
+        threads: Threads whose every one may take a chunk; 1 for none.
 
     Example:
-        >>> print(*candidates(16, None, 2, chunks_in_threads=True), sep="; ")
-        whole; workers, parts of 1; workers, parts of 2; workers, parts of 8; second-pass, parts of 8
-        >>> print(*candidates(16, 4, 1, chunks_in_threads=True), sep="; ")
+        >>> print(*candidates(16, None, 2), sep="; ")
+        whole; workers, parts of 1; workers, parts of 2; workers, parts of 8; second-pass
+        >>> print(*candidates(16, 4, 1), sep="; ")
         whole; chunks, parts of 4; second-pass
     """
-    share = -(-size // threads) if threads > 1 else 0
-    workers = bool(share) and chunks_in_threads
-    sizes = [1, 2, *([share] if workers else [])] if chunk_size is None else [chunk_size]
+    workers = threads > 1
+    sizes = [1, 2, *([-(-size // threads)] if workers else [])] if chunk_size is None else [chunk_size]
     parts = [Way("workers" if workers else "chunks", n) for n in dict.fromkeys(sizes)]
-    return [Way("whole"), *parts, Way("second-pass", share)]
+    return [Way("whole"), *parts, Way("second-pass")]
 
 
 @dataclass

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_peft.arguments import one_of
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.compose.run import Run
 from lightning_peft.network.layers import parameter_names
@@ -56,9 +57,8 @@ class DescentMethod(StreamMethod):
         **kwargs: Any,
     ) -> None:
         super().__init__(targets=targets, **kwargs)
-        for value, choices, argument in ((statistics, ("batch", "source"), "statistics"), (sync, ("none", "mean"), "sync")):
-            if value not in choices:
-                raise MisconfigurationException(f"{argument}={value!r} is not one of {', '.join(map(repr, choices))}.")
+        one_of("statistics", statistics, ("batch", "source"))
+        one_of("sync", sync, ("none", "mean"))
         if steps < 1:
             raise MisconfigurationException(f"steps={steps!r}: a batch is adapted to at least once.")
         self.steps_per_batch, self.statistics, self.sync = steps, statistics, sync

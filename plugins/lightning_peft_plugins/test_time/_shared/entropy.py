@@ -8,10 +8,10 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_peft.arguments import one_of, positive
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.compose.run import Run
 from lightning_peft.network.batches import separable, take
-from lightning_peft_plugins.test_time._shared.batch_statistics import BatchNorm, FrozenStatistics
 from lightning_peft_plugins.test_time._shared.costs import Costs, Way, candidates
 from lightning_peft_plugins.test_time._shared.descent import DescentMethod
 from lightning_peft_plugins.test_time._shared.walks import Walk, Walker
@@ -20,8 +20,8 @@ from lightning_peft_plugins.test_time._shared.window import Window
 from lightning_peft_plugins.test_time._shared.workers import fits
 from lightning_peft_plugins.test_time.functional.predictions import softmax_entropy
 
-Backward: TypeAlias = Literal["auto", "whole", "chunks", "workers", "second-pass", "frozen"]
-BACKWARDS = ("auto", "whole", "chunks", "workers", "second-pass", "frozen")
+Backward: TypeAlias = Literal["auto", "whole", "chunks", "second-pass"]
+BACKWARDS = ("auto", "whole", "chunks", "second-pass")
 
 
 class EntropyMethod(DescentMethod):
@@ -31,19 +31,14 @@ class EntropyMethod(DescentMethod):
 
     The official codes build a graph of the whole batch and walk back through all of it, also for the samples that were not
     chosen. Where samples do not depend on each other (no batch statistics) there are cheaper ways to the same update:
-    ``"chunks"`` runs the batch in small parts and walks back only through parts with a chosen sample; ``"workers"`` does so
-    with several parts at a time, each on one core, where that is safe (see
-    :func:`~lightning_peft_plugins.test_time._shared.workers.fits`), and is ``"chunks"`` elsewhere;
+    ``"chunks"`` runs the batch in small parts and walks back only through parts with a chosen sample, several parts at a time,
+    each on one core, where that is safe (see :func:`~lightning_peft_plugins.test_time._shared.workers.fits`);
     ``"second-pass"`` predicts without a graph and runs the chosen samples again with one. ``"auto"`` times the ways on the
-    first batches, with several sizes of chunks and both passes of the second pass divided among the workers too, and takes what
-    is cheapest for the share of samples chosen of late; what it learnt holds for later evaluations of a network of the same
-    shape.
-
-    With batch statistics all this is ``"whole"``. There, ``"frozen"`` runs the chosen samples again, with the statistics of the
-    batch as constants: an approximation, since the gradient through the statistics is left out.
+    first batches, with several sizes of chunks, and takes what is cheapest for the share of samples chosen of late; what it
+    learnt holds for later evaluations of a network of the same shape. With batch statistics all this is ``"whole"``.
 
     Args:
-        backward: ``"whole"``, ``"chunks"``, ``"workers"``, ``"second-pass"``, ``"frozen"`` or ``"auto"``.
+        backward: ``"whole"``, ``"chunks"``, ``"second-pass"`` or ``"auto"``.
         chunk_size: Samples in a chunk; ``None`` tries several if ``backward="auto"``, and is 1 otherwise.
         window: For streams that come one by one: adapt to the last so many samples, each time that so many new ones have come.
             In between, BatchNorm layers on batch statistics take them from the window.
@@ -52,7 +47,7 @@ class EntropyMethod(DescentMethod):
 
     Attributes:
         weighs_in_threads: Whether :meth:`weigh` may be called for parts of a batch in any order and at the same time: it
-            changes nothing and draws no random numbers. A subclass says so to have ``"workers"``.
+            changes nothing and draws no random numbers. A subclass says so to have chunks side by side.
         way: What the last batch was run with.
     """
 
@@ -62,10 +57,9 @@ class EntropyMethod(DescentMethod):
         self, *, backward: Backward = "auto", chunk_size: int | None = None, window: int = 0, class_dim: int = -1, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        if backward not in BACKWARDS:
-            raise MisconfigurationException(f"backward={backward!r} is not one of {', '.join(map(repr, BACKWARDS))}.")
-        if chunk_size is not None and chunk_size < 1:
-            raise MisconfigurationException(f"chunk_size={chunk_size!r} is not positive.")
+        one_of("backward", backward, BACKWARDS)
+        if chunk_size is not None:
+            positive("chunk_size", chunk_size)
         if window < 0:
             raise MisconfigurationException(f"window={window!r} is negative; 0 means that batches are taken as they come.")
         self.backward, self.chunk_size, self.class_dim = backward, chunk_size, class_dim
@@ -125,9 +119,7 @@ class EntropyMethod(DescentMethod):
     def adapt_start(self, run: Run) -> None:
         super().adapt_start(run)
         self._choices: list[Way] | None = None
-        frozen = self.coupled and self.backward == "frozen"
-        statistics = FrozenStatistics(m for m in run.network.modules() if frozen and isinstance(m, BatchNorm))
-        self._ways = Ways(Walker(self.predictions, self._weights, list(self.parameters.values()), self.coupled), statistics)
+        self._ways = Ways(Walker(self.predictions, self._weights, list(self.parameters.values()), self.coupled))
 
     def release(self) -> None:
         if self._ways is not None:
@@ -155,7 +147,7 @@ class EntropyMethod(DescentMethod):
 
     def _way(self, call: Call) -> Way:
         if self.coupled:
-            return Way("frozen" if self.backward == "frozen" else "whole")
+            return Way("whole")
         if call.size == 1:
             return Way("whole")
         if self._choices is None:
@@ -166,11 +158,10 @@ class EntropyMethod(DescentMethod):
         """What ``backward`` asks for, as far as it can be had; several ways are to be timed."""
         if self.backward in ("whole", "second-pass"):
             return [Way(self.backward)]
-        threads = torch.get_num_threads() if fits(call) else 1
+        threads = torch.get_num_threads() if self.weighs_in_threads and fits(call) else 1
         if self.backward != "auto":
-            workers = self.backward == "workers" and self.weighs_in_threads and threads > 1
-            return [Way("workers" if workers else "chunks", self.chunk_size or 1)]
-        choices = candidates(call.size, self.chunk_size, threads, chunks_in_threads=self.weighs_in_threads)
+            return [Way("workers" if threads > 1 else "chunks", self.chunk_size or 1)]
+        choices = candidates(call.size, self.chunk_size, threads)
         shapes = [(name, p.shape) for name, p in self.run.network.named_parameters()] if self.run is not None else []
         key = (choices, shapes, list(self.parameters), torch.get_num_threads())
         if self._costs_hold_for != key:

@@ -8,31 +8,28 @@ from typing import Any, TypeAlias
 
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.network.batches import join
-from lightning_peft_plugins.test_time._shared.batch_statistics import FrozenStatistics
 from lightning_peft_plugins.test_time._shared.costs import Way
-from lightning_peft_plugins.test_time._shared.walks import Walk, Walker, rows_that_count
+from lightning_peft_plugins.test_time._shared.walks import Walk, Walker
 from lightning_peft_plugins.test_time._shared.workers import Workers, fits
 
 Keep: TypeAlias = "Callable[[Walk | None], None]"
 
 
 class Ways:
-    """Takes a batch one way or another; what the ways but ``"frozen"`` bring is the same.
+    """Takes a batch one way or another, to the same end.
 
     Args:
         walker: Runs the network and walks back.
-        statistics: BatchNorm layers whose statistics ``"frozen"`` holds on to.
     """
 
-    def __init__(self, walker: Walker, statistics: FrozenStatistics) -> None:
-        self._walker, self._statistics = walker, statistics
+    def __init__(self, walker: Walker) -> None:
+        self._walker = walker
         self._workers: Workers | None = None
         self._by_name = {
             "whole": self._whole,
             "chunks": self._chunks,
             "workers": self._side_by_side,
             "second-pass": self._second_pass,
-            "frozen": self._frozen,
         }
 
     def take(self, way: Way, call: Call, keep: Keep) -> Any:
@@ -40,8 +37,7 @@ class Ways:
         return self._by_name[way.name](call, way.chunk_size, keep)
 
     def close(self) -> None:
-        """End the workers and give layers back what was theirs."""
-        self._statistics.restore()
+        """End the workers."""
         if self._workers is not None:
             self._workers.close()
             self._workers = None
@@ -63,33 +59,9 @@ class Ways:
             return _collect(parts, calls, keep)
 
     def _second_pass(self, call: Call, chunk_size: int, keep: Keep) -> Any:
-        if chunk_size and fits(call):
-            return self._second_pass_side_by_side(call, chunk_size, keep)
         output = call()
-        keep(self._walker.again(call, self._weights(call, output)))
+        keep(self._walker.again(call, self._walker.weigh(call, self._walker.predict(output))))
         return output
-
-    def _second_pass_side_by_side(self, call: Call, chunk_size: int, keep: Keep) -> Any:
-        threads, calls = self._threads(), _split(call, chunk_size)
-        output = join(list(threads.run(Call.__call__, calls)), [part.size for part in calls])
-        weights = self._weights(call, output)
-        rows = rows_that_count(weights)
-        if len(rows):
-            share = -(-len(rows) // threads.count)
-            for walk in threads.run(self._walker.again, _split(call.take(rows), share), weights[rows].split(share)):
-                keep(walk)
-        return output
-
-    def _frozen(self, call: Call, chunk_size: int, keep: Keep) -> Any:
-        with self._statistics.recording():
-            output = call()
-        weights = self._weights(call, output)
-        with self._statistics.frozen():
-            keep(self._walker.again(call, weights))
-        return output
-
-    def _weights(self, call: Call, output: Any) -> Any:
-        return self._walker.weigh(call, self._walker.predict(output))
 
     def _threads(self) -> Workers:
         if self._workers is None:

@@ -16,6 +16,7 @@ def soft_likelihood_ratio(logits: Tensor, clip: float = 0.99) -> Tensor:
         Shape ``(batch,)``.
 
     Example:
+        >>> import torch
         >>> soft_likelihood_ratio(torch.tensor([[0.0, 0.0]])).abs() < 1e-4
         tensor([True])
     """
@@ -33,6 +34,7 @@ def prior_corrected(logits: Tensor) -> Tensor:
         Same shape.
 
     Example:
+        >>> import torch
         >>> prior_corrected(torch.tensor([[2.0, 0.0]])).round(decimals=3)
         tensor([[1.2330, 0.0000]])
     """

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal, TypeAlias, get_args
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+
+from lightning_peft.arguments import one_of
 
 Normalise: TypeAlias = Literal["softmax", "standard"]
 NORMALISE: tuple[str, ...] = get_args(Normalise)
@@ -33,8 +34,7 @@ class ChannelPredictor(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, normalise: Normalise = "softmax") -> None:
         super().__init__()
-        if normalise not in NORMALISE:
-            raise MisconfigurationException(f"normalise={normalise!r} is unknown; choose one of {', '.join(NORMALISE)}.")
+        one_of("normalise", normalise, NORMALISE)
         self.normalise = normalise
         self.weight = nn.Parameter(torch.zeros(outputs, inputs))
         self.bias = nn.Parameter(torch.ones(outputs))

@@ -1,0 +1,1 @@
+"""What GroupEnvelope alone needs: its proximal operator, as a rule for what becomes of pruned weights."""
