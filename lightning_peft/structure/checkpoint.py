@@ -1,7 +1,8 @@
 """The library's part of a checkpoint: which methods ran, and which weight maps stand on which tensor.
 
 It is written through the LightningModule's own hook, so weights-only files carry it too, and it is plain data: nothing in it is
-imported or evaluated.
+imported or evaluated. The tensors of the checkpoint are those of an ordinary module; what training needs beside them is here
+too (:mod:`lightning_peft.structure.plain_state`), unless the file was written before format 3.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ import lightning_peft
 from lightning_peft import PERP, MaskedPruning, Method, NMSparsity, WeightCompander
 from lightning_peft.structure.checkpoint import KEY, CheckpointError
 from lightning_peft.testing.callbacks import FailAt, PlannedError, StopAfter, every_epoch
+from lightning_peft.testing.ddp import run_ddp
 from lightning_peft.testing.modules import BatchNorm, Configured, Conv, Plain, Shared, loader, trainer
 from lightning_peft.testing.runs import assert_same, fit
 from lightning_peft.testing.toys import ToyEntropy, ToyScale, ToyThreshold
@@ -240,6 +241,28 @@ def test_weights_only_and_asynchronous_files(tmp_path: Path) -> None:
         assert torch.equal(answered, answer(Plain.load_from_checkpoint(path, weights_only=True)))
         trained = trainer(callbacks=toys()).predict(Plain(), loader(8), ckpt_path=path, weights_only=True)
         assert torch.equal(answered, trained[0])  # type: ignore[index,arg-type]
+
+
+def on_rank(folder: str) -> dict[str, Any]:
+    inputs: list[Tensor] = []
+
+    class Inputs(Callback):
+        def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            inputs.append(batch[0])
+
+    seen = Seen()
+    run = fit(toys(), after=[Inputs(), seen, every_epoch(Path(folder))], strategy="ddp", devices=2, max_epochs=2)
+    resumed = fit(toys(), seed=4, resume=Path(folder, "epoch=0.ckpt"), strategy="ddp", devices=2, max_epochs=2)
+    same = difference(dict(run.module.state_dict()), dict(resumed.module.state_dict()))
+    return {"answer": seen.epochs[0], "inputs": inputs[0], "resumed": same}
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    ranks = run_ddp(f"{__file__}:on_rank", {"folder": str(tmp_path)})
+    module = Plain.load_from_checkpoint(tmp_path / "epoch=0.ckpt", weights_only=True).eval()
+    for rank in ranks:
+        assert rank["resumed"] is None
+        assert torch.equal(rank["answer"], module.logits(rank["inputs"]))
 
 
 def test_names_in_training_stay_those_of_training() -> None:

@@ -76,8 +76,7 @@ class PERP(Method):
         if rank < 1:
             raise MisconfigurationException(f"rank={rank} must be at least 1.")
         self.lora, self.rank, self.alpha = lora, rank, alpha
-        if checkpoint not in ("full", "trained"):
-            raise MisconfigurationException(f'checkpoint={checkpoint!r} is unknown; choose "full" or "trained".')
+        one_of("checkpoint", checkpoint, ("full", "trained"))
         self.checkpoint = checkpoint
 
     def claims(self, module: nn.Module) -> Iterable[str]:
