@@ -5,7 +5,7 @@
     python benchmarks/faults.py --list
 
 Each fault replaces a piece of one file, in a copy of the working tree, and runs the test files that should notice. A fault that
-no test notices is printed with the tests that passed. What is planted, and where, stands in ``faults.toml``; a test asks that
+no test notices is printed with the tests that passed. What is planted, and where, stands in ``faults.yaml``; a test asks that
 every entry still fits the code.
 """
 
@@ -21,10 +21,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tomllib
+import yaml
 
 ROOT = Path(__file__).parents[1]
-TABLE = ROOT / "benchmarks" / "faults.toml"
+TABLE = ROOT / "benchmarks" / "faults.yaml"
 PACKAGES = (".", "plugins", "recipes")
 
 
@@ -60,7 +60,7 @@ class Fault:
 
 def faults() -> list[Fault]:
     """Read the table."""
-    return [Fault(name, **entry) for name, entry in tomllib.loads(TABLE.read_text(encoding="utf-8")).items()]
+    return [Fault(name, **entry) for name, entry in yaml.safe_load(TABLE.read_text(encoding="utf-8")).items()]
 
 
 def copy_of_the_tree(folder: Path) -> Path:
@@ -75,18 +75,25 @@ def copy_of_the_tree(folder: Path) -> Path:
     return folder
 
 
-def notices(fault: Fault, root: Path) -> bool:
-    """Plant a fault, run its tests in a fork of this process, and take it out again."""
+def notices(fault: Fault, root: Path, *, plant: bool = True) -> bool:
+    """Plant a fault, run its tests in a fork of this process, and take it out again.
+
+    Raises:
+        RuntimeError: The tests did not run, so that they say nothing.
+    """
     path = root / fault.file
     whole = path.read_text(encoding="utf-8")
-    path.write_text(fault.planted(root), encoding="utf-8")
+    path.write_text(fault.planted(root) if plant else whole, encoding="utf-8")
     try:
         child = os.fork()
         if not child:
             _run(root, fault.tests.split())
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     finally:
         path.write_text(whole, encoding="utf-8")
+    if code > 2:  # 0: all passed; 1: a test failed; 2: the fault cannot be imported
+        raise RuntimeError(f"{fault.name}: pytest ended with {code} on {fault.tests}")
+    return code != 0
 
 
 def _run(root: Path, tests: list[str]) -> None:
@@ -102,7 +109,8 @@ def _run(root: Path, tests: list[str]) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
-        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+        rewritten = "ignore::pytest.PytestAssertRewriteWarning"  # what is imported already keeps its plain assertions
+        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", rewritten, *tests]))
     finally:
         os._exit(code)
 
@@ -112,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="first words of the faults to plant")
     parser.add_argument("--list", action="store_true", help="only list them")
+    parser.add_argument("--control", action="store_true", help="plant nothing: no test may fail")
     arguments = parser.parse_args()
     chosen = [f for f in faults() if not arguments.names or f.name.split()[0] in arguments.names]
     if arguments.list:
@@ -128,7 +137,7 @@ def main() -> None:
         root = copy_of_the_tree(Path(folder))
         for fault in chosen:
             start = time.monotonic()
-            noticed = notices(fault, root)
+            noticed = notices(fault, root, plant=not arguments.control)
             print(f"{'noticed' if noticed else 'LIVES':8} {time.monotonic() - start:5.0f} s  {fault.name}", flush=True)
             if not noticed:
                 lived.append(fault)

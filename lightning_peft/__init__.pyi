@@ -19,7 +19,9 @@ from lightning_peft.compose.loss import Loss as Loss
 from lightning_peft.compose.loss import Step as Step
 from lightning_peft.compose.run import Run as Run
 from lightning_peft.compose.schedule import Schedule as Schedule
+from lightning_peft.compose.step_closure import StepClosure as StepClosure
 from lightning_peft.method import Method as Method
+from lightning_peft.optim.wrapped import WrappedOptimizer as WrappedOptimizer
 from lightning_peft.report.compare_deployments import compare_deployments as compare_deployments
 from lightning_peft.weights.maps import WeightMap as WeightMap
 from lightning_peft_plugins.growth.layer_growth import LayerGrowth as LayerGrowth

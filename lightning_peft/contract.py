@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -18,6 +18,7 @@ from lightning_peft.capture.evaluation import Call
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Loss, Step
 from lightning_peft.compose.run import Run
+from lightning_peft.compose.step_closure import StepClosure
 from lightning_peft.namespaces import both
 from lightning_peft.network.targets import TargetSpec, explicitly_named, select
 from lightning_peft.structure.edits import Change, EditRequest
@@ -34,9 +35,11 @@ class Contract:
     - :meth:`attach` once the module is complete and before optimizers exist: weight maps, structure;
     - :meth:`trained` to say what a fit trains, the rest being frozen;
     - :meth:`start` when training is about to begin, after a checkpoint was restored;
-    - :meth:`loss` inside every ``training_step``;
-    - :meth:`before_step` before and :meth:`after_step` after every real optimizer step;
-    - :meth:`epoch_end` after every training epoch;
+    - :meth:`wrap_optimizer` once, to wrap or replace an optimizer;
+    - :meth:`batch_start` before and :meth:`loss` inside every ``training_step``;
+    - :meth:`compute_gradients` around the forward and backward passes of a real optimizer step, :meth:`before_step` before
+      its gradients are clipped, :meth:`after_clipping` after that, and :meth:`after_step` after the step;
+    - :meth:`epoch_end` after every training epoch, :meth:`validation_end` after every validation;
     - :meth:`adapt_start` and :meth:`adapt` (lane ``ADAPT``) to answer the network's calls in ``test`` and its like;
     - :meth:`metrics` for numbers worth a curve, :meth:`state` and :meth:`load_state` for what must survive a crash, and
       :meth:`state_form` for what a damaged file must not bring back.
@@ -55,6 +58,8 @@ class Contract:
         lane: Where in a step the method acts.
         reads: What it reads of a training step.
         writes: What it changes; two methods that write one thing are a conflict.
+        commutes: Whether all it does to gradients is to add something that does not depend on them, so that it comes to the
+            same before and after others that do so.
         strategies: Kinds of Lightning strategy it works with: ``"single"``, ``"ddp"``.
         weight_maps: Weight maps it may attach, so that its checkpoints can be baked without the model's class.
         paper: Source, "Authors, venue year, link".
@@ -63,6 +68,8 @@ class Contract:
             that instead. One method that says so is enough.
         fixed_arguments: Constructor arguments of a base that the class gives itself, and does not take.
         features: Qualified names of submodules whose calls :meth:`loss` reads from ``step.features``.
+        after: Names of methods of the same lane that act before this one, where otherwise names decide; set it on the class, or
+            on the object: ``method.after = ("other",)``.
         restarts: Whether it lets learning-rate schedules begin again (``run.schedules``).
         run: The run it takes part in, from before :meth:`attach` until after :meth:`finish`; ``None`` in none.
     """
@@ -70,6 +77,7 @@ class Contract:
     lane: ClassVar[Lane]
     reads: ClassVar[frozenset[Resource]] = frozenset()
     writes: ClassVar[frozenset[Resource]] = frozenset()
+    commutes: ClassVar[bool] = False
     strategies: ClassVar[frozenset[str]] = frozenset({"single", "ddp"})
     weight_maps: ClassVar[tuple[type[WeightMap], ...]] = ()
     paper: ClassVar[str] = ""
@@ -78,6 +86,7 @@ class Contract:
 
     checkpoint: Literal["full", "trained"] = "full"
     run: Run | None = None
+    after: Sequence[str] = ()
     _arguments: dict[str, Any]
 
     def __init__(
@@ -134,6 +143,10 @@ class Contract:
         """Return what this instance reads; override when it depends on the arguments."""
         return self.reads
 
+    def writes_now(self) -> frozenset[Resource]:
+        """Return what this instance writes; override when it depends on the arguments."""
+        return self.writes
+
     def claims(self, module: nn.Module) -> Iterable[str]:
         """Name the tensors the method will map or mask, so that overlaps are found before anything is touched."""
         return [f"{name}.weight" for name in self.select(module)]
@@ -165,18 +178,55 @@ class Contract:
     def start(self, run: Run) -> None:
         """Prepare for training; a restored checkpoint is already in place."""
 
+    def wrap_optimizer(self, run: Run, optimizer: Optimizer) -> Optimizer:
+        """Return what is to stand in an optimizer's place; called once for each, before a checkpoint restores them.
+
+        A wrapper subclasses :class:`~lightning_peft.optim.wrapped.WrappedOptimizer`. A replacement is built from
+        ``optimizer.param_groups``, so that the groups stay the same objects and learning-rate schedulers hold. Declare
+        ``Resource.OPTIMIZER`` in :attr:`writes`.
+        """
+        return optimizer
+
+    def batch_start(self, run: Run, batch: Any) -> None:
+        """Act before a training batch, after edits; between accumulated batches too."""
+
     def loss(self, step: Step) -> Loss | Tensor | None:
-        """Return a term for the optimised loss; called inside ``training_step``, before accumulation and AMP scale it."""
+        """Return a term for the optimised loss; called inside ``training_step``, before accumulation and AMP scale it.
+
+        Called again for the same batch when a method evaluates the step once more; ``step.repeated`` says so.
+        """
         return None
 
+    def compute_gradients(self, run: Run, optimizer: Optimizer, closure: StepClosure) -> None:
+        """Compute the gradients of a real optimizer step: ``closure()`` once, then ``closure.again()`` as often as wanted.
+
+        Afterwards gradients are unscaled, shown to :meth:`before_step`, clipped and used. What the weights are changed to in
+        between is to be undone here. A method of a higher lane has those of lower lanes within its closure. Declare
+        ``Resource.GRADIENT`` in :attr:`writes`.
+        """
+        closure()
+
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
-        """Look at the gradients of a real optimizer step: accumulated, unscaled, not yet clipped."""
+        """Look at the gradients of a real optimizer step: accumulated, unscaled, not yet clipped.
+
+        They may be changed in place by a method that declares ``Resource.GRADIENT`` in :attr:`writes`. An optimizer that
+        unscales by itself (``fused=True`` under a gradient scaler) shows them scaled.
+        """
+
+    def after_clipping(self, run: Run, optimizer: Optimizer) -> None:
+        """Look at the gradients that the step will use, or change them as in :meth:`before_step`.
+
+        A module that optimizes by hand clips before both.
+        """
 
     def after_step(self, run: Run) -> None:
         """Act after a real optimizer step of any optimizer."""
 
     def epoch_end(self, run: Run) -> None:
         """Act after a training epoch, on every rank."""
+
+    def validation_end(self, run: Run) -> None:
+        """Act after a validation, within a fit or on its own, on every rank; not after the sanity check."""
 
     def awaited(self, run: Run) -> Iterable[str]:
         """Name what was to come in this training and has not: events, phases, the end of a schedule; asked when a fit ends.
@@ -267,11 +317,12 @@ class Contract:
         return {key: as_plain(value) for key, value in self._arguments.items()}
 
     def in_training_step(self) -> bool:
-        """Whether the user's ``training_step`` runs now: only its calls of the network are the training's.
+        """Whether the user's ``training_step`` runs now, for the first time: only its calls of the network are the training's.
 
-        The ``training`` flag of a layer does not say so: networks are fine-tuned in evaluation mode too.
+        The ``training`` flag of a layer does not say so: networks are fine-tuned in evaluation mode too. A step that is
+        evaluated once more (:meth:`StepClosure.again`) is computed as ever (``run.in_step``), and not to be remembered.
         """
-        return self.run is not None and self.run.in_step
+        return self.run is not None and self.run.in_step and not self.run.repeated
 
     @property
     def state_key(self) -> str:
@@ -280,8 +331,36 @@ class Contract:
 
 
 def ordered(methods: Iterable[Contract]) -> list[Contract]:
-    """Return methods in the order they act: by lane, then by name, never by their place in a callbacks list."""
-    return sorted(methods, key=lambda method: (method.lane, method.name))
+    """Return methods in the order they act: by lane, then by ``after``, then by name, never by their place in a callbacks list.
+
+    Raises:
+        MisconfigurationException: Methods come after one another in a circle.
+    """
+    waiting = sorted(methods, key=lambda method: (method.lane, method.name))
+    found: list[Contract] = []
+    while waiting:
+        free = (method for method in waiting if not any(_comes_after(method, other) for other in waiting))
+        first = next(free, None)
+        if first is None:
+            names = " and ".join(method.name for method in waiting if method.after)
+            raise MisconfigurationException(f"{names} are to act after one another. Take one of the names out of after=.")
+        waiting.remove(first)
+        found.append(first)
+    return found
+
+
+def _comes_after(method: Contract, other: Contract) -> bool:
+    return method.lane > other.lane or (method.lane == other.lane and goes_after(method, other))
+
+
+def goes_after(method: Contract, other: Contract) -> bool:
+    """Whether a method names another in its ``after``."""
+    return other.name in ((method.after,) if isinstance(method.after, str) else method.after)
+
+
+def overrides(method: Contract, hook: str) -> bool:
+    """Whether a method does something in a hook of the contract."""
+    return getattr(type(method), hook) is not getattr(Contract, hook)
 
 
 def snake_case(name: str) -> str:

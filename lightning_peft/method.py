@@ -112,6 +112,10 @@ class Method(Contract, Callback):
         """End the epoch for every method."""
         self._drive("end_epoch")
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell every method."""
+        self._drive("end_validation")
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what did not come."""
         self._drive("end_training")

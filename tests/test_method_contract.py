@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_peft import NMSparsity, WeightCompander
 from lightning_peft.testing import MethodTester, run_ddp
-from lightning_peft.testing.toys import ToyEntropy, ToyScale, ToyThreshold
+from lightning_peft.testing.toys import ToyEntropy, ToyLookahead, ToyNoise, ToySAM, ToyScale, ToyThreshold
 
 
 class TestToyScale(MethodTester):
@@ -25,6 +25,19 @@ class TestToyThreshold(MethodTester):
 class TestToyEntropy(MethodTester):
     methods = [ToyEntropy]
     no_stream = "The training dataset is iterable, so its samples have no index"
+
+
+class TestToyNoise(MethodTester):
+    methods = [ToyNoise]
+
+
+class TestToySAM(MethodTester):
+    methods = [lambda: ToySAM(0.1)]
+    no_styles = dict.fromkeys(("Manual", "TwoOptimizers"), "by hand it needs a closure, which these do not give")
+
+
+class TestToyLookahead(MethodTester):
+    methods = [ToyLookahead]
 
 
 class TestNMSparsity(MethodTester):

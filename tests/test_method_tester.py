@@ -281,6 +281,14 @@ class Wrapping(ToyEntropy):
         run.module.model[4] = self.first
 
 
+class CountsTwice(ToyEntropy):
+    """Remembers a step that is evaluated once more as two."""
+
+    def loss(self, step):
+        self.seen["epochs"] += 1
+        return super().loss(step)
+
+
 def run_of(factory, folder):
     return fit([factory()], after=[every_epoch(folder), Probe()], max_epochs=EPOCHS)
 
@@ -291,6 +299,7 @@ def run_of(factory, folder):
         (Nothing, lambda t, f, d: t.test_trains(f, run_of(f, d)), "it did nothing"),
         (Climbing, lambda t, f, d: t.test_trains(f, run_of(f, d)), "it must fall"),
         (Compiled, lambda t, f, d: t.test_compiled(f), "eager against a compiled submodule"),
+        (CountsTwice, lambda t, f, d: t.test_a_step_evaluated_twice_leaves_what_one_does(f, run_of(f, d)), "step.repeated"),
         (Unsaveable, lambda t, f, d: t.test_state_is_plain(run_of(f, d), d), "check what config"),
         (Outliving, lambda t, f, d: t.test_fits_again(f), "a new module trained with a used object"),
         (Recognising, lambda t, f, d: t.test_fits_again(f), "a module trained again with a used object"),

@@ -21,8 +21,10 @@ from lightning_peft.attach.loader_state import restore_loader
 from lightning_peft.attach.map_groups import MapGroups
 from lightning_peft.attach.method_lives import MethodLives
 from lightning_peft.attach.neighbours import check_neighbours
+from lightning_peft.attach.optimizer_wraps import wrap_optimizers
 from lightning_peft.attach.plan import network_of, resolve
-from lightning_peft.attach.saving import CheckpointHooks, JournalShim, note_base
+from lightning_peft.attach.saving import CheckpointHooks, JournalShim
+from lightning_peft.attach.step_gradients import StepGradients
 from lightning_peft.attach.step_rates import StepRates
 from lightning_peft.attach.steps import StepTerms
 from lightning_peft.attach.trained import TrainedParameters
@@ -121,6 +123,7 @@ class Hub:
         self._shims: list[Shim] = []
         self._handles: list[RemovableHandle] = []
         self._terms: StepTerms | None = None
+        self._gradients: StepGradients | None = None
         self._adapter: Contract | None = None
         self._evaluation: EvaluationShim | None = None
         self._saving: CheckpointHooks | None = None
@@ -162,6 +165,9 @@ class Hub:
         if self._attached:
             return
         module = self.run.module
+        # The order matters: edits before the plan, which names the layers there will be; stored values of an earlier fit after
+        # the maps, which invert what layers see and know nothing of them; averages last, for their callbacks copied the module
+        # without maps and pair parameters by position.
         check_materialised(module)
         if self._fitting:
             self._first_edits()
@@ -177,11 +183,12 @@ class Hub:
         stash.restore(module, stashed)
         if self._fitting:
             self._trained.freeze()
-            note_base(module, self.methods)
             if self._first or any(True for _ in mapped_tensors(module)):
                 averaging.rebuild(self.run.trainer, module)
             self._terms = StepTerms(self.run, self.methods, lambda: self.active)
             self._shadow(module, "training_step", self._terms.training_step)
+            self._gradients = StepGradients(self.run, self.methods, self._terms, lambda: self.active)
+            self._shims += [shim.install() for shim in self._gradients.shims()]
             self._shadow(module, "on_fit_start", self._fit_start)
         self._adapter = next((method for method in self.methods if method.lane == Lane.ADAPT), None)
         if self._adapter is not None and not self._fitting:
@@ -218,7 +225,9 @@ class Hub:
         """Follow every optimizer's real steps and give the parameters of weight maps their own groups."""
         trainer = self.run.trainer
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        wrap_optimizers(self.run, self.methods)
         self._map_groups.place()
+        self._trained.check()
         if self._saving is not None and self._saving.groups is not None:
             regroup(self.run.module, trainer.optimizers, schedulers, self._saving.groups)
         after_fit.note_groups(trainer, self.run.module)  # of a training that is over already, nothing more is heard
@@ -229,6 +238,9 @@ class Hub:
             self._handles.append(optimizer.register_step_post_hook(self._step_hook(index)))
 
     def _step_hook(self, index: int) -> Callable[..., None]:
+        # Lightning has no hook after a step. This one is called for real steps alone, by hand too: not for accumulated batches
+        # nor steps that a gradient scaler skips. Rates are given back even in a tuner's trial fit, which no method sees. The
+        # first optimizer is the clock; methods act after the step of any.
         def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             self._rates.give_back()
             if not self.active:
@@ -251,6 +263,8 @@ class Hub:
         if self.active and self.run.started:
             for method in self.methods:
                 method.before_step(self.run, optimizer)
+            if self._gradients is not None and not self.run.module.automatic_optimization:
+                self._gradients.after_clipping(optimizer)
 
     def start(self) -> None:
         """Start every method, once, when weights, optimizers and loops are restored."""
@@ -259,8 +273,6 @@ class Hub:
         self.run.started = True
         if restore_loader(self.run.trainer) and self.run.samples is not None:
             self.run.samples.restores = True
-        if self._fitting:
-            self._trained.check()
         self.run.step = max(method.steps for method in self.methods)
         for method in self.methods:
             method.steps = self.run.step
@@ -299,6 +311,14 @@ class Hub:
             self._terms.batch = (batch, batch_idx)
         if self.run.samples is not None:
             self.run.samples.advance()
+        for method in self.methods:
+            method.batch_start(self.run, batch)
+
+    def end_validation(self) -> None:
+        """Tell every method that a validation is over."""
+        if not self.run.trainer.sanity_checking:
+            for method in self.methods:
+                method.validation_end(self.run)
 
     def _edit(self) -> None:
         for method in self.methods:

@@ -36,7 +36,7 @@ def check_neighbours(trainer: Trainer, methods: Sequence[Contract], module: Ligh
 
 def _check_pruning(pruning: Any, method: Contract, module: nn.Module) -> None:
     """Torch's pruning takes ``weight`` out of a layer and puts another tensor of that name in its place."""
-    if Resource.STRUCTURE in method.writes:
+    if Resource.STRUCTURE in method.writes_now():
         raise MisconfigurationException(
             f"{method.name} changes the structure of the network, and Lightning's ModelPruning holds on to the layers it had. "
             "Remove ModelPruning, or prune with MaskedPruning, which follows the change."
@@ -60,7 +60,7 @@ def _is_finetuning_scheduler(callback: object) -> bool:
 
 def _check_schedule(callback: object, methods: Iterable[Contract]) -> None:
     for method in methods:
-        if Resource.STRUCTURE in method.writes:
+        if Resource.STRUCTURE in method.writes_now():
             raise MisconfigurationException(
                 f"{method.name} changes the parameters that the schedule of {type(callback).__name__} names, so checkpoints "
                 f"could not be resumed. Train with {method.name} first, without it; then finetune the module that fit left "

@@ -8,14 +8,11 @@ from dataclasses import dataclass
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_peft.attach.hook_checks import ConflictError, check_hooks, check_order
 from lightning_peft.compose.lanes import ONE_WRITER, ONE_WRITER_PER_TENSOR, Lane, Resource
 from lightning_peft.contract import Contract, methods_of, ordered
 from lightning_peft.network.resolve import resolve_network
 from lightning_peft.network.targets import tied_names
-
-
-class ConflictError(MisconfigurationException):
-    """Two methods cannot work on one module as they are configured."""
 
 
 @dataclass(frozen=True)
@@ -83,16 +80,19 @@ def resolve(methods: Sequence[Contract], module: nn.Module, network: str) -> Pla
 
     Raises:
         ConflictError: Two methods write one thing, or one changes the structure that another relies on.
-        MisconfigurationException: A target matches nothing, or a claimed tensor is shared with a layer left out.
+        MisconfigurationException: A target matches nothing, a claimed tensor is shared with a layer left out, or a method
+            overrides a hook that its lane never gets.
     """
     methods = ordered(methods)
+    for method in methods:
+        check_hooks(method)
     names = [method.name for method in methods]
     for name in names:
         if names.count(name) > 1:
             raise ConflictError(f'Two methods are called {name!r}: give one of them another name with name="...".')
     claims = {method.name: list(dict.fromkeys(method.claims(module))) for method in methods}
     for resource in Resource:
-        writers = [method for method in methods if resource in method.writes]
+        writers = [method for method in methods if resource in method.writes_now()]
         if resource in ONE_WRITER and len(writers) > 1:
             raise ConflictError(
                 f"{' and '.join(method.name for method in writers)} both write the {resource.value}, so their effects would "
@@ -100,6 +100,7 @@ def resolve(methods: Sequence[Contract], module: nn.Module, network: str) -> Pla
             )
         if resource in ONE_WRITER_PER_TENSOR:
             _check_overlap(writers, claims, resource)
+    check_order(methods, claims)
     _check_structure(methods)
     _check_ties(methods, claims, module)
     rows = tuple(
@@ -108,7 +109,7 @@ def resolve(methods: Sequence[Contract], module: nn.Module, network: str) -> Pla
             method.name,
             _what(method, module),
             tuple(sorted(resource.value for resource in method.reads_now())),
-            tuple(sorted(resource.value for resource in method.writes)),
+            tuple(sorted(resource.value for resource in method.writes_now())),
         )
         for method in methods
     )
@@ -124,7 +125,7 @@ def _what(method: Contract, module: nn.Module) -> str:
 
 
 def _check_structure(methods: Sequence[Contract]) -> None:
-    changing = [method.name for method in methods if Resource.STRUCTURE in method.writes]
+    changing = [method.name for method in methods if Resource.STRUCTURE in method.writes_now()]
     relying = [method.name for method in methods if Resource.STRUCTURE in method.reads_now()]
     if changing and relying:
         raise ConflictError(

@@ -143,6 +143,8 @@ class CheckpointHooks:
         self._methods = methods
         self._trained = trained
         self._fitting = fitting
+        if fitting:
+            note_base(run.module, methods)
 
     def save(self, inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         """Give the checkpoint the names and weights of an ordinary one, which the module's own hook knows, and the section."""

@@ -13,10 +13,10 @@ from torch import Tensor
 from lightning_peft import registry
 from lightning_peft.attach.hand_steps import HandSteps
 from lightning_peft.capture.tap import Tap, step_compiler
-from lightning_peft.compose.lanes import Lane, Resource
+from lightning_peft.compose.lanes import Resource
 from lightning_peft.compose.loss import Loss, Step, check_finite, combine, join_output, split_output
 from lightning_peft.compose.run import Run
-from lightning_peft.contract import Contract
+from lightning_peft.contract import Contract, overrides
 
 
 class StepTerms:
@@ -27,6 +27,10 @@ class StepTerms:
         methods: All methods, in plan order.
         active: Whether the Trainer runs its own callbacks at the moment (a tuner's trial fit does not).
 
+    Attributes:
+        batch: The batch at hand and its place in the epoch.
+        seen: Told of every call, when somebody may want it once more.
+
     Raises:
         MisconfigurationException: A method reads a submodule that does not exist.
     """
@@ -34,8 +38,9 @@ class StepTerms:
     def __init__(self, run: Run, methods: Sequence[Contract], active: Callable[[], bool]) -> None:
         self.run = run
         self.batch: tuple[Any, int] = (None, 0)
+        self.seen: Callable[[tuple[Any, ...], dict[str, Any], tuple[Any, int]], None] | None = None
         self._methods = methods
-        self._terms = [method for method in methods if method.lane == Lane.LOSS]
+        self._terms = [method for method in methods if overrides(method, "loss")]
         self._active = active
         self._losses: dict[str, Tensor] | None = None
         reads_network = any(method.reads_now() & {Resource.LOGITS, Resource.INPUTS} for method in methods)
@@ -68,11 +73,17 @@ class StepTerms:
         """Run the user's step and return what it returned, its loss with all terms."""
         if not self._active():
             return inner(*args, **kwargs)
+        # Noted before it runs, with the random numbers it is about to draw.
+        if self.seen is not None and not self.run.repeated:
+            self.seen(args, kwargs, self.batch)
         for tap in self._taps:
             tap.open()
-        self._losses = None
         self.run.in_step = True
         try:
+            if self.run.repeated:
+                output = inner(*args, **kwargs)
+                return output if output is None else join_output(output, self.apply(split_output(output)))
+            self._losses = None
             output = self._hand_steps.watch(inner, *args, **kwargs)
             if self.run.module.automatic_optimization:
                 if output is None:
@@ -111,7 +122,7 @@ class StepTerms:
             check_finite(loss, terms)
         if not self._terms:
             return loss
-        step = Step(loss, *self.batch, self.run, self._network, self._features)
+        step = Step(loss, *self.batch, self.run, self._network, self._features, self.run.repeated)
         for method in self._terms:
             term = method.loss(step)
             if term is not None:
@@ -119,6 +130,8 @@ class StepTerms:
         if check:
             check_finite(loss, terms)
         total = combine(loss, terms)
+        if self.run.repeated:
+            return total
         self._losses = {"base": loss.detach(), "total": total.detach()}
         self._losses |= {name: torch.as_tensor(term.value).detach() for name, term in terms.items()}
         return total

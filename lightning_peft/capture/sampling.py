@@ -102,6 +102,15 @@ class SampleRecorder:
             # Lightning counts a batch that collates to None but calls no hook for it, so places may be left out.
             self._current = self._draws.arrive(place)
 
+    @property
+    def current(self) -> list[int] | None:
+        """Positions of the batch at hand, ``None`` if they are not known; set it while an earlier batch is evaluated again."""
+        return self._current
+
+    @current.setter
+    def current(self, positions: list[int] | None) -> None:
+        self._current = positions
+
     def indices(self) -> Tensor:
         """Return the dataset positions of the batch at hand, shape ``(batch,)``, int64.
 

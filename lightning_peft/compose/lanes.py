@@ -23,7 +23,8 @@ class Resource(Enum):
 
     ``LOGITS``, ``INPUTS``, ``FEATURES`` and ``SAMPLE_INDEX`` are read. ``LOSS_SCALE`` has room for one writer per
     training step, ``PREDICTIONS`` for one per evaluation; ``WEIGHT_MAP``, ``DELTA`` and ``MASK`` for one writer per tensor.
-    A method that reads ``STRUCTURE`` assumes it is fixed and cannot be combined with one that writes it.
+    A method that reads ``STRUCTURE`` assumes it is fixed and cannot be combined with one that writes it. ``GRADIENT`` and
+    ``OPTIMIZER`` may have several writers as long as it is known who comes first.
     """
 
     LOGITS = "logits"
@@ -36,6 +37,8 @@ class Resource(Enum):
     DELTA = "low-rank delta"
     MASK = "mask"
     STRUCTURE = "structure"
+    GRADIENT = "gradient"
+    OPTIMIZER = "optimizer"
 
 
 ONE_WRITER = frozenset({Resource.LOSS_SCALE, Resource.PREDICTIONS})

@@ -40,6 +40,8 @@ class Step:
         run: The training this step belongs to.
         tap: The tap of the network.
         features: Taps of the submodules a method asked for, by qualified name.
+        repeated: Whether this batch was seen in this optimizer step already (:meth:`StepClosure.again`): return the term, and
+            remember nothing.
     """
 
     base_loss: Tensor
@@ -48,6 +50,7 @@ class Step:
     run: Run
     tap: Tap | None = None
     features: Mapping[str, Tap] = field(default_factory=dict)
+    repeated: bool = False
 
     @property
     def call(self) -> Captured:

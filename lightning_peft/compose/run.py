@@ -34,6 +34,7 @@ class Run:
         started: Whether the methods are started, so that their state is in force.
         schedules: Learning-rate schedulers as they began, for methods that let them begin again.
         in_step: Whether the user's ``training_step`` runs now.
+        repeated: Whether it runs once more for a batch that this optimizer step has seen: nobody is to remember anything of it.
         late_epoch: Set while an epoch that ended before the checkpoint is ended for the methods.
         frozen: Parameters that are frozen for this fit, because no method names them as trained.
         asked_total: Whether a method has asked for the end of this training.
@@ -48,6 +49,7 @@ class Run:
     samples: SampleRecorder | None = None
     started: bool = False
     in_step: bool = False
+    repeated: bool = False
     late_epoch: int | None = None
     schedules: list[FreshSchedule] = field(default_factory=list)
     frozen: set[nn.Parameter] = field(default_factory=set)

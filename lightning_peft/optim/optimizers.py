@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.optim.schedulers import GroupLists, group_lists, is_learning_rate, scaled
+from lightning_peft.optim.wrapped import innermost
 
 
 def parameter_names(module: nn.Module) -> dict[nn.Parameter, str]:
@@ -236,7 +237,7 @@ def _matching_group(
 
 
 def _add_group(optimizer: Optimizer, group: dict[str, Any], rows: Mapping[int, Any], lists: GroupLists) -> int:
-    if isinstance(optimizer, torch.optim.LBFGS):
+    if isinstance(innermost(optimizer), torch.optim.LBFGS):
         raise MisconfigurationException(
             "LBFGS allows a single parameter group, so parameters cannot have hyperparameters of their own."
         )
@@ -273,7 +274,7 @@ def _move(optimizer: Optimizer, parameter: nn.Parameter, target: int, name: str 
 
 def init_late_state(optimizer: Optimizer, parameter: nn.Parameter, group: Mapping[str, Any]) -> None:
     """Make the state of a parameter that joins late where an optimizer would not: Adagrad makes it in its constructor only."""
-    if not isinstance(optimizer, torch.optim.Adagrad) or optimizer.state.get(parameter):
+    if not isinstance(innermost(optimizer), torch.optim.Adagrad) or optimizer.state.get(parameter):
         return
     start = group["initial_accumulator_value"]
     fill = complex(start, start) if parameter.is_complex() else start

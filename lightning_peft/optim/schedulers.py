@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_peft.optim.wrapped import same_groups
+
 GroupLists: TypeAlias = dict[int, tuple[str, list[Any]]]
 """By identity: attribute name and the list itself, one entry per group."""
 
@@ -90,7 +92,7 @@ def _attached(schedulers: Iterable[Any], optimizer: Optimizer, seen: set[int]) -
     """Schedulers of ``optimizer``, those wrapped in others included."""
     for entry in schedulers:
         scheduler = getattr(entry, "scheduler", entry)  # Lightning's LRSchedulerConfig
-        if getattr(scheduler, "optimizer", None) is not optimizer or id(scheduler) in seen:
+        if not same_groups(getattr(scheduler, "optimizer", None), optimizer) or id(scheduler) in seen:
             continue
         seen.add(id(scheduler))
         yield scheduler

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_peft.optim.optimizers import init_late_state, named_groups, place_parameters
 from lightning_peft.optim.schedulers import group_lists
+from lightning_peft.optim.wrapped import innermost
 
 RULES = ("reset", "copy", "pad")
 
@@ -52,9 +53,9 @@ def leave(optimizers: Sequence[Optimizer], gone: Collection[nn.Parameter]) -> No
             for key in ("params", "param_names"):
                 if key in group:
                     group[key][:] = [entry for entry, kept in zip(group[key], stays, strict=True) if kept]
-            if isinstance(optimizer, torch.optim.LBFGS):  # what it keeps are vectors over all parameters
-                optimizer.state.clear()
-                optimizer._numel_cache = None
+            if isinstance(lbfgs := innermost(optimizer), torch.optim.LBFGS):  # what it keeps are vectors over all parameters
+                lbfgs.state.clear()
+                lbfgs._numel_cache = None
         for parameter in gone:
             optimizer.state.pop(parameter, None)
 
@@ -94,8 +95,8 @@ def reset_states(optimizers: Sequence[Optimizer]) -> None:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 init_late_state(optimizer, parameter, group)
-        if isinstance(optimizer, torch.optim.LBFGS):
-            optimizer._numel_cache = None
+        if isinstance(lbfgs := innermost(optimizer), torch.optim.LBFGS):
+            lbfgs._numel_cache = None
 
 
 def group_names(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[list[list[str]]]:

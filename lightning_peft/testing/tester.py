@@ -25,7 +25,7 @@ from lightning_peft.testing.ordinary import OrdinaryChecks
 from lightning_peft.testing.probe import shape_of
 from lightning_peft.testing.runs import Fit, assert_same
 from lightning_peft.testing.shared_runs import EPOCHS, Factory, probe_of
-from lightning_peft.testing.toys import ToyEntropy
+from lightning_peft.testing.toys import ToyEntropy, ToyTwice
 from lightning_peft.testing.trace import difference, without
 
 
@@ -132,6 +132,18 @@ class MethodTester(EvaluationChecks, LifeCycleChecks, OrdinaryChecks):
         anew = self._fit([factory()], module=other.module)
         found = difference(twice, anew.state())
         assert found is None, f"a module trained again with a used object, against a new object: {found}"
+
+    def test_a_step_evaluated_twice_leaves_what_one_does(self, factory: Factory, reference: Fit) -> None:
+        twice = self._fit([factory(), ToyTwice(name="twice")], max_epochs=EPOCHS).state()
+        twice["callbacks"].pop(f"{KEY}/twice")
+        for part in ("state_dict", "optimizer_states", "callbacks"):
+            found = difference(reference.state()[part], twice[part])
+            assert found is None, (
+                f"a training against one whose steps are evaluated once more (StepClosure.again): {part}{found}. Remember "
+                "nothing in loss() when step.repeated, and in calls of layers only if in_training_step()"
+            )
+        if not self.no_accumulation:
+            self._fit([factory(), ToyTwice()], max_epochs=2, accumulate_grad_batches=2)
 
     # Is the module left as it was?
 

@@ -1,22 +1,28 @@
-"""Small methods, one for each way of acting: a weight map, a mask, a loss term, a choice of what is trained.
+"""Small methods, one for each way of acting: weight map, mask, loss term, gradients, step, optimizer, what is trained.
 
 They stand in for other people's methods wherever a test needs some, and are the shortest complete examples of each kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Step
 from lightning_peft.compose.run import Run
+from lightning_peft.compose.step_closure import StepClosure
 from lightning_peft.method import Method
+from lightning_peft.optim.wrapped import WrappedOptimizer
+from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form, fields, whole
+from lightning_peft.testing.trace import difference
 from lightning_peft.weights.maps import WeightMap
 
 
@@ -99,6 +105,130 @@ class ToyThreshold(Method):
             self.map_weight(module, name, ThresholdMap(self.threshold))
 
 
+class ToyNoise(Method):
+    """Changes gradients: adds Gaussian noise to them before they are clipped (Neelakantan et al., 2015)."""
+
+    lane = Lane.GRADIENT
+    writes = frozenset({Resource.GRADIENT})
+    commutes = True
+    paper = "Neelakantan et al., 2015, https://arxiv.org/abs/1511.06807"
+
+    def __init__(self, deviation: float = 0.01, *, name: str | None = None) -> None:
+        super().__init__(name=name)
+        self.deviation = deviation
+
+    def before_step(self, run: Run, optimizer: Optimizer) -> None:
+        # From the step, not from a generator that goes on: a resumed training draws the same, and so does every rank.
+        generator = torch.Generator().manual_seed(run.step)
+        for parameter in with_gradient(optimizer):
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.grad.add_(noise.to(parameter), alpha=self.deviation)  # type: ignore[union-attr]
+
+
+class ToySAM(Method):
+    """Takes the gradients where the loss is highest near the weights (Foret et al., ICLR 2021, equations 2 and 3)."""
+
+    lane = Lane.GRADIENT
+    writes = frozenset({Resource.GRADIENT})
+    paper = "Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412"
+
+    def __init__(self, radius: float = 0.05, *, name: str | None = None) -> None:
+        super().__init__(name=name)
+        self.radius = radius
+
+    def compute_gradients(self, run: Run, optimizer: Optimizer, closure: StepClosure) -> None:
+        closure()
+        parameters = with_gradient(optimizer)
+        norm = torch.stack([torch.linalg.vector_norm(p.grad) for p in parameters]).norm()
+        if norm == 0 or not norm.isfinite():  # a gradient scaler will skip this step
+            return
+        with moved(parameters, [p.grad * (self.radius / norm) for p in parameters]):
+            closure.again()
+
+
+def with_gradient(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Parameters that a step is about to move, in the order of the groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None]
+
+
+@contextmanager
+@torch.no_grad()
+def moved(parameters: Sequence[nn.Parameter], by: Sequence[Tensor]) -> Iterator[None]:
+    """Within it parameters are elsewhere; afterwards, also if the loss was not finite there, they are what they were."""
+    before = [parameter.clone() for parameter in parameters]
+    try:
+        for parameter, distance in zip(parameters, by, strict=True):
+            parameter.add_(distance)
+        yield
+    finally:
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.copy_(value)
+
+
+class ToyTwice(Method):
+    """Evaluates every step once more, which must give the same gradients and leave nothing that tells of it."""
+
+    lane = Lane.REPORT
+
+    def compute_gradients(self, run: Run, optimizer: Optimizer, closure: StepClosure) -> None:
+        closure()
+        first = {parameter: parameter.grad for parameter in with_gradient(optimizer)}
+        closure.again()
+        names = {id(parameter): name for name, parameter in run.module.named_parameters()}
+        differing = [names[id(p)] for p, gradient in first.items() if difference(gradient, p.grad) is not None]
+        assert not differing, f"evaluated once more, a step has other gradients: {', '.join(differing)}"
+        for parameter, gradient in first.items():
+            parameter.grad = gradient
+
+
+class Lookahead(WrappedOptimizer):
+    """Every few steps of an optimizer, goes back most of the way (Zhang et al., NeurIPS 2019, algorithm 1)."""
+
+    def __init__(self, inner: Optimizer, every: int, share: float) -> None:
+        super().__init__(inner)
+        self.every, self.share = every, share
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        starts = {p: p.clone() for p in parameters if "slow" not in self.state.get(p, ())}
+        loss = self.inner.step(closure)
+        for parameter in with_gradient(self):
+            state = self.state[parameter]
+            if "slow" not in state:  # not before: Adam takes a state that holds something for its own
+                state |= {"slow": starts[parameter], "slow_steps": 0}
+            state["slow_steps"] += 1
+            if state["slow_steps"] % self.every == 0:
+                parameter.copy_(state["slow"].lerp_(parameter, self.share))
+        return loss
+
+    def begin_again(self) -> None:
+        """Let slow weights begin at what the weights are now."""
+        for state in self.state.values():
+            state.pop("slow", None)
+            state.pop("slow_steps", None)
+
+
+class ToyLookahead(Method):
+    """Wraps every optimizer."""
+
+    lane = Lane.GRADIENT
+    writes = frozenset({Resource.OPTIMIZER})
+    paper = "Zhang et al., NeurIPS 2019, https://arxiv.org/abs/1907.08610"
+
+    def __init__(self, every: int = 3, share: float = 0.5, *, name: str | None = None) -> None:
+        super().__init__(name=name)
+        self.every, self.share = every, share
+
+    def wrap_optimizer(self, run: Run, optimizer: Optimizer) -> Optimizer:
+        return Lookahead(optimizer, self.every, self.share)
+
+    def structure_changed(self, module: LightningModule, change: Change) -> None:
+        for optimizer in module.trainer.optimizers:
+            if isinstance(optimizer, Lookahead):
+                optimizer.begin_again()
+
+
 class ToyEntropy(Method):
     """Loss term with state: rewards confident predictions, and counts the steps and epochs it took part in."""
 
@@ -111,7 +241,8 @@ class ToyEntropy(Method):
         self.seen: dict[str, Any] = {"optimizer_steps": 0, "epochs": 0, "last_index": torch.zeros(0, dtype=torch.int64)}
 
     def loss(self, step: Step) -> Tensor:
-        self.seen["last_index"] = step.sample_index
+        if not step.repeated:
+            self.seen["last_index"] = step.sample_index
         probabilities = step.logits.softmax(-1)
         return self.weight * (1 - probabilities.square().sum(-1)).mean()
 

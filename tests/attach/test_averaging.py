@@ -7,9 +7,10 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 
+from lightning_peft import LayerGrowth
 from lightning_peft.structure.checkpoint import bake_state_dict, section_of
 from lightning_peft.testing.callbacks import every_epoch
-from lightning_peft.testing.modules import BatchNorm, Configured, Plain
+from lightning_peft.testing.modules import BatchNorm, Configured, Plain, deepened
 from lightning_peft.testing.runs import assert_clean, assert_same, fit
 from lightning_peft.testing.toys import ToyEntropy, ToyScale, ToyThreshold
 
@@ -70,3 +71,14 @@ def test_resume_under_averaging(averaging, tmp_path):
     resumed = fit(methods(), seed=3, after=[average()], resume=tmp_path / "ours/epoch=1.ckpt", max_epochs=4)
     assert_same(plain_full, plain, f"{averaging} without methods")
     assert_same(full, resumed, f"{averaging} with methods")
+
+
+def test_an_average_goes_on_counting_when_the_structure_changes():
+    class Counted(Callback):
+        def on_train_end(self, trainer, pl_module):
+            self.count = int(ema._average_model.n_averaged)
+
+    ema, counted = EMAWeightAveraging(decay=DECAY), Counted()
+    run = fit([LayerGrowth(at="step:3", start=2)], style=deepened(Plain), before=[counted, ema], max_epochs=2)
+    assert len(run.module.blocks) == 4
+    assert counted.count == run.trainer.global_step

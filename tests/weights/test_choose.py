@@ -73,3 +73,10 @@ def test_what_cannot_be_ranked_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match="global, layer, row"):
         keep_largest({}, 0.5, "all")  # type: ignore[arg-type]
     assert keep_largest({}, 0.5) == {}
+
+
+@pytest.mark.parametrize(("amount", "gone"), [(0.29, 29), (0.57, 57), (0.58, 58)])
+def test_a_share_that_has_no_exact_binary_form_is_not_one_short(amount: float, gone: int) -> None:
+    assert amount * 100 < gone or amount == 0.58
+    kept = keep_largest({"w": torch.arange(100.0)}, amount)["w"]
+    assert int((~kept).sum()) == gone

@@ -167,7 +167,7 @@ class MixtureGrowth(TimedMethod):
     def _answer(self, layer: nn.Module, inner: Callable[..., Tensor], features: Tensor) -> Tensor:
         """In training, let the head see of each sample what its member made of it."""
         # A network can be trained in evaluation mode; activation checkpointing repeats its calls in the backward pass.
-        trains = layer.training or self.in_training_step() or torch._C._current_graph_task_id() != -1
+        trains = layer.training or (self.run is not None and self.run.in_step) or torch._C._current_graph_task_id() != -1
         if self._turns["on"] and trains:
             features = of_its_member(features, -1 if isinstance(layer, nn.Linear) else 1, self._turns["offset"])
         return inner(features)

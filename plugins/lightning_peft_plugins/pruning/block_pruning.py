@@ -108,6 +108,9 @@ class BlockPruning(Method):
         """No tensor is mapped."""
         return []
 
+    def reads_now(self) -> frozenset[Resource]:
+        return self.reads | {Resource.GRADIENT} if self.score == "taylor" else self.reads
+
     def start(self, run: Run) -> None:
         """Place the cuts in this training, and find the lists."""
         if not self.lists:

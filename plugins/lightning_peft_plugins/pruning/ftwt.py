@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Optimizer
@@ -180,10 +180,9 @@ class FTWT(Method):
             gate.open = True
         self._costs.open(run.network)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def batch_start(self, run: Run, batch: Any) -> None:
         """Forget what was predicted outside of training steps."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        for _, gate in self.gates(pl_module):
+        for _, gate in self.gates(run.module):
             gate.take()
 
     def loss(self, step: Step) -> Tensor:
@@ -197,7 +196,8 @@ class FTWT(Method):
                     f"{name} was not called in this training step, so its predictor cannot learn. Leave it out with "
                     f"exclude=[{name!r}]."
                 )
-            self._last[name] = Prediction(calls[-1].logits.detach(), calls[-1].target)
+            if not step.repeated:
+                self._last[name] = Prediction(calls[-1].logits.detach(), calls[-1].target)
             losses = [binary_cross_entropy_with_logits(*_floats(call), reduction="none") for call in calls]
             terms.append(torch.stack([loss.sum(-1).mean() for loss in losses]).mean())
         if first:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,7 +25,7 @@ from lightning_peft.weights.maps import MappedTensor, maps_of
 from lightning_peft_plugins.pruning._masked_pruning.mask_map import MaskMap
 from lightning_peft_plugins.pruning._masked_pruning.nm_grouping import NMGrouping, read_pattern
 from lightning_peft_plugins.pruning._masked_pruning.rewind import Rewind, rewind_form
-from lightning_peft_plugins.pruning._masked_pruning.rules import RULES, RuleName, make_rule
+from lightning_peft_plugins.pruning._masked_pruning.rules import RULES, Decay, RuleName, make_rule
 from lightning_peft_plugins.pruning._shared.layer_recorder import LayerRecorder
 from lightning_peft_plugins.pruning._shared.layer_statistics import FROM_CALLS
 from lightning_peft_plugins.pruning._shared.scores import SCORES
@@ -78,6 +78,7 @@ class MaskedPruning(Method):
     lane = Lane.MASK
     writes = frozenset({Resource.MASK})
     weight_maps = (MaskMap,)
+    commutes = True
     paper = (
         "Zhu & Gupta, To prune, or not to prune: exploring the efficacy of pruning for model compression, 2017, "
         "arXiv 1710.01878"
@@ -123,6 +124,12 @@ class MaskedPruning(Method):
         self.recorder = LayerRecorder(self.score.reads, self._records, self.in_training_step)
         self._chosen_at: int | None = None
         self._again = 0  # step of a further choice, for layers that came later
+
+    def reads_now(self) -> frozenset[Resource]:
+        return self.reads | {Resource.GRADIENT} if self.score.reads - FROM_CALLS else self.reads
+
+    def writes_now(self) -> frozenset[Resource]:
+        return self.writes | {Resource.GRADIENT} if isinstance(self.rule, Decay) else self.writes
 
     def _read_amount(self, amount: float | None, pattern: str) -> float:
         if isinstance(self.grouping, NMGrouping):
@@ -232,11 +239,9 @@ class MaskedPruning(Method):
         amount = self.timeline.amounts.value(self.steps)
         return keep_largest(scores, amount, self.scope, None if self.grouping.single else sizes)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def batch_start(self, run: Run, batch: Any) -> None:
         """Go back after a choice; not at once, so that a validation in between sees what was pruned, trained."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self.run is not None:
-            self.rewind.restore_when_due(self.run)
+        self.rewind.restore_when_due(run)
 
     def finish(self, run: Run) -> None:
         """Stop looking at inputs."""

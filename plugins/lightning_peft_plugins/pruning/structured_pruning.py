@@ -25,6 +25,7 @@ from lightning_peft.structure.edits import Change, Edit, EditRequest
 from lightning_peft.structure.forms import Form, dict_of, fields, maybe, number, whole
 from lightning_peft.weights.choose import check_scores
 from lightning_peft_plugins.pruning._shared.layer_recorder import LayerRecorder
+from lightning_peft_plugins.pruning._shared.layer_statistics import FROM_CALLS
 from lightning_peft_plugins.pruning._shared.scores import SCORES
 from lightning_peft_plugins.pruning._shared.timeline import PruningTimeline
 from lightning_peft_plugins.pruning._structured_pruning.budget import Limits, StructuredScope
@@ -126,6 +127,9 @@ class StructuredPruning(Method):
     def claims(self, module: nn.Module) -> list[str]:
         """No tensor is mapped."""
         return []
+
+    def reads_now(self) -> frozenset[Resource]:
+        return self.reads | {Resource.GRADIENT} if self.score.reads - FROM_CALLS else self.reads
 
     def start(self, run: Run) -> None:
         """Place the cuts in this training, and wait for a call of the network."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.arguments import one_of
-from lightning_peft.compose.lanes import Lane
+from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.run import Run
 from lightning_peft.method import Method
 from lightning_peft.network.targets import SENSITIVE, TargetSpec
@@ -53,6 +53,8 @@ class TrainedRankPruning(Method):
 
     lane = Lane.GRADIENT
     spares_frozen = True
+    writes = frozenset({Resource.GRADIENT})
+    commutes = True
     paper = "Xu et al., TRP: Trained Rank Pruning for Efficient Deep Neural Networks, IJCAI 2020, arXiv 2004.14566"
 
     def __init__(

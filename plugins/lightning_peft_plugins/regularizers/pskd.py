@@ -104,6 +104,7 @@ class PSKD(Method):
         self._copy: nn.Module | None = None
         self._loaded: dict[str, Any] | None = None
         self._outbox = PredictionOutbox()
+        self._targets: dict[int, tuple[Tensor, int]] = {}  # of the batches of the step at hand
         self._total = 1
         self._reached: float | None = None
         self._fits = self._warned = False
@@ -152,11 +153,13 @@ class PSKD(Method):
             )
         memory = self._memory_of(step.run, logits.shape[1])
         epoch = step.run.epoch
-        # A closure may evaluate one batch several times; the prediction that counts is the first, before the step.
-        again = self._outbox.holds(epoch, step.batch_idx)
+        # A step may be evaluated several times; the prediction that counts is the first, and so is the target.
+        again = step.repeated or self._outbox.holds(epoch, step.batch_idx)
         if not again:
             self._outbox.deliver(memory)
-        previous, seen = memory.read(index)
+        if not step.repeated:
+            self._targets[step.batch_idx] = memory.read(index)
+        previous, seen = self._targets[step.batch_idx]
         first = epoch == 0 or seen == 0
         log_probabilities = _log_softmax(logits.detach() if first else logits)
         if not again:
@@ -168,6 +171,9 @@ class PSKD(Method):
         previous = previous.to(logits.device, non_blocking=True)
         value = alpha * soft_cross_entropy(log_probabilities, previous, self.reduction)
         return Loss(value=value, scale=1 - alpha * (seen / len(index)))
+
+    def after_step(self, run: Run) -> None:
+        self._targets.clear()
 
     def structure_changed(self, module: LightningModule, change: Change) -> None:
         """Copy the network anew: a teacher of the structure before could not be restored beside that of now."""

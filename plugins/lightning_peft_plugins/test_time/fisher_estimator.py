@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
@@ -85,11 +84,11 @@ class FisherEstimator(Method):
         if not self.scores:
             yield "its estimate at the end of the last epoch"
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def validation_end(self, run: Run) -> None:
         """Score in a validation on its own, unless a checkpoint brought scores."""
-        if trainer.state.fn == TrainerFn.VALIDATING and self._hub is not None and not self.scores:
+        if run.trainer.state.fn == TrainerFn.VALIDATING and not self.scores:
             with torch.inference_mode(False):
-                self._estimate(self._hub.run, trainer.val_dataloaders)
+                self._estimate(run, run.trainer.val_dataloaders)
 
     def _estimate(self, run: Run, loaders: Any) -> None:
         names = parameter_names(self.select(run.module))

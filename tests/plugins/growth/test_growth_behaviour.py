@@ -20,6 +20,7 @@ from lightning_peft.functional import growth_tokens
 from lightning_peft.structure.journal import journal_of
 from lightning_peft.testing.modules import Plain, deepened, loader, trainer
 from lightning_peft_plugins.growth._layer_growth.depth_operators import interpolated, last_repeated, new_places, paired, stacked
+from lightning_peft_plugins.growth._shared.triggers import Plateau
 
 
 class Watch(Callback):
@@ -270,3 +271,11 @@ def test_every_operator_keeps_every_block_once(now: int, more: int) -> None:
 )
 def test_the_published_table_of_the_token_law(parameters: float, tokens: float, billions: float) -> None:
     assert growth_tokens(parameters, 6 * parameters * tokens) / 1e9 == pytest.approx(billions, abs=0.005)
+
+
+def test_a_metric_below_zero_makes_progress_by_the_same_share() -> None:
+    plateau = Plateau(patience=2, min_delta=0.01)
+    for value, waited in ((-1.0, 0), (-1.005, 1), (-1.02, 0), (-1.0, 1), (-1.025, 2)):
+        plateau.look(value)
+        assert plateau.waited == waited, value
+    assert plateau.reached

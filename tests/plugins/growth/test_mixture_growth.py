@@ -12,6 +12,7 @@ from growth_toys import grow, values
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +23,7 @@ from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import FEATURES, Plain, TwoOptimizers, loader
 from lightning_peft.testing.runs import assert_same
 from lightning_peft.testing.trace import difference
+from lightning_peft.weights.maps import mapped_tensors
 from lightning_peft_plugins.growth._mixture_growth.halves import inner_layers
 from lightning_peft_plugins.growth.functional.mixture import cross_coefficients, mix_templates, of_its_member
 from lightning_peft_plugins.growth.mixture_growth import MixtureMap
@@ -323,3 +325,25 @@ def test_methods_that_do_not_go_with_it() -> None:
 
     with pytest.raises(MisconfigurationException, match="which member the new layers of stage_sharing would be"):
         grow([MixtureGrowth(), StageSharing(2, at="step:2", blocks="blocks")], style=Stack)
+
+
+def test_members_begin_as_the_blocks_on_the_diagonal_grown_by_the_root_of_two() -> None:
+    """Half the inputs at weights larger by the root of two: the variance of what a layer gives stays."""
+
+    class First(Callback):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            self.before = {name: value.detach().clone() for name, value in pl_module.named_parameters()}
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 0:
+                self.weights = {mapped.name: mapped.baked().clone() for mapped in mapped_tensors(pl_module)}
+
+    first = First()
+    grow([MixtureGrowth(at="step:100")], style=Residual, before=[first])
+    assert first.weights
+    for name, now in first.weights.items():
+        before, (rows, columns) = first.before[name], (size // 2 for size in now.shape[:2])
+        for own in ((slice(rows), slice(columns)), (slice(rows, None), slice(columns, None))):
+            torch.testing.assert_close(now[own], before[own] * 2**0.5)
+        assert now[:rows, columns:].abs().max() < 1e-6
+        assert now[rows:, :columns].abs().max() < 1e-6

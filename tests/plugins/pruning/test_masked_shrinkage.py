@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_peft import ISSP, GroupEnvelope, MaskedPruning
 from lightning_peft.testing import MethodTester
 from lightning_peft.testing.callbacks import every_epoch
-from lightning_peft.testing.modules import Plain, loader, trainer
+from lightning_peft.testing.modules import Plain, TwoOptimizers, loader, trainer
 from lightning_peft.testing.runs import fit
 from lightning_peft.weights.maps import mapped_tensors
 
@@ -125,3 +125,20 @@ def test_a_checkpoint_from_the_middle_of_shrinkage_is_evaluated_as_trained(tmp_p
                 module, loader(8), ckpt_path=tmp_path / f"epoch={epoch}.ckpt", verbose=False, weights_only=True
             )
         assert set(seen) == ({0.5} if masked else {0.0})
+
+
+def test_a_step_of_two_optimizers_shrinks_once() -> None:
+    class Stored(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self.before = {mapped.name: mapped.stored.detach().clone() for mapped in mapped_tensors(pl_module)}
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 0:
+                self.after = {mapped.name: mapped.stored.detach().clone() for mapped in mapped_tensors(pl_module)}
+
+    stored = Stored()
+    still = TwoOptimizers("sgd", lr=0.0)
+    shrinks = ISSP(0.5, alpha=0.5, exclude=EVERYTHING, end="100%")
+    fit([shrinks], module=still, after=[stored], max_epochs=1, limit_train_batches=2)
+    for name, before in stored.before.items():
+        assert set((stored.after[name] / before).flatten().tolist()) == {1.0, 0.5}, name

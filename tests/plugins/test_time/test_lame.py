@@ -68,3 +68,16 @@ def test_without_neighbours_nothing_changes():
 def test_features_that_are_none_are_named():
     with pytest.raises(MisconfigurationException, match='features="<name>"'):
         run(layer_norm_net(), LAME(features="accuracy"))
+
+
+def test_a_symmetric_affinity_is_the_mean_of_both_directions():
+    net = layer_norm_net()
+    found = run(net, LAME(affinity="knn", symmetric=True), loaders=stream(1))[0]
+    x, _ = next(iter(stream(1)))
+    with torch.no_grad():
+        features = net[:-1](x)
+        weights = affinity_matrix(features, "knn", 5)
+        log_p = (net[-1](features).softmax(1) + 1e-10).log()
+        expected = laplacian_adjust(log_p, (weights + weights.T) / 2, 100)
+    assert not torch.equal(weights, weights.T)
+    torch.testing.assert_close(found, expected)

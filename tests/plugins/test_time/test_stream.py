@@ -17,6 +17,7 @@ from tta_toys import (
     Trained,
     batch_norm_net,
     close,
+    entropy,
     layer_norm_net,
     norm_parameters,
     one,
@@ -316,3 +317,25 @@ def test_two_processes_score_as_one():
     for name, score in estimator.scores.items():
         torch.testing.assert_close(first["scores"][name], score)
         assert torch.equal(first["scores"][name], second["scores"][name])
+
+
+def test_a_second_pass_under_autocast_sees_the_weights_of_the_first_update():
+    def by_hand(net, x):
+        optimizer = torch.optim.SGD(net.parameters(), 0.5, momentum=0.9)
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                logits = net(x)
+                loss = entropy(logits.float()).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return logits
+
+    net, (x, y) = layer_norm_net(), next(iter(stream(1, 8)))
+    tent = Tent(lr=0.5, targets="all-linear", exclude=(), steps=2, backward="whole")
+    found = run(net, tent, loaders=one((x, y)), precision="bf16-mixed")[0]
+    linear = copy.deepcopy(net).requires_grad_(False)
+    for layer in linear:
+        if isinstance(layer, nn.Linear):
+            layer.requires_grad_(True)
+    close([found.float()], [by_hand(linear, x).detach().float()], 2e-2)

@@ -7,12 +7,26 @@ import copy
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
 from torch.nn import functional as F
-from tta_toys import CLASSES, NETS, batch_norm_net, close, configured, entropy, layer_norm_net, norm_parameters, run, stream
+from tta_toys import (
+    CLASSES,
+    NETS,
+    batch_norm_net,
+    close,
+    configured,
+    entropy,
+    layer_norm_net,
+    norm_parameters,
+    one,
+    run,
+    stream,
+)
 
 from lightning_peft import MEMO, ROID, CoTTA, RoTTA
 from lightning_peft.functional import marginal_entropy
 from lightning_peft_plugins.test_time._rotta.sample_memory import SampleMemory
+from lightning_peft_plugins.test_time._shared.batch_statistics import BlendStatistics
 from lightning_peft_plugins.test_time._shared.views import RandomViews
 
 
@@ -201,3 +215,20 @@ def test_memory_never_holds_more_than_it_may(capacity):
         label = int(torch.randint(3, (), generator=generator))
         memory.add(label, label, float(torch.rand((), generator=generator)))
         assert len(memory.kept()) <= capacity
+
+
+def test_memo_has_a_new_optimizer_for_every_sample():
+    net, adam = layer_norm_net(), {"optimizer": "Adam", "lr": 0.05, "views": 2, "augment": mirror}
+    x, y = next(iter(stream(1, 3)))
+    together = run(net, MEMO(**adam), loaders=one((x, y)))[0]
+    alone = [run(net, MEMO(**adam), loaders=one((x[i : i + 1], y[i : i + 1])))[0] for i in range(3)]
+    close([together], [torch.cat(alone)], 1e-6)
+
+
+def test_blended_statistics_by_hand():
+    layer = nn.BatchNorm1d(1).eval()
+    blend = BlendStatistics([layer], 0.25)
+    layer(torch.tensor([[1.0], [3.0]]))  # mean 2, unbiased variance 2, biased variance 1
+    assert layer.running_mean.item() == 0.75 * 0 + 0.25 * 2
+    assert layer.running_var.item() == 0.75 * 1 + 0.25 * 2
+    blend.restore()

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lightning_peft.capture.once_more import silent
 from lightning_peft.compose.loss import split_output
 from lightning_peft.compose.run import Run
 from lightning_peft.structure.edits import Edit
@@ -51,7 +52,7 @@ class LearntOperator:
         """Values after an edit."""
         if self._operator is None:
             strategy = self._run.trainer.strategy
-            with torch.random.fork_rng(), _silent(self._run.module):
+            with torch.random.fork_rng(), silent(self._run.module):
                 torch.manual_seed(generator.initial_seed())  # batches and dropout: the training's own draws go on untouched
                 self._operator = train_operator(
                     values,
@@ -93,18 +94,3 @@ class _Step(nn.Module):
 
     def forward(self, batch: Any, index: int) -> Any:
         return type(self.module).training_step(self.module, *(batch, index)[: self._count])
-
-
-class _silent:  # noqa: N801
-    """Within it a module logs nothing: steps of learning are no steps of training."""
-
-    def __init__(self, module: LightningModule) -> None:
-        self._module = module
-
-    def __enter__(self) -> None:
-        for name in ("log", "log_dict"):
-            self._module.__dict__[name] = lambda *args, **kwargs: None
-
-    def __exit__(self, *error: object) -> None:
-        for name in ("log", "log_dict"):
-            del self._module.__dict__[name]

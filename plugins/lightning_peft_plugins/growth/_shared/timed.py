@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_peft.compose.run import Run
@@ -80,16 +79,15 @@ class TimedMethod(Method):
         """Warm up after a change."""
         return self.lr_rule.factor(self.changed_at, self.steps, self._warmup)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def batch_start(self, run: Run, batch: Any) -> None:
         """Count tokens, after the batch had its chance to be the first of the changed network."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         for moment in self.moments:
-            moment.count(trainer, batch)
+            moment.count(run.trainer, batch)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def validation_end(self, run: Run) -> None:
         """Look at the metric that the next plateau is made of."""
         if self.done < len(self.moments):
-            self.moments[self.done].look(trainer)
+            self.moments[self.done].look(run.trainer)
 
     def state(self) -> dict[str, Any]:
         """How many changes are made, when the last was, and what the moments have seen."""
