@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -18,7 +20,8 @@ from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Loss, Step
 from lightning_peft.compose.run import Run
 from lightning_peft.compose.step_closure import StepClosure
-from lightning_peft.network.targets import TargetSpec, select
+from lightning_peft.namespaces import both
+from lightning_peft.network.targets import TargetSpec, explicitly_named, select
 from lightning_peft.structure.edit_types import PutEdit
 from lightning_peft.structure.edits import Change, EditRequest
 from lightning_peft.structure.forms import Form
@@ -38,6 +41,7 @@ class Contract:
     and override the few of these they need, each called in lane order whatever the order of the callbacks list:
 
     - :meth:`attach` once the module is complete and before optimizers exist: weight maps, layer parts, structure;
+    - :meth:`trained` to say what a fit trains, the rest being frozen;
     - :meth:`start` when training is about to begin, after a checkpoint was restored;
     - :meth:`wrap_optimizer` once, to wrap or replace an optimizer;
     - :meth:`batch_start` before and :meth:`loss` inside every ``training_step``;
@@ -70,6 +74,9 @@ class Contract:
         replacements: What it may put in a layer's place, so that its checkpoints can be loaded.
         parts: Layer parts it may put beside layers, for the same reason.
         paper: Source, "Authors, venue year, link".
+        spares_frozen: Whether it leaves frozen weights alone, as lanes ``REPARAM`` and ``MASK`` do.
+        checkpoint: ``"full"``, or ``"trained"``: checkpoints of a fit leave out what it does not change, and hold digests of
+            that instead. One method that says so is enough.
         fixed_arguments: Constructor arguments of a base that the class gives itself, and does not take.
         features: Qualified names of submodules whose calls :meth:`loss` reads from ``step.features``.
         after: Names of methods of the same lane that act before this one, where otherwise names decide; set it on the class, or
@@ -87,8 +94,10 @@ class Contract:
     replacements: ClassVar[tuple[type[Replacement], ...]] = ()
     parts: ClassVar[tuple[type[LayerPart], ...]] = ()
     paper: ClassVar[str] = ""
+    spares_frozen: ClassVar[bool] = False
     fixed_arguments: ClassVar[frozenset[str]] = frozenset()
 
+    checkpoint: Literal["full", "trained"] = "full"
     run: Run | None = None
     after: Sequence[str] = ()
     _arguments: dict[str, Any]
@@ -115,8 +124,33 @@ class Contract:
     # What an author overrides.
 
     def select(self, module: nn.Module) -> dict[str, nn.Module]:
-        """Return the layers the method acts on by qualified name; override when the grammar of targets is not enough."""
-        return {} if self.targets is None else select(module, self.targets, self.exclude)
+        """Return the layers the method acts on by qualified name; override when the grammar of targets is not enough.
+
+        A method that would change frozen weights (lanes ``REPARAM`` and ``MASK``, and whoever sets :attr:`spares_frozen`) is
+        given none of them, unless ``targets`` names their layers: presets and classes name no layer.
+
+        Raises:
+            MisconfigurationException: All layers are frozen.
+        """
+        if self.targets is None:
+            return {}
+        found = select(module, self.targets, self.exclude)
+        spared = self._spared(module, found)
+        if len(spared) == len(found) and self.fits:
+            raise MisconfigurationException(
+                f"{self.name} leaves frozen weights alone, and all that targets={self.targets!r} selects are frozen: "
+                f"{', '.join(list(spared)[:3])}. Name them, targets={list(spared)[:3]!r}, to change them all the same, or call "
+                "requires_grad_(True) on them before the fit."
+            )
+        return {name: layer for name, layer in found.items() if name not in spared}
+
+    def trained(self, module: nn.Module) -> Iterable[str | nn.Parameter] | None:
+        """Say which parameters of the module a fit trains, by qualified name or as they are; ``None`` has no say.
+
+        Everything that no method names is frozen for the fit, before optimizers are made, and given back afterwards. Weight
+        maps follow: a reparametrisation is trained with its weight, a delta or a mask always. Asked again after an edit.
+        """
+        return None
 
     def reads_now(self) -> frozenset[Resource]:
         """Return what this instance reads; override when it depends on the arguments."""
@@ -262,6 +296,35 @@ class Contract:
         return f"{len(claims)} tensor{'s' if len(claims) != 1 else ''}" if claims else ""
 
     # What an author calls.
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run it takes part in trains; without a run, as in :func:`lightning_peft.plan`, it would."""
+        return self.run is None or self.run.trainer.state.fn == TrainerFn.FITTING
+
+    def is_frozen(self, parameter: object) -> bool:
+        """Whether a parameter was frozen by its owner, for good as far as anybody can know.
+
+        What the engine froze for :meth:`trained` does not count, nor anything while one of Lightning's finetuning callbacks
+        decides in the course of the training.
+        """
+        if not isinstance(parameter, nn.Parameter) or parameter.requires_grad:
+            return False
+        if self.run is None:
+            return True
+        callbacks = self.run.trainer.callbacks  # type: ignore[attr-defined]
+        return parameter not in self.run.frozen and not any(isinstance(each, both(BaseFinetuning)) for each in callbacks)
+
+    def left_alone(self, module: nn.Module) -> list[str]:
+        """Name the layers that :meth:`select` leaves out because their weights are frozen."""
+        return [] if self.targets is None else list(self._spared(module, select(module, self.targets, self.exclude)))
+
+    def _spared(self, module: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        if not (self.spares_frozen or self.lane in (Lane.REPARAM, Lane.MASK)):
+            return {}
+        frozen = {name: layer for name, layer in layers.items() if self.is_frozen(layer._parameters.get("weight"))}
+        named = explicitly_named(module, self.targets) if frozen else ()
+        return {name: layer for name, layer in frozen.items() if layer not in named}
 
     def map_weight(self, module: nn.Module, name: str, weight_map: WeightMap) -> WeightMap:
         """Attach a map to the tensor called ``name`` (``"model.fc1.weight"``) and return it, or the one it carries already."""

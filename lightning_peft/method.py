@@ -144,7 +144,7 @@ class Method(Contract, Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Make a checkpoint saved after a fit as complete as one saved during it."""
-        complete_checkpoint(trainer, pl_module, checkpoint)
+        complete_checkpoint(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module clean."""

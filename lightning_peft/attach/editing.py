@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_peft.attach import averaging, finetuning
 from lightning_peft.attach.map_groups import place_maps, place_parts
 from lightning_peft.attach.plan import network_of
+from lightning_peft.attach.trained import TrainedParameters
 from lightning_peft.contract import Contract
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.optim.schedulers import FreshSchedule
@@ -35,6 +36,7 @@ def edit_training(
     module: LightningModule,
     methods: Sequence[Contract],
     growth: EditRequest,
+    trained: TrainedParameters,
     schedules: Sequence[FreshSchedule] = (),
 ) -> Change:
     """Apply an edit between two optimizer steps.
@@ -44,6 +46,7 @@ def edit_training(
         module: The module.
         methods: All methods, in plan order.
         growth: The edit, and what becomes of values and optimizer state.
+        trained: Freezes what of the edited module is not trained.
         schedules: The schedulers as they began.
 
     Returns:
@@ -59,18 +62,21 @@ def edit_training(
     old = plain_tensors(module) | part_tensors(module)
     taken = averaging.averages(trainer)
     states = _resized_states(trainer.optimizers, old, growth, part_entries(module, growth.edit))
-    change = journal.edit(module, growth.edit)
-    if growth.operator is not None:
-        set_plain_values(module, growth.operator(before, growth.edit, generator(growth.edit)))
-    _release(module, change)
-    for state, resized in states:
-        state.update(resized)
-    _carry_optimizers(trainer, module, change, growth, old)
-    if growth.restart_schedulers:
-        for schedule in schedules:
-            schedule.restart()
-    if change.edit.get("follow"):
-        follow(trainer, module, methods, {id(tensor) for tensor in old.values()})
+    with trained.lifted():  # what is copied must not be a copy that stays frozen
+        change = journal.edit(module, growth.edit)
+        if growth.operator is not None:
+            set_plain_values(module, growth.operator(before, growth.edit, generator(growth.edit)))
+        _release(module, change)
+        for state, resized in states:
+            state.update(resized)
+        _carry_optimizers(trainer, module, change, growth, old)
+        if growth.restart_schedulers:
+            for schedule in schedules:
+                schedule.restart()
+        if change.edit.get("follow"):
+            follow(trainer, module, methods, {id(tensor) for tensor in old.values()})
+        for method in methods:
+            method.structure_changed(module, change)
 
     def values(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if change.edit["op"] == "put":
@@ -79,8 +85,6 @@ def edit_training(
             copies = {name: plain[source] for name in plain_tensors(module) if (source := change.source(name)) is not None}
         return copies | ({} if growth.operator is None else dict(growth.operator(plain, growth.edit, generator(growth.edit))))
 
-    for method in methods:
-        method.structure_changed(module, change)
     averaging.edit_averages(taken, trainer, module, change, values)  # copies what methods have just put on the module
     finetuning.follow_edit(trainer, module)
     rewrap(trainer)

@@ -27,6 +27,7 @@ from lightning_peft.attach.saving import CheckpointHooks, JournalShim
 from lightning_peft.attach.step_gradients import StepGradients
 from lightning_peft.attach.step_rates import StepRates
 from lightning_peft.attach.steps import StepTerms
+from lightning_peft.attach.trained import TrainedParameters
 from lightning_peft.attach.twins import warn_of_copies, warn_of_twins
 from lightning_peft.attach.unfinished import warn_unfinished
 from lightning_peft.capture.evaluation import EvaluationShim, Passes
@@ -91,10 +92,10 @@ def apply_terms(module: LightningModule, loss: Tensor) -> Tensor:
     return loss if hub is None else hub.apply(loss)
 
 
-def complete_checkpoint(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+def complete_checkpoint(trainer: Trainer, module: LightningModule) -> None:
     """Make a checkpoint saved after a fit as complete as the hub makes those saved during it."""
     if module not in _HUBS:
-        after_fit.complete(trainer, module, checkpoint)
+        after_fit.complete(trainer, module)
 
 
 class Hub:
@@ -119,6 +120,7 @@ class Hub:
         self.lives = MethodLives(self.methods, self.run, fitting=self._fitting)
         self._rates = StepRates(self.methods, lambda: self.active and self.run.started)
         self._map_groups = MapGroups(self.run)
+        self._trained = TrainedParameters(self.run, self.methods)
         self._shims: list[Shim] = []
         self._handles: list[RemovableHandle] = []
         self._terms: StepTerms | None = None
@@ -182,6 +184,7 @@ class Hub:
         stash.restore(module, stashed)
         stash.restore_parts(module, stashed_parts)
         if self._fitting:
+            self._trained.freeze()
             if self._first or any(True for _ in (*mapped_tensors(module), *placed_parts(module))):
                 averaging.rebuild(self.run.trainer, module)
             self._terms = StepTerms(self.run, self.methods, lambda: self.active)
@@ -192,7 +195,7 @@ class Hub:
         self._adapter = next((method for method in self.methods if method.lane == Lane.ADAPT), None)
         if self._adapter is not None and not self._fitting:
             self._evaluation = EvaluationShim(self.run.network, self._adapter.adapt, step_compiler(module)).install()
-        self._saving = CheckpointHooks(self.run, self.methods, fitting=self._fitting)
+        self._saving = CheckpointHooks(self.run, self.methods, self._trained, fitting=self._fitting)
         self._shadow(module, "on_save_checkpoint", self._saving.save)
         self._shadow(module, "on_load_checkpoint", self._saving.load)
         rank_zero_info(str(plan))
@@ -226,6 +229,7 @@ class Hub:
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         wrap_optimizers(self.run, self.methods)
         self._map_groups.place()
+        self._trained.check()
         if self._saving is not None and self._saving.groups is not None:
             regroup(self.run.module, trainer.optimizers, schedulers, self._saving.groups)
         after_fit.note_groups(trainer, self.run.module)  # of a training that is over already, nothing more is heard
@@ -325,7 +329,7 @@ class Hub:
         for method in self.methods:
             if method.lane == Lane.STRUCTURE:
                 while (growth := method.next_edit(self.run)) is not None:
-                    edit_training(self.run.trainer, self.run.module, self.methods, growth, self.run.schedules)
+                    edit_training(self.run.trainer, self.run.module, self.methods, growth, self._trained, self.run.schedules)
 
     def end_epoch(self) -> None:
         """Tell every method that an epoch is over."""
@@ -430,6 +434,7 @@ class Hub:
                 self._strip(failed)
             else:
                 self._undo_first_edits()
+            self._trained.thaw()
             JournalShim.keep(module)
             self.lives.end(refused=refused)
 

@@ -107,13 +107,21 @@ def resolve(methods: Sequence[Contract], module: nn.Module, network: str) -> Pla
         PlanRow(
             method.lane,
             method.name,
-            method.describe(module),
+            _what(method, module),
             tuple(sorted(resource.value for resource in method.reads_now())),
             tuple(sorted(resource.value for resource in method.writes_now())),
         )
         for method in methods
     )
     return Plan(network, sum(parameter.numel() for parameter in module.parameters()), rows)
+
+
+def _what(method: Contract, module: nn.Module) -> str:
+    spared = method.left_alone(module)
+    if not spared:
+        return method.describe(module)
+    more = ", ..." if len(spared) > 3 else ""
+    return f"{method.describe(module)}; leaves {len(spared)} frozen alone ({', '.join(spared[:3])}{more})".removeprefix("; ")
 
 
 def _check_structure(methods: Sequence[Contract]) -> None:

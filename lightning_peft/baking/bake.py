@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft.atomic_files import whole
 from lightning_peft.attach.saving import JournalShim
 from lightning_peft.baking.reading import harmless_objects
 from lightning_peft.baking.reading import read_checkpoint as read_checkpoint
 from lightning_peft.structure import checkpoint as files
-from lightning_peft.structure import journal, part_states
+from lightning_peft.structure import journal, part_states, partial, plain_state
 from lightning_peft.structure.earlier_parts import upgraded
 from lightning_peft.structure.edits import Edit
 from lightning_peft.weights.maps import detach_maps
@@ -57,29 +57,41 @@ def bake(module: ModuleT) -> ModuleT:
     return module
 
 
-def baked(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def baked(checkpoint: Mapping[str, Any], base: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
     """Return the ordinary form of a checkpoint: plain weights and hyperparameters, nothing to resume.
 
     Args:
         checkpoint: What :func:`read_checkpoint` returned.
+        base: Tensors by name, for a checkpoint that holds only what was trained on them.
 
     Raises:
-        CheckpointError: The recorded weight maps do not fit the tensors.
+        CheckpointError: The recorded weight maps do not fit the tensors, or the base is missing or another one.
     """
     checkpoint = upgraded(checkpoint)
     section = files.read(checkpoint)
-    kept = {key: checkpoint[key] for key in checkpoint if key in _KEPT or key.startswith(("hyper_parameters", "hparams"))}
+    kept = {key: checkpoint[key] for key in checkpoint if _is_kept(key)}
     state = dict(checkpoint["state_dict"])
     if section is None:
         return {**kept, "state_dict": state}
     done = [{key: value for key, value in record.items() if key != "maps"} for record in section["methods"]]
+    if section["version"] < plain_state.PLAIN:  # an average of theirs has masks as they stood when averaging began
+        state |= plain_state.masks_of(checkpoint.get("current_model_state", {}), section["weights"])
+    state = dict(partial.filled(state, section, base))
+    plain_state.refuse_edited(plain_state.edited(state, section))
+    state = plain_state.joined(state, section)
     history = {"version": section["version"], "methods": done, "weights": {}}
     if edits := journal.read(section):
         history["journal"] = journal.write(edits)
     return {**kept, "state_dict": files.bake_state_dict(state, section), files.KEY: history}
 
 
-def bake_checkpoint(source: str | Path, target: str | Path, *, trusted: bool = False) -> Path:
+def _is_kept(key: str) -> bool:
+    return key in _KEPT or key.startswith(("hyper_parameters", "hparams"))
+
+
+def bake_checkpoint(
+    source: str | Path, target: str | Path, *, trusted: bool = False, base: nn.Module | Mapping[str, Tensor] | None = None
+) -> Path:
     """Bake a checkpoint file; the model's class is not needed.
 
     Args:
@@ -88,6 +100,7 @@ def bake_checkpoint(source: str | Path, target: str | Path, *, trusted: bool = F
             the network the training ended with. Objects among the hyperparameters are kept, and Lightning too reads them with
             ``weights_only=False`` only.
         trusted: Whether Python objects in the file may be rebuilt; see :func:`read_checkpoint`.
+        base: A module, or tensors by name, as they were before the training, for a file that holds only what was trained.
 
     Returns:
         ``target``.
@@ -96,7 +109,8 @@ def bake_checkpoint(source: str | Path, target: str | Path, *, trusted: bool = F
         CheckpointError: See :func:`read_checkpoint` and :func:`baked`.
     """
     target = Path(target)
-    checkpoint = baked(read_checkpoint(source, trusted=trusted))
+    tensors = base.state_dict() if isinstance(base, nn.Module) else base
+    checkpoint = baked(read_checkpoint(source, trusted=trusted), tensors)
     with whole(target) as part, part.open("wb") as file:  # of a path torch.save would not say that a disk is full
         torch.save(checkpoint, file)
     return target
@@ -124,26 +138,41 @@ def load_from_checkpoint(cls: type[LightningT], path: str | Path, *, trusted: bo
             "load_from_checkpoint has no weights_only: files are read as plain data. Where a file you trust holds Python "
             "objects, pass trusted=True instead of weights_only=False."
         )
-    checkpoint = baked(read_checkpoint(path, trusted=trusted))
-    edits = journal.read(checkpoint.get(files.KEY))
-    if edits:
+    found = read_checkpoint(path, trusted=trusted)
+    section = files.read(found)
+    left_out = bool(section and section.get("base"))
+    checkpoint = _without_tensors(found) if left_out else baked(found)
+    edits = journal.read(section)
+    if edits or left_out:
         cls = _claim_class(cls, checkpoint)
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     buffer.seek(0)
-    built = _replaying(cls, edits) if edits else cls
+    built = _replaying(cls, edits, found if left_out else None) if edits or left_out else cls
     with harmless_objects():
         module: LightningT = built.load_from_checkpoint(buffer, weights_only=not trusted, **kwargs)
-    if edits:
+    if built is not cls:
         module.__class__ = cls
         JournalShim.keep(module)
     return module
 
 
-def _replaying(cls: type[LightningT], edits: list[Edit]) -> type[LightningT]:
-    """Return a subclass that goes through edits between being built and being filled, and leaves the user's class alone."""
+def _without_tensors(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in checkpoint.items() if _is_kept(key)} | {"state_dict": {}}
+
+
+def _replaying(cls: type[LightningT], edits: list[Edit], partial_file: Mapping[str, Any] | None) -> type[LightningT]:
+    """Return a subclass that goes through edits between being built and being filled, and leaves the user's class alone.
+
+    Args:
+        cls: The user's class.
+        edits: The edits.
+        partial_file: A checkpoint that is baked on the weights the class builds.
+    """
 
     def on_load_checkpoint(self: LightningT, checkpoint: dict[str, Any]) -> None:
+        if partial_file is not None:
+            checkpoint["state_dict"] = baked(partial_file, self.state_dict())["state_dict"]
         journal.replay(self, edits, checkpoint["state_dict"])
         cls.on_load_checkpoint(self, checkpoint)
 

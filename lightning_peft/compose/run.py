@@ -36,6 +36,7 @@ class Run:
         in_step: Whether the user's ``training_step`` runs now.
         repeated: Whether it runs once more for a batch that this optimizer step has seen: nobody is to remember anything of it.
         late_epoch: Set while an epoch that ended before the checkpoint is ended for the methods.
+        frozen: Parameters that are frozen for this fit, because no method names them as trained.
         asked_total: Whether a method has asked for the end of this training.
         asked_epoch: Whether a method has asked for the length of an epoch.
     """
@@ -51,6 +52,7 @@ class Run:
     repeated: bool = False
     late_epoch: int | None = None
     schedules: list[FreshSchedule] = field(default_factory=list)
+    frozen: set[nn.Parameter] = field(default_factory=set)
     asked_total: bool = False
     asked_epoch: bool = False
 

@@ -88,6 +88,19 @@ def select(model: nn.Module, targets: TargetSpec, exclude: TargetSpec | None = N
     return found
 
 
+def explicitly_named(model: nn.Module, targets: TargetSpec | None) -> set[nn.Module]:
+    """Find the modules that ``targets`` names one by one: by name, regular expression or timm group, not by kind.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> explicitly_named(net, ["all-linear", nn.Linear, "type:Linear"]), len(explicitly_named(net, ["all-linear", "2"]))
+        (set(), 1)
+    """
+    names = _names(model)
+    entries = [entry for entry in _entries(targets) if isinstance(entry, str) and entry not in PRESETS]
+    return {module for entry in entries if not entry.startswith("type:") for module in _match(model, names, entry, must=True)}
+
+
 ValueT = TypeVar("ValueT")
 
 

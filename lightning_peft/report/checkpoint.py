@@ -76,7 +76,7 @@ def _methods(methods: list[dict[str, Any]], mapped: bool) -> Section:
         for item in methods
     )
     state = (
-        "Weight maps are still on its tensors: `bake` applies them."
+        "Its weights are those layers saw, and it holds what training needs beside them: `bake` leaves that out."
         if mapped
         else "It is baked: plain weights, nothing to resume."
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_peft.baking.bake import baked
 from lightning_peft.structure import checkpoint as files
+from lightning_peft.structure.plain_state import joined
 from lightning_peft.weights.mapped_layer import stored_key
 
 _NAMED_LAYERS = 60  # a bar a layer; longer lists are cut to the layers under a method
@@ -96,7 +97,7 @@ def weigh(checkpoint: Mapping[str, Any]) -> Weights:
     """
     section = files.read(checkpoint)
     maps: Mapping[str, Sequence[dict[str, Any]]] = {} if section is None else section["weights"]
-    stored: Mapping[str, Any] = checkpoint["state_dict"]
+    stored = joined(checkpoint["state_dict"], section)
     state: dict[str, Tensor] = {
         name: value for name, value in baked(checkpoint)["state_dict"].items() if isinstance(value, Tensor)
     }

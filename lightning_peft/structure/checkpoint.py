@@ -1,7 +1,8 @@
 """The library's part of a checkpoint: which methods ran, and which weight maps stand on which tensor.
 
 It is written through the LightningModule's own hook, so weights-only files carry it too, and it is plain data: nothing in it is
-imported or evaluated.
+imported or evaluated. The tensors of the checkpoint are those of an ordinary module; what training needs beside them is here
+too (:mod:`lightning_peft.structure.plain_state`), unless the file was written before format 3.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from lightning_peft import registry
 from lightning_peft.structure import part_states
 from lightning_peft.structure.errors import CheckpointError as CheckpointError
 from lightning_peft.structure.forms import anything, dict_of, fields, maybe, text, whole
+from lightning_peft.structure.plain_state import PLAIN
 from lightning_peft.weights.mapped_layer import map_prefix, maps_prefix, stored_key
 from lightning_peft.weights.maps import MappedTensor, WeightMap, mapped_tensors
+from lightning_peft.weights.stash import StashedTensor
 
 KEY = "lightning_peft"
-FORMAT = 2
+FORMAT = 3
 ORDERED = 2
 """Since this format optimizers hold a module's parameters in the module's own order, whether weight maps are on them or not."""
 
@@ -58,6 +61,7 @@ def read(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
             f"{FORMAT}. Upgrade lightning-peft, or bake the checkpoint with the version that wrote it."
         )
     weights = section.get("weights")
+    _check_beside(section)
     if not isinstance(weights, dict) or not isinstance(section.get("methods"), list):
         raise CheckpointError(f'checkpoint["{KEY}"] is malformed: "weights" must be a dict and "methods" a list.')
     for place, record in enumerate(section["methods"]):
@@ -67,6 +71,15 @@ def read(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
         if not well_formed:
             raise CheckpointError(f'checkpoint["{KEY}"]["weights"][{name!r}] is malformed: it must list weight maps.')
     return section
+
+
+def _check_beside(section: Mapping[str, Any]) -> None:
+    """Refuse a section whose tensors beside an ordinary state dict, or digests of what is left out, cannot be such."""
+    found = _BASE(section.get("base"), f'checkpoint["{KEY}"]["base"]')
+    if found is None and section.get("weights") and section["version"] >= PLAIN:
+        found = _BESIDE({key: section.get(key) for key in _BESIDE_FORMS}, f'checkpoint["{KEY}"]')
+    if found is not None:
+        raise CheckpointError(f"What training needs beside the weights is malformed: {found}.")
 
 
 def check_order(checkpoint: Mapping[str, Any], section: Mapping[str, Any] | None) -> None:
@@ -120,6 +133,9 @@ def _check_method(record: object, place: str) -> None:
 
 _METHOD_FORMS = {"method": text, "name": text, "config": dict_of(anything), "steps": whole(), "maps": maybe(whole())}
 _METHOD = fields(_METHOD_FORMS)
+_BESIDE_FORMS = {"tensors": dict_of(anything), "seen": dict_of(whole())}
+_BASE = maybe(dict_of(text))
+_BESIDE = fields(_BESIDE_FORMS)
 
 
 def _is_record(item: object) -> bool:
@@ -205,25 +221,34 @@ def mount_state_dict(state: MutableMapping[str, Tensor], module: nn.Module) -> N
                 state[map_prefix(mapped.name, position) + key] = tensor
 
 
-def training_state(state: MutableMapping[str, Tensor], name: str, value: Tensor, states: Sequence[dict[str, Tensor]]) -> None:
-    """Put one tensor back under its training-time names, in place (see :mod:`lightning_peft.weights.stash`)."""
-    state.pop(name, None)
-    state[stored_key(name)] = value
-    for position, tensors in enumerate(states):
-        for key, tensor in tensors.items():
-            state[map_prefix(name, position) + key] = tensor
+def training_tensors(stashed: Mapping[str, StashedTensor]) -> dict[str, dict[str, Tensor]]:
+    """Return what a stash holds by plain name, and in it by training-time name."""
+    found = {}
+    for name, tensor in stashed.items():
+        found[name] = {stored_key(name): tensor.value}
+        for position, tensors in enumerate(tensor.states):
+            found[name] |= {map_prefix(name, position) + key: value for key, value in tensors.items()}
+    return found
 
 
-def check_tensors(state: object, module: nn.Module) -> None:
+def check_names(state: object) -> None:
+    """Refuse a state dict that is none.
+
+    Raises:
+        CheckpointError: It is no mapping of names to tensors.
+    """
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f'checkpoint["state_dict"] is a {type(state).__name__}, not a mapping of names to tensors.')
+
+
+def check_tensors(state: Mapping[str, Any], module: nn.Module) -> None:
     """Refuse a state dict whose tensors cannot be the module's, before anything of it is copied.
 
     Lightning copies tensor by tensor, so a wrong shape in the middle would leave the module half loaded.
 
     Raises:
-        CheckpointError: The state is no mapping of names to tensors, or a tensor has another shape.
+        CheckpointError: A tensor has another shape.
     """
-    if not isinstance(state, Mapping):
-        raise CheckpointError(f'checkpoint["state_dict"] is a {type(state).__name__}, not a mapping of names to tensors.')
     own = module.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor) or name.endswith("_extra_state"):

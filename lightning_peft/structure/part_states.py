@@ -7,7 +7,7 @@ beside the parts, from which training goes on, stands in the section too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -28,8 +28,15 @@ PartStates = dict[str, list[dict[str, Any]]]
 """Tensors of the parts alone, by name of the layer."""
 
 
-def write(state: MutableMapping[str, Any], module: nn.Module) -> dict[str, Any]:
-    """Return what the section says of the parts on a module, and let them into the weights of its state dict, in place."""
+def write(state: MutableMapping[str, Any], module: nn.Module, mapped: Collection[str] = ()) -> dict[str, Any]:
+    """Return what the section says of the parts on a module, and let them into the weights of its state dict, in place.
+
+    Args:
+        state: Tensors by plain name.
+        module: The module.
+        mapped: Names of weights under maps. The value stored for them belongs to the weight without the parts, so these stay
+            out of it.
+    """
     states = states_of(module)
     records: PartRecords = {}
     weights: dict[str, Tensor] = {}
@@ -37,9 +44,15 @@ def write(state: MutableMapping[str, Any], module: nn.Module) -> dict[str, Any]:
         if stack.recorded:
             records[path] = [{**part.record(), "state": own} for part, own in zip(stack.recorded, states[path], strict=True)]
         name = weight_name(path)
-        if stack.merges and name in state:  # under weight maps it goes by another name
+        if stack.merges and name in state and name not in mapped:
             weights[name], state[name] = state[name], stack.merged(state[name])
     return section_of(records, weights)
+
+
+def beside(state: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tensors of a file with the weights that stand beside parts, not those that parts went into."""
+    weights = section.get(WEIGHTS, {})
+    return {**state, **{name: value for name, value in weights.items() if name in state}}
 
 
 def section_of(records: PartRecords, weights: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -10,7 +11,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
-from lightning_peft.testing.modules import Shared, Teaching
+import lightning_peft
+from lightning_peft.structure import journal
+from lightning_peft.structure.checkpoint import KEY
+from lightning_peft.testing.modules import Plain, Shared, Teaching, loader, trainer
 from lightning_peft.testing.probe import Probe, shape_of
 from lightning_peft.testing.runs import Fit
 from lightning_peft.testing.shared_runs import Factory, SharedRuns, probe_of
@@ -40,9 +44,16 @@ def left_behind(module: nn.Module) -> list[str]:
     return [name for name, tensor in tensors if tensor.is_floating_point() and tensor.dtype != torch.float64]
 
 
+def _answer(module: Plain) -> Tensor:
+    with torch.no_grad():
+        return module.eval().logits(next(iter(loader(8)))[0])
+
+
 class OrdinaryChecks(SharedRuns):
     """Order of parameters, pickles, a move at the end, and code that matches parameters by their place."""
 
+    no_exact_bake: ClassVar[str] = ""
+    no_ordinary_file: ClassVar[str] = ""
     no_shared: ClassVar[str] = ""
     no_teacher: ClassVar[str] = ""
 
@@ -52,6 +63,22 @@ class OrdinaryChecks(SharedRuns):
         built, baked = (shape["parameter order"] for shape in (shape_of(self.style()), probe.baked_shape))
         found = difference(built, baked)
         assert found is None, f"named_parameters() of a new module against bake(copy.deepcopy(module)) in training: {found}"
+
+    @pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.:UserWarning")
+    def test_checkpoints_are_ordinary(self, factory: Factory, reference: Fit, folder: Path) -> None:
+        """A file of the middle of training, by Lightning alone, with the method, and baked: what validation saw then."""
+        for epoch, answered in enumerate(probe_of(reference).validated):
+            path = folder / f"epoch={epoch}.ckpt"
+            again = trainer(callbacks=[factory()])
+            found: Any = again.predict(self.style(), loader(8), ckpt_path=path, weights_only=True)
+            assert torch.equal(answered, found[0]), f"{path.name}: evaluated with the method against what validation saw"
+            restructured = bool(journal.read(torch.load(path, weights_only=True)[KEY]))
+            if not (restructured or self.no_ordinary_file):
+                found = _answer(self.style.load_from_checkpoint(path, weights_only=True))
+                assert torch.equal(answered, found), f"{path.name}: loaded by Lightning alone against what validation saw"
+            if not (self.no_exact_bake or self.no_ordinary_file):
+                error = (_answer(lightning_peft.load_from_checkpoint(self.style, path)) - answered).abs().max().item()
+                assert error <= self.tolerance, f"{path.name}: loaded baked against what validation saw: {error:.3g}"
 
     def test_pickles_are_baked(self, reference: Fit) -> None:
         for route, found in probe_of(reference).pickled.items():

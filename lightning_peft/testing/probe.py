@@ -27,6 +27,7 @@ class Probe(Callback):
         independent: Whether the copy shares no parameter with the module.
         misplaced: The first parameter that has another place than in the baked copy, if any has.
         pickled: By route, what is wrong with the module that comes back from a pickle; ``None`` where nothing is.
+        validated: What the module answered to the first batch of each validation.
     """
 
     live: Tensor
@@ -39,6 +40,14 @@ class Probe(Callback):
 
     def __init__(self, step: int = 6) -> None:
         self.step = step
+        self.validated: list[Tensor] = []
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == 0 and not trainer.sanity_checking:
+            with torch.no_grad():
+                self.validated.append(pl_module.logits(batch[0]).clone())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

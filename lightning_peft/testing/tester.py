@@ -41,6 +41,7 @@ class MethodTester(EvaluationChecks, LifeCycleChecks, OrdinaryChecks):
         methods: Functions without arguments, each returning a new method in one configuration.
         no_accumulation: Why training on k small batches differs from training on one big one.
         no_exact_bake: Why the baked module computes something else than the module in training.
+        no_ordinary_file: Why a file of the middle of training, loaded without the method, computes something else.
         no_styles: Names of module styles (``STYLES``) the method refuses, each with the reason.
         no_stream: Pattern of the refusal to train on a loader without a length.
         no_shared: Pattern of the refusal of a network that uses one layer in two places.

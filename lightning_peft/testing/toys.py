@@ -454,3 +454,16 @@ class ToyWanda(Method):
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.pruned = dict(state["pruned"])
+
+
+class ToyTuning(Method):
+    """Trains the parameters whose names end as it is told, biases for one, and nothing else of the module."""
+
+    lane = Lane.GRADIENT
+
+    def __init__(self, ends: str = "bias", *, name: str | None = None) -> None:
+        super().__init__(name=name)
+        self.ends = ends
+
+    def trained(self, module: nn.Module) -> list[str]:
+        return [name for name, _ in module.named_parameters() if name.endswith(self.ends)]

@@ -13,11 +13,12 @@ import copy
 import functools
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.network.plain_class import StandIn
@@ -53,6 +54,20 @@ class MapChain:
             else:
                 value = weight_map(value)
         return value
+
+    @torch.no_grad()
+    def value_of(self, stored: Tensor, states: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Return the weight that other tensors, an average's for one, give under these maps as they act now.
+
+        Args:
+            stored: Stored value.
+            states: Of each map, values for its parameters and buffers by name; anything else in them is passed over.
+        """
+        value = stored
+        for weight_map, state in zip(self.maps, states, strict=True):
+            own = {name for name, _ in (*weight_map.named_parameters(), *weight_map.named_buffers())}
+            value = functional_call(weight_map, {name: state[name] for name in own & state.keys()}, (value,))
+        return value.detach()
 
     @torch.no_grad()
     def enter(self, value: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 import lightning_peft
 from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure.checkpoint import CheckpointError
+from lightning_peft.structure.plain_state import edited, joined
 from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import Plain, loader, trainer
 from lightning_peft.testing.runs import assert_clean, assert_same, fit
@@ -32,6 +33,14 @@ def good(tmp_path_factory):
     torch.set_num_threads(1)
     fit(methods(), after=[every_epoch(folder)])
     return folder / "epoch=0.ckpt"
+
+
+def as_format(checkpoint, version):
+    """Give a checkpoint the form that earlier versions of the library wrote."""
+    section = checkpoint["lightning_peft"]
+    checkpoint["state_dict"] = joined(checkpoint["state_dict"], section)
+    del section["tensors"], section["seen"]
+    section["version"] = version
 
 
 def damaged(good, folder, change):
@@ -139,14 +148,14 @@ def test_missing_file():
 @pytest.mark.parametrize("version", [0, 99])
 def test_unknown_format(version, good, tmp_path):
     path = damaged(good, tmp_path, lambda c: c["lightning_peft"].update(version=version))
-    message = f"format {version}; this version of the library reads formats 1 to 2"
+    message = f"format {version}; this version of the library reads formats 1 to 3"
     resume_is_refused(path, message)
     with pytest.raises(CheckpointError, match=message):
         lightning_peft.load_from_checkpoint(Plain, path)
 
 
 def test_a_file_with_another_order_of_parameters_is_baked_but_not_resumed(good, tmp_path):
-    path = damaged(good, tmp_path, lambda c: c["lightning_peft"].update(version=1))
+    path = damaged(good, tmp_path, lambda c: as_format(c, 1))
     resume_is_refused(path, r"earlier version of lightning-peft.*load_from_checkpoint\(ModelClass, path\)")
     module, same = (lightning_peft.load_from_checkpoint(Plain, each) for each in (path, good))
     assert all(torch.equal(p, q) for p, q in zip(module.parameters(), same.parameters(), strict=True))
@@ -156,7 +165,7 @@ def test_a_file_with_another_order_of_parameters_is_baked_but_not_resumed(good, 
         trainer(callbacks=methods()).validate(Plain(), loader(8), ckpt_path=path, weights_only=True, verbose=False)
     # Without maps the order never was another.
     whole = fit([ToyEntropy()], after=[every_epoch(tmp_path)], max_epochs=2)
-    path = damaged(tmp_path / "epoch=0.ckpt", tmp_path, lambda c: c["lightning_peft"].update(version=1))
+    path = damaged(tmp_path / "epoch=0.ckpt", tmp_path, lambda c: as_format(c, 1))
     assert_same(whole, fit([ToyEntropy()], seed=3, resume=path, max_epochs=2), "resumed from format 1")
 
 
@@ -175,7 +184,7 @@ def test_more_or_fewer_maps_than_were_counted(count, good, tmp_path):
 
 def test_tensors_of_a_map_that_is_not_listed(good, tmp_path):
     key = "model.0.parametrizations.weight.7.scale"
-    path = damaged(good, tmp_path, lambda c: c["state_dict"].update({key: torch.ones(())}))
+    path = damaged(good, tmp_path, lambda c: c["lightning_peft"]["tensors"].update({key: torch.ones(())}))
     with pytest.raises(CheckpointError, match=f"holds {key}, but lists no weight map"):
         lightning_peft.load_from_checkpoint(Plain, path)
 
@@ -220,26 +229,68 @@ def test_unknown_or_malformed_method_state(state, good, tmp_path):
 @pytest.mark.parametrize(
     ("key", "shape"),
     [
-        ("model.0.parametrizations.weight.original", (3, 7)),
         ("model.2.parametrizations.weight.0.scale", (3, 7)),
         ("model.4.bias", (3, 7)),
         ("model.4.bias", (3, 1)),  # as many numbers as it has
     ],
 )
-def test_wrong_shape(key, shape, good, tmp_path):
-    path = damaged(good, tmp_path, lambda c: c["state_dict"].update({key: torch.zeros(shape)}))
+@pytest.mark.parametrize("version", [2, 3])
+def test_wrong_shape(version, key, shape, good, tmp_path):
+    def change(checkpoint):
+        if version == 2:
+            as_format(checkpoint, 2)
+        inside = checkpoint["lightning_peft"]["tensors"] if version == 3 and "scale" in key else checkpoint["state_dict"]
+        inside[key] = torch.zeros(shape)
+
+    path = damaged(good, tmp_path, change)
     resume_is_refused(path, rf"holds {key} with shape {re.escape(str(shape))}; this model has")
+
+
+STORED = "model.0.parametrizations.weight.original"
+
+
+@pytest.mark.parametrize("value", [torch.zeros(3, 7), None, "x", 1])
+def test_a_stored_value_that_does_not_fit(value, good, tmp_path):
+    path = damaged(good, tmp_path, lambda c: c["lightning_peft"]["tensors"].update({STORED: value}))
+    match = r"stored value of model\.0\.weight in the checkpoint does not fit"
+    resume_is_refused(path, match)
+    with pytest.raises(CheckpointError, match=match):
+        lightning_peft.load_from_checkpoint(Plain, path)
+
+
+def test_a_stored_value_among_the_tensors_of_the_module(good, tmp_path):
+    path = damaged(good, tmp_path, lambda c: c["state_dict"].update({STORED: torch.zeros(16, 16)}))
+    resume_is_refused(path, f"holds {STORED} among the tensors of an ordinary module")
+
+
+@pytest.mark.parametrize("value", [..., None, "x", torch.ones((), dtype=torch.bool)])
+def test_what_a_map_holds_is_missing_or_of_another_type(value, good, tmp_path):
+    key = "model.2.parametrizations.weight.0.scale"
+
+    def change(checkpoint):
+        checkpoint["lightning_peft"]["tensors"][key] = value
+        if value is ...:
+            del checkpoint["lightning_peft"]["tensors"][key]
+
+    path = damaged(good, tmp_path, change)
+    resume_is_refused(path, r"'toy_scale' on model\.2\.weight does not fit: scale is missing, unknown or of another type")
 
 
 def test_wrong_shape_is_refused_when_baking(good, tmp_path):
     key = "model.2.parametrizations.weight.0.scale"
-    path = damaged(good, tmp_path, lambda c: c["state_dict"].update({key: torch.zeros(3, 7)}))
+    path = damaged(good, tmp_path, lambda c: c["lightning_peft"]["tensors"].update({key: torch.zeros(3, 7)}))
     with pytest.raises(CheckpointError, match=r"'toy_scale' on model\.2\.weight does not fit"):
         lightning_peft.load_from_checkpoint(Plain, path)
 
 
-def test_missing_stored_tensor(good, tmp_path):
-    path = damaged(good, tmp_path, lambda c: c["state_dict"].pop("model.0.parametrizations.weight.original"))
+@pytest.mark.parametrize("version", [2, 3])
+def test_missing_stored_tensor(version, good, tmp_path):
+    def change(checkpoint):
+        if version == 2:
+            as_format(checkpoint, 2)
+        checkpoint["state_dict"].pop(STORED if version == 2 else "model.0.weight")
+
+    path = damaged(good, tmp_path, change)
     with pytest.raises(CheckpointError, match=r"records weight maps on model\.0\.weight, but"):
         lightning_peft.load_from_checkpoint(Plain, path)
 
@@ -315,27 +366,31 @@ records = st.fixed_dictionaries(
 )
 known_maps = st.sampled_from([("ToyScale", "toy_scale"), ("ToyThreshold", "toy_threshold")])
 plausible = st.builds(lambda pair, config: {"method": pair[0], "map": pair[1], "config": config}, known_maps, arguments)
+tensors = st.sampled_from([torch.ones(4, 4), torch.ones(()), torch.zeros(0), torch.ones(2, dtype=torch.bool), "x", 3, None])
+CHAIN = "model.0.parametrizations.weight."
 names = st.sampled_from(["model.0.weight", "model.0.bias", "weight", "", ".", "model..x"]) | st.text(max_size=5)
 sections = st.fixed_dictionaries(
-    {"version": st.just(files.FORMAT) | nests},
+    {"version": st.just(files.FORMAT) | st.just(2) | nests},
     optional={
         "weights": st.dictionaries(names, st.lists(records | plausible, max_size=2) | nests, max_size=2) | nests,
         "methods": st.just([]) | nests,
+        "tensors": st.dictionaries(st.sampled_from([f"{CHAIN}original", f"{CHAIN}0.scale", "x"]), tensors | nests) | nests,
+        "seen": st.just({"model.0.weight": 4144014378}) | nests,
     },
 )
-tensors = st.sampled_from([torch.ones(4, 4), torch.ones(()), torch.zeros(0), torch.ones(2, dtype=torch.bool), "x", 3, None])
-CHAIN = "model.0.parametrizations.weight."
 
 
-@given(sections | nests, tensors, tensors)
+@given(sections | nests, tensors, tensors, st.booleans())
 @settings(max_examples=200, deadline=None)
-def test_fuzzed_sections_are_read_or_refused(section, original, scale):
+def test_fuzzed_sections_are_read_or_refused(section, original, scale, plain):
     state = {f"{CHAIN}original": original, f"{CHAIN}0.scale": scale, "parametrizations.weight.original": original}
+    state = {"model.0.weight": original} if plain else state
     try:
         found = files.read({"lightning_peft": section})
         if found is not None:
             files.difference(found, [])
-            files.bake_state_dict(state, found)
+            edited(state, found)
+            files.bake_state_dict(joined(state, found), found)
     except MisconfigurationException:
         pass
 
@@ -343,7 +398,7 @@ def test_fuzzed_sections_are_read_or_refused(section, original, scale):
 @given(st.lists(plausible, min_size=1, max_size=2), tensors, tensors)
 @settings(max_examples=200, deadline=None)
 def test_fuzzed_arguments_and_tensors_are_baked_or_refused(maps, original, scale):
-    section = files.read({"lightning_peft": {"version": files.FORMAT, "methods": [], "weights": {"model.0.weight": maps}}})
+    section = files.read({"lightning_peft": {"version": 2, "methods": [], "weights": {"model.0.weight": maps}}})
     try:
         state = files.bake_state_dict({f"{CHAIN}original": original, f"{CHAIN}0.scale": scale}, section)
     except MisconfigurationException:

@@ -13,7 +13,6 @@ from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.arguments import one_of
 from lightning_peft.network.layers import heads, is_norm, own_parameters
 from lightning_peft.network.targets import SENSITIVE, TargetSpec
-from lightning_peft.optim.optimizers import owner
 from lightning_peft.weights.maps import mapped_tensors
 from lightning_peft_plugins.pruning.functional.perp import MaskLoRAMap, ScaleLoRAMap
 
@@ -36,6 +35,7 @@ class PERP(Method):
         alpha: Factor of ``"mask"``.
         targets: Layers whose weights get a low-rank map.
         exclude: Layers that get none; by default those that pruning leaves dense.
+        checkpoint: ``"trained"`` leaves what is frozen out of checkpoints, which then need the same base to be loaded.
         name: Name in logs and checkpoints.
 
     Raises:
@@ -61,6 +61,7 @@ class PERP(Method):
         targets: TargetSpec = "all-weights",
         exclude: TargetSpec = SENSITIVE,
         *,
+        checkpoint: Literal["full", "trained"] = "full",
         name: str | None = None,
     ) -> None:
         super().__init__(targets=targets, exclude=exclude or None, name=name)
@@ -73,39 +74,29 @@ class PERP(Method):
         if rank < 1:
             raise MisconfigurationException(f"rank={rank} must be at least 1.")
         self.lora, self.rank, self.alpha = lora, rank, alpha
-        self._frozen: list[nn.Parameter] = []
+        one_of("checkpoint", checkpoint, ("full", "trained"))
+        self.checkpoint = checkpoint
 
     def claims(self, module: nn.Module) -> Iterable[str]:
         """The weights that get a map."""
         return [] if self.lora is None else super().claims(module)
 
     def attach(self, module: LightningModule) -> None:
-        """Put the maps on, and freeze the rest before optimizers, which may ask, are made."""
+        """Put the maps on."""
         for tensor in self.claims(module):
             layer = module.get_submodule(tensor.rpartition(".")[0])
             assert isinstance(layer.weight, Tensor)
             kind = LORA[self.lora or ""]
             self.map_weight(module, tensor, kind(layer.weight.shape, self.rank, self.alpha, tensor).to(layer.weight))
-        trained = self.trained(module)
-        for parameter in module.parameters():
-            if parameter.requires_grad and parameter not in trained:
-                parameter.requires_grad_(False)
-                self._frozen.append(parameter)
-        if not any(parameter.requires_grad for parameter in module.parameters()):
+
+    def trained(self, module: nn.Module) -> Iterable[nn.Parameter]:
+        """The parts; maps are trained whatever they stand on."""
+        tuned = self.tuned(module)
+        if self.lora is None and not any(parameter.requires_grad for parameter in tuned):
             raise MisconfigurationException(
                 f"tune={self.tune} names no trainable parameter of {type(module).__name__}. Name another part, or give lora=."
             )
-
-    def trained(self, module: nn.Module) -> dict[nn.Parameter, str]:
-        """Parameters to train, each with the name of what it belongs to."""
-        factors = {
-            factor: mapped.name
-            for mapped in mapped_tensors(module)
-            for entry in mapped.maps
-            if isinstance(entry, (MaskLoRAMap, ScaleLoRAMap))
-            for factor in entry.parameters()
-        }
-        return self.tuned(module) | factors
+        return tuned
 
     def tuned(self, module: nn.Module) -> dict[nn.Parameter, str]:
         """Parameters to train as they are, each with the name of its layer."""
@@ -123,17 +114,11 @@ class PERP(Method):
         return found
 
     def start(self, run: Run) -> None:
-        """See that optimizers train what is to be trained, and that no zeros will be lost.
+        """See that no zeros will be lost.
 
         Raises:
-            MisconfigurationException: They do not, or a head is sparse.
+            MisconfigurationException: A head is sparse.
         """
-        for parameter, name in self.trained(run.module).items():
-            if parameter.requires_grad and owner(run.trainer.optimizers, parameter) is None:
-                raise MisconfigurationException(
-                    f"A parameter of {name} is to be trained, but is in no optimizer. Let configure_optimizers take "
-                    "self.parameters(), or those with requires_grad."
-                )
         masked = {mapped.stored for mapped in mapped_tensors(run.module) if mapped.maps[-1].lane == Lane.MASK}
         for parameter, name in self.tuned(run.module).items():
             if parameter.requires_grad and parameter not in masked and _is_sparse(parameter):
@@ -141,12 +126,6 @@ class PERP(Method):
                     f"{name} has zeros that would be trained. Give it a low-rank map instead, by leaving 'head' out of "
                     "exclude=, or a mask."
                 )
-
-    def finish(self, run: Run) -> None:
-        """Leave parameters as trainable as they were."""
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
-        self._frozen = []
 
     def describe(self, module: nn.Module) -> str:
         """Name what is trained."""

@@ -50,6 +50,7 @@ class TrainedRankPruning(Method):
     """
 
     lane = Lane.GRADIENT
+    spares_frozen = True
     writes = frozenset({Resource.GRADIENT})
     commutes = True
     paper = "Xu et al., TRP: Trained Rank Pruning for Efficient Deep Neural Networks, IJCAI 2020, arXiv 2004.14566"

@@ -27,6 +27,7 @@ from lightning_peft_plugins.pruning._ftwt.channel_gate import ChannelGate, GateC
 class TestFTWT(MethodTester):
     methods = [lambda: FTWT(0.8, tokens="sample", strength=0.1)]
     no_exact_bake = "the module keeps all its channels; deploy() gives the network that leaves some out"
+    no_ordinary_file = "predictors gate channels in validation, and an ordinary network has none"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,122 @@
+"""What is trained: the rest of the module is frozen for a fit, and given back afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+from torch import nn
+
+from lightning_peft.compose.lanes import Lane
+from lightning_peft.compose.run import Run
+from lightning_peft.contract import Contract
+from lightning_peft.optim.optimizers import owner, parameter_names
+from lightning_peft.weights.maps import mapped_tensors
+
+
+class TrainedParameters:
+    """Freezes what no method names, as soon as one names something.
+
+    Weight maps follow the weight they stand on: a reparametrisation is frozen with it, for it is another view of the same
+    numbers; deltas and masks are there to be trained beside a frozen weight.
+
+    Args:
+        run: The fit.
+        methods: All methods, in plan order.
+    """
+
+    def __init__(self, run: Run, methods: Sequence[Contract]) -> None:
+        self._run = run
+        self._methods = methods
+        self._frozen = False
+
+    def freeze(self) -> None:
+        """Freeze what is not trained.
+
+        Call it before optimizers are made, which may ask ``requires_grad``, and before DDP wraps the module.
+
+        Raises:
+            MisconfigurationException: A method names something that is not there, or nothing would be trained.
+        """
+        wanted = self._wanted()
+        if wanted is None:
+            return
+        self._frozen = True
+        module, frozen = self._run.module, self._run.frozen
+        for parameter in module.parameters():
+            if parameter.requires_grad and parameter not in wanted:
+                parameter.requires_grad_(False)
+                frozen.add(parameter)
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if not trained:
+            raise MisconfigurationException(
+                f"{self._names()} names no trainable parameter of {type(module).__name__}: what it names was frozen before "
+                "the fit. Let trained() name others, or call requires_grad_(True) on these."
+            )
+        sizes = [sum(parameter.numel() for parameter in part) / 1e6 for part in (trained, frozen)]
+        rank_zero_info(f"lightning_peft: {sizes[0]:.2f} M parameters are trained, {sizes[1]:.2f} M frozen for this fit")
+
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Lift the freeze while the module is edited, so that new parts are copies of what their owner made, then ask again."""
+        frozen = self._frozen
+        self.thaw()
+        try:
+            yield
+        finally:
+            if frozen:
+                self.freeze()
+
+    def check(self) -> None:
+        """See that what is to be trained is in an optimizer.
+
+        Raises:
+            MisconfigurationException: It is not.
+        """
+        names = parameter_names(self._run.module)
+        for parameter in self._wanted() or ():
+            if parameter.requires_grad and owner(self._run.trainer.optimizers, parameter) is None:
+                raise MisconfigurationException(
+                    f"{names[parameter]} is to be trained, but is in no optimizer. Let configure_optimizers take "
+                    "self.parameters(), or those with requires_grad."
+                )
+
+    def thaw(self) -> None:
+        """Leave parameters as trainable as they were before the fit."""
+        for parameter in self._run.frozen:
+            parameter.requires_grad_(True)
+        self._run.frozen.clear()
+        self._frozen = False
+
+    def _names(self) -> str:
+        return " and ".join(each.name for each in self._methods if type(each).trained is not Contract.trained)
+
+    def _wanted(self) -> set[nn.Parameter] | None:
+        """What the methods name, with the weight maps that are trained along; ``None`` when no method has a say."""
+        module = self._run.module
+        said = [(method, names) for method in self._methods if (names := method.trained(module)) is not None]
+        if not said:
+            return None
+        wanted = {parameter for method, names in said for parameter in _parameters(module, method, names)}
+        for mapped in mapped_tensors(module):
+            for weight_map in mapped.maps:
+                if weight_map.lane != Lane.REPARAM or mapped.stored in wanted:
+                    wanted.update(weight_map.parameters())
+        return wanted
+
+
+def _parameters(module: nn.Module, method: Contract, names: Iterable[str | nn.Parameter]) -> Iterable[nn.Parameter]:
+    known = dict(module.named_parameters(remove_duplicate=False))
+    own = set(known.values())
+    for name in names:
+        found = known.get(name) if isinstance(name, str) else name
+        if found is None or found not in own:
+            near = ", ".join(difflib.get_close_matches(str(name), known, n=3)) or ", ".join(list(known)[:3])
+            what = repr(name) if isinstance(name, str) else f"a parameter of shape {tuple(name.shape)}"
+            raise MisconfigurationException(
+                f"trained() of {method.name} names {what}, which {type(module).__name__} has not. Nearest: {near}."
+            )
+        yield found
