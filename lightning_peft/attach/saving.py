@@ -79,6 +79,7 @@ def write(inner: Callable[..., Any], checkpoint: dict[str, Any], section: dict[s
         section: The library's part of it.
         beside: What training needs beside those tensors, by training-time name.
     """
+    checkpoint[files.KEY] = section  # tells hooks of the library that stand behind this one that it is taken care of
     inner(checkpoint)
     tensors = plain_state.section_tensors(checkpoint["state_dict"], beside, section["weights"], section.get("base", ()))
     checkpoint[files.KEY] = section | tensors

@@ -11,6 +11,7 @@ from lightning_peft import FTWT, WeightCompander
 from lightning_peft.structure.checkpoint import KEY
 from lightning_peft.structure.earlier_parts import upgraded
 from lightning_peft.structure.found_parts import parts_of_checkpoint
+from lightning_peft.structure.plain_state import joined
 from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import Conv
 from lightning_peft.testing.runs import assert_same, fit
@@ -20,6 +21,9 @@ from lightning_peft.testing.trace import difference
 def as_before(checkpoint, first):
     """Write the gates as the second maps on weights, or the first where there is no other or ``first`` says so."""
     section = checkpoint[KEY]
+    checkpoint["state_dict"] = joined(checkpoint["state_dict"], section)
+    section["version"] = 2
+    del section["tensors"], section["seen"]
     parts, copies = section.pop("parts"), section.pop("part_copies", None)
     section.pop("part_weights")
     for path, (record,) in parts.items():

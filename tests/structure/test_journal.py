@@ -241,7 +241,7 @@ def test_sizes_and_names_are_checked_before_anything_is_touched(arguments: dict[
         ({"to": 4, "operator": "stak"}, "Did you mean stack"),
         ({"to": 4, "optimizer_state": "keep"}, "reset, copy, pad"),
         ({"to": 4, "lr": "warm"}, "is no rule"),
-        ({"to": 4, "follow": "all"}, '"new" or "none"'),
+        ({"to": 4, "follow": "all"}, "follow='.*' is unknown; choose one of new, none"),
         ({"to": 0}, "positive number of depth"),
     ],
 )

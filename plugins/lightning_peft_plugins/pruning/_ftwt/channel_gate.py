@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import Lane
+from lightning_peft import Lane, LayerPart
 from lightning_peft.network.channel_units import Activation, rectifies
 from lightning_peft.network.layers import is_conv
-from lightning_peft.weights.layer_part import LayerPart
 from lightning_peft_plugins.pruning._ftwt.skipping.predictor import ChannelPredictor, Normalise, channel_means, chosen
 from lightning_peft_plugins.pruning.functional.active_channels import Criterion, active_channels
 
