@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.attach import after_fit, averaging, part_calls
 from lightning_peft.attach.editing import edit_training
+from lightning_peft.attach.first_edits import FirstEdits
 from lightning_peft.attach.loader_state import restore_loader
 from lightning_peft.attach.map_groups import MapGroups
 from lightning_peft.attach.method_lives import MethodLives
@@ -42,9 +43,7 @@ from lightning_peft.namespaces import own
 from lightning_peft.network.resolve import check_materialised
 from lightning_peft.optim.schedulers import FreshSchedule
 from lightning_peft.strategies.support import check_strategy
-from lightning_peft.structure import journal
 from lightning_peft.structure.carry import regroup
-from lightning_peft.structure.edits import Edit
 from lightning_peft.weights import stash
 from lightning_peft.weights.maps import detach_maps, forget_pristine, mapped_tensors
 from lightning_peft.weights.parts import placed_parts
@@ -128,7 +127,7 @@ class Hub:
         self._adapter: Contract | None = None
         self._evaluation: EvaluationShim | None = None
         self._saving: CheckpointHooks | None = None
-        self._first: list[Edit] = []
+        self._first = FirstEdits(module, self.methods)
         self._finished: list[Contract] = []
         self._gradients_pending = False
         self._attached = self._moved = self._ready = False
@@ -171,7 +170,7 @@ class Hub:
         # without maps and pair parameters by position.
         check_materialised(module)
         if self._fitting:
-            self._first_edits()
+            self._first.make()
         self.run.network_name, self.run.network = network_of(self.methods, module)
         plan = resolve(self.methods, module, self.run.network_name)
         check_neighbours(self.run.trainer, self.methods, module)
@@ -185,7 +184,7 @@ class Hub:
         stash.restore_parts(module, stashed_parts)
         if self._fitting:
             self._trained.freeze()
-            if self._first or any(True for _ in (*mapped_tensors(module), *placed_parts(module))):
+            if self._first.made or any(True for _ in (*mapped_tensors(module), *placed_parts(module))):
                 averaging.rebuild(self.run.trainer, module)
             self._terms = StepTerms(self.run, self.methods, lambda: self.active)
             self._shadow(module, "training_step", self._terms.training_step)
@@ -199,22 +198,6 @@ class Hub:
         self._shadow(module, "on_save_checkpoint", self._saving.save)
         self._shadow(module, "on_load_checkpoint", self._saving.load)
         rank_zero_info(str(plan))
-
-    def _first_edits(self) -> None:
-        """Let methods train another structure from the start, unless the module has been through an edit already."""
-        module = self.run.module
-        if journal.journal_of(module):
-            return
-        for method in self.methods:
-            growth = method.first_edit(module) if method.lane == Lane.STRUCTURE else None
-            if growth is not None:
-                self._first.append(journal.edit(module, growth.edit).edit)
-
-    def _undo_first_edits(self) -> None:
-        """Give the module its own structure back, as long as nothing was trained or loaded in another."""
-        if not self._moved and journal.journal_of(self.run.module) == self._first:
-            for _ in self._first:
-                journal.take_back(self.run.module)
 
     # Training.
 
@@ -433,7 +416,7 @@ class Hub:
             if self._attached:
                 self._strip(failed)
             else:
-                self._undo_first_edits()
+                self._first.undo(trained=self._moved)
             self._trained.thaw()
             JournalShim.keep(module)
             self.lives.end(refused=refused)
@@ -454,5 +437,5 @@ class Hub:
                 part_calls.warn_lost(module)
         detach_maps(module, "baked" if self._fitting and not failed else "pristine")
         if failed:
-            self._undo_first_edits()
+            self._first.undo(trained=self._moved)
         stash.seal(module)
