@@ -26,6 +26,8 @@ class Asset:
 
     Example:
         >>> tiny = Asset("tiny", "tiny-data", "1.0", "tiny-1.0.whl", "0" * 64, 10, "MIT", "nowhere", "ten bytes")
+        >>> import shlex
+        >>> from lightning_peft.assets.client import download_command
         >>> shlex.join(download_command(tiny, "there")[-3:])
         '--dest there tiny-data==1.0'
     """

@@ -75,7 +75,10 @@ class OrdinaryChecks(SharedRuns):
             restructured = bool(journal.read(torch.load(path, weights_only=True)[KEY]))
             if not (restructured or self.no_ordinary_file):
                 found = _answer(self.style.load_from_checkpoint(path, weights_only=True))
-                assert torch.equal(answered, found), f"{path.name}: loaded by Lightning alone against what validation saw"
+                # A layer part goes into the weight up to rounding.
+                allowed = self.tolerance if type(reference.methods[0]).parts else 0.0
+                error = (answered - found).abs().max().item()
+                assert error <= allowed, f"{path.name}: loaded by Lightning alone against what validation saw: {error:.3g}"
             if not (self.no_exact_bake or self.no_ordinary_file):
                 error = (_answer(lightning_peft.load_from_checkpoint(self.style, path)) - answered).abs().max().item()
                 assert error <= self.tolerance, f"{path.name}: loaded baked against what validation saw: {error:.3g}"

@@ -9,45 +9,17 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from lightning.pytorch import LightningModule
 
 from lightning_peft.method import Method
 from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.ddp import run_ddp
-from lightning_peft.testing.modules import STYLES, Plain, loader
+from lightning_peft.testing.modules import STYLES, Plain
 from lightning_peft.testing.probe import Probe
 from lightning_peft.testing.runs import Fit, assert_clean, fit
 
 EPOCHS = 3
 Factory = Callable[[], Method]
-
-
-class Answers(Callback):
-    """Keeps what the module answers at the end of each validation.
-
-    Attributes:
-        by_epoch: Its logits for the same few samples, by epoch.
-    """
-
-    def __init__(self) -> None:
-        self.by_epoch: dict[int, Tensor] = {}
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self.by_epoch[trainer.current_epoch] = self.of(pl_module)
-
-    @staticmethod
-    def of(module: LightningModule) -> Tensor:
-        """What a module answers now, in evaluation mode; its own mode comes back."""
-        modes = {part: part.training for part in module.modules()}
-        module.eval()
-        with torch.no_grad():
-            inputs = next(iter(loader(8)))[0]
-            answer: Tensor = module.logits(inputs).clone()  # type: ignore[operator]
-        for part, mode in modes.items():
-            part.training = mode
-        return answer
 
 
 class SharedRuns:
@@ -122,8 +94,7 @@ class SharedRuns:
     @pytest.fixture
     def reference(self, factory: Factory, folder: Path) -> Fit:
         """One uninterrupted training with a checkpoint of every epoch, which most checks compare with."""
-        watchers = [every_epoch(folder), Probe(), Answers()]
-        run: Fit = self._once(factory, lambda: self._fit([factory()], after=watchers, max_epochs=EPOCHS))
+        run: Fit = self._once(factory, lambda: self._fit([factory()], after=[every_epoch(folder), Probe()], max_epochs=EPOCHS))
         return run
 
     @pytest.fixture
@@ -146,8 +117,3 @@ class SharedRuns:
 def probe_of(run: Fit) -> Probe:
     """The probe among the callbacks of a training."""
     return next(callback for callback in run.trainer.callbacks if isinstance(callback, Probe))  # type: ignore[attr-defined]
-
-
-def answers_of(run: Fit) -> Answers:
-    """The answers among the callbacks of a training."""
-    return next(callback for callback in run.trainer.callbacks if isinstance(callback, Answers))  # type: ignore[attr-defined]

@@ -33,12 +33,6 @@ class TestMaskedPruning(MethodTester):
         lambda: SAP(exclude=EVERYTHING, scope="row", start="40%", every="30%", end="70%"),
     ]
 
-    def test_a_teacher_follows_by_place(self, factory: Any) -> None:
-        """A teacher gets no gradients, so scores that are made of them leave it out by name."""
-        scored = factory().config()["score"] in ("taylor", "gradient", "gblm")
-        self.no_teacher = r"teacher\.0\.weight cannot be scored.*Leave it out with exclude=" if scored else ""
-        super().test_a_teacher_follows_by_place(factory)
-
 
 class Densities(Callback):
     """Share of weights kept after each step."""
