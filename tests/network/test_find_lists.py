@@ -58,3 +58,15 @@ def test_a_block_under_weight_maps_is_the_block_it_was() -> None:
     assert signature(network[0]) == before == signature(network[1])
     torch.nn.utils.parametrizations.weight_norm(network[1][0])
     assert signature(network[1]) != before
+
+
+def test_lists_inside_a_list_that_was_found_are_not_found_again() -> None:
+    inner = [nn.Sequential(block(), block()) for _ in range(2)]
+    assert found(nn.ModuleDict({"outer": nn.ModuleList(inner)}))[0] == ["outer"]
+
+
+def test_a_trunk_is_numbered() -> None:
+    named = nn.Sequential()
+    named.add_module("first", block())
+    named.add_module("second", block())
+    assert found(nn.ModuleDict({"named": named}))[1] == []

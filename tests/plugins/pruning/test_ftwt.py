@@ -17,7 +17,7 @@ from lightning_peft import FTWT, LayerGrowth
 from lightning_peft.functional import active_channels
 from lightning_peft.network.channel_units import channel_units
 from lightning_peft.testing import MethodTester
-from lightning_peft.testing.modules import Plain, deepened, loader
+from lightning_peft.testing.modules import Conv, Plain, deepened, loader
 from lightning_peft.testing.runs import fit
 from lightning_peft.weights.parts import put_part
 from lightning_peft_plugins.pruning import ftwt
@@ -228,3 +228,9 @@ def test_layers_that_are_not_called_are_named() -> None:
 
     with pytest.raises(MisconfigurationException, match=r"model\.spare\.0 was not called in this training step"):
         fit([FTWT()], style=Unused)
+
+
+def test_the_cool_down_begins_with_the_step_that_is_named() -> None:
+    method = FTWT(0.8, cooldown=4)
+    fit([method], style=Conv, max_epochs=1)
+    assert [method._is_frozen(step) for step in (3, 4, 5)] == [False, True, True]
