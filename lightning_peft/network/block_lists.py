@@ -6,9 +6,10 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_peft.network.plain_class import StandIn, plain_class
+from lightning_peft.network.plain_class import plain_class
+from lightning_peft.network.plain_tensors import plain_tensors
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def signature(block: nn.Module) -> str:
         >>> signature(nn.Linear(2, 3)) == signature(nn.Linear(2, 3)) != signature(nn.Linear(2, 4))
         True
     """
-    shapes = ",".join(f"{name}{tuple(tensor.shape)}" for name, tensor in sorted(_plain_tensors(block).items()))
+    shapes = ",".join(f"{name}{tuple(tensor.shape)}" for name, tensor in sorted(plain_tensors(block).items()))
     return f"{plain_class(block).__name__}:{zlib.crc32(shapes.encode()):08x}"
 
 
@@ -120,17 +121,3 @@ def ties(blocks: Sequence[nn.Module] | nn.ModuleList | nn.Sequential) -> list[in
 
 def _has_layers(entry: nn.Module) -> bool:
     return any(True for _ in entry.children()) and any(True for _ in entry.parameters())
-
-
-def _plain_tensors(block: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, as if no weight maps were on them."""
-    tensors = {name: tensor for name, tensor in block.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
-    for path, layer in block.named_modules(remove_duplicate=False):
-        if not isinstance(layer, StandIn):
-            continue
-        start = f"{path}." if path else ""
-        for name in layer.weight_maps:
-            own = f"{start}parametrizations.{name}."
-            tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(own)}
-            tensors[f"{start}{name}"] = layer._parameters[name]  # type: ignore[assignment]
-    return tensors

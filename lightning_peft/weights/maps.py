@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_peft.compose.lanes import Lane
+from lightning_peft.network.plain_tensors import plain_tensors as plain_tensors
 from lightning_peft.weights.map_modules import MapModules
 from lightning_peft.weights.mapped_layer import (
     MapChain,
@@ -24,7 +25,6 @@ from lightning_peft.weights.mapped_layer import (
     chain_on,
     final_value,
     is_mapped,
-    maps_prefix,
     take_chain,
 )
 from lightning_peft.weights.parts import check_masks, part_stacks, placed_parts, take_parts
@@ -117,24 +117,6 @@ def parameters_with_maps(part: nn.Module) -> Iterator[nn.Parameter]:
             yield from weight_map.parameters()
     for placed in placed_parts(part):
         yield from placed.part.parameters()
-
-
-def plain_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by the name they have without weight maps: what is stored, maps' own tensors left out.
-
-    A tied tensor appears under each of its names.
-
-    Example:
-        >>> list(plain_tensors(nn.Linear(2, 1)))
-        ['weight', 'bias']
-    """
-    state: dict[str, Tensor] = module.state_dict(keep_vars=True)
-    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-    for mapped in mapped_tensors(module, every_name=True):
-        prefix = maps_prefix(mapped.name)
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
-        tensors[mapped.name] = mapped.stored
-    return tensors
 
 
 def plain_values(module: nn.Module) -> dict[str, Tensor]:
