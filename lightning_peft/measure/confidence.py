@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
-from lightning_peft.capture.tap import Tap
+from lightning_peft.measure.network_calls import NetworkCalls
 from lightning_peft.network.labels import labels_of
 from lightning_peft.network.logits import as_logits
-from lightning_peft.network.resolve import resolve_network
 
 Bins = list[tuple[float, float, float]]
 
 
-class ConfidenceRecorder(Callback):
+class ConfidenceRecorder(NetworkCalls):
     """Records confidence and correctness of every test sample.
 
     Logits come from the network's own calls, labels from the batch. A module whose network or labels cannot be told apart is
@@ -27,25 +27,14 @@ class ConfidenceRecorder(Callback):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.confidence: list[float] = []
         self.correct: list[bool] = []
-        self._tap: Tap | None = None
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the network and listen."""
-        try:
-            name, network = resolve_network(pl_module)
-        except MisconfigurationException:
-            return
-        self._tap = Tap(network, name)
-        self._tap.install()
-
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Listen to this batch."""
-        if self._tap is not None:
-            self._tap.open()
+        """Find the network and listen, if there is one."""
+        with suppress(MisconfigurationException):
+            super().on_test_start(trainer, pl_module)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -66,19 +55,6 @@ class ConfidenceRecorder(Callback):
             confidence, predicted = logits.float().softmax(-1).max(-1)
             self.confidence += confidence.tolist()
             self.correct += (predicted == labels).tolist()
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop listening."""
-        self._release()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop listening."""
-        self._release()
-
-    def _release(self) -> None:
-        if self._tap is not None:
-            self._tap.remove()
-        self._tap = None
 
 
 def reliability_bins(confidence: list[float], correct: list[bool], bins: int = 15) -> Bins:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_peft.capture.tap import Tap
+from lightning_peft.measure.network_calls import NetworkCalls
 from lightning_peft.network.labels import labels_of
-from lightning_peft.network.resolve import resolve_network
 
 
-class NetworkInputs(Callback):
+class NetworkInputs(NetworkCalls):
     """Collects the inputs of the network's first call in every test batch, and the labels of the batch if it has any.
 
     Labels that a network takes as an argument to compute its loss are left out of its inputs.
@@ -24,22 +23,9 @@ class NetworkInputs(Callback):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.inputs: list[tuple[Any, ...] | dict[str, Any]] = []
         self.labels: list[Tensor | None] = []
-        self._tap: Tap | None = None
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the network and listen."""
-        name, network = resolve_network(pl_module)
-        self._tap = Tap(network, name)
-        self._tap.install()
-
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Listen to this batch."""
-        if self._tap is not None:
-            self._tap.open()
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -66,19 +52,6 @@ class NetworkInputs(Callback):
         self.inputs.append(tuple(map(_kept, found.args)) or {name: _kept(value) for name, value in keywords.items()})
         self.labels.append(None if labels is None else labels.cpu())
         self._tap.close()
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop listening."""
-        self._release()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop listening."""
-        self._release()
-
-    def _release(self) -> None:
-        if self._tap is not None:
-            self._tap.remove()
-        self._tap = None
 
 
 def _kept(value: Any) -> Any:
