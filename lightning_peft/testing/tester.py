@@ -20,6 +20,7 @@ from lightning_peft.method import Method
 from lightning_peft.structure.checkpoint import KEY
 from lightning_peft.structure.plain import not_plain
 from lightning_peft.testing.callbacks import Beginning, FailAt, PlannedError, StopAfter, every_epoch
+from lightning_peft.testing.lasting import LastingChecks
 from lightning_peft.testing.life_cycle import LifeCycleChecks
 from lightning_peft.testing.modules import Plain, loader, trainer
 from lightning_peft.testing.ordinary import OrdinaryChecks
@@ -30,7 +31,7 @@ from lightning_peft.testing.toys import ToyEntropy, ToyShift, ToyTwice
 from lightning_peft.testing.trace import difference, without
 
 
-class MethodTester(LifeCycleChecks, OrdinaryChecks):
+class MethodTester(LifeCycleChecks, OrdinaryChecks, LastingChecks):
     """Subclass it in a test file, name the configurations to test, and pytest does the rest.
 
     Every check that a method cannot pass by its nature can be switched off with a sentence that says why; it shows up as
