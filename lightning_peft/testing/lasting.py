@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -20,14 +19,11 @@ from lightning_peft.weights.detach import attachments
 class LastingChecks(SharedRuns):
     """A training with ``stays = True``, of the first configuration alone: the switch is the engine's."""
 
-    methods: ClassVar[Sequence[Factory]]
-
-    def test_what_it_attached_can_stay(self) -> None:
-        factory = self.methods[0]
-        method = factory()
+    def test_what_it_attached_can_stay(self, lead: Factory) -> None:
+        method = lead()
         method.stays = True
         live: Fit = self._fit([method], optimizer="sgd")
-        ordinary = self._descended(factory)
+        ordinary = self._descended(lead)
         if not attachments(live.module):
             self._assert_clean(live.module, "a fit with stays = True, which attached nothing")
             return
