@@ -50,9 +50,6 @@ EVERY_SCHEDULE = [
     *((name, "restart") for name in SCHEDULES),
     *itertools.product(["cosine", "sequential"], ["continue", "rewarm:3@0.5"]),
 ]
-    *((name, "restart") for name in SCHEDULES),
-    *itertools.product(["cosine", "sequential"], ["continue", "rewarm:3@0.5"]),
-]
 
 
 def module_with(optimizer: Any, scheduler: Any = None, style: type[Plain] = Plain) -> type[Plain]:
