@@ -59,11 +59,13 @@ class LastHook(Shim):
         else:
             section = files.section(files.section_of(average, [])["weights"] | weights, methods)
             beside = _separate_average(checkpoint, section, files.training_tensors(stashed))
-            section |= described_parts(self._trainer, self._module, checkpoint, section) if self._keeps_parts() else {}
+            if self._keeps_parts():
+                section |= described_parts(self._trainer, self._module, checkpoint, beside, section)
         if journal.journal_of(self._module):
             section |= structure_record(self._module, _GROUPS.get(self._module, []))
         for key, entries in _stashed_parts(stash.peek_parts(self._module)).items():
-            section[key] = section.get(key, {}) | entries
+            known = section.get(key)
+            section[key] = entries if known is None else [*known, *entries] if isinstance(known, list) else known | entries
         leave_out_base(self._module, listed, checkpoint, section, beside)
         write(inner, checkpoint, section, beside)
 
@@ -85,7 +87,8 @@ def _stashed_parts(parts: Mapping[str, stash.StashedParts]) -> dict[str, Any]:
         for path, held in parts.items()
     }
     weights = {part_states.weight_name(path): held.value for path, held in parts.items() if held.value is not None}
-    return part_states.section_of(records, weights)
+    merged = [part_states.weight_name(path) for path, held in parts.items() if held.merges and held.value is None]
+    return part_states.section_of(records, weights, merged)
 
 
 def _separate_average(

@@ -57,9 +57,9 @@ def note_base(module: LightningModule, methods: Iterable[Contract]) -> None:
     Of several fits in one process the first one's base counts: it is what the module's class will build again.
     """
     if module not in _BASES and any(method.checkpoint == "trained" for method in methods):
-        inverted = {mapped.name for mapped in mapped_tensors(module, every_name=True) if mapped.maps[0].lane == Lane.REPARAM}
-        stored = {name: tensor for name, tensor in plain_tensors(module).items() if name not in inverted}
-        _BASES[module] = partial.digests(stored)
+        before = {mapped.name: mapped.chain.pristine for mapped in mapped_tensors(module, every_name=True)}
+        found = {name: tensor if before.get(name) is None else before[name] for name, tensor in plain_tensors(module).items()}
+        _BASES[module] = partial.digests(found)
 
 
 def leave_out_base(
@@ -81,7 +81,7 @@ def leave_out_base(
     base = _BASES.get(module)
     if base is None or not any(method.checkpoint == "trained" for method in methods):
         return
-    left = partial.leave_out(checkpoint["state_dict"], beside, section["weights"], base)
+    left = partial.leave_out(checkpoint["state_dict"], beside, section, base)
     if isinstance(current := checkpoint.get("current_model_state"), dict):  # beside an average, what is trained
         keys = {stored_key(name) if name in section["weights"] else name: name for name in base}
         same = {key: name for key, name in keys.items() if key in current and partial.digest(current[key]) == base[name]}
@@ -109,11 +109,15 @@ def described(
     state.update(plain_state.masks_of(checkpoint.get("current_model_state", {}), section["weights"]))
     seen = plain_state.seen_values(module, state, trainer.precision_plugin.forward_context())
     checkpoint["state_dict"], beside = plain_state.split(state, seen)
-    return section | described_parts(trainer, module, checkpoint, section), beside
+    return section | described_parts(trainer, module, checkpoint, beside, section), beside
 
 
 def described_parts(
-    trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any], section: Mapping[str, Any]
+    trainer: Trainer,
+    module: LightningModule,
+    checkpoint: dict[str, Any],
+    beside: dict[str, Any],
+    section: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write the layer parts that belong to the state dict, and those of the module and its averages beside them.
 
@@ -121,7 +125,7 @@ def described_parts(
     """
     averages = averaging.averaged_modules(trainer)
     owner = averaging.shown(trainer) if "current_model_state" in checkpoint else module
-    found = part_states.write(checkpoint["state_dict"], owner or module, section["weights"])
+    found = part_states.write(checkpoint["state_dict"], beside, owner or module, section["weights"])
     if found and averages:
         found[part_states.COPIES] = [part_states.states_of(each) for each in (module, *averages)]
     return found
@@ -235,7 +239,7 @@ class CheckpointHooks:
             left = {**left, **{name: baked[name] for name in section["weights"] if name in section["base"]}}
         if other:
             state = dict(left)
-            part_states.merge(state, section or {})
+            part_states.merge(state, section or {}, part_states.in_file(section))
         else:  # the module's own hook may have exchanged what the stored values belong to
             joined = plain_state.joined(left, section, plain_state.edited(left, section))
             state = part_states.beside(joined, section or {})

@@ -206,7 +206,7 @@ def bake_state_dict(state: Mapping[str, Tensor], section: Mapping[str, Any]) -> 
         if value.shape != shape:
             raise CheckpointError(f"The weight maps on {name} change its shape from {tuple(shape)} to {tuple(value.shape)}.")
         plain[name] = value
-    part_states.merge(plain, section)
+    part_states.merge(plain, section, section.get(part_states.WEIGHTS, ()))
     _check_counts(section)
     return plain
 

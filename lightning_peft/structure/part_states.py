@@ -18,9 +18,10 @@ from lightning_peft.structure.errors import CheckpointError
 from lightning_peft.structure.forms import anything, dict_of, fields, flag, list_of, tensor, text
 from lightning_peft.weights.attachment import Attachment
 from lightning_peft.weights.layer_part import LayerPart
+from lightning_peft.weights.mapped_layer import stored_key
 from lightning_peft.weights.parts import part_stacks, placed_parts, recorded_parts
 
-PARTS, WEIGHTS, COPIES = "parts", "part_weights", "part_copies"
+PARTS, WEIGHTS, MERGED, COPIES = "parts", "part_weights", "part_merged", "part_copies"
 
 PartRecords = dict[str, list[dict[str, Any]]]
 """What :meth:`LayerPart.record` gives with the part's tensors under ``"state"``, innermost first, by name of the layer."""
@@ -29,25 +30,34 @@ PartStates = dict[str, list[dict[str, Any]]]
 """Tensors of the parts alone, by name of the layer."""
 
 
-def write(state: MutableMapping[str, Any], module: nn.Module, mapped: Collection[str] = ()) -> dict[str, Any]:
+def write(
+    state: MutableMapping[str, Any], beside: MutableMapping[str, Any], module: nn.Module, mapped: Collection[str]
+) -> dict[str, Any]:
     """Return what the section says of the parts on a module, and let them into the weights of its state dict, in place.
 
     Args:
         state: Tensors by plain name.
+        beside: What training needs beside them, by training-time name; gets the stored values of weights under maps.
         module: The module.
-        mapped: Names of weights under maps. The value stored for them belongs to the weight without the parts, so these stay
-            out of it.
+        mapped: Names of weights under maps.
     """
     states = states_of(module)
     records: PartRecords = {}
     weights: dict[str, Tensor] = {}
+    merged: list[str] = []
     for path, _, stack in part_stacks(module, every_name=True):
         if stack.recorded:
             records[path] = [{**part.record(), "state": own} for part, own in zip(stack.recorded, states[path], strict=True)]
         name = weight_name(path)
-        if stack.merges and name in state and name not in mapped:
-            weights[name], state[name] = state[name], stack.merged(state[name])
-    return section_of(records, weights)
+        if not stack.merges or name not in state:
+            continue
+        if name in mapped:  # the stored value is at hand, and is not what the file's weight is any more
+            beside.setdefault(stored_key(name), state[name])
+            merged.append(name)
+        else:
+            weights[name] = state[name]
+        state[name] = stack.merged(state[name])
+    return section_of(records, weights, merged)
 
 
 def beside(state: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,9 +66,15 @@ def beside(state: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, An
     return {**state, **{name: value for name, value in weights.items() if name in state}}
 
 
-def section_of(records: PartRecords, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the entries of the section; none for a module without parts."""
-    return {PARTS: records, WEIGHTS: dict(weights)} if records else {}
+def section_of(records: PartRecords, weights: Mapping[str, Tensor], merged: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the entries of the section; none for a module without parts.
+
+    Args:
+        records: The parts.
+        weights: Weights that parts went into, without them, by name.
+        merged: Names of weights under maps that parts went into.
+    """
+    return {PARTS: records, WEIGHTS: dict(weights), MERGED: list(merged)} if records else {}
 
 
 def weight_name(path: str) -> str:
@@ -78,7 +94,7 @@ def read(section: Mapping[str, Any] | None) -> PartRecords:
         CheckpointError: They are malformed.
     """
     section = {} if section is None else section
-    for key, form in ((PARTS, _RECORDS), (WEIGHTS, dict_of(tensor(finite=False))), (COPIES, list_of(dict_of(anything)))):
+    for key, form in _FORMS.items():
         found = form(section[key], f'checkpoint["lightning_peft"]["{key}"]') if key in section else None
         if found is not None:
             raise CheckpointError(f"The record of layer parts is malformed: {found}.")
@@ -86,7 +102,12 @@ def read(section: Mapping[str, Any] | None) -> PartRecords:
 
 
 _RECORD = {"part": text, "method": text, "name": text, "enabled": flag, "config": dict_of(anything), "state": dict_of(anything)}
-_RECORDS = dict_of(list_of(fields(_RECORD)))
+_FORMS = {
+    PARTS: dict_of(list_of(fields(_RECORD))),
+    WEIGHTS: dict_of(tensor(finite=False)),
+    MERGED: list_of(text),
+    COPIES: list_of(dict_of(anything)),
+}
 
 
 def difference(records: PartRecords, module: nn.Module) -> str | None:
@@ -141,15 +162,20 @@ def restore_switches(records: PartRecords, module: nn.Module) -> None:
             part.enabled = record["enabled"]
 
 
-def merge(state: MutableMapping[str, Tensor], section: Mapping[str, Any]) -> None:
+def merge(state: MutableMapping[str, Tensor], section: Mapping[str, Any], done: Collection[str]) -> None:
     """Let recorded parts into the weights of a plain state dict that does not have them yet, in place.
+
+    Args:
+        state: Tensors by plain name.
+        section: The library's part of their checkpoint.
+        done: Names of weights that have them.
 
     Raises:
         CheckpointError: A part cannot go into the weight, or does not fit it.
     """
     for path, entries in read(section).items():
         name = weight_name(path)
-        for record in entries if name not in section.get(WEIGHTS, {}) else ():
+        for record in entries if name not in done else ():
             part = rebuild_part(record)
             if part.training_only or not record["enabled"]:
                 continue
@@ -165,6 +191,11 @@ def merge(state: MutableMapping[str, Tensor], section: Mapping[str, Any]) -> Non
                     state[name] = part.merged(state[name]).detach()  # type: ignore[operator]
             except Exception as error:  # what stands in a damaged file nobody can foresee
                 raise CheckpointError(f"The state of the part {part.kind!r} on {path} does not fit: {error!r}") from error
+
+
+def in_file(section: Mapping[str, Any] | None) -> set[str]:
+    """Return the names of the weights that parts went into in the file."""
+    return set() if section is None else {*section.get(WEIGHTS, ()), *section.get(MERGED, ())}
 
 
 def rebuild_part(record: Mapping[str, Any]) -> LayerPart:

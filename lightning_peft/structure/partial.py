@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_peft.structure.errors import CheckpointError
+from lightning_peft.structure.part_states import WEIGHTS
 from lightning_peft.structure.plain_state import tensor_bytes
 from lightning_peft.weights.mapped_layer import stored_key
 
@@ -32,14 +33,14 @@ def digests(tensors: Mapping[str, Any]) -> Digests:
 
 
 def leave_out(
-    plain: MutableMapping[str, Any], beside: MutableMapping[str, Any], weights: Mapping[str, Any], base: Digests
+    plain: MutableMapping[str, Any], beside: MutableMapping[str, Any], section: Mapping[str, Any], base: Digests
 ) -> Digests:
     """Take what is still the base out of a checkpoint's tensors, in place.
 
     Args:
         plain: Tensors by plain name.
         beside: What training needs beside them, by training-time name.
-        weights: Names of the weights under maps.
+        section: The library's part of the checkpoint; the weights beside layer parts that are left out leave it, in place.
         base: Digest of the stored value of each tensor when the training began, by plain name.
 
     Returns:
@@ -47,11 +48,12 @@ def leave_out(
     """
     left = {}
     for name in [name for name in plain if name in base]:
-        key = stored_key(name) if name in weights else name
-        stored = beside.get(key, plain[name])
+        held = section.get(WEIGHTS, {}) if name not in section["weights"] else beside
+        key = stored_key(name) if held is beside else name
+        stored = held.get(key, plain[name])
         if isinstance(stored, Tensor) and digest(stored) == base[name]:
             left[name] = base[name]
-            beside.pop(key, None)
+            held.pop(key, None)
             del plain[name]
     return left
 

@@ -37,12 +37,14 @@ class StashedParts:
         value: The weight without them; ``None`` where it stayed as it is, or is under weight maps.
         records: What :meth:`LayerPart.record` gave, innermost first.
         states: Their tensors.
+        merges: Whether they went into its weight.
         identities: Which tensors the layer holds, in which version, by name.
     """
 
     value: Tensor | None
     records: list[dict[str, Any]]
     states: list[dict[str, Any]]
+    merges: bool
     identities: dict[str, tuple[int, int]]
 
 
@@ -78,6 +80,7 @@ def fill(module: nn.Module, stay: Collection[Attachment] = frozenset()) -> None:
             None if weight is None else weight.detach().clone(),
             [part.record() for part in stack.recorded],
             [_copied(part.state_dict()) for part in stack.recorded],
+            stack.merges,
             {},
         )
     _STASHES[module] = stash

@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_peft
 from lightning_peft import Lane, LayerPart, Method
@@ -19,13 +20,14 @@ from lightning_peft.structure.edits import EditRequest
 from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import Plain, loader, mlp, trainer
 from lightning_peft.testing.runs import assert_same, fit
-from lightning_peft.testing.toys import LowRankPart, ToyLowRank
+from lightning_peft.testing.toys import LowRankPart, ToyEntropy, ToyLowRank, ToyScale, ToyShift
 from lightning_peft.testing.trace import difference
 from lightning_peft.weights.parts import placed_parts, put_part
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
+INPUTS = DataLoader(TensorDataset(X), batch_size=len(X))
 
 
 class Adapter(LayerPart):
@@ -160,6 +162,54 @@ def test_the_file_is_an_ordinary_one(tmp_path):
     assert set(checkpoint[KEY]["part_weights"]) == {"model.0.weight", "model.2.weight", "model.4.weight"}
     with_it = lightning_peft.load_from_checkpoint(Plain, tmp_path / "epoch=0.ckpt")
     assert difference(dict(with_it.state_dict()), dict(plain.state_dict())) is None
+
+
+@pytest.mark.parametrize("when", ["in the fit", "after it"])
+def test_the_file_is_an_ordinary_one_under_a_map_too(when, tmp_path):
+    """Loaded by Lightning alone, baked, evaluated with other methods, resumed: the part goes into the weight once."""
+    at = AtStep(4, lambda trainer, module: module(X))
+    run = fit([ToyScale(), ToyLowRank()], after=[at, every_epoch(tmp_path)])
+    path = tmp_path / "epoch=0.ckpt"
+    if when == "after it":
+        path = tmp_path / "after.ckpt"
+        run.trainer.save_checkpoint(path)
+    for loaded in (Plain.load_from_checkpoint(path, weights_only=True), lightning_peft.load_from_checkpoint(Plain, path)):
+        assert torch.allclose(loaded(X), at.seen, atol=1e-5)
+    for others in ([], [ToyShift()], [ToyScale()], [ToyLowRank()], [ToyScale(), ToyLowRank()]):
+        module = Plain()
+        runner = trainer(callbacks=others)
+        answers = runner.predict(module, INPUTS, ckpt_path=path, weights_only=True)
+        assert torch.allclose(answers[0], at.seen, atol=1e-5), others
+    assert torch.load(path, weights_only=True)[KEY]["part_merged"] == ["model.0.weight", "model.2.weight", "model.4.weight"]
+    whole = fit([ToyScale(), ToyLowRank()], max_epochs=2)
+    assert_same(whole, fit([ToyScale(), ToyLowRank()], seed=3, resume=path, max_epochs=2), "resumed")
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_partial_file_does_without_the_weights_beside_parts(mapped, tmp_path):
+    class Fixed(Plain):
+        def __init__(self, optimizer="adam"):
+            torch.manual_seed(0)
+            super().__init__(optimizer)
+            self.model.requires_grad_(False)
+
+    def methods():
+        adapter = ToyLowRank(targets=["model.0", "model.2", "model.4"])
+        adapter.checkpoint = "trained"
+        return [adapter, *([ToyShift(targets=["model.0"])] if mapped else [])]
+
+    at = AtStep(4, lambda trainer, module: module(X))
+    whole = fit(methods(), style=Fixed, after=[at, every_epoch(tmp_path)], max_epochs=2)
+    path = tmp_path / "epoch=0.ckpt"
+    held = torch.load(path, weights_only=True)
+    expected = ["model.0.weight"] if mapped else []  # the toy's map moves what is stored when it comes
+    assert [*held["state_dict"], *held[KEY]["part_weights"]] == expected
+    assert_same(whole, fit(methods(), style=Fixed, seed=3, resume=path, max_epochs=2), "resumed from what was trained")
+    assert torch.allclose(lightning_peft.load_from_checkpoint(Fixed, path)(X), at.seen, atol=1e-5)
+    lightning_peft.bake_checkpoint(path, tmp_path / "baked.ckpt", base=Fixed())
+    assert torch.allclose(Fixed.load_from_checkpoint(tmp_path / "baked.ckpt", weights_only=True)(X), at.seen, atol=1e-5)
+    seen = trainer(callbacks=[ToyEntropy()]).predict(Fixed(), INPUTS, ckpt_path=path, weights_only=True)
+    assert torch.allclose(seen[0], at.seen, atol=1e-5)
 
 
 def test_another_set_of_parts_is_refused_for_a_fit_and_baked_for_a_test(tmp_path):
