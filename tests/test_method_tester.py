@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 import pytest
 import torch
+from test_method_contract import sam
 
 from lightning_peft import Lane, Method, WeightMap
-from lightning_peft.testing import STYLES, MethodTester
+from lightning_peft.testing import STYLES, MethodTester, Reference
 from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.ordinary import Elsewhere
 from lightning_peft.testing.probe import Probe, unlike
 from lightning_peft.testing.runs import fit
 from lightning_peft.testing.shared_runs import EPOCHS
-from lightning_peft.testing.toys import ScaleMap, ToyEntropy, ToyScale, ToyThreshold
+from lightning_peft.testing.toys import ScaleMap, ToyEntropy, ToySAM, ToyScale, ToyThreshold
 from lightning_peft.testing.trace import trace
 from lightning_peft.weights.maps import mapped_tensors
 
@@ -355,6 +357,23 @@ def test_the_tester_notices(factory, check, message, tmp_path):
     tester = type("Tester", (MethodTester,), {"methods": [factory]})()
     with pytest.raises((AssertionError, OverflowError, TypeError), match=message):
         check(tester, factory, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("loop", "method", "message"),
+    [
+        (partial(sam, radius=0.1), lambda: ToySAM(0.11), "differs from that of a loop by hand"),
+        (partial(sam, radius=-0.1), lambda: ToySAM(0.1), "differs from that of a loop by hand"),
+        (lambda task: sam(task, 0.1) or [1.0] * 12, lambda: ToySAM(0.1), "losses differ"),
+        (lambda task: [*map(task.step, map(task.loss, task.batches))] and None, lambda: ToyEntropy(0.0), "proves nothing"),
+    ],
+    ids=["a length", "a sign", "losses", "no difference"],
+)
+def test_a_loop_by_hand_that_is_wrong_in_one_term_is_noticed(loop, method, message):
+    tester = type("Tester", (MethodTester,), {"methods": [method]})()
+    tester.test_agrees_with_a_loop_by_hand(Reference(partial(sam, radius=0.1), lambda: ToySAM(0.1), optimizer="sgd"))
+    with pytest.raises(AssertionError, match=message):
+        tester.test_agrees_with_a_loop_by_hand(Reference(loop, method, optimizer="sgd"))
 
 
 def test_a_pickle_is_held_against_the_ordinary_module():

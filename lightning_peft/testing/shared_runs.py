@@ -87,12 +87,12 @@ class SharedRuns:
 
     @pytest.fixture
     def folder(self, factory: Factory, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """Where the reference training of a configuration keeps its checkpoints."""
+        """Where the uninterrupted training of a configuration keeps its checkpoints."""
         path: Path = self._once(("folder", factory), lambda: tmp_path_factory.mktemp("method"))
         return path
 
     @pytest.fixture
-    def reference(self, factory: Factory, folder: Path) -> Fit:
+    def uninterrupted(self, factory: Factory, folder: Path) -> Fit:
         """One uninterrupted training with a checkpoint of every epoch, which most checks compare with."""
         run: Fit = self._once(factory, lambda: self._fit([factory()], after=[every_epoch(folder), Probe()], max_epochs=EPOCHS))
         return run
