@@ -13,8 +13,18 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_peft import NMSparsity, WeightCompander
-from lightning_peft.testing import MethodTester, Reference, Task, run_ddp
-from lightning_peft.testing.toys import ToyEntropy, ToyLookahead, ToyLowRank, ToyNoise, ToySAM, ToyScale, ToyShift, ToyThreshold
+from lightning_peft.testing import AdaptationTester, MethodTester, Reference, Task, run_ddp
+from lightning_peft.testing.toys import (
+    ToyCentring,
+    ToyEntropy,
+    ToyLookahead,
+    ToyLowRank,
+    ToyNoise,
+    ToySAM,
+    ToyScale,
+    ToyShift,
+    ToyThreshold,
+)
 
 
 class TestToyScale(MethodTester):
@@ -79,6 +89,10 @@ def lookahead(task: Task) -> None:
 class TestToyLookahead(MethodTester):
     methods = [ToyLookahead]
     references = [Reference(lookahead), Reference(lookahead, optimizer="sgd")]
+
+
+class TestToyCentring(AdaptationTester):
+    methods = [ToyCentring]
 
 
 def sr_ste(task: Task, decay: float) -> None:

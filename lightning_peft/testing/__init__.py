@@ -13,13 +13,14 @@ from lightning_peft.testing.modules import STYLES, Plain, loader, trainer
 from lightning_peft.testing.trace import trace
 
 if TYPE_CHECKING:
+    from lightning_peft.testing.adaptation import AdaptationTester
     from lightning_peft.testing.references import Reference, Task
     from lightning_peft.testing.tester import MethodTester
 
-__all__ = ["STYLES", "MethodTester", "Plain", "Reference", "Task", "loader", "run_ddp", "trace", "trainer"]
+__all__ = ["STYLES", "AdaptationTester", "MethodTester", "Plain", "Reference", "Task", "loader", "run_ddp", "trace", "trainer"]
 
 # Late, so that the tiny modules can be used without pytest.
-_WITH_PYTEST = {"MethodTester": "tester", "Reference": "references", "Task": "references"}
+_WITH_PYTEST = {"AdaptationTester": "adaptation", "MethodTester": "tester", "Reference": "references", "Task": "references"}
 
 
 def __getattr__(name: str) -> Any:

@@ -31,6 +31,9 @@ class SharedRuns:
     tolerance: ClassVar[float] = 1e-5
     adapted: ClassVar[Callable[[type[Plain]], type[Plain]]] = staticmethod(lambda style: style)
 
+    styles: ClassVar[Sequence[type[Plain]]] = STYLES
+    on_rank: ClassVar[str] = "train_on_rank"
+
     _runs: ClassVar[dict[Any, Any]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -43,7 +46,7 @@ class SharedRuns:
             ids = [repr(factory())[:60] for factory in self.methods]
             metafunc.parametrize("factory", list(self.methods), ids=ids)
         if "style" in metafunc.fixturenames:
-            metafunc.parametrize("style", STYLES, ids=[style.__name__ for style in STYLES])
+            metafunc.parametrize("style", self.styles, ids=[style.__name__ for style in self.styles])
 
     @property
     def style(self) -> type[Plain]:
@@ -102,7 +105,7 @@ class SharedRuns:
         """Findings of each of two processes, for all configurations in one launch."""
         home = type(self)
         names = {"source": inspect.getfile(home), "module": home.__module__, "tester": home.__qualname__}
-        results: list[Any] = self._once("two ranks", lambda: run_ddp("lightning_peft.testing.ranks:train_on_rank", names))
+        results: list[Any] = self._once("two ranks", lambda: run_ddp(f"lightning_peft.testing.ranks:{self.on_rank}", names))
         return results
 
     def _assert_clean(self, module: LightningModule, after: str) -> None:

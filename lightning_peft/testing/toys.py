@@ -1,4 +1,4 @@
-"""Small methods, one for each way of acting: maps, masks, parts, loss terms, gradients, steps, optimizers, calibration.
+"""Small methods, one for each way of acting: maps, masks, parts, losses, gradients, steps, optimizers, answers, calibration.
 
 They stand in for other people's methods wherever a test needs some, and are the shortest complete examples of each kind.
 """
@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 from torch.optim import Optimizer
 
 from lightning_peft.capture.calibration_block import CalibrationBlock
+from lightning_peft.capture.evaluation import Call
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.loss import Step
 from lightning_peft.compose.run import Run
@@ -318,6 +319,33 @@ class ToyLowRank(Method):
         for seed, (name, layer) in enumerate(self.select(module).items()):
             outputs, inputs = layer.weight.shape  # type: ignore[misc]
             self.put_part(module, name, LowRankPart(int(inputs), int(outputs), self.rank, seed))
+
+
+class ToyCentring(Method):
+    """Answers in evaluations: after each batch moves the bias of the head against the mean of its logits."""
+
+    lane = Lane.ADAPT
+    reads = frozenset({Resource.LOGITS})
+    writes = frozenset({Resource.PREDICTIONS})
+
+    def __init__(self, rate: float = 0.5, *, keep: bool = False, name: str | None = None) -> None:
+        super().__init__(name=name)
+        self.rate, self.keep = rate, keep
+        self.source: Tensor | None = None
+
+    def adapt_start(self, run: Run) -> None:
+        self.bias = [layer for layer in run.network.modules() if isinstance(layer, nn.Linear)][-1].bias
+        self.source = self.bias.detach().clone()
+
+    def adapt(self, call: Call) -> Any:
+        logits = call()
+        self.bias.sub_(self.rate * logits.mean(0))
+        return logits
+
+    def finish(self, run: Run) -> None:
+        if self.source is not None and not self.keep:
+            self.bias.data.copy_(self.source)
+        self.source = None
 
 
 class ToyEntropy(Method):
