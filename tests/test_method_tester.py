@@ -19,6 +19,7 @@ from lightning_peft.testing.shared_runs import EPOCHS
 from lightning_peft.testing.toys import ScaleMap, ToyEntropy, ToySAM, ToyScale, ToyThreshold
 from lightning_peft.testing.trace import trace
 from lightning_peft.weights.maps import mapped_tensors
+from lightning_peft.weights.parts import placed_parts
 
 
 class Nothing(Method):
@@ -291,6 +292,29 @@ class CountsTwice(ToyEntropy):
         return super().loss(step)
 
 
+class Thawing(ToyEntropy):
+    """Trains what the user froze."""
+
+    def attach(self, module):
+        module.requires_grad_(True)
+
+
+class Stilling(ToyEntropy):
+    """Lets parts of others not be trained."""
+
+    def start(self, run):
+        for placed in placed_parts(run.module):
+            placed.part.requires_grad_(False)
+
+
+class Hiding(ToyEntropy):
+    """Has parts of others not stand in files."""
+
+    def attach(self, module):
+        for placed in placed_parts(module):
+            placed.part.recorded = False
+
+
 def run_of(factory, folder):
     return fit([factory()], after=[every_epoch(folder), Probe()], max_epochs=EPOCHS)
 
@@ -341,6 +365,10 @@ def run_of(factory, folder):
             lambda t, f, d: t.test_parameters_keep_their_places(run_of(f, d)),
             "'model.0.weight' against 'model.0.bias'",
         ),
+        (Thawing, lambda t, f, d: t.test_resumes_from_what_was_trained(d), "holds a parameter that was not: model.0.bias"),
+        (Stilling, lambda t, f, d: t.test_resumes_from_what_was_trained(d), "that nobody trains: "),
+        (Hiding, lambda t, f, d: t.test_resumes_from_what_was_trained(d), "the parts beside the method are in no file"),
+        (Forgetful, lambda t, f, d: t.test_resumes_from_what_was_trained(d), "resumed from a file of what was trained"),
         (Reordering, lambda t, f, d: t.test_a_teacher_follows_by_place(f), r"these follow others.*0\.weight"),
         (Unpicklable, lambda t, f, d: t.test_pickles_are_baked(run_of(f, d)), "dumps.*in training against.*lambda"),
         (Wrapping, lambda t, f, d: t.test_pickles_of_a_shared_layer_are_baked(f), "a layer used twice"),
@@ -405,10 +433,11 @@ def test_ranks_that_differ_are_noticed():
         tester.test_two_processes(Littering, [[plain, trained]] * 2)
 
 
-@pytest.mark.parametrize("attribute", ["no_stream", "no_shared", "no_teacher"])
+@pytest.mark.parametrize("attribute", ["no_part", "no_stream", "no_shared", "no_teacher"])
 def test_a_refusal_that_does_not_come_is_noticed(attribute, tmp_path):
     tester = type("Tester", (MethodTester,), {"methods": [ToyThreshold], attribute: "never said"})()
     checks = {
+        "no_part": lambda: tester.test_resumes_from_what_was_trained(tmp_path),
         "no_stream": lambda: tester.test_trains_on_a_stream(ToyThreshold, None),
         "no_shared": lambda: tester.test_pickles_of_a_shared_layer_are_baked(ToyThreshold),
         "no_teacher": lambda: tester.test_a_teacher_follows_by_place(ToyThreshold),

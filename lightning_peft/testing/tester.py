@@ -29,9 +29,10 @@ from lightning_peft.testing.runs import Fit, assert_same
 from lightning_peft.testing.shared_runs import EPOCHS, Factory, probe_of
 from lightning_peft.testing.toys import ToyEntropy, ToyShift, ToyTwice
 from lightning_peft.testing.trace import difference, without
+from lightning_peft.testing.trained_files import TrainedFileChecks
 
 
-class MethodTester(LifeCycleChecks, OrdinaryChecks, ReferenceChecks):
+class MethodTester(LifeCycleChecks, OrdinaryChecks, ReferenceChecks, TrainedFileChecks):
     """Subclass it in a test file, name the configurations to test, and pytest does the rest.
 
     Every check that a method cannot pass by its nature can be switched off with a sentence that says why; it shows up as
@@ -44,6 +45,7 @@ class MethodTester(LifeCycleChecks, OrdinaryChecks, ReferenceChecks):
         no_ordinary_file: Why a file of the middle of training, loaded without the method, computes something else.
         no_styles: Names of module styles (``STYLES``) the method refuses, each with the reason.
         no_stream: Pattern of the refusal to train on a loader without a length.
+        no_part: Pattern of the refusal of a part beside every linear layer, or of a first layer that is frozen.
         no_shared: Pattern of the refusal of a network that uses one layer in two places.
         no_teacher: Pattern of the refusal of a module that holds a copy of its network.
         new_parameters: Why the module ends with other parameter objects than it was given.

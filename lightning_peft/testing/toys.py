@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -319,6 +319,53 @@ class ToyLowRank(Method):
         for seed, (name, layer) in enumerate(self.select(module).items()):
             outputs, inputs = layer.weight.shape  # type: ignore[misc]
             self.put_part(module, name, LowRankPart(int(inputs), int(outputs), self.rank, seed))
+
+
+class GatePart(LayerPart):
+    """Multiplies every output of a linear layer by a learned number, which begins at 1."""
+
+    kind = "toy_gate"
+    lane = Lane.DELTA
+    follows = {"gate": {0: ("weight", 0)}}
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(outputs))
+
+    def forward(self, output: Tensor, inputs: Tensor) -> Tensor:
+        return output * self.gate
+
+    def config(self) -> dict[str, Any]:
+        return {"outputs": len(self.gate)}
+
+
+class ToyGate(Method):
+    """Layer part that can go into no weight, on every linear layer.
+
+    Args:
+        checkpoint: ``"full"``, or ``"trained"`` for files that hold only what the fit changed.
+        targets: Layers to gate.
+        exclude: Layers to leave alone.
+        name: Name in logs and checkpoints.
+    """
+
+    lane = Lane.DELTA
+    parts = (GatePart,)
+
+    def __init__(
+        self,
+        checkpoint: Literal["full", "trained"] = "full",
+        *,
+        targets: Any = "all-linear",
+        exclude: Any = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(targets=targets, exclude=exclude, name=name)
+        self.checkpoint = checkpoint
+
+    def attach(self, module: LightningModule) -> None:
+        for name, layer in self.select(module).items():
+            self.put_part(module, name, GatePart(len(layer.weight)))  # type: ignore[arg-type]
 
 
 class ToyCentring(Method):
