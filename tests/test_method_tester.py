@@ -350,7 +350,7 @@ def run_of(factory, folder):
         (SoftMask, lambda t, f, d: t.test_bake_equals_training(run_of(f, d)), "baked and live outputs differ"),
         (Summed, lambda t, f, d: t.test_accumulation(f), "2 batches of 4 accumulated against 1 batch of 8"),
         (OrderDependent, lambda t, f, d: t.test_order_of_callbacks_is_irrelevant(f), r"\[method, companion\] against"),
-        (FullPrecision, lambda t, f, d: t.test_bf16(f), "must leave parameters in float32"),
+        (FullPrecision, lambda t, f, d: t.test_bf16(f, run_of(f, d)), "must leave parameters in float32"),
         (Evaluating, lambda t, f, d: t.test_evaluation_changes_nothing(f), "validate of an untrained module changed it"),
         (AsksTheEnd, lambda t, f, d: t.test_ends_after_steps(f, run_of(f, d)), r"against Trainer\(max_steps"),
         (AsksTheEnd, lambda t, f, d: t.test_trains_on_a_stream(f, run_of(f, d)), "with a length against one without"),

@@ -145,9 +145,13 @@ def test_logs_alpha_coverage_and_its_loss() -> None:
 
 
 def test_teacher_copy_beside_weight_maps_and_of_the_module_itself() -> None:
-    for callbacks in ([ToyScale()], []):
-        module = Root()
+    def trained(*callbacks: Callback) -> dict[str, Tensor]:
         torch.manual_seed(0)
-        trainer(PSKD(0.8, teacher="copy"), *callbacks).fit(module, toy_loader(), toy_loader())
-        assert all(torch.isfinite(p).all() for p in module.parameters())
+        module = Root()
+        trainer(*callbacks).fit(module, toy_loader(), toy_loader())
         assert "forward" not in vars(module)
+        return dict(module.state_dict())
+
+    for others in ([ToyScale], []):
+        taught, alone = trained(PSKD(0.8, teacher="copy"), *(each() for each in others)), trained(*(each() for each in others))
+        assert all((taught[name] - alone[name]).abs().max() > 1e-4 for name in alone), "the teacher taught nothing"
