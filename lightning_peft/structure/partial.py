@@ -1,7 +1,8 @@
 """Checkpoints that hold only what training changed, and a digest of every tensor of the base that they leave out.
 
 What is left out is decided by content: a tensor that still is what it was when the training began. Frozen weights are, whoever
-froze them; the stored values under a low-rank delta are too, so neither they nor the weights they make are in the file.
+froze them; the stored values under a low-rank delta, be it a map or a layer part, are too, so neither they nor the weights they
+make are in the file.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ def digests(tensors: Mapping[str, Any]) -> Digests:
 
 
 def leave_out(
-    plain: MutableMapping[str, Any], beside: MutableMapping[str, Any], weights: Mapping[str, Any], base: Digests
+    plain: MutableMapping[str, Any],
+    beside: MutableMapping[str, Any],
+    weights: Mapping[str, Any],
+    base: Digests,
+    under_parts: MutableMapping[str, Any],
 ) -> Digests:
     """Take what is still the base out of a checkpoint's tensors, in place.
 
@@ -41,6 +46,7 @@ def leave_out(
         beside: What training needs beside them, by training-time name.
         weights: Names of the weights under maps.
         base: Digest of the stored value of each tensor when the training began, by plain name.
+        under_parts: Weights without the layer parts that went into them in ``plain``, by plain name.
 
     Returns:
         Digests of what was taken out.
@@ -48,10 +54,11 @@ def leave_out(
     left = {}
     for name in [name for name in plain if name in base]:
         key = stored_key(name) if name in weights else name
-        stored = beside.get(key, plain[name])
+        stored = under_parts.get(name, beside.get(key, plain[name]))
         if isinstance(stored, Tensor) and digest(stored) == base[name]:
             left[name] = base[name]
             beside.pop(key, None)
+            under_parts.pop(name, None)
             del plain[name]
     return left
 
