@@ -199,6 +199,13 @@ class FullPrecision(ToyScale):
         module.bfloat16()
 
 
+class Coarse(ToyEntropy):
+    """Loses its term where the network computes in half precision."""
+
+    def loss(self, step):
+        return super().loss(step) * (1000.0 if step.logits.dtype == torch.float32 else 0.0)
+
+
 class Evaluating(ToyScale):
     def attach(self, module):
         super().attach(module)
@@ -350,7 +357,8 @@ def run_of(factory, folder):
         (SoftMask, lambda t, f, d: t.test_bake_equals_training(run_of(f, d)), "baked and live outputs differ"),
         (Summed, lambda t, f, d: t.test_accumulation(f), "2 batches of 4 accumulated against 1 batch of 8"),
         (OrderDependent, lambda t, f, d: t.test_order_of_callbacks_is_irrelevant(f), r"\[method, companion\] against"),
-        (FullPrecision, lambda t, f, d: t.test_bf16(f, run_of(f, d)), "must leave parameters in float32"),
+        (FullPrecision, lambda t, f, d: t.test_bf16(f), "must leave parameters in float32"),
+        (Coarse, lambda t, f, d: t.test_bf16(f), "losses in float32 against bf16-mixed"),
         (Evaluating, lambda t, f, d: t.test_evaluation_changes_nothing(f), "validate of an untrained module changed it"),
         (AsksTheEnd, lambda t, f, d: t.test_ends_after_steps(f, run_of(f, d)), r"against Trainer\(max_steps"),
         (AsksTheEnd, lambda t, f, d: t.test_trains_on_a_stream(f, run_of(f, d)), "with a length against one without"),
@@ -365,10 +373,10 @@ def run_of(factory, folder):
             lambda t, f, d: t.test_parameters_keep_their_places(run_of(f, d)),
             "'model.0.weight' against 'model.0.bias'",
         ),
-        (Thawing, lambda t, f, d: t.test_resumes_from_what_was_trained(d), "holds a parameter that was not: model.0.bias"),
-        (Stilling, lambda t, f, d: t.test_resumes_from_what_was_trained(d), "that nobody trains: "),
-        (Hiding, lambda t, f, d: t.test_resumes_from_what_was_trained(d), "the parts beside the method are in no file"),
-        (Forgetful, lambda t, f, d: t.test_resumes_from_what_was_trained(d), "resumed from a file of what was trained"),
+        (Thawing, lambda t, f, d: t.test_resumes_from_what_was_trained(f, d), "holds a parameter that was not: model.0.bias"),
+        (Stilling, lambda t, f, d: t.test_resumes_from_what_was_trained(f, d), "that nobody trains: "),
+        (Hiding, lambda t, f, d: t.test_resumes_from_what_was_trained(f, d), "the parts beside the method are in no file"),
+        (Forgetful, lambda t, f, d: t.test_resumes_from_what_was_trained(f, d), "resumed from a file of what was trained"),
         (Reordering, lambda t, f, d: t.test_a_teacher_follows_by_place(f), r"these follow others.*0\.weight"),
         (Unpicklable, lambda t, f, d: t.test_pickles_are_baked(run_of(f, d)), "dumps.*in training against.*lambda"),
         (Wrapping, lambda t, f, d: t.test_pickles_of_a_shared_layer_are_baked(f), "a layer used twice"),
@@ -437,7 +445,7 @@ def test_ranks_that_differ_are_noticed():
 def test_a_refusal_that_does_not_come_is_noticed(attribute, tmp_path):
     tester = type("Tester", (MethodTester,), {"methods": [ToyThreshold], attribute: "never said"})()
     checks = {
-        "no_part": lambda: tester.test_resumes_from_what_was_trained(tmp_path),
+        "no_part": lambda: tester.test_resumes_from_what_was_trained(ToyThreshold, tmp_path),
         "no_stream": lambda: tester.test_trains_on_a_stream(ToyThreshold, None),
         "no_shared": lambda: tester.test_pickles_of_a_shared_layer_are_baked(ToyThreshold),
         "no_teacher": lambda: tester.test_a_teacher_follows_by_place(ToyThreshold),

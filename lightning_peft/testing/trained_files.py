@@ -16,7 +16,7 @@ from lightning_peft.structure.checkpoint import KEY
 from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import Plain
 from lightning_peft.testing.runs import assert_same
-from lightning_peft.testing.shared_runs import EPOCHS, SharedRuns
+from lightning_peft.testing.shared_runs import EPOCHS, Factory, SharedRuns
 from lightning_peft.testing.toys import GatePart, ToyGate
 
 
@@ -33,9 +33,9 @@ class TrainedFileChecks(SharedRuns):
 
     no_part: ClassVar[str] = ""
 
-    def test_resumes_from_what_was_trained(self, tmp_path: Path) -> None:
+    def test_resumes_from_what_was_trained(self, lead: Factory, tmp_path: Path) -> None:
         def methods() -> list[Method]:
-            return [self.methods[0](), ToyGate("trained")]
+            return [lead(), ToyGate("trained")]
 
         style = self._adapted(Frozen)
         if self.no_part:
