@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 import pytest
 import torch
+from test_method_contract import sam
 
 from lightning_peft import Lane, Method, WeightMap
-from lightning_peft.testing import STYLES, MethodTester
+from lightning_peft.testing import STYLES, MethodTester, Reference
 from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.ordinary import Elsewhere
 from lightning_peft.testing.probe import Probe, unlike
 from lightning_peft.testing.runs import fit
 from lightning_peft.testing.shared_runs import EPOCHS
-from lightning_peft.testing.toys import ScaleMap, ToyEntropy, ToyScale, ToyThreshold
+from lightning_peft.testing.toys import ScaleMap, ToyEntropy, ToySAM, ToyScale, ToyThreshold
 from lightning_peft.testing.trace import trace
 from lightning_peft.weights.maps import mapped_tensors
+from lightning_peft.weights.parts import placed_parts
 
 
 class Nothing(Method):
@@ -196,6 +199,13 @@ class FullPrecision(ToyScale):
         module.bfloat16()
 
 
+class Coarse(ToyEntropy):
+    """Loses its term where the network computes in half precision."""
+
+    def loss(self, step):
+        return super().loss(step) * (1000.0 if step.logits.dtype == torch.float32 else 0.0)
+
+
 class Evaluating(ToyScale):
     def attach(self, module):
         super().attach(module)
@@ -289,6 +299,29 @@ class CountsTwice(ToyEntropy):
         return super().loss(step)
 
 
+class Thawing(ToyEntropy):
+    """Trains what the user froze."""
+
+    def attach(self, module):
+        module.requires_grad_(True)
+
+
+class Stilling(ToyEntropy):
+    """Lets parts of others not be trained."""
+
+    def start(self, run):
+        for placed in placed_parts(run.module):
+            placed.part.requires_grad_(False)
+
+
+class Hiding(ToyEntropy):
+    """Has parts of others not stand in files."""
+
+    def attach(self, module):
+        for placed in placed_parts(module):
+            placed.part.recorded = False
+
+
 def run_of(factory, folder):
     return fit([factory()], after=[every_epoch(folder), Probe()], max_epochs=EPOCHS)
 
@@ -325,6 +358,7 @@ def run_of(factory, folder):
         (Summed, lambda t, f, d: t.test_accumulation(f), "2 batches of 4 accumulated against 1 batch of 8"),
         (OrderDependent, lambda t, f, d: t.test_order_of_callbacks_is_irrelevant(f), r"\[method, companion\] against"),
         (FullPrecision, lambda t, f, d: t.test_bf16(f), "must leave parameters in float32"),
+        (Coarse, lambda t, f, d: t.test_bf16(f), "losses in float32 against bf16-mixed"),
         (Evaluating, lambda t, f, d: t.test_evaluation_changes_nothing(f), "validate of an untrained module changed it"),
         (AsksTheEnd, lambda t, f, d: t.test_ends_after_steps(f, run_of(f, d)), r"against Trainer\(max_steps"),
         (AsksTheEnd, lambda t, f, d: t.test_trains_on_a_stream(f, run_of(f, d)), "with a length against one without"),
@@ -339,6 +373,10 @@ def run_of(factory, folder):
             lambda t, f, d: t.test_parameters_keep_their_places(run_of(f, d)),
             "'model.0.weight' against 'model.0.bias'",
         ),
+        (Thawing, lambda t, f, d: t.test_resumes_from_what_was_trained(f, d), "holds a parameter that was not: model.0.bias"),
+        (Stilling, lambda t, f, d: t.test_resumes_from_what_was_trained(f, d), "that nobody trains: "),
+        (Hiding, lambda t, f, d: t.test_resumes_from_what_was_trained(f, d), "the parts beside the method are in no file"),
+        (Forgetful, lambda t, f, d: t.test_resumes_from_what_was_trained(f, d), "resumed from a file of what was trained"),
         (Reordering, lambda t, f, d: t.test_a_teacher_follows_by_place(f), r"these follow others.*0\.weight"),
         (Unpicklable, lambda t, f, d: t.test_pickles_are_baked(run_of(f, d)), "dumps.*in training against.*lambda"),
         (Wrapping, lambda t, f, d: t.test_pickles_of_a_shared_layer_are_baked(f), "a layer used twice"),
@@ -355,6 +393,23 @@ def test_the_tester_notices(factory, check, message, tmp_path):
     tester = type("Tester", (MethodTester,), {"methods": [factory]})()
     with pytest.raises((AssertionError, OverflowError, TypeError), match=message):
         check(tester, factory, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("loop", "method", "message"),
+    [
+        (partial(sam, radius=0.1), lambda: ToySAM(0.11), "differs from that of a loop by hand"),
+        (partial(sam, radius=-0.1), lambda: ToySAM(0.1), "differs from that of a loop by hand"),
+        (lambda task: sam(task, 0.1) or [1.0] * 12, lambda: ToySAM(0.1), "losses differ"),
+        (lambda task: [*map(task.step, map(task.loss, task.batches))] and None, lambda: ToyEntropy(0.0), "proves nothing"),
+    ],
+    ids=["a length", "a sign", "losses", "no difference"],
+)
+def test_a_loop_by_hand_that_is_wrong_in_one_term_is_noticed(loop, method, message):
+    tester = type("Tester", (MethodTester,), {"methods": [method]})()
+    tester.test_agrees_with_a_loop_by_hand(Reference(partial(sam, radius=0.1), lambda: ToySAM(0.1), optimizer="sgd"))
+    with pytest.raises(AssertionError, match=message):
+        tester.test_agrees_with_a_loop_by_hand(Reference(loop, method, optimizer="sgd"))
 
 
 def test_a_pickle_is_held_against_the_ordinary_module():
@@ -386,10 +441,11 @@ def test_ranks_that_differ_are_noticed():
         tester.test_two_processes(Littering, [[plain, trained]] * 2)
 
 
-@pytest.mark.parametrize("attribute", ["no_stream", "no_shared", "no_teacher"])
+@pytest.mark.parametrize("attribute", ["no_part", "no_stream", "no_shared", "no_teacher"])
 def test_a_refusal_that_does_not_come_is_noticed(attribute, tmp_path):
     tester = type("Tester", (MethodTester,), {"methods": [ToyThreshold], attribute: "never said"})()
     checks = {
+        "no_part": lambda: tester.test_resumes_from_what_was_trained(ToyThreshold, tmp_path),
         "no_stream": lambda: tester.test_trains_on_a_stream(ToyThreshold, None),
         "no_shared": lambda: tester.test_pickles_of_a_shared_layer_are_baked(ToyThreshold),
         "no_teacher": lambda: tester.test_a_teacher_follows_by_place(ToyThreshold),

@@ -81,7 +81,8 @@ def leave_out_base(
     base = _BASES.get(module)
     if base is None or not any(method.checkpoint == "trained" for method in methods):
         return
-    left = partial.leave_out(checkpoint["state_dict"], beside, section, base)
+    under_parts = section.get(part_states.WEIGHTS, {})
+    left = partial.leave_out(checkpoint["state_dict"], beside, section["weights"], base, under_parts)
     if isinstance(current := checkpoint.get("current_model_state"), dict):  # beside an average, what is trained
         keys = {stored_key(name) if name in section["weights"] else name: name for name in base}
         same = {key: name for key, name in keys.items() if key in current and partial.digest(current[key]) == base[name]}

@@ -15,13 +15,14 @@ from lightning_peft.compose.run import Run
 from lightning_peft.contract import Contract
 from lightning_peft.optim.optimizers import owner, parameter_names
 from lightning_peft.weights.maps import mapped_tensors
+from lightning_peft.weights.parts import placed_parts
 
 
 class TrainedParameters:
     """Freezes what no method names, as soon as one names something.
 
     Weight maps follow the weight they stand on: a reparametrisation is frozen with it, for it is another view of the same
-    numbers; deltas and masks are there to be trained beside a frozen weight.
+    numbers; deltas, masks and layer parts are there to be trained beside a frozen weight.
 
     Args:
         run: The fit.
@@ -95,7 +96,10 @@ class TrainedParameters:
         return " and ".join(each.name for each in self._methods if type(each).trained is not Contract.trained)
 
     def _wanted(self) -> set[nn.Parameter] | None:
-        """What the methods name, with the weight maps that are trained along; ``None`` when no method has a say."""
+        """What the methods name, with the maps that are trained along and the parts of methods that name nothing.
+
+        ``None`` when no method has a say.
+        """
         module = self._run.module
         said = [(method, names) for method in self._methods if (names := method.trained(module)) is not None]
         if not said:
@@ -105,6 +109,10 @@ class TrainedParameters:
             for weight_map in mapped.maps:
                 if weight_map.lane != Lane.REPARAM or mapped.stored in wanted:
                     wanted.update(weight_map.parameters())
+        silent = {method.name for method in self._methods} - {method.name for method, _ in said}
+        for placed in placed_parts(module):
+            if placed.part.method in silent:
+                wanted.update(placed.part.parameters())
         return wanted
 
 

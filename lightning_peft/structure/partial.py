@@ -1,7 +1,8 @@
 """Checkpoints that hold only what training changed, and a digest of every tensor of the base that they leave out.
 
 What is left out is decided by content: a tensor that still is what it was when the training began. Frozen weights are, whoever
-froze them; the stored values under a low-rank delta are too, so neither they nor the weights they make are in the file.
+froze them; the stored values under a low-rank delta, be it a map or a layer part, are too, so neither they nor the weights they
+make are in the file.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any
 from torch import Tensor
 
 from lightning_peft.structure.errors import CheckpointError
-from lightning_peft.structure.part_states import WEIGHTS
 from lightning_peft.structure.plain_state import tensor_bytes
 from lightning_peft.weights.mapped_layer import stored_key
 
@@ -33,27 +33,32 @@ def digests(tensors: Mapping[str, Any]) -> Digests:
 
 
 def leave_out(
-    plain: MutableMapping[str, Any], beside: MutableMapping[str, Any], section: Mapping[str, Any], base: Digests
+    plain: MutableMapping[str, Any],
+    beside: MutableMapping[str, Any],
+    weights: Mapping[str, Any],
+    base: Digests,
+    under_parts: MutableMapping[str, Any],
 ) -> Digests:
     """Take what is still the base out of a checkpoint's tensors, in place.
 
     Args:
         plain: Tensors by plain name.
         beside: What training needs beside them, by training-time name.
-        section: The library's part of the checkpoint; the weights beside layer parts that are left out leave it, in place.
+        weights: Names of the weights under maps.
         base: Digest of the stored value of each tensor when the training began, by plain name.
+        under_parts: Weights without the layer parts that went into them in ``plain``, by plain name.
 
     Returns:
         Digests of what was taken out.
     """
     left = {}
     for name in [name for name in plain if name in base]:
-        held = section.get(WEIGHTS, {}) if name not in section["weights"] else beside
-        key = stored_key(name) if held is beside else name
-        stored = held.get(key, plain[name])
+        key = stored_key(name) if name in weights else name
+        stored = under_parts.get(name, beside.get(key, plain[name]))
         if isinstance(stored, Tensor) and digest(stored) == base[name]:
             left[name] = base[name]
-            held.pop(key, None)
+            beside.pop(key, None)
+            under_parts.pop(name, None)
             del plain[name]
     return left
 

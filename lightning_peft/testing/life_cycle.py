@@ -18,26 +18,26 @@ STEPS = 4 * EPOCHS
 class LifeCycleChecks(SharedRuns):
     """A module that asks nothing of Lightning, validation with its sanity check, an end in steps, and a stream.
 
-    All of them see the same samples in the same order as the reference training, so they must end in the same state.
+    All of them see the same samples in the same order as the uninterrupted training, so they must end in the same state.
     """
 
     no_stream: ClassVar[str] = ""
 
-    def test_validates_before_it_trains(self, factory: Factory, reference: Fit) -> None:
+    def test_validates_before_it_trains(self, factory: Factory, uninterrupted: Fit) -> None:
         run = self._bare(factory, max_epochs=EPOCHS)
-        assert_same(reference, run, "without against with a sanity check, for a module that asks nothing of Lightning")
+        assert_same(uninterrupted, run, "without against with a sanity check, for a module that asks nothing of Lightning")
 
-    def test_ends_after_steps(self, factory: Factory, reference: Fit) -> None:
+    def test_ends_after_steps(self, factory: Factory, uninterrupted: Fit) -> None:
         run = self._bare(factory, max_epochs=None, max_steps=STEPS)
-        assert_same(reference, run, f"Trainer(max_epochs={EPOCHS}) against Trainer(max_steps={STEPS})")
+        assert_same(uninterrupted, run, f"Trainer(max_epochs={EPOCHS}) against Trainer(max_steps={STEPS})")
 
-    def test_trains_on_a_stream(self, factory: Factory, reference: Fit) -> None:
+    def test_trains_on_a_stream(self, factory: Factory, uninterrupted: Fit) -> None:
         settings = {"data": stream(), "max_epochs": None, "max_steps": STEPS}
         if self.no_stream:
             with pytest.raises(MisconfigurationException, match=re.compile(self.no_stream, re.DOTALL)):
                 self._bare(factory, **settings)
             return
-        assert_same(reference, self._bare(factory, **settings), "a loader with a length against one without")
+        assert_same(uninterrupted, self._bare(factory, **settings), "a loader with a length against one without")
 
     def _bare(self, factory: Factory, **settings: Any) -> Fit:
         return self._fit([factory()], style=self._adapted(Bare), num_sanity_val_steps=2, **settings)

@@ -57,17 +57,17 @@ class OrdinaryChecks(SharedRuns):
     no_shared: ClassVar[str] = ""
     no_teacher: ClassVar[str] = ""
 
-    def test_parameters_keep_their_places(self, reference: Fit) -> None:
-        probe = probe_of(reference)
+    def test_parameters_keep_their_places(self, uninterrupted: Fit) -> None:
+        probe = probe_of(uninterrupted)
         assert probe.misplaced is None, probe.misplaced
         built, baked = (shape["parameter order"] for shape in (shape_of(self.style()), probe.baked_shape))
         found = difference(built, baked)
         assert found is None, f"named_parameters() of a new module against bake(copy.deepcopy(module)) in training: {found}"
 
     @pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.:UserWarning")
-    def test_checkpoints_are_ordinary(self, factory: Factory, reference: Fit, folder: Path) -> None:
+    def test_checkpoints_are_ordinary(self, factory: Factory, uninterrupted: Fit, folder: Path) -> None:
         """A file of the middle of training, by Lightning alone, with the method, and baked: what validation saw then."""
-        for epoch, answered in enumerate(probe_of(reference).validated):
+        for epoch, answered in enumerate(probe_of(uninterrupted).validated):
             path = folder / f"epoch={epoch}.ckpt"
             again = trainer(callbacks=[factory()])
             found: Any = again.predict(self.style(), loader(8), ckpt_path=path, weights_only=True)
@@ -76,15 +76,15 @@ class OrdinaryChecks(SharedRuns):
             if not (restructured or self.no_ordinary_file):
                 found = _answer(self.style.load_from_checkpoint(path, weights_only=True))
                 # A layer part goes into the weight up to rounding.
-                allowed = self.tolerance if type(reference.methods[0]).parts else 0.0
+                allowed = self.tolerance if type(uninterrupted.methods[0]).parts else 0.0
                 error = (answered - found).abs().max().item()
                 assert error <= allowed, f"{path.name}: loaded by Lightning alone against what validation saw: {error:.3g}"
             if not (self.no_exact_bake or self.no_ordinary_file):
                 error = (_answer(lightning_peft.load_from_checkpoint(self.style, path)) - answered).abs().max().item()
                 assert error <= self.tolerance, f"{path.name}: loaded baked against what validation saw: {error:.3g}"
 
-    def test_pickles_are_baked(self, reference: Fit) -> None:
-        for route, found in probe_of(reference).pickled.items():
+    def test_pickles_are_baked(self, uninterrupted: Fit) -> None:
+        for route, found in probe_of(uninterrupted).pickled.items():
             assert found is None, f"{route} in training against bake(copy.deepcopy(module)): {found}"
 
     def test_pickles_of_a_shared_layer_are_baked(self, lead: Factory) -> None:

@@ -26,6 +26,7 @@ _EXPECTED = (
     "Checkpoint directory .* exists and is not empty",
     "Using ModelCheckpoint with manual optimization and every_n_train_steps",
     ".*: this fit ended after",
+    ".*without the part 'toy_gate'",
 )
 
 

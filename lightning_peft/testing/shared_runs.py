@@ -31,6 +31,9 @@ class SharedRuns:
     tolerance: ClassVar[float] = 1e-5
     adapted: ClassVar[Callable[[type[Plain]], type[Plain]]] = staticmethod(lambda style: style)
 
+    styles: ClassVar[Sequence[type[Plain]]] = STYLES
+    on_rank: ClassVar[str] = "train_on_rank"
+
     _runs: ClassVar[dict[Any, Any]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -45,7 +48,7 @@ class SharedRuns:
         if "lead" in metafunc.fixturenames:
             metafunc.parametrize("lead", self.methods[:1], ids=[repr(self.methods[0]())[:60]])
         if "style" in metafunc.fixturenames:
-            metafunc.parametrize("style", STYLES, ids=[style.__name__ for style in STYLES])
+            metafunc.parametrize("style", self.styles, ids=[style.__name__ for style in self.styles])
 
     @property
     def style(self) -> type[Plain]:
@@ -89,12 +92,12 @@ class SharedRuns:
 
     @pytest.fixture
     def folder(self, factory: Factory, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """Where the reference training of a configuration keeps its checkpoints."""
+        """Where the uninterrupted training of a configuration keeps its checkpoints."""
         path: Path = self._once(("folder", factory), lambda: tmp_path_factory.mktemp("method"))
         return path
 
     @pytest.fixture
-    def reference(self, factory: Factory, folder: Path) -> Fit:
+    def uninterrupted(self, factory: Factory, folder: Path) -> Fit:
         """One uninterrupted training with a checkpoint of every epoch, which most checks compare with."""
         run: Fit = self._once(factory, lambda: self._fit([factory()], after=[every_epoch(folder), Probe()], max_epochs=EPOCHS))
         return run
@@ -104,7 +107,7 @@ class SharedRuns:
         """Findings of each of two processes, for all configurations in one launch."""
         home = type(self)
         names = {"source": inspect.getfile(home), "module": home.__module__, "tester": home.__qualname__}
-        results: list[Any] = self._once("two ranks", lambda: run_ddp("lightning_peft.testing.ranks:train_on_rank", names))
+        results: list[Any] = self._once("two ranks", lambda: run_ddp(f"lightning_peft.testing.ranks:{self.on_rank}", names))
         return results
 
     def _assert_clean(self, module: LightningModule, after: str) -> None:

@@ -25,13 +25,15 @@ from lightning_peft.testing.life_cycle import LifeCycleChecks
 from lightning_peft.testing.modules import Plain, loader, trainer
 from lightning_peft.testing.ordinary import OrdinaryChecks
 from lightning_peft.testing.probe import shape_of
+from lightning_peft.testing.references import ReferenceChecks
 from lightning_peft.testing.runs import Fit, assert_same
 from lightning_peft.testing.shared_runs import EPOCHS, Factory, probe_of
 from lightning_peft.testing.toys import ToyEntropy, ToyShift, ToyTwice
 from lightning_peft.testing.trace import difference, without
+from lightning_peft.testing.trained_files import TrainedFileChecks
 
 
-class MethodTester(LifeCycleChecks, OrdinaryChecks, LastingChecks):
+class MethodTester(LifeCycleChecks, OrdinaryChecks, LastingChecks, ReferenceChecks, TrainedFileChecks):
     """Subclass it in a test file, name the configurations to test, and pytest does the rest.
 
     Every check that a method cannot pass by its nature can be switched off with a sentence that says why; it shows up as
@@ -46,10 +48,13 @@ class MethodTester(LifeCycleChecks, OrdinaryChecks, LastingChecks):
         no_ordinary_file: Why a file of the middle of training, loaded without the method, computes something else.
         no_styles: Names of module styles (``STYLES``) the method refuses, each with the reason.
         no_stream: Pattern of the refusal to train on a loader without a length.
+        no_part: Pattern of the refusal of a part beside every linear layer, or of a first layer that is frozen.
         no_shared: Pattern of the refusal of a network that uses one layer in two places.
         no_teacher: Pattern of the refusal of a module that holds a copy of its network.
         new_parameters: Why the module ends with other parameter objects than it was given.
         removed_parts: Why the module ends with fewer layers than it was given.
+        references: Loops by hand, or of official code, that end where the method does; see
+            :class:`~lightning_peft.testing.references.Reference`.
         tolerance: Largest difference of a weight that counts as rounding in the checks that are not bit for bit.
         adapted: Turns a module style into one that the method can work on.
 
@@ -71,14 +76,14 @@ class MethodTester(LifeCycleChecks, OrdinaryChecks, LastingChecks):
 
     # Does it train, and does it do anything?
 
-    def test_trains(self, factory: Factory, reference: Fit) -> None:
-        losses = reference.losses
+    def test_trains(self, factory: Factory, uninterrupted: Fit) -> None:
+        losses = uninterrupted.losses
         assert all(map(math.isfinite, losses)), f"the module's own loss became NaN or infinite: {losses}"
         size = len(losses) // EPOCHS
         first, last = sum(losses[:size]) / size, sum(losses[-size:]) / size
         assert last < first, f"the module's own loss went from {first:.4f} to {last:.4f} in {EPOCHS} epochs: it must fall"
-        if reference.methods[0].lane != Lane.REPORT:
-            same = difference(dict(self._plain().module.state_dict()), dict(reference.module.state_dict())) is None
+        if uninterrupted.methods[0].lane != Lane.REPORT:
+            same = difference(dict(self._plain().module.state_dict()), dict(uninterrupted.module.state_dict())) is None
             assert not same, "the trained weights are exactly those of a training without the method: it did nothing"
 
     def test_accumulation(self, factory: Factory) -> None:
@@ -88,10 +93,12 @@ class MethodTester(LifeCycleChecks, OrdinaryChecks, LastingChecks):
         self._assert_close(self._descended(factory), small, "2 batches of 4 accumulated against 1 batch of 8")
 
     def test_bf16(self, lead: Factory) -> None:
-        run = self._fit([lead()], precision="bf16-mixed")
-        assert all(map(math.isfinite, run.losses)), f"bf16-mixed: the loss became NaN or infinite: {run.losses}"
+        run = self._fit([lead()], precision="bf16-mixed", after=[StopAfter()], max_epochs=EPOCHS)
         wrong = [name for name, value in run.module.named_parameters() if value.dtype != torch.float32]
         assert not wrong, f"bf16-mixed must leave parameters in float32; these are not: {wrong}"
+        exact = self._fit([lead()], after=[StopAfter()], max_epochs=EPOCHS)
+        pairs = list(zip(exact.losses, run.losses, strict=True))
+        assert all(math.isclose(a, b, rel_tol=0.1) for a, b in pairs), f"losses in float32 against bf16-mixed: {pairs}"
 
     # torch's compiler looks at this attribute of every input, and hides its warning in a way that "error" defeats.
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -106,18 +113,18 @@ class MethodTester(LifeCycleChecks, OrdinaryChecks, LastingChecks):
 
     # Does it go on exactly where it stopped?
 
-    def test_resumes_from_every_epoch(self, factory: Factory, reference: Fit, folder: Path) -> None:
+    def test_resumes_from_every_epoch(self, factory: Factory, uninterrupted: Fit, folder: Path) -> None:
         for epoch in range(EPOCHS - 1):
             resumed = self._fit([factory()], seed=epoch + 5, resume=folder / f"epoch={epoch}.ckpt", max_epochs=EPOCHS)
-            assert_same(reference, resumed, f"uninterrupted against resumed after epoch {epoch}")
+            assert_same(uninterrupted, resumed, f"uninterrupted against resumed after epoch {epoch}")
 
-    def test_resumes_after_the_fit_has_ended(self, factory: Factory, reference: Fit, tmp_path: Path) -> None:
+    def test_resumes_after_the_fit_has_ended(self, factory: Factory, uninterrupted: Fit, tmp_path: Path) -> None:
         stopped = self._fit([factory()], after=[StopAfter()], max_epochs=EPOCHS)
         stopped.trainer.save_checkpoint(tmp_path / "ended.ckpt")
         resumed = self._fit([factory()], seed=7, resume=tmp_path / "ended.ckpt", max_epochs=EPOCHS)
-        assert_same(reference, resumed, "uninterrupted against resumed from a file saved after fit() returned")
+        assert_same(uninterrupted, resumed, "uninterrupted against resumed from a file saved after fit() returned")
 
-    def test_state_is_plain(self, reference: Fit, folder: Path) -> None:
+    def test_state_is_plain(self, uninterrupted: Fit, folder: Path) -> None:
         # What state() returns is looked at whenever it is saved.
         checkpoint = torch.load(folder / "epoch=0.ckpt", weights_only=True)
         found = not_plain(checkpoint[KEY], f"checkpoint[{KEY!r}]")
@@ -137,11 +144,11 @@ class MethodTester(LifeCycleChecks, OrdinaryChecks, LastingChecks):
         found = difference(twice, anew.state())
         assert found is None, f"a module trained again with a used object, against a new object: {found}"
 
-    def test_a_step_evaluated_twice_leaves_what_one_does(self, factory: Factory, reference: Fit) -> None:
+    def test_a_step_evaluated_twice_leaves_what_one_does(self, factory: Factory, uninterrupted: Fit) -> None:
         twice = self._fit([factory(), ToyTwice(name="twice")], max_epochs=EPOCHS).state()
         twice["callbacks"].pop(f"{KEY}/twice")
         for part in ("state_dict", "optimizer_states", "callbacks"):
-            found = difference(reference.state()[part], twice[part])
+            found = difference(uninterrupted.state()[part], twice[part])
             assert found is None, (
                 f"a training against one whose steps are evaluated once more (StepClosure.again): {part}{found}. Remember "
                 "nothing in loss() when step.repeated, and in calls of layers only if in_training_step()"
@@ -224,15 +231,15 @@ class MethodTester(LifeCycleChecks, OrdinaryChecks, LastingChecks):
         assert not broken, f"{averaging}: not finite: {broken}"
         self._assert_clean(first, averaging)
 
-    def test_copies(self, reference: Fit) -> None:
-        probe = probe_of(reference)
+    def test_copies(self, uninterrupted: Fit) -> None:
+        probe = probe_of(uninterrupted)
         assert torch.equal(probe.live, probe.copied), "copy.deepcopy(module) in training computes something else than module"
         assert probe.independent, "changing the weights of copy.deepcopy(module) changed what module computes"
 
     # Does it end in an ordinary module?
 
-    def test_bake_equals_training(self, reference: Fit) -> None:
-        probe = probe_of(reference)
+    def test_bake_equals_training(self, uninterrupted: Fit) -> None:
+        probe = probe_of(uninterrupted)
         found = difference(shape_of(self.style()), probe.baked_shape)
         assert found is None, f"bake(copy.deepcopy(module)) is no ordinary module: {found}"
         if self.no_exact_bake:
@@ -240,9 +247,9 @@ class MethodTester(LifeCycleChecks, OrdinaryChecks, LastingChecks):
         error = (probe.live - probe.baked).abs().max().item()
         assert error <= self.tolerance, f"baked and live outputs differ by {error:.3g}; see WeightMap.bake and no_exact_bake"
 
-    def test_checkpoint_loads_baked(self, reference: Fit, folder: Path) -> None:
+    def test_checkpoint_loads_baked(self, uninterrupted: Fit, folder: Path) -> None:
         loaded = lightning_peft.load_from_checkpoint(self.style, folder / f"epoch={EPOCHS - 1}.ckpt")
-        found = difference(dict(reference.module.state_dict()), dict(loaded.state_dict()))
+        found = difference(dict(uninterrupted.module.state_dict()), dict(loaded.state_dict()))
         assert found is None, f"the module after fit() against load_from_checkpoint of its last checkpoint: {found}"
         lightning_peft.bake_checkpoint(folder / "epoch=0.ckpt", folder / "baked.ckpt")
         self.style.load_from_checkpoint(folder / "baked.ckpt", weights_only=True)

@@ -130,7 +130,8 @@ def test_nan_after_some_steps_leaves_the_live_weights():
     with pytest.raises(NonFiniteLossError, match="late"):
         fit([Late(), ToyScale()], module=module)
     assert_clean(module, "a NaN")
-    assert all(p.isfinite().all() for p in module.parameters())
+    two_steps = fit([ToyEntropy(name="late"), ToyScale()], max_steps=2).module
+    assert difference(dict(two_steps.state_dict()), dict(module.state_dict())) is None
 
 
 class SingleOnly(ToyScale):

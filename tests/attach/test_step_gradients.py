@@ -118,12 +118,9 @@ def same(hand, run, what):
     assert found is None, f"{what}: by hand against the method: {found}"
 
 
-@pytest.mark.parametrize("style", [SGD, SGDBatchNorm])
-def test_sam_is_sam(style):
-    run = fit([ToySAM(RADIUS)], module=seeded(style), max_epochs=2)
-    same(by_hand(seeded(style), batches()), run, style.__name__)
-    plain = fit([], module=seeded(style), max_epochs=2)
-    assert difference(dict(plain.module.state_dict()), dict(run.module.state_dict())) is not None
+def test_the_second_evaluation_leaves_statistics_alone():
+    run = fit([ToySAM(RADIUS)], module=seeded(SGDBatchNorm), max_epochs=2)
+    same(by_hand(seeded(SGDBatchNorm), batches()), run, "statistics")
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -19,7 +19,7 @@ from lightning_peft.testing.callbacks import FailAt, PlannedError, every_epoch
 from lightning_peft.testing.ddp import run_ddp
 from lightning_peft.testing.modules import Configured, Manual, Plain, TwoOptimizers, deepened, loader, trainer
 from lightning_peft.testing.runs import assert_clean, assert_same, fit
-from lightning_peft.testing.toys import ToyEntropy, ToyScale, ToyThreshold, ToyTuning
+from lightning_peft.testing.toys import ToyEntropy, ToyGate, ToyScale, ToyThreshold, ToyTuning
 
 BIASES = ["model.0.bias", "model.2.bias", "model.4.bias"]
 
@@ -224,6 +224,17 @@ def test_a_reparametrisation_leaves_them_alone() -> None:
 
     fit([WeightCompander()], style=Backbone, after=[Keys()])
     assert look == ["model.4.parametrizations.weight.original"]
+
+
+def test_parts_train_unless_their_own_method_names_others() -> None:
+    class Choosing(ToyGate):
+        def trained(self, module: nn.Module) -> list[str]:
+            return [name for name, _ in module.named_parameters() if name.startswith("model.0") and "gate" in name]
+
+    for gates, layers in ((ToyGate(), "024"), (Choosing(name="toy_gate"), "0")):
+        look = Look()
+        fit([ToyTuning(), gates], after=[look])
+        assert look.trained[0] == [*BIASES, *(f"model.{layer}.layer_parts.toy_gate:toy_gate.gate" for layer in layers)]
 
 
 def test_all_frozen_is_refused_with_the_way_out() -> None:

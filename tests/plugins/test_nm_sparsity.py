@@ -88,32 +88,6 @@ def test_every_recipe_reaches_its_target_exactly(recipe, pattern):
         assert (module.model[index].weight != 0).all()
 
 
-@pytest.mark.parametrize("lam", [0.0, 2e-4])
-def test_sr_ste_equals_a_hand_written_loop(lam):
-    """Zhou et al. 2021: forward with the top-N mask, gradient straight through plus lambda (1 - mask) w."""
-    module = seeded()
-    fit(module, NMSparsity("2:4", "sr-ste", sr_lambda=lam))
-
-    reference = seeded()
-    layers = [reference.model[2], reference.model[4]]
-    optimizer = reference.configure_optimizers()
-    dense = {layer: layer.weight.detach().clone() for layer in layers}
-    for _ in range(2):
-        for x, y in data():
-            optimizer.zero_grad()
-            masks = {layer: nm_mask(dense[layer], 2, 4) for layer in layers}
-            for layer in layers:
-                layer.weight.data = dense[layer] * masks[layer]
-            nn.functional.cross_entropy(reference.model(x), y).backward()
-            for layer in layers:
-                layer.weight.grad += lam * ~masks[layer] * dense[layer]
-                layer.weight.data = dense[layer]
-            optimizer.step()
-            dense = {layer: layer.weight.detach().clone() for layer in layers}
-    for ours, theirs in ((module.model[2], layers[0]), (module.model[4], layers[1])):
-        torch.testing.assert_close(ours.weight, theirs.weight * nm_mask(theirs.weight, 2, 4), rtol=1e-6, atol=1e-7)
-
-
 def test_mdgf_pruned_weights_fade_by_the_published_factor():
     spy = Spy()
     module = seeded()

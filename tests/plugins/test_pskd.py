@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import lightning as L
@@ -10,18 +11,53 @@ import torch
 from lightning.pytorch.callbacks import Callback, LearningRateFinder
 from pskd_toys import EPOCHS, SIZE, Lit, close, epoch_loader, fit, loader, trainer
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_peft.attach.hub import apply_terms
 from lightning_peft.compose.loss import NonFiniteLossError
-from lightning_peft.testing import MethodTester
+from lightning_peft.testing import MethodTester, Reference, Task
 from lightning_peft.testing import loader as toy_loader
-from lightning_peft.testing.modules import Root
+from lightning_peft.testing.modules import BatchNorm, Root
 from lightning_peft.testing.toys import ToyScale
 from lightning_peft_plugins.regularizers.pskd import PSKD
 
 
+def published(task: Task) -> None:
+    """Kim et al., equations 4 and 5: targets soften with what was predicted for the same samples an epoch before."""
+    past: dict[int, Tensor] = {}
+    for epoch, batches in enumerate(task.epochs):
+        share = 0.8 * (epoch + 1) / len(task.epochs)
+        for place, (inputs, labels) in enumerate(batches):
+            logits = task.module.logits(inputs)
+            hard = F.one_hot(labels, logits.shape[1]).float()
+            target = (1 - share) * hard + share * past.get(place, hard)
+            task.step(-(target * logits.log_softmax(1)).sum(1).mean())
+            past[place] = logits.detach().softmax(1)
+
+
+def taught_by_the_epoch_before(task: Task) -> None:
+    """The same with a teacher, the network as the epoch before left it, which evaluates the inputs at hand."""
+    teacher: Any = None
+    for epoch, batches in enumerate(task.epochs):
+        share = 0.8 * (epoch + 1) / len(task.epochs) if teacher else 0.0
+        for inputs, labels in batches:
+            log_p = task.module.logits(inputs).log_softmax(1)
+            loss = (1 - share) * F.nll_loss(log_p, labels)
+            if teacher:
+                with torch.no_grad():
+                    soft = teacher.logits(inputs).softmax(1)
+                loss = loss - share * (soft * log_p).sum(1).mean()
+            task.step(loss)
+        teacher = copy.deepcopy(task.module).eval()
+
+
 class TestContract(MethodTester):
     methods = [PSKD, lambda: PSKD(0.5, memory="mapped"), lambda: PSKD(teacher="copy")]
+    references = [
+        Reference(published),
+        Reference(published, style=BatchNorm, optimizer="sgd"),
+        Reference(taught_by_the_epoch_before, lambda: PSKD(teacher="copy"), style=BatchNorm, optimizer="sgd"),
+    ]
     no_stream = "samples have no index|epochs="
 
 
@@ -109,9 +145,13 @@ def test_logs_alpha_coverage_and_its_loss() -> None:
 
 
 def test_teacher_copy_beside_weight_maps_and_of_the_module_itself() -> None:
-    for callbacks in ([ToyScale()], []):
-        module = Root()
+    def trained(*callbacks: Callback) -> dict[str, Tensor]:
         torch.manual_seed(0)
-        trainer(PSKD(0.8, teacher="copy"), *callbacks).fit(module, toy_loader(), toy_loader())
-        assert all(torch.isfinite(p).all() for p in module.parameters())
+        module = Root()
+        trainer(*callbacks).fit(module, toy_loader(), toy_loader())
         assert "forward" not in vars(module)
+        return dict(module.state_dict())
+
+    for others in ([ToyScale], []):
+        taught, alone = trained(PSKD(0.8, teacher="copy"), *(each() for each in others)), trained(*(each() for each in others))
+        assert all((taught[name] - alone[name]).abs().max() > 1e-4 for name in alone), "the teacher taught nothing"

@@ -133,8 +133,13 @@ class TestMap:
         assert layer.weight_maps["weight"].maps[0].log_a.item() == log_a, "scales survive the conversion exactly"
         assert layer.weight.dtype == dtype
         assert ((layer.weight - plain).abs() <= tolerance * plain.abs() + 1e-6).all()
-        layer(torch.randn(2, 64, dtype=dtype)).float().sum().backward()
-        assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+        inputs = torch.randn(2, 64, dtype=dtype)
+        layer(inputs).float().sum().backward()
+        found = [parameter.grad.float() for parameter in layer.parameters()]
+        layer.float().zero_grad()
+        layer(inputs.float()).sum().backward()
+        for rough, parameter in zip(found, layer.parameters(), strict=True):
+            assert (rough - parameter.grad).norm() <= 4 * tolerance * parameter.grad.norm()
 
     def test_double_precision(self) -> None:
         layer = nn.Linear(16, 8).double()
@@ -336,4 +341,4 @@ def test_scales_of_a_backbone_begin_to_train_when_it_does() -> None:
     assert scale not in trained[0]
     assert scale in trained[1]
     assert len(set(values)) == 1 + 4, "unchanged in the first epoch of four steps, and by each step of the second"
-    assert all(map(math.isfinite, run.losses))
+    assert sum(run.losses[4:]) < sum(run.losses[:4])

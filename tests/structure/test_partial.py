@@ -17,7 +17,7 @@ from lightning_peft.structure.partial import digest
 from lightning_peft.testing.callbacks import StopAfter, every_epoch
 from lightning_peft.testing.modules import BatchNorm, Plain, deepened, loader, trainer
 from lightning_peft.testing.runs import assert_same, fit
-from lightning_peft.testing.toys import ToyScale, ToyThreshold, ToyTuning
+from lightning_peft.testing.toys import ToyLowRank, ToyScale, ToyThreshold, ToyTuning
 from lightning_peft.testing.trace import difference
 
 BASE = 7  # the seed of the base; a module built with another has another base
@@ -41,6 +41,10 @@ def beside_a_reparametrisation() -> list[Any]:
     return [Small(), ToyScale(targets=["model.0"])]
 
 
+def beside_parts() -> list[Any]:
+    return [Small(), ToyLowRank()]
+
+
 def run(methods: Any, **settings: Any) -> Any:
     return fit(methods(), **{"seed": BASE, "max_epochs": 3, **settings})
 
@@ -52,7 +56,7 @@ def built(style: type[Plain] = Plain) -> Plain:
 
 @pytest.mark.parametrize("averaged", [False, True])
 @pytest.mark.parametrize("style", [Plain, BatchNorm])
-@pytest.mark.parametrize("methods", [low_rank, biases, beside_a_reparametrisation])
+@pytest.mark.parametrize("methods", [low_rank, biases, beside_a_reparametrisation, beside_parts])
 def test_resumes_and_loads_as_from_a_full_file(methods: Any, style: type[Plain], averaged: bool, tmp_path: Path) -> None:
     def others() -> list[Any]:
         return [EMAWeightAveraging(decay=0.5)] if averaged else []
@@ -76,6 +80,14 @@ def test_resumes_and_loads_as_from_a_full_file(methods: Any, style: type[Plain],
         assert difference(wanted, {key: baked[key] for key in wanted}) is None, name
 
 
+def test_a_weight_is_in_no_file_when_only_parts_beside_it_are_trained(tmp_path: Path) -> None:
+    run(beside_parts, after=[every_epoch(tmp_path)], max_epochs=1)
+    checkpoint = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
+    assert list(checkpoint["state_dict"]) == ["model.0.bias", "model.2.bias", "model.4.bias"]
+    assert checkpoint[KEY]["tensors"] == checkpoint[KEY]["part_weights"] == {}
+    assert all(part["state"]["up"].any() for stack in checkpoint[KEY]["parts"].values() for part in stack)
+
+
 def test_what_is_in_the_file(tmp_path: Path) -> None:
     run(low_rank, after=[every_epoch(tmp_path)], max_epochs=1)
     run(low_rank, after=[ModelCheckpoint(tmp_path, filename="light", save_weights_only=True)], max_epochs=1)
@@ -89,16 +101,18 @@ def test_what_is_in_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.:UserWarning")
-@pytest.mark.parametrize("others", [low_rank, lambda: [ToyTuning()]], ids=["same", "other"])
-def test_evaluates(others: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("methods", [low_rank, beside_parts])
+@pytest.mark.parametrize("same", [True, False], ids=["same", "other"])
+def test_evaluates(same: bool, methods: Any, tmp_path: Path) -> None:
     seen: list[Tensor] = []
 
     class Watched(Plain):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             seen.append(self.logits(batch[0]))
 
-    run(low_rank, style=Watched, after=[every_epoch(tmp_path)], max_epochs=1)
-    found: Any = trainer(callbacks=others()).predict(built(), loader(8), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True)
+    run(methods, style=Watched, after=[every_epoch(tmp_path)], max_epochs=1)
+    runner, path = trainer(callbacks=methods() if same else [ToyTuning()]), tmp_path / "epoch=0.ckpt"
+    found: Any = runner.predict(built(), loader(8), ckpt_path=path, weights_only=True)
     torch.testing.assert_close(found[0], seen[0])
 
 

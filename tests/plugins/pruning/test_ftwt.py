@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from lightning_peft import FTWT, LayerGrowth
 from lightning_peft.functional import active_channels
 from lightning_peft.network.channel_units import channel_units
-from lightning_peft.testing import MethodTester
+from lightning_peft.testing import MethodTester, Reference, Task
 from lightning_peft.testing.modules import Conv, Plain, deepened, loader
 from lightning_peft.testing.runs import fit
 from lightning_peft.weights.parts import put_part
@@ -24,8 +25,48 @@ from lightning_peft_plugins.pruning import ftwt
 from lightning_peft_plugins.pruning._ftwt.channel_gate import ChannelGate, GateCut
 
 
+class Picture(Plain):
+    """Two convolutions with norms on a 4x4 image of one channel."""
+
+    def build(self) -> None:
+        layers = [nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3, padding=1), nn.ReLU()]
+        self.model = nn.Sequential(nn.Unflatten(1, (1, 4, 4)), *layers, nn.Flatten(), nn.Linear(80, 3))
+
+
+class PictureSGD(Picture):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
+
+
+def gated(task: Task) -> list[float]:
+    """One gate, on the second convolution, in plain PyTorch."""
+    model, losses = task.module.model, []
+    weight, bias = (nn.Parameter(value) for value in (torch.zeros(5, 6), torch.ones(5)))
+    task.optimizer.add_param_group({"params": [weight, bias], "lr": 0.2, "weight_decay": 0.0})
+    for inputs, labels in task.batches:
+        hidden = model[:4](inputs)
+        logits = hidden.detach().mean((2, 3)).softmax(-1) @ weight.T + bias
+        output = model[5](model[4](hidden))
+        strength = output.detach().abs().amax((2, 3))
+        share, order = (strength / strength.sum(1, keepdim=True)).sort(1, descending=True)
+        kept = torch.zeros_like(strength).scatter(1, order, (share.cumsum(1) <= 0.6 + 1e-5).float())
+        kept.scatter_(1, order[:, :1], 1.0)
+        loss = cross_entropy(model[6:](output * (logits.detach() > 0)[:, :, None, None]), labels)
+        losses.append(loss.item())
+        task.step(loss + 0.5 * binary_cross_entropy_with_logits(logits, kept, reduction="none").sum(1).mean())
+    return losses
+
+
+def one_gate(**mass: Any) -> FTWT:
+    return FTWT(**mass, strength=0.5, cooldown=None, lr_scale=4.0, exclude=["model.1"])
+
+
 class TestFTWT(MethodTester):
     methods = [lambda: FTWT(0.8, tokens="sample", strength=0.1)]
+    references = [
+        Reference(gated, partial(one_gate, **mass), style=PictureSGD, tolerance=1e-4)
+        for mass in ({"mass": 0.6}, {"mass": 0.9, "masses": {"all-conv": 0.3, "model.4": 0.6}})
+    ]
     no_exact_bake = "the module keeps all its channels; deploy() gives the network that leaves some out"
     no_ordinary_file = "predictors gate channels in validation, and an ordinary network has none"
 
@@ -56,52 +97,6 @@ def test_largest_channels_are_kept(strength: list[float], keep: float, criterion
     if criterion == "mass" and mask.sum() > 1:
         assert values[mask].sum() <= (keep + 1e-4) * values.sum()
     torch.testing.assert_close(active_channels(torch.stack([values, values]), keep, criterion), torch.stack([mask, mask]))
-
-
-class Picture(Plain):
-    """Two convolutions with norms on a 4x4 image of one channel."""
-
-    def build(self) -> None:
-        layers = [nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3, padding=1), nn.ReLU()]
-        self.model = nn.Sequential(nn.Unflatten(1, (1, 4, 4)), *layers, nn.Flatten(), nn.Linear(80, 3))
-
-
-class PictureSGD(Picture):
-    def configure_optimizers(self) -> Any:
-        added = [p for name, p in self.named_parameters() if "extra" in name]
-        own = [p for name, p in self.named_parameters() if "extra" not in name]
-        groups = [{"params": own}] + ([{"params": added, "lr": 0.2, "weight_decay": 0.0}] if added else [])
-        return torch.optim.SGD(groups, lr=0.05, momentum=0.9, weight_decay=0.01)
-
-
-class ByHand(PictureSGD):
-    """One gate, on the second convolution, in plain PyTorch."""
-
-    def build(self) -> None:
-        super().build()
-        self.extra = nn.ParameterList([torch.zeros(5, 6), torch.ones(5)])
-
-    def base_loss(self, batch: Any) -> Tensor:
-        hidden = self.model[:4](batch[0])
-        logits = hidden.detach().mean((2, 3)).softmax(-1) @ self.extra[0].T + self.extra[1]
-        output = self.model[5](self.model[4](hidden))
-        strength = output.detach().abs().amax((2, 3))
-        share, order = (strength / strength.sum(1, keepdim=True)).sort(1, descending=True)
-        kept = torch.zeros_like(strength).scatter(1, order, (share.cumsum(1) <= 0.6 + 1e-5).float())
-        kept.scatter_(1, order[:, :1], 1.0)
-        loss = cross_entropy(self.model[6:](output * (logits.detach() > 0)[:, :, None, None]), batch[1])
-        self.log("loss", loss)
-        return loss + 0.5 * binary_cross_entropy_with_logits(logits, kept, reduction="none").sum(1).mean()
-
-
-@pytest.mark.parametrize("mass", [{"mass": 0.6}, {"mass": 0.9, "masses": {"all-conv": 0.3, "model.4": 0.6}}], ids=str)
-def test_training_by_hand(mass: dict[str, Any]) -> None:
-    method = FTWT(**mass, strength=0.5, cooldown=None, lr_scale=4.0, exclude=["model.1"])
-    mine = fit([method], style=PictureSGD, max_epochs=3)
-    theirs = fit([], style=ByHand, max_epochs=3)
-    torch.testing.assert_close(mine.losses, theirs.losses, rtol=1e-4, atol=1e-5)
-    for name, value in mine.module.state_dict().items():
-        torch.testing.assert_close(value, theirs.module.state_dict()[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.SiLU(), nn.LeakyReLU(), nn.Tanh()], ids=str)

@@ -1,26 +1,23 @@
-"""Every method of the family leaves a module what it is to others: compiled, averaged, moved, copied and saved meanwhile."""
+"""What adapts a module of which others have made something: an average, compiled code."""
 
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import SingleDeviceStrategy
-from test_stream import METHODS, Stop, same, state
+from test_stream import METHODS, same, state
 from tta_toys import Trained, batch_norm_net, close, layer_norm_net, run, stream
 
-from lightning_peft import LAME
 from lightning_peft.capture.shim import Shim
 from lightning_peft.testing.modules import trainer
 
-ALL = {**METHODS, "LAME": LAME}
-VARIED = ["Tent", "CoTTA", "RoTTA", "MEMO"]  # one for each way to call the network and to normalise
-every_method = pytest.mark.parametrize("make", ALL.values(), ids=ALL)
+# One for each way to call the network and to normalise.
+ONE_OF_EACH = {name: METHODS[name] for name in ("Tent", "CoTTA", "RoTTA", "MEMO")}
+every_way = pytest.mark.parametrize("make", ONE_OF_EACH.values(), ids=ONE_OF_EACH)
 
 
 class Bare(Trained):
@@ -43,74 +40,15 @@ class Half(WeightAveraging):
         super().__init__(avg_fn=lambda average, value, count: (average + value) / 2)
 
 
-class Elsewhere(SingleDeviceStrategy):
-    """Moves the module where Lightning's strategies do, before callbacks' teardown, to another device or dtype."""
-
-    def __init__(self, to):
-        super().__init__(device=torch.device("cpu"))
-        self.to = to
-
-    def teardown(self):
-        self.lightning_module.to(self.to)
-
-
-@every_method
-def test_every_tensor_is_where_the_strategy_put_it(make):
-    for to in ("meta", torch.float64):
-        module = Bare(batch_norm_net())
-        module.net[0].weight.grad = torch.ones_like(module.net[0].weight)
-        values = state(module.net)
-        trainer(callbacks=[make()], strategy=Elsewhere(to), devices="auto").test(module, stream(2), verbose=False)
-        wanted = copy.deepcopy(module).to(to)
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            assert (tensor.device, tensor.dtype) == ((other := wanted.state_dict()[name]).device, other.dtype), name
-            assert tensor.grad is None or (tensor.grad.device, tensor.grad.dtype) == (tensor.device, tensor.dtype)
-        if to == torch.float64:
-            found = module.net.state_dict()
-            assert all(torch.equal(found[name], value.to(found[name].dtype)) for name, value in values.items())
-
-
-class Look(Callback):
-    """Copies, saves and lists the module in the middle of a stream."""
-
-    def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
-        if batch_idx == 1:
-            self.names = list(pl_module.state_dict()), [name for name, _ in pl_module.named_parameters()]
-            self.twin = copy.deepcopy(pl_module.net)
-            file = io.BytesIO()
-            torch.save(pl_module.net, file)
-            file.seek(0)
-            self.read = torch.load(file, weights_only=False)
-
-
-@every_method
-def test_the_module_is_an_ordinary_one_meanwhile(make):
-    module, look = Bare(batch_norm_net()), Look()
-    names = list(module.state_dict()), [name for name, _ in module.named_parameters()]
-    trainer(callbacks=[make(), look]).test(module, stream(2), verbose=False)
-    assert look.names == names
-    x = next(iter(stream(1)))[0]
-    for twin in (look.twin, look.read):  # copies made in inference mode
-        assert not any(isinstance(vars(part).get("forward"), Shim) or part._forward_pre_hooks for part in twin.modules())
-        plain = batch_norm_net()
-        plain.load_state_dict(twin.state_dict())
-        with torch.inference_mode():
-            assert torch.equal(twin(x), plain(x))
-
-
 # torch's compiler looks at this attribute of every input, and hides its warning in a way that "error" defeats.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize(("name", "whole"), [*((name, True) for name in ALL), *((name, False) for name in VARIED)])
-def test_compiled_modules_are_adapted(name, whole):
-    make = ALL[name]
+@every_way
+def test_a_compiled_module_is_adapted(make):
     wanted = run(batch_norm_net(), make(), loaders=stream(3))
     torch._dynamo.reset()
     module = Bare(batch_norm_net())
     module.__dict__["predictions"] = found = Found()
-    if not whole:
-        module.net = torch.compile(module.net, backend="eager")
-    given = torch.compile(module, backend="eager") if whole else module
-    trainer(callbacks=[make(), found]).test(given, stream(3), verbose=False)
+    trainer(callbacks=[make(), found]).test(torch.compile(module, backend="eager"), stream(3), verbose=False)
     close(found.logits, wanted, 1e-5)
     assert not any(isinstance(vars(part).get("forward"), Shim) for part in module.modules())
 
@@ -126,11 +64,11 @@ class Found(Callback):
         self.logits.append(logits.clone())
 
 
-@pytest.mark.parametrize("make", [ALL[name] for name in VARIED], ids=VARIED)
+@every_way
 @pytest.mark.parametrize("net", [batch_norm_net, layer_norm_net], ids=["batch norm", "layer norm"])
 @pytest.mark.parametrize("first", [True, False], ids=["average first", "average last"])
 def test_a_validation_adapts_the_average_and_gives_it_back(make, net, first):
-    if (net is layer_norm_net) == first and make is not ALL["Tent"]:
+    if (net is layer_norm_net) == first and make is not METHODS["Tent"]:
         pytest.skip("one order for each network is enough")
     average, module = Half(), Bare(net().train())
     callbacks = [average, make()] if first else [make(), average]
@@ -153,7 +91,7 @@ def test_a_validation_adapts_the_average_and_gives_it_back(make, net, first):
 
 def test_keep_and_an_average_swapped_in():
     average, module = EMAWeightAveraging(decay=0.5), Bare(layer_norm_net().train())
-    method = ALL["Tent"](keep=True)
+    method = METHODS["Tent"](keep=True)
     runner = trainer(callbacks=[average, method], max_epochs=1)
     runner.fit(module, stream(2), stream(1))
     own = state(module)
@@ -162,21 +100,3 @@ def test_keep_and_an_average_swapped_in():
     assert same(module, own)
     runner.test(module, stream(2), verbose=False)
     assert not same(module, own)
-
-
-@every_method
-def test_tested_after_a_fit_and_twice_and_interrupted(make):
-    module = Bare(batch_norm_net().train())
-    runner = trainer(callbacks=[make()], max_epochs=1)
-    runner.fit(module, stream(2), stream(1, seed=4))
-    trained = state(module)
-    seen = []
-    for _ in range(2):
-        module.predictions.clear()
-        runner.test(module, [stream(2), stream(2, seed=3)], verbose=False)
-        seen.append([p.clone() for p in module.predictions])
-        assert same(module, trained)
-    close(*seen, 0)
-    with pytest.raises(ValueError, match="planned"):
-        trainer(callbacks=[make(), Stop(ValueError("planned"), at=1)]).test(module, stream(2), verbose=False)
-    assert same(module, trained)
