@@ -358,7 +358,7 @@ class ToyEntropy(Method):
 
 def _indices(value: Any, place: str) -> str | None:
     fits = isinstance(value, Tensor) and value.dtype == torch.int64 and value.ndim == 1
-    return None if fits else f"{place} is no vector of sample positions"
+    return None if fits else f"{place} is not a vector of sample positions"
 
 
 class Adapted(nn.Module):
@@ -391,7 +391,7 @@ class Adapter(Replacement):
     def check(self, layer: nn.Module) -> None:
         fits = isinstance(layer, nn.Linear) and type(self.width) is int and 1 <= self.width <= layer.out_features
         if not fits:
-            raise ValueError(f"width={self.width!r} is no whole number from 1 to the outputs of a linear layer")
+            raise ValueError(f"width={self.width!r} is not a whole number from 1 to the outputs of a linear layer")
 
     def build(self, layer: nn.Module) -> nn.Module:
         return Adapted(layer, self.width)

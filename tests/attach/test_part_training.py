@@ -225,7 +225,7 @@ class Spare(Frozen):
 
 
 def test_a_part_that_no_call_reaches_is_warned_of():
-    with pytest.warns(UserWarning, match="No call of its layer came by the part 'toy_low_rank' of ToyLowRank on model.0,"):
+    with pytest.warns(UserWarning, match="No call of its layer reached the part 'toy_low_rank' of ToyLowRank on model.0,"):
         fit([ToyLowRank()], style=Spare)
 
 
@@ -281,7 +281,7 @@ def test_a_part_is_cut_with_its_layer_and_mended():
 def test_a_part_that_does_not_say_how_is_not_cut_with_its_layer():
     net = mlp()
     put_part(net, "2", Adapter()).owner = "Adapters"
-    with pytest.raises(CheckpointError, match=r"2\.weight is to be cut, but the layer part 'adapter' .*exclude=\['2'\]"):
+    with pytest.raises(CheckpointError, match=r"2\.weight should be cut, but the layer part 'adapter' .*exclude=\['2'\]"):
         journal.edit(net, sliced(net))
     assert net[0].weight.shape == (16, 16)
 

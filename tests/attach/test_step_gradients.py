@@ -177,7 +177,7 @@ def test_sam_with_a_gradient_scaler(start):
     method = Scaled(RADIUS)
     plugin = MixedPrecision("16-mixed", "cpu", scaler())
     run = fit([method], module=seeded(SGD), max_epochs=3, plugins=[plugin], gradient_clip_val=0.5)
-    context = lambda: torch.autocast("cpu", torch.half, cache_enabled=False)  # noqa: E731
+    context = partial(torch.autocast, "cpu", torch.half, cache_enabled=False)
     same(by_hand(seeded(SGD), batches(3), context=context, scaler=scaler(), clip=0.5), run, "16-mixed")
     assert seen[0] == start
     skipped = sum(after < before for before, after in itertools.pairwise([*seen, plugin.scaler.get_scale()]))
@@ -369,7 +369,7 @@ class Adds(Closures):
             optimizer.zero_grad()
 
 
-@pytest.mark.parametrize(("style", "message"), [(Manual, "got no closure"), (Adds, "adds to gradients of before")])
+@pytest.mark.parametrize(("style", "message"), [(Manual, "got no closure"), (Adds, "adds to the gradients of the last call")])
 def test_what_cannot_be_computed_again_is_refused(style, message):
     with pytest.raises(MisconfigurationException, match=rf"{message}.*toy_sam|toy_sam.*{message}.*optimizer.zero_grad\(\)"):
         fit([ToySAM()], style=style)
