@@ -32,6 +32,7 @@ _HOMES = {
     "load_from_checkpoint": "baking.bake",
     "plan": "attach.plan",
     "save_baked": "baking.baked_folder",
+    "switch": "weights.switch",
     "semi_structured": "baking.semi_structured",
     "to_exported": "baking.portable",
     "to_onnx": "baking.portable",

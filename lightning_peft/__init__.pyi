@@ -26,6 +26,7 @@ from lightning_peft.optim.wrapped import WrappedOptimizer as WrappedOptimizer
 from lightning_peft.report.compare_deployments import compare_deployments as compare_deployments
 from lightning_peft.weights.layer_part import LayerPart as LayerPart
 from lightning_peft.weights.maps import WeightMap as WeightMap
+from lightning_peft.weights.switch import switch as switch
 from lightning_peft_plugins.growth.layer_growth import LayerGrowth as LayerGrowth
 from lightning_peft_plugins.growth.mixture_growth import MixtureGrowth as MixtureGrowth
 from lightning_peft_plugins.growth.stage_sharing import StageSharing as StageSharing

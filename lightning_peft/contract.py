@@ -77,6 +77,8 @@ class Contract:
         spares_frozen: Whether it leaves frozen weights alone, as lanes ``REPARAM`` and ``MASK`` do.
         checkpoint: ``"full"``, or ``"trained"``: checkpoints of a fit leave out what it does not change, and hold digests of
             that instead. One method that says so is enough.
+        stays: Whether the maps and parts it attaches in a fit stay on the module when that is over, live, instead of going into
+            the weights.
         fixed_arguments: Constructor arguments of a base that the class gives itself, and does not take.
         after: Names of methods of the same lane that act before this one, where otherwise names decide; set it on the class, or
             on the object: ``method.after = ("other",)``.
@@ -97,6 +99,7 @@ class Contract:
     fixed_arguments: ClassVar[frozenset[str]] = frozenset()
 
     checkpoint: Literal["full", "trained"] = "full"
+    stays: bool = False
     run: Run | None = None
     after: Sequence[str] = ()
     _arguments: dict[str, Any]
@@ -326,7 +329,7 @@ class Contract:
 
     def map_weight(self, module: nn.Module, name: str, weight_map: WeightMap) -> WeightMap:
         """Attach a map to the tensor called ``name`` (``"model.fc1.weight"``) and return it, or the one it carries already."""
-        weight_map.owner = type(self).__name__
+        weight_map.owner, weight_map.method = type(self).__name__, self.name
         present = attached_map(module, name, weight_map)
         if present is None:
             attach_map(module, name, weight_map)

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lightning_peft.attach import averaging, method_records
-from lightning_peft.attach.saving import leave_out_base, structure_record, write
+from lightning_peft.attach.saving import described, described_parts, leave_out_base, structure_record, write
 from lightning_peft.capture.shim import Shim
 from lightning_peft.contract import methods_of, ordered
 from lightning_peft.structure import checkpoint as files
@@ -18,6 +18,7 @@ from lightning_peft.structure import journal, part_states, plain_state
 from lightning_peft.structure.carry import group_names
 from lightning_peft.weights import stash
 from lightning_peft.weights.maps import mapped_tensors
+from lightning_peft.weights.parts import placed_parts
 
 _GROUPS: weakref.WeakKeyDictionary[nn.Module, list[list[list[str]]]] = weakref.WeakKeyDictionary()
 """Names in the optimizers of the last fit of an edited module, as they were with its maps on."""
@@ -50,24 +51,30 @@ class LastHook(Shim):
         stashed = stash.peek(self._module)
         weights = {name: tensor.records for name, tensor in stashed.items()}
         average = self._average(checkpoint)
-        if average is not None:
-            weights = weights or files.section_of(average, [])["weights"]
-        section = files.section(weights, [method_records.describe(method) for method in listed])
+        methods = [method_records.describe(method) for method in listed]
+        if average is None:
+            kept, beside = described(self._trainer, self._module, checkpoint, [])
+            beside |= plain_state.stored_beside(checkpoint["state_dict"], files.training_tensors(stashed))
+            section = {**kept, **files.section(kept["weights"] | weights, methods)}
+        else:
+            section = files.section(files.section_of(average, [])["weights"] | weights, methods)
+            beside = _separate_average(checkpoint, section, files.training_tensors(stashed))
+            section |= described_parts(self._trainer, self._module, checkpoint, section) if self._keeps_parts() else {}
         if journal.journal_of(self._module):
             section |= structure_record(self._module, _GROUPS.get(self._module, []))
-        if average is None:
-            beside = plain_state.stored_beside(checkpoint["state_dict"], files.training_tensors(stashed))
-        else:
-            beside = _separate_average(checkpoint, section, files.training_tensors(stashed))
-        section |= _stashed_parts(stash.peek_parts(self._module))
+        for key, entries in _stashed_parts(stash.peek_parts(self._module)).items():
+            section[key] = section.get(key, {}) | entries
         leave_out_base(self._module, listed, checkpoint, section, beside)
         write(inner, checkpoint, section, beside)
+
+    def _keeps_parts(self) -> bool:
+        return any(True for _ in placed_parts(self._module))
 
     def _average(self, checkpoint: Mapping[str, Any]) -> nn.Module | None:
         """The copy of the module that an averaging callback has put in its place, when maps are still on that."""
         if "current_model_state" not in checkpoint:
             return None
-        copies = averaging.copies(self._trainer)
+        copies = averaging.averaged_modules(self._trainer)
         return next((copy for copy in copies if any(True for _ in mapped_tensors(copy))), None)
 
 

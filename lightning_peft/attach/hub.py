@@ -18,13 +18,14 @@ from torch.utils.hooks import RemovableHandle
 from lightning_peft.attach import after_fit, averaging, part_calls
 from lightning_peft.attach.editing import edit_training
 from lightning_peft.attach.first_edits import FirstEdits
+from lightning_peft.attach.lasting import leave_hooks
 from lightning_peft.attach.loader_state import restore_loader
 from lightning_peft.attach.map_groups import MapGroups
 from lightning_peft.attach.method_lives import MethodLives
 from lightning_peft.attach.neighbours import check_neighbours
 from lightning_peft.attach.optimizer_wraps import wrap_optimizers
 from lightning_peft.attach.plan import network_of, resolve
-from lightning_peft.attach.saving import CheckpointHooks, JournalShim
+from lightning_peft.attach.saving import CheckpointHooks
 from lightning_peft.attach.step_gradients import StepGradients
 from lightning_peft.attach.step_rates import StepRates
 from lightning_peft.attach.steps import StepTerms
@@ -45,7 +46,9 @@ from lightning_peft.optim.schedulers import FreshSchedule
 from lightning_peft.strategies.support import check_strategy
 from lightning_peft.structure.carry import regroup
 from lightning_peft.weights import stash
-from lightning_peft.weights.maps import detach_maps, forget_pristine, mapped_tensors
+from lightning_peft.weights.attachment import Attachment
+from lightning_peft.weights.detach import attachments, check_stay, detach_maps
+from lightning_peft.weights.maps import forget_pristine, mapped_tensors
 from lightning_peft.weights.parts import placed_parts
 
 _HUBS: weakref.WeakKeyDictionary[nn.Module, Hub] = weakref.WeakKeyDictionary()
@@ -129,6 +132,7 @@ class Hub:
         self._saving: CheckpointHooks | None = None
         self._first = FirstEdits(module, self.methods)
         self._finished: list[Contract] = []
+        self._found: frozenset[Attachment] = frozenset()
         self._gradients_pending = False
         self._attached = self._moved = self._ready = False
 
@@ -175,9 +179,11 @@ class Hub:
         plan = resolve(self.methods, module, self.run.network_name)
         check_neighbours(self.run.trainer, self.methods, module)
         stashed, stashed_parts = stash.peek(module), stash.peek_parts(module)
+        self._found = frozenset(attachments(module))
         self._attached = True
         for method in self.methods:
             method.attach(module)
+        check_stay(module, self._staying(attached=True))
         if self._fitting:
             warn_of_twins(module)
         stash.restore(module, stashed)
@@ -418,8 +424,20 @@ class Hub:
             else:
                 self._first.undo(trained=self._moved)
             self._trained.thaw()
-            JournalShim.keep(module)
+            leave_hooks(module)
             self.lives.end(refused=refused)
+
+    def _staying(self, *, attached: bool) -> frozenset[Attachment]:
+        """What is on the module when the run is over: after a fit what its methods keep, and what was there that is not theirs.
+
+        Args:
+            attached: Whether what the methods of this fit attached counts; else there is what was there before.
+        """
+        if not (self._fitting and attached):
+            return self._found
+        stays = {method.name: method.stays for method in self.methods}
+        present = attachments(self.run.module)
+        return frozenset(each for each in present if stays.get(each.method, each.stays))
 
     def _finish(self, method: Contract) -> None:
         if method not in self._finished:
@@ -428,14 +446,18 @@ class Hub:
 
     def _strip(self, failed: bool) -> None:
         module = self.run.module
+        stay = self._staying(attached=not failed or self._moved)
         if self._fitting and self.run.started and failed:
             after_fit.note_groups(self.run.trainer, module)
         if self._fitting:
-            stash.fill(module)
-            warn_of_copies(module, averaging.copies(self.run.trainer))
+            stash.fill(module, stay)
+            if not stay.issuperset(attachments(module)):
+                warn_of_copies(module, averaging.copies(self.run.trainer))
             if not failed:
-                part_calls.warn_lost(module)
-        detach_maps(module, "baked" if self._fitting and not failed else "pristine")
+                part_calls.warn_lost(module, stay)
+        detach_maps(module, "baked" if self._fitting and not failed else "pristine", stay=stay)
+        for attachment in stay:
+            attachment.stays = True
         if failed:
             self._first.undo(trained=self._moved)
         stash.seal(module)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -9,6 +11,7 @@ from torch import nn
 
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.structure.part_states import unmergeable
+from lightning_peft.weights.attachment import Attachment
 from lightning_peft.weights.parts import PlacedPart, placed_parts
 
 
@@ -52,9 +55,9 @@ def warn_untrained(trainer: Trainer, module: nn.Module) -> None:
         )
 
 
-def warn_lost(module: nn.Module) -> None:
-    """Say which parts a module is about to lose for good, because they cannot go into its weights."""
-    if lost := unmergeable(module):
+def warn_lost(module: nn.Module, stay: Collection[Attachment] = frozenset()) -> None:
+    """Say which parts a module is about to lose for good, because they cannot go into its weights and do not stay."""
+    if lost := unmergeable(module, stay):
         rank_zero_warn(
             f"The fit is over and the module is an ordinary one again, without the part {lost[0]}{_more(lost)}, which cannot "
             "be merged into a weight. It is in the checkpoints, and comes back when the module is trained, tested or used "

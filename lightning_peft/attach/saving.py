@@ -7,13 +7,12 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lightning_peft.attach import averaging, method_records
 from lightning_peft.attach.editing import follow
 from lightning_peft.attach.trained import TrainedParameters
-from lightning_peft.capture.shim import Shim
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.compose.run import Run
 from lightning_peft.contract import Contract
@@ -35,39 +34,6 @@ def structure_record(module: LightningModule, groups: list[list[list[str]]]) -> 
 
 _BASES: weakref.WeakKeyDictionary[nn.Module, partial.Digests] = weakref.WeakKeyDictionary()
 """Digests of what modules held when their first fit began."""
-
-
-class JournalShim(Shim):
-    """Goes on writing the journal of an edited module into its checkpoints when no run of the library does.
-
-    Unlike other shims it stays on the module, which is no longer what its class builds, and on copies of it; pickles are clean.
-
-    Args:
-        module: The edited module.
-    """
-
-    def __init__(self, module: LightningModule) -> None:
-        self._module = weakref.ref(module)
-        super().__init__(module, "on_save_checkpoint", self._save)
-
-    @classmethod
-    def keep(cls, module: LightningModule) -> None:
-        """Install it, if the module was edited and has none yet."""
-        if journal.journal_of(module) and not isinstance(vars(module).get("on_save_checkpoint"), cls):
-            cls(module).install()
-
-    def _save(self, inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
-        inner(checkpoint)
-        module = self._module()
-        if module is None or files.KEY in checkpoint or not journal.journal_of(module):
-            return
-        optimizers = module.trainer.optimizers if checkpoint.get("optimizer_states") else []
-        checkpoint[files.KEY] = files.section_of(module, []) | structure_record(module, group_names(module, optimizers))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> JournalShim:
-        twin: LightningModule = copy.deepcopy(self._module(), memo)  # type: ignore[assignment]
-        journal.hand_on(self._module(), twin)  # type: ignore[arg-type]
-        return JournalShim(twin)
 
 
 def write(inner: Callable[..., Any], checkpoint: dict[str, Any], section: dict[str, Any], beside: Mapping[str, Any]) -> None:
@@ -124,6 +90,43 @@ def leave_out_base(
     section["base"] = left
 
 
+def described(
+    trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any], methods: Sequence[dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Give a checkpoint the names and weights of an ordinary one.
+
+    Args:
+        trainer: The Trainer that saves.
+        module: The module.
+        checkpoint: The checkpoint, its tensors by training-time name.
+        methods: Records of the methods.
+
+    Returns:
+        The library's section, and what training needs beside the checkpoint's tensors.
+    """
+    section = files.section_of(module, methods)
+    state = checkpoint["state_dict"]  # an averaging callback's, when there is one
+    state.update(plain_state.masks_of(checkpoint.get("current_model_state", {}), section["weights"]))
+    seen = plain_state.seen_values(module, state, trainer.precision_plugin.forward_context())
+    checkpoint["state_dict"], beside = plain_state.split(state, seen)
+    return section | described_parts(trainer, module, checkpoint, section), beside
+
+
+def described_parts(
+    trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any], section: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write the layer parts that belong to the state dict, and those of the module and its averages beside them.
+
+    Lightning's WeightAveraging has put the average into the state dict by now.
+    """
+    averages = averaging.averaged_modules(trainer)
+    owner = averaging.shown(trainer) if "current_model_state" in checkpoint else module
+    found = part_states.write(checkpoint["state_dict"], owner or module, section["weights"])
+    if found and averages:
+        found[part_states.COPIES] = [part_states.states_of(each) for each in (module, *averages)]
+    return found
+
+
 class CheckpointHooks:
     """Handlers that stand in front of a module's ``on_save_checkpoint`` and ``on_load_checkpoint``.
 
@@ -152,30 +155,13 @@ class CheckpointHooks:
 
     def save(self, inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         """Give the checkpoint the names and weights of an ordinary one, which the module's own hook knows, and the section."""
-        section = files.section_of(self._module, [method_records.describe(method) for method in self._methods])
+        records = [method_records.describe(method) for method in self._methods]
+        section, beside = described(self._trainer, self._module, checkpoint, records)
         if journal.journal_of(self._module):
             groups = group_names(self._module, self._trainer.optimizers) if self._fitting else []
             section |= structure_record(self._module, groups)
-        context = self._trainer.precision_plugin.forward_context()
-        state = checkpoint["state_dict"]  # an averaging callback's, when there is one
-        state.update(plain_state.masks_of(checkpoint.get("current_model_state", {}), section["weights"]))
-        seen = plain_state.seen_values(self._module, state, context)
-        checkpoint["state_dict"], beside = plain_state.split(state, seen)
-        section |= self._parts(checkpoint, section)
         leave_out_base(self._module, self._methods, checkpoint, section, beside)
         write(inner, checkpoint, section, beside)
-
-    def _parts(self, checkpoint: dict[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the layer parts that belong to the state dict, and those of the module and its averages beside them.
-
-        Lightning's WeightAveraging has put the average into the state dict by now.
-        """
-        averages = averaging.averaged_modules(self._trainer)
-        owner = averaging.shown(self._trainer) if "current_model_state" in checkpoint else self._module
-        found = part_states.write(checkpoint["state_dict"], owner or self._module, section["weights"])
-        if found and averages:
-            found[part_states.COPIES] = [part_states.states_of(module) for module in (self._module, *averages)]
-        return found
 
     def load(self, inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         """Check the file, and translate weights that were saved under other maps.
@@ -210,6 +196,7 @@ class CheckpointHooks:
             self._check_adoption(checkpoint, section)
         else:
             plain_state.check_map_states(checkpoint["state_dict"], self._module)
+            files.restore_switches(section or {}, tensors)
             self._load_parts(section or {}, parts)
         if not self._fitting:
             for method, state in saved:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,14 +14,15 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_peft.atomic_files import whole
-from lightning_peft.attach.saving import JournalShim
+from lightning_peft.attach.lasting import leave_hooks
 from lightning_peft.baking.reading import harmless_objects
 from lightning_peft.baking.reading import read_checkpoint as read_checkpoint
+from lightning_peft.baking.reopen import reopen
 from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure import journal, part_states, partial, plain_state
 from lightning_peft.structure.earlier_parts import upgraded
 from lightning_peft.structure.edits import Edit
-from lightning_peft.weights.maps import detach_maps
+from lightning_peft.weights.detach import detach_maps
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 LightningT = TypeVar("LightningT", bound=LightningModule)
@@ -85,6 +86,19 @@ def baked(checkpoint: Mapping[str, Any], base: Mapping[str, Tensor] | None = Non
     return {**kept, "state_dict": files.bake_state_dict(state, section), files.KEY: history}
 
 
+def _as_saved(checkpoint: Mapping[str, Any], base: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """Return what :func:`baked` does with the weights that the file has for an ordinary module, parts still beside them."""
+    section = files.read(checkpoint)
+    if section is None or section["version"] < plain_state.PLAIN:
+        raise files.CheckpointError(
+            "The checkpoint has no weight maps or layer parts that could be attached: it was saved without a method, or by a "
+            "version of lightning-peft that did not write them so. Load it without attached=True."
+        )
+    state = dict(partial.filled(checkpoint["state_dict"], section, base))
+    plain_state.refuse_edited(plain_state.edited(state, section))
+    return {**{key: checkpoint[key] for key in checkpoint if _is_kept(key)}, "state_dict": state}
+
+
 def _is_kept(key: str) -> bool:
     return key in _KEPT or key.startswith(("hyper_parameters", "hparams"))
 
@@ -116,7 +130,9 @@ def bake_checkpoint(
     return target
 
 
-def load_from_checkpoint(cls: type[LightningT], path: str | Path, *, trusted: bool = False, **kwargs: Any) -> LightningT:
+def load_from_checkpoint(
+    cls: type[LightningT], path: str | Path, *, trusted: bool = False, attached: bool = False, **kwargs: Any
+) -> LightningT:
     """Load a LightningModule from any checkpoint of a run with methods, baked, and grown if it was.
 
     Args:
@@ -124,10 +140,13 @@ def load_from_checkpoint(cls: type[LightningT], path: str | Path, *, trusted: bo
         path: Checkpoint written during or after training.
         trusted: Whether Python objects in the file may be rebuilt, as a network among the hyperparameters; see
             :func:`read_checkpoint`.
+        attached: Attach weight maps and layer parts as they were in the file instead of baking them, to switch them
+            (:func:`lightning_peft.switch`) or to train on. What draws new masks or schedules is the method: without it they
+            stand still.
         **kwargs: Passed to ``cls.load_from_checkpoint``: constructor arguments, ``map_location``, ``strict``.
 
     Returns:
-        An ordinary module that computes what the trained one does.
+        A module that computes what the trained one does, an ordinary one unless ``attached``.
 
     Raises:
         CheckpointError: See :func:`read_checkpoint` and :func:`baked`; or LightningCLI trained another class.
@@ -138,22 +157,31 @@ def load_from_checkpoint(cls: type[LightningT], path: str | Path, *, trusted: bo
             "load_from_checkpoint has no weights_only: files are read as plain data. Where a file you trust holds Python "
             "objects, pass trusted=True instead of weights_only=False."
         )
-    found = read_checkpoint(path, trusted=trusted)
+    found = upgraded(read_checkpoint(path, trusted=trusted))
     section = files.read(found)
     left_out = bool(section and section.get("base"))
-    checkpoint = _without_tensors(found) if left_out else baked(found)
+    form = _as_saved if attached else baked
+    checkpoint = _without_tensors(found) if left_out else form(found)
+    filled = dict(checkpoint["state_dict"])
     edits = journal.read(section)
     if edits or left_out:
         cls = _claim_class(cls, checkpoint)
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     buffer.seek(0)
-    built = _replaying(cls, edits, found if left_out else None) if edits or left_out else cls
+
+    def fill(own: Mapping[str, Tensor]) -> dict[str, Any]:
+        filled.update(form(found, own)["state_dict"])
+        return dict(filled)
+
+    built = _replaying(cls, edits, fill if left_out else None) if edits or left_out else cls
     with harmless_objects():
         module: LightningT = built.load_from_checkpoint(buffer, weights_only=not trusted, **kwargs)
     if built is not cls:
         module.__class__ = cls
-        JournalShim.keep(module)
+    if attached and section is not None:
+        reopen(module, filled, section)
+    leave_hooks(module)
     return module
 
 
@@ -161,18 +189,20 @@ def _without_tensors(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in checkpoint.items() if _is_kept(key)} | {"state_dict": {}}
 
 
-def _replaying(cls: type[LightningT], edits: list[Edit], partial_file: Mapping[str, Any] | None) -> type[LightningT]:
+def _replaying(
+    cls: type[LightningT], edits: list[Edit], fill: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None
+) -> type[LightningT]:
     """Return a subclass that goes through edits between being built and being filled, and leaves the user's class alone.
 
     Args:
         cls: The user's class.
         edits: The edits.
-        partial_file: A checkpoint that is baked on the weights the class builds.
+        fill: Returns the tensors of a checkpoint from the weights the class builds, of which it holds none.
     """
 
     def on_load_checkpoint(self: LightningT, checkpoint: dict[str, Any]) -> None:
-        if partial_file is not None:
-            checkpoint["state_dict"] = baked(partial_file, self.state_dict())["state_dict"]
+        if fill is not None:
+            checkpoint["state_dict"] = fill(self.state_dict())
         journal.replay(self, edits, checkpoint["state_dict"])
         cls.on_load_checkpoint(self, checkpoint)
 

@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_peft.attach.saving import JournalShim
+from lightning_peft.attach.lasting import leave_hooks
 from lightning_peft.namespaces import both
 from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure import journal
@@ -47,7 +47,7 @@ def restore(module: nn.Module, state: Mapping[str, Any], edits: Sequence[Edit] =
         raise
     module.load_state_dict(dict(state), strict=strict)
     if isinstance(module, both(LightningModule)):
-        JournalShim.keep(module)
+        leave_hooks(module)
 
 
 def _check(module: nn.Module, state: Mapping[str, Any], strict: bool) -> None:

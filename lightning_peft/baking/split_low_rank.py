@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_peft.arguments import one_of
-from lightning_peft.attach.saving import JournalShim
+from lightning_peft.attach.lasting import leave_hooks
 from lightning_peft.namespaces import both
 from lightning_peft.network.targets import TargetSpec, select
 from lightning_peft.structure import journal
@@ -88,7 +88,7 @@ def split_low_rank(
         change.removed.update(shells(change.removed))  # the split is to save memory
         fill_pair(module.get_submodule(name), factors.shape, scheme, factors.left, factors.right)
     if isinstance(module, both(LightningModule)):
-        JournalShim.keep(module)
+        leave_hooks(module)
     return {name: len(factors.right) for name, factors in made.items()}
 
 

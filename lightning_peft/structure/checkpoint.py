@@ -144,6 +144,8 @@ def _is_record(item: object) -> bool:
         and isinstance(item.get("map"), str)
         and isinstance(item.get("method"), str)
         and isinstance(item.get("config"), dict)
+        and isinstance(item.get("name", ""), str)
+        and isinstance(item.get("enabled", True), bool)
     )
 
 
@@ -162,6 +164,8 @@ def rebuild_map(item: MapRecord) -> WeightMap:
                 raise CheckpointError(
                     f"The recorded arguments of the weight map {item['map']!r} do not fit: {error}"
                 ) from error
+            rebuilt.owner, rebuilt.method = item["method"], item.get("name", "")
+            rebuilt.enabled = item.get("enabled", True)
             return rebuilt
     raise CheckpointError(f"The method {item['method']} has no weight map {item['map']!r}; upgrade the package that ships it.")
 
@@ -192,8 +196,9 @@ def bake_state_dict(state: Mapping[str, Tensor], section: Mapping[str, Any]) -> 
             own = {key.removeprefix(prefix): plain.pop(key) for key in list(plain) if key.startswith(prefix)}
             try:
                 weight_map.load_state_dict(own)
-                with torch.no_grad():
-                    value = weight_map.bake(value)
+                if weight_map.enabled:
+                    with torch.no_grad():
+                        value = weight_map.bake(value)
             except Exception as error:
                 raise CheckpointError(f"The state of the weight map {item['map']!r} on {name} does not fit: {error}") from error
         if left := next((key for key in plain if key.startswith(maps_prefix(name))), None):
@@ -270,6 +275,13 @@ def difference(section: Mapping[str, Any], tensors: Sequence[MappedTensor]) -> s
         if then.get(name) != now.get(name):
             return f"{name} had {_list(then.get(name))} when it was saved and has {_list(now.get(name))} now"
     return None
+
+
+def restore_switches(section: Mapping[str, Any], tensors: Sequence[MappedTensor]) -> None:
+    """Switch weight maps on and off as the records of a section say, which are of the same maps."""
+    for mapped in tensors:
+        for weight_map, record in zip(mapped.maps, section["weights"][mapped.name], strict=True):
+            weight_map.enabled = record.get("enabled", True)
 
 
 def _list(kinds: list[str] | None) -> str:

@@ -20,7 +20,7 @@ from lightning_peft.network.block_lists import signature, ties
 from lightning_peft.structure import depth_settings as settings
 from lightning_peft.structure.edit_types import BlocksEdit, Recorded
 from lightning_peft.structure.errors import CheckpointError
-from lightning_peft.weights.maps import detach_maps
+from lightning_peft.weights.detach import detach_maps
 
 Blocks: TypeAlias = "nn.ModuleList | nn.Sequential"
 

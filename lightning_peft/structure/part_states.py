@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_peft import registry
 from lightning_peft.structure.errors import CheckpointError
 from lightning_peft.structure.forms import anything, dict_of, fields, flag, list_of, tensor, text
+from lightning_peft.weights.attachment import Attachment
 from lightning_peft.weights.layer_part import LayerPart
 from lightning_peft.weights.parts import part_stacks, placed_parts, recorded_parts
 
@@ -178,16 +179,22 @@ def rebuild_part(record: Mapping[str, Any]) -> LayerPart:
                 part: LayerPart = candidate(**record["config"])
             except Exception as error:  # a part's author cannot foresee what stands in a damaged file
                 raise CheckpointError(f"The recorded arguments of the part {record['part']!r} do not fit: {error}") from error
+            part.owner, part.method, part.enabled = record["method"], record["name"], record["enabled"]
             return part
     raise CheckpointError(
         f"The method {record['method']} has no layer part {record['part']!r}; upgrade the package that ships it."
     )
 
 
-def unmergeable(module: nn.Module) -> list[str]:
-    """Name the parts that would be lost if a module became an ordinary one now, as ``"<kind> of <method> on <layer>"``."""
+def unmergeable(module: nn.Module, stay: Collection[Attachment] = frozenset()) -> list[str]:
+    """Name the parts that would be lost if a module became an ordinary one now, as ``"<kind> of <method> on <layer>"``.
+
+    Args:
+        module: The module.
+        stay: What stays on it.
+    """
     return [
         f"{placed.part.kind!r} of {placed.part.owner} on {placed.path}"
         for placed in placed_parts(module)
-        if placed.part.enabled and not placed.part.merges and not placed.part.training_only
+        if placed.part.enabled and not placed.part.merges and not placed.part.training_only and placed.part not in stay
     ]

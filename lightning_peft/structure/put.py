@@ -21,7 +21,8 @@ from lightning_peft.structure.forms import anything, dict_of, fields, list_of, m
 from lightning_peft.structure.low_rank_pair import LowRankPair
 from lightning_peft.structure.plain import not_plain
 from lightning_peft.structure.replacement import Replacement
-from lightning_peft.weights.maps import detach_maps, plain_tensors
+from lightning_peft.weights.detach import detach_maps
+from lightning_peft.weights.maps import plain_tensors
 
 _OF_THE_ENGINE: tuple[type[Replacement], ...] = (LowRankPair,)
 _FORMS = {

@@ -87,23 +87,23 @@ class OrdinaryChecks(SharedRuns):
         for route, found in probe_of(reference).pickled.items():
             assert found is None, f"{route} in training against bake(copy.deepcopy(module)): {found}"
 
-    def test_pickles_of_a_shared_layer_are_baked(self, factory: Factory) -> None:
+    def test_pickles_of_a_shared_layer_are_baked(self, lead: Factory) -> None:
         if self.no_shared:
             with pytest.raises(MisconfigurationException, match=self.no_shared):
-                self._fit([factory()], style=self._adapted(Shared))
+                self._fit([lead()], style=self._adapted(Shared))
             return
-        probe = probe_of(self._fit([factory()], style=self._adapted(Shared), after=[Probe(3)]))
+        probe = probe_of(self._fit([lead()], style=self._adapted(Shared), after=[Probe(3)]))
         assert probe.misplaced is None, probe.misplaced
         found = None if self.removed_parts else difference(shape_of(self._adapted(Shared)()), probe.baked_shape)
         assert found is None, f"a layer used twice: bake(copy.deepcopy(module)) is no ordinary module: {found}"
         for route, found in probe.pickled.items():
             assert found is None, f"a layer used twice, {route} in training against bake(copy.deepcopy(module)): {found}"
 
-    def test_follows_a_move_at_the_end(self, factory: Factory) -> None:
+    def test_follows_a_move_at_the_end(self, lead: Factory) -> None:
         torch.manual_seed(0)
         module = self.style("sgd")
         before = dict(module.named_parameters())
-        moved = self._fit([factory()], module=module, strategy=Elsewhere())
+        moved = self._fit([lead()], module=module, strategy=Elsewhere())
         stayed = left_behind(module)
         assert not stayed, f"the strategy moved the module before callbacks were torn down; these stayed behind: {stayed}"
         after = dict(module.named_parameters())
@@ -111,14 +111,14 @@ class OrdinaryChecks(SharedRuns):
         assert self.new_parameters or self.removed_parts or not replaced, (
             f"these parameters were replaced by others in the move: {replaced}"
         )
-        self._assert_close(self._descended(factory), moved, "a module that stays against one that is moved at the end")
+        self._assert_close(self._descended(lead), moved, "a module that stays against one that is moved at the end")
 
     # A method that maps the network's weights and not the teacher's is warned of, rightly; here the places matter.
     @pytest.mark.filterwarnings("ignore:.* is a copy of .*, but only:UserWarning")
-    def test_a_teacher_follows_by_place(self, factory: Factory) -> None:
+    def test_a_teacher_follows_by_place(self, lead: Factory) -> None:
         if self.no_teacher:
             with pytest.raises(MisconfigurationException, match=self.no_teacher):
-                self._fit([factory()], style=self._adapted(Teaching))
+                self._fit([lead()], style=self._adapted(Teaching))
             return
-        module: Any = self._fit([factory()], style=self._adapted(Teaching)).module
+        module: Any = self._fit([lead()], style=self._adapted(Teaching)).module
         assert not module.astray, f"of a teacher that follows by zip(parameters()), these follow others: {module.astray}"

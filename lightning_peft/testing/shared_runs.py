@@ -38,10 +38,12 @@ class SharedRuns:
         cls._runs = {}
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
-        """Run each test for every configuration, and some of them for every module style."""
+        """Run each test for every configuration, or for the first one alone, and some of them for every module style."""
         if "factory" in metafunc.fixturenames:
             ids = [repr(factory())[:60] for factory in self.methods]
             metafunc.parametrize("factory", list(self.methods), ids=ids)
+        if "lead" in metafunc.fixturenames:
+            metafunc.parametrize("lead", self.methods[:1], ids=[repr(self.methods[0]())[:60]])
         if "style" in metafunc.fixturenames:
             metafunc.parametrize("style", STYLES, ids=[style.__name__ for style in STYLES])
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.attach.saving import JournalShim
+from lightning_peft.attach.lasting import LastingShim
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -47,7 +47,7 @@ def trace(module: nn.Module) -> dict[str, Any]:
 
 def _attributes(part: nn.Module) -> list[str]:
     """Names of a module's attributes, but for what an edited one keeps so that its checkpoints tell of the edits."""
-    return sorted(name for name, value in vars(part).items() if not isinstance(value, JournalShim))
+    return sorted(name for name, value in vars(part).items() if not isinstance(value, LastingShim))
 
 
 def without(clean: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:

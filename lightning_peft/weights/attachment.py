@@ -23,6 +23,9 @@ class Attachment(nn.Module):
         kind: Name under which a checkpoint records it.
         lane: Where it stands among others.
         owner: Class name of the method that attached it.
+        method: Name of that method, which tells two methods of one class apart.
+        enabled: Whether it takes part; saved with it. See :func:`lightning_peft.switch`.
+        stays: Whether it stays on the module when runs of other methods end.
         optimizer_overrides: Hyperparameters of the parameter group its own parameters train in, for instance
             ``{"weight_decay": 0.0}``.
         lr_scale: Factor on the learning rate of that group.
@@ -31,12 +34,20 @@ class Attachment(nn.Module):
     kind: ClassVar[str]
     lane: ClassVar[Lane]
     owner: str = ""
+    method: str = ""
+    enabled: bool = True
+    stays: bool = False
     optimizer_overrides: ClassVar[dict[str, float]] = {}
     lr_scale: float = 1.0
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments as plain data, so that a file can be baked without the model's class."""
         return {}
+
+    @property
+    def key(self) -> str:
+        """Name among those on the same tensor or layer."""
+        return f"{self.method or self.owner}:{self.kind}"
 
     def detached(self) -> None:
         """Let go of whatever else than its layer it holds on to; called when it is taken off."""

@@ -26,8 +26,6 @@ class LayerPart(Attachment):
             tensors; ``None`` lets the layer not be cut or widened.
         training_only: Whether the layer does without the part after training, so that nobody is told that it left.
         recorded: Whether checkpoints tell of the part; not of one without tensors that is put there again whatever they say.
-        enabled: Whether the part takes part in calls; saved with it.
-        method: Name of the method that attached it, which tells parts of two methods of one class apart.
         called: Whether a call of the layer reached it.
     """
 
@@ -35,8 +33,6 @@ class LayerPart(Attachment):
     follows: ClassVar[Follows | None] = None
     training_only: ClassVar[bool] = False
     recorded: ClassVar[bool] = True
-    method: str = ""
-    enabled: bool = True
     called: bool = False
 
     def forward(self, output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -59,11 +55,6 @@ class LayerPart(Attachment):
             kwargs: What it was called with by name.
         """
         return self.forward(call(*args, **kwargs), *args, **kwargs)
-
-    @property
-    def key(self) -> str:
-        """Name of the part among those of its layer."""
-        return f"{self.method or self.owner}:{self.kind}"
 
     @property
     def merges(self) -> bool:

@@ -40,6 +40,11 @@ class MapChain:
         self.pristine: Tensor | None = None
         self.version = 0
 
+    @property
+    def active(self) -> list[WeightMap]:
+        """The maps that are switched on."""
+        return [weight_map for weight_map in self.maps if weight_map.enabled]
+
     def __call__(self, stored: Tensor) -> Tensor:
         """Return the weight the layer sees."""
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
@@ -48,6 +53,8 @@ class MapChain:
     def _mapped(self, stored: Tensor) -> Tensor:
         frozen, value = not stored.requires_grad, stored
         for weight_map in self.maps:
+            if not weight_map.enabled:
+                continue
             if frozen and weight_map.lane == Lane.REPARAM:  # the other view of a frozen tensor is frozen
                 with torch.no_grad():
                     value = weight_map(value)
@@ -65,18 +72,25 @@ class MapChain:
         """
         value = stored
         for weight_map, state in zip(self.maps, states, strict=True):
+            if not weight_map.enabled:
+                continue
             own = {name for name, _ in (*weight_map.named_parameters(), *weight_map.named_buffers())}
             value = functional_call(weight_map, {name: state[name] for name in own & state.keys()}, (value,))
         return value.detach()
 
     @torch.no_grad()
-    def enter(self, value: Tensor) -> Tensor:
+    def enter(self, value: Tensor, outermost: WeightMap | None = None) -> Tensor:
         """Return what is stored for a plain value that comes in; masks and maps without ``right_inverse`` leave it as it is.
+
+        Args:
+            value: The value.
+            outermost: Map that the value comes out of; by default the last one.
 
         Raises:
             ValueError: A map has no stored value for it.
         """
-        for weight_map in reversed(self.maps):
+        inside = self.maps if outermost is None else self.maps[: self.maps.index(outermost) + 1]
+        for weight_map in reversed([entry for entry in inside if entry.enabled]):
             inverse = getattr(weight_map, "right_inverse", None)
             if inverse is not None and weight_map.lane < Lane.MASK:
                 value = inverse(value)
@@ -86,7 +100,7 @@ class MapChain:
         """Return the weight of an ordinary layer, without a graph."""
         value = stored.detach()
         with torch.no_grad():
-            for weight_map in self.maps:
+            for weight_map in self.active:
                 value = weight_map.bake(value)
         return value.detach()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -25,9 +25,8 @@ from lightning_peft.weights.mapped_layer import (
     chain_on,
     final_value,
     is_mapped,
-    take_chain,
 )
-from lightning_peft.weights.parts import check_masks, part_stacks, placed_parts, take_parts
+from lightning_peft.weights.parts import check_masks, part_stacks, placed_parts
 from lightning_peft.weights.weight_map import WeightMap as WeightMap
 
 MapT = TypeVar("MapT", bound=WeightMap)
@@ -68,13 +67,14 @@ class MappedTensor:
         for below in self.maps:
             if below is weight_map:
                 break
-            value = below(value)
+            if below.enabled:
+                value = below(value)
         return value.detach()
 
     def unmasked(self) -> Tensor:
         """The value that enters the masks, without a graph."""
         value: Tensor = self.stored.detach()
-        for weight_map in self.maps:
+        for weight_map in self.chain.active:
             if weight_map.lane < Lane.MASK:
                 value = weight_map(value)
         return value.detach()
@@ -141,9 +141,9 @@ def set_plain_values(module: nn.Module, values: Mapping[str, Tensor]) -> None:
         tensors[name].copy_(value)
 
 
-def _check_invertible(mapped: MappedTensor) -> None:
-    for weight_map in mapped.maps:
-        if weight_map.lane < Lane.MASK and not hasattr(weight_map, "right_inverse"):
+def _check_invertible(mapped: MappedTensor, inside: Lane = Lane.MASK) -> None:
+    for weight_map in mapped.chain.active:
+        if weight_map.lane < Lane.MASK and weight_map.lane <= inside and not hasattr(weight_map, "right_inverse"):
             raise MisconfigurationException(
                 f"{mapped.name} is under the weight map {weight_map.kind!r} of {weight_map.owner}, which cannot be inverted, "
                 "so its value cannot be set. Leave the layer out of that method with exclude=."
@@ -167,11 +167,11 @@ def plain_name(key: str) -> str:
 
 
 def attached_map(module: nn.Module, name: str, like: WeightMap) -> WeightMap | None:
-    """Return the map of the same owner and kind that the tensor called ``name`` carries already, if it does."""
+    """Return the map of the same method and kind that the tensor called ``name`` carries already, if it does."""
     path, attribute = split_name(name)
     layer = module.get_submodule(path)
     maps = layer.weight_maps[attribute].maps if isinstance(layer, MappedLayer) and attribute in layer.weight_maps else []
-    return next((entry for entry in maps if (entry.owner, entry.kind) == (like.owner, like.kind)), None)
+    return next((entry for entry in maps if (entry.owner, entry.key) == (like.owner, like.key)), None)
 
 
 def attach_map(module: nn.Module, name: str, weight_map: WeightMap) -> MappedTensor:
@@ -203,16 +203,16 @@ def attach_map(module: nn.Module, name: str, weight_map: WeightMap) -> MappedTen
         weight_map.requires_grad_(False)  # the other view of a frozen tensor is frozen; deltas and masks train beside one
     keeps = hasattr(weight_map, "right_inverse")
     if keeps and is_mapped(layer, attribute):
-        _check_invertible(mapped)
+        _check_invertible(mapped, weight_map.lane)
     chain = chain_on(layer, attribute)
     untouched = not chain.maps or mapped.untouched
     with torch.no_grad():
-        value = mapped.unmasked() if keeps else stored
         chain.maps.insert(sum(entry.lane <= weight_map.lane for entry in chain.maps), weight_map)
         if keeps:
+            value = mapped.entering(weight_map)
             if untouched and chain.pristine is None:
                 chain.pristine = stored.detach().clone()
-            stored.copy_(chain.enter(value))
+            stored.copy_(chain.enter(value, outermost=weight_map))
     if untouched:
         chain.version = stored._version
     MapModules.show(module)
@@ -247,66 +247,3 @@ def forget_pristine(module: nn.Module) -> None:
         mapped.chain.pristine = None
     for _, _, stack in part_stacks(module):
         stack.pristine = None
-
-
-Leave = Literal["baked", "live", "pristine", "unmasked"]
-
-
-@torch.no_grad()
-def detach_maps(module: nn.Module, leave: Leave = "baked", *, parts: bool = True) -> None:
-    """Take all weight maps and layer parts off a module; classes and parameter objects are as before.
-
-    Args:
-        module: The module.
-        leave: Value the tensors keep: ``"baked"``, what the layers saw last (``"live"``), the same without masks
-            (``"unmasked"``), or the value they had before the maps came (``"pristine"``; tensors loaded or trained since then
-            keep their live value). Parts that can go into a weight do so, unless it is left as it was before they came.
-        parts: Whether parts are taken off too.
-    """
-    tensors = list(mapped_tensors(module))
-    values: dict[int, Tensor] = {}
-    for mapped in tensors:
-        stored = mapped.stored
-        if id(stored) not in values:  # a tied tensor is mapped once
-            values[id(stored)] = _final_value(mapped, leave)
-    if parts:
-        _detach_parts(module, leave, values)
-    for mapped in tensors:
-        for weight_map in mapped.maps:
-            weight_map.detached()
-        take_chain(mapped.layer, mapped.attribute)
-        stored = mapped.stored
-        if id(stored) in values:
-            stored.copy_(values.pop(id(stored)))
-    if next(placed_parts(module), None) is None:
-        MapModules.hide(module)
-
-
-def _detach_parts(module: nn.Module, leave: Leave, values: dict[int, Tensor]) -> None:
-    """Take the parts off, and let them into the values of mapped tensors or into plain weights."""
-    for _, layer, stack in list(part_stacks(module)):
-        weight = layer._parameters.get("weight")
-        untouched = leave == "pristine" and stack.version == stack.count(layer)
-        value = values.get(id(weight)) if is_mapped(layer, "weight") else weight
-        if untouched and not is_mapped(layer, "weight"):
-            value = stack.pristine
-        elif stack.merges and value is not None and not untouched:
-            value = stack.merged(value)
-        take_parts(layer, stack)
-        if weight is not None and value is not None and value is not weight:
-            if id(weight) in values:
-                values[id(weight)] = value
-            else:
-                weight.copy_(value)
-
-
-def _final_value(mapped: MappedTensor, leave: Leave) -> Tensor:
-    if leave == "baked":
-        return mapped.chain.bake(mapped.stored)
-    if leave == "unmasked":
-        return mapped.unmasked()
-    if leave == "pristine" and mapped.untouched:
-        pristine = mapped.chain.pristine
-        return mapped.stored.detach() if pristine is None else pristine
-    live: Tensor = getattr(mapped.layer, mapped.attribute)
-    return live.detach()

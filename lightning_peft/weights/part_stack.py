@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -67,9 +67,9 @@ class PartStack:
         return any(part.enabled and part.merges for part in self.parts)
 
     @torch.no_grad()
-    def merged(self, weight: Tensor) -> Tensor:
-        """Return the weight with every part that can go into it."""
-        for part in self.parts:
+    def merged(self, weight: Tensor, parts: Iterable[LayerPart] | None = None) -> Tensor:
+        """Return the weight with every part that can go into it, or with those of some parts that can."""
+        for part in self.parts if parts is None else parts:
             if part.enabled and part.merges:
                 weight = part.merged(weight)  # type: ignore[operator]
         return weight.detach()

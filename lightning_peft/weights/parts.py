@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -156,9 +156,13 @@ def _in_fused_layer(module: nn.Module, path: str) -> bool:
     return any(isinstance(owner, nn.TransformerEncoderLayer) for owner in owners)
 
 
-def take_parts(layer: nn.Module, stack: PartStack) -> None:
-    """Take every part off a layer; its weight stays as it is."""
-    for part in stack:
+def take_parts(layer: nn.Module, stack: PartStack, parts: Iterable[LayerPart]) -> None:
+    """Take parts off a layer; its weight stays as it is."""
+    leaving = set(parts)
+    for part in leaving:
         part.detached()
-    stack.unmark(layer)
-    take_stack(layer)
+    if staying := [part for part in stack if part not in leaving]:
+        stack.parts = staying
+    else:  # the stack stays as it was, for whoever took a snapshot of the layer
+        stack.unmark(layer)
+        take_stack(layer)

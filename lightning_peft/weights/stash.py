@@ -7,12 +7,14 @@ they wait here for the next ``fit``, ``test`` or ``save_checkpoint`` of the same
 from __future__ import annotations
 
 import weakref
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.weights.attachment import Attachment
 from lightning_peft.weights.maps import mapped_tensors, split_name
 from lightning_peft.weights.parts import part_stacks
 
@@ -48,11 +50,18 @@ _PARTS: weakref.WeakKeyDictionary[nn.Module, dict[str, StashedParts]] = weakref.
 _STASHES: weakref.WeakKeyDictionary[nn.Module, dict[str, StashedTensor]] = weakref.WeakKeyDictionary()
 
 
-def fill(module: nn.Module) -> None:
-    """Remember the stored values of a module; call before its maps are taken off."""
+def fill(module: nn.Module, stay: Collection[Attachment] = frozenset()) -> None:
+    """Remember the stored values of a module; call before its maps are taken off.
+
+    Args:
+        module: The module.
+        stay: Maps and parts that stay on it. What they stand on is at hand with them, and nothing of it is remembered.
+    """
     stash: dict[str, StashedTensor] = {}
     places: dict[int, StashedTensor] = {}  # a layer that stands in several places is kept once
     for mapped in mapped_tensors(module, every_name=True):
+        if any(weight_map in stay for weight_map in mapped.maps):
+            continue
         if id(mapped.chain) not in places:
             places[id(mapped.chain)] = StashedTensor(
                 mapped.stored.detach().clone(),
@@ -62,7 +71,7 @@ def fill(module: nn.Module) -> None:
         stash[mapped.name] = places[id(mapped.chain)]
     parts: dict[str, StashedParts] = {}
     for path, layer, stack in part_stacks(module, every_name=True):
-        if not stack.recorded:
+        if not stack.recorded or any(part in stay for part in stack):
             continue
         weight: Any = layer._parameters.get("weight") if stack.merges and f"{path}.weight".lstrip(".") not in stash else None
         parts[path] = StashedParts(

@@ -26,4 +26,5 @@ class WeightMap(Attachment):
 
     def record(self) -> dict[str, Any]:
         """Describe the map for a checkpoint, as plain data."""
-        return {"map": self.kind, "method": self.owner, "config": self.config()}
+        described = {"map": self.kind, "method": self.owner, "name": self.method}
+        return {**described, "enabled": self.enabled, "config": self.config()}

@@ -40,7 +40,7 @@ def test_an_argument_means_what_the_nearest_class_says() -> None:
 
 
 def test_show_includes_a_card_packaged_beside_the_module(cli, tmp_path, monkeypatch) -> None:
-    folder = tmp_path / "their_plugin"
+    folder = tmp_path / "carded_plugin"
     (folder / "cards").mkdir(parents=True)
     (folder / "__init__.py").touch()
     (folder / "method.py").write_text(
@@ -49,7 +49,7 @@ def test_show_includes_a_card_packaged_beside_the_module(cli, tmp_path, monkeypa
     )
     (folder / "cards" / "Theirs.md").write_text("## When to use\n\nNever.\n")
     monkeypatch.syspath_prepend(tmp_path)
-    entry = registry.MethodEntry("Theirs", "their_plugin.method:Theirs", "their-plugin", "0.1")
+    entry = registry.MethodEntry("Theirs", "carded_plugin.method:Theirs", "their-plugin", "0.1")
     monkeypatch.setattr(registry, "installed", lambda: {"Theirs": entry})
     _, data, _ = cli("show", "Theirs", "--json")
     assert data["card"].endswith("Never.\n")

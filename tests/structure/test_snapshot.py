@@ -16,7 +16,8 @@ from lightning_peft.structure.snapshot import ModuleSnapshot
 from lightning_peft.testing.modules import mlp
 from lightning_peft.testing.toys import ScaleMap, ThresholdMap
 from lightning_peft.testing.trace import difference
-from lightning_peft.weights.maps import attach_map, detach_maps
+from lightning_peft.weights.detach import detach_maps
+from lightning_peft.weights.maps import attach_map
 
 
 class Network(nn.Module):

@@ -13,8 +13,9 @@ from lightning_peft import bake
 from lightning_peft.network.plain_class import plain_class
 from lightning_peft.testing.modules import Plain, mlp
 from lightning_peft.testing.toys import ScaleMap, ThresholdMap
+from lightning_peft.weights.detach import detach_maps
 from lightning_peft.weights.mapped_layer import MappedLayer, is_mapped
-from lightning_peft.weights.maps import attach_map, detach_maps, mapped_tensors
+from lightning_peft.weights.maps import attach_map, mapped_tensors
 from lightning_peft_plugins.regularizers.weight_compander import CompanderMap
 
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))

@@ -13,9 +13,9 @@ from lightning_peft.structure.checkpoint import mount_state_dict
 from lightning_peft.testing.modules import mlp
 from lightning_peft.testing.toys import ScaleMap, ThresholdMap
 from lightning_peft.testing.trace import difference, trace
+from lightning_peft.weights.detach import detach_maps
 from lightning_peft.weights.maps import (
     attach_map,
-    detach_maps,
     forget_pristine,
     mapped_tensors,
     plain_tensors,
@@ -204,8 +204,9 @@ def test_the_module_itself_can_be_mapped():
 
 def test_records_are_plain_and_name_their_method():
     scale = ScaleMap(3.0)
-    scale.owner = "ToyScale"
-    assert scale.record() == {"map": "toy_scale", "method": "ToyScale", "config": {"start": 3.0}}
+    scale.owner, scale.method, scale.enabled = "ToyScale", "coarse", False
+    expected = {"map": "toy_scale", "method": "ToyScale", "name": "coarse", "enabled": False, "config": {"start": 3.0}}
+    assert scale.record() == expected
 
 
 def test_gradients_reach_the_stored_value_and_the_maps_own_parameters(net):

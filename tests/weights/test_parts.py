@@ -14,7 +14,8 @@ from lightning_peft import Lane, LayerPart, WeightMap, bake
 from lightning_peft.testing.modules import mlp
 from lightning_peft.testing.toys import LowRankPart, ThresholdMap
 from lightning_peft.testing.trace import difference, trace
-from lightning_peft.weights.maps import attach_map, detach_maps
+from lightning_peft.weights.detach import detach_maps
+from lightning_peft.weights.maps import attach_map
 from lightning_peft.weights.parts import part_tensors, placed_parts, put_part
 
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))

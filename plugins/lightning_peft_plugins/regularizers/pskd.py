@@ -18,7 +18,7 @@ from lightning_peft.arguments import one_of
 from lightning_peft.network.logits import as_logits
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.part_states import unmergeable
-from lightning_peft.weights.maps import detach_maps
+from lightning_peft.weights.detach import detach_maps
 from lightning_peft_plugins.regularizers._pskd.batch_index import index_in_batch
 from lightning_peft_plugins.regularizers._pskd.prediction_outbox import PredictionOutbox
 from lightning_peft_plugins.regularizers._pskd.soft_label_memory import MAPPED_FROM, SoftLabelMemory, Storage, fits_memory

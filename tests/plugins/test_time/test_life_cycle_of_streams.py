@@ -100,9 +100,9 @@ def test_the_module_is_an_ordinary_one_meanwhile(make):
 
 # torch's compiler looks at this attribute of every input, and hides its warning in a way that "error" defeats.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@every_method
-@pytest.mark.parametrize("whole", [True, False], ids=["LightningModule", "network"])
-def test_compiled_modules_are_adapted(make, whole):
+@pytest.mark.parametrize(("name", "whole"), [*((name, True) for name in ALL), *((name, False) for name in VARIED)])
+def test_compiled_modules_are_adapted(name, whole):
+    make = ALL[name]
     wanted = run(batch_norm_net(), make(), loaders=stream(3))
     torch._dynamo.reset()
     module = Bare(batch_norm_net())

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from lightning_peft.measure.flop_count import FlopCount
 from lightning_peft.network.channel_units import ChannelUnit, channel_units
-from lightning_peft.weights.maps import detach_maps
+from lightning_peft.weights.detach import detach_maps
 from lightning_peft_plugins.pruning._ftwt.skipping.build import build, lay_out, producer_of
 from lightning_peft_plugins.pruning._ftwt.skipping.calibrate import calibrate_layers
 from lightning_peft_plugins.pruning._ftwt.skipping.clock import Paired, paired_times
