@@ -61,7 +61,7 @@ def test_packages_of_every_kind_pass_their_tests(cli, tmp_path) -> None:
 
 def named(kind: str) -> str:
     """Name of a method that says its kind."""
-    return "".join(word.title() for word in kind.split("-")) + "Example"
+    return f"Some{kind.title().replace('-', '')}"
 
 
 def test_the_help_names_every_kind(capsys) -> None:
