@@ -136,7 +136,7 @@ class Contract:
         if self.targets is None:
             return {}
         found = select(module, self.targets, self.exclude)
-        spared = self._spared(module, found)
+        spared = self.spared(module, found)
         if len(spared) == len(found) and self.fits:
             raise MisconfigurationException(
                 f"{self.name} leaves frozen weights alone, and all that targets={self.targets!r} selects are frozen: "
@@ -318,9 +318,10 @@ class Contract:
 
     def left_alone(self, module: nn.Module) -> list[str]:
         """Name the layers that :meth:`select` leaves out because their weights are frozen."""
-        return [] if self.targets is None else list(self._spared(module, select(module, self.targets, self.exclude)))
+        return [] if self.targets is None else list(self.spared(module, select(module, self.targets, self.exclude)))
 
-    def _spared(self, module: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    def spared(self, module: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """Return those of some layers that :attr:`spares_frozen` is about: frozen, and not named by ``targets``."""
         if not (self.spares_frozen or self.lane in (Lane.REPARAM, Lane.MASK)):
             return {}
         frozen = {name: layer for name, layer in layers.items() if self.is_frozen(layer._parameters.get("weight"))}

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 import lightning_peft
 from lightning_peft import apply_terms
-from lightning_peft.testing.modules import Configured, DictOutput, Manual, Plain, loader, trainer
+from lightning_peft.testing.modules import Configured, DictOutput, Manual, Plain, TwoOptimizers, loader, trainer
 from lightning_peft.testing.runs import assert_clean, fit
 from lightning_peft.testing.toys import ToyEntropy, ToyScale, ToyThreshold
 
@@ -141,6 +141,12 @@ def test_optimizers_that_train_only_a_part():
     fit([ToyScale()], module=module)
     assert torch.allclose(module.model[0].weight, body)
     assert not torch.allclose(module.model[4].weight, head)
+
+
+def test_only_the_first_optimizer_moves_the_clock():
+    run = fit([ToyScale()], style=TwoOptimizers, max_epochs=2)
+    assert run.trainer.global_step == 16, "Lightning counts the steps of both"
+    assert run.methods[0].steps == 8
 
 
 def test_configured_module_that_was_built_before_the_fit():

@@ -181,12 +181,21 @@ class BlockPruning(Method):
         self.lists = trunks if trunks and self.targets is None else self.lists
         self._goal = goal(self.amount, sum(len(found.blocks) for found in self.lists.values()))
         # A block that was not called yet may be one that is skipped now and then.
-        stays = {name: why for name, block in seen.items() if block.calls and (why := block.why_it_stays())}
-        named = [f"{path}.{place}" for path, found in self.lists.items() for place in found.named]
-        for name in named:
+        stays = {name: why for name, block in seen.items() if block.calls and (why := self._why(run, name, block))}
+        for name in self._named():
             if name in stays:
                 rank_zero_warn(f"{self.name}: {name} stays, though targets= names it: it {stays[name]}.")
         self._check(self._goal, {path: self._free(path, stays) for path in self.lists}, stays)
+
+    def _named(self) -> list[str]:
+        """Blocks that ``targets`` names one by one."""
+        return [f"{path}.{place}" for path, found in self.lists.items() for place in found.named]
+
+    def _why(self, run: Run, name: str, block: BlockActivations) -> str:
+        """Say why a block stays; nothing when it may go."""
+        parameters = list(run.module.get_submodule(name).parameters())
+        frozen = bool(parameters) and all(map(self.is_frozen, parameters))
+        return "has frozen weights only" if frozen and name not in self._named() else block.why_it_stays()
 
     def _free(self, path: str, stays: Mapping[str, str]) -> list[int]:
         return [place for place in self.lists[path].may_go if f"{path}.{place}" not in stays]
@@ -218,7 +227,7 @@ class BlockPruning(Method):
         for name in (name for name, block in seen.items() if block.scored or self.score == "magnitude"):
             check_scores(name, torch.tensor(scores[name]))
         stays = {name: f"has the {self.score} {score}" for name, score in scores.items() if not math.isfinite(score)}
-        stays |= {name: why for name, block in seen.items() if (why := block.why_it_stays())}
+        stays |= {name: why for name, block in seen.items() if (why := self._why(run, name, block))}
         free = {path: self._free(path, stays) for path in self.lists}
         self._check(wanted, free, stays)
         ranked = {path: {place: scores[f"{path}.{place}"] for place in places} for path, places in free.items()}

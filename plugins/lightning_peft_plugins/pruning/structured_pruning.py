@@ -74,6 +74,7 @@ class StructuredPruning(Method):
     """
 
     lane = Lane.STRUCTURE
+    spares_frozen = True
     reads = frozenset({Resource.INPUTS})
     writes = frozenset({Resource.STRUCTURE})
     paper = "Fang et al., DepGraph: Towards Any Structural Pruning, CVPR 2023, arXiv 2301.12900"
@@ -150,11 +151,18 @@ class StructuredPruning(Method):
 
         return see
 
+    def left_alone(self, module: nn.Module) -> list[str]:
+        """Name the layers whose outputs stay because their weights are frozen."""
+        return list(self.spared(module, self._targeted(module)))
+
+    def _targeted(self, module: nn.Module) -> dict[str, nn.Module]:
+        return select(module, "all-weights" if self.targets is None else self.targets, self.exclude)
+
     def _allowed(self, run: Run) -> set[str] | None:
+        frozen = self.left_alone(run.module)
         if self.targets is None and self.exclude is None:
-            return None
-        targets = "all-weights" if self.targets is None else self.targets
-        return set(select(run.module, targets, self.exclude))
+            return {name for name, _ in run.module.named_modules()}.difference(frozen) if frozen else None
+        return set(self._targeted(run.module)).difference(frozen)
 
     def _records(self) -> bool:
         return self.timeline is not None and self.timeline.watched(self.steps)

@@ -98,7 +98,7 @@ def test_what_was_not_scored_stays() -> None:
     assert journal_of(run.module)[0]["sources"] == [1]
     module = silent()
     module.blocks.requires_grad_(False)
-    with pytest.raises(MisconfigurationException, match=r"only 0 can be removed\. blocks\.0 has the taylor nan"):
+    with pytest.raises(MisconfigurationException, match=r"only 0 can be removed\. blocks\.0 has frozen weights only"):
         fit([BlockPruning(1, "taylor", start=3)], module=module)
 
 

@@ -19,6 +19,7 @@ from block_networks import (
     train,
     vit,
 )
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -52,6 +53,25 @@ def test_blocks_that_do_nothing_leave_and_optimizers_let_go() -> None:
     held = {p for group in run.trainer.optimizers[0].param_groups for p in group["params"]}
     assert held == set(module.parameters())
     assert set(run.trainer.optimizers[0].state) <= held
+
+
+def test_frozen_blocks_stay_unless_they_are_named() -> None:
+    def frozen(*places: int) -> Any:
+        module = silent(1)
+        for place in places:
+            module.blocks[place].requires_grad_(False)
+        return module
+
+    module = frozen(1)
+    silent_one = module.blocks[1]
+    fit([BlockPruning(1, start=3)], module=module)
+    assert len(module.blocks) == 3
+    assert silent_one in list(module.blocks)
+    module = frozen(1)
+    fit([BlockPruning(1, start=3, targets=["blocks.1"])], module=module)
+    assert silent_one not in list(module.blocks)
+    with pytest.raises(MisconfigurationException, match=r"only 1 can.*blocks\.1 has frozen weights only"):
+        fit([BlockPruning(2, start=3)], module=frozen(0, 1, 2))
 
 
 def test_cuts_over_time_rank_what_is_left_anew() -> None:

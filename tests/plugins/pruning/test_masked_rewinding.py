@@ -69,6 +69,23 @@ def test_a_round_of_sap_is_a_lottery_ticket() -> None:
     assert all(torch.equal(values[name] == 0, ~mask) for name, mask in ticket.masks.items())
 
 
+class Biases(Callback):
+    """The first bias, which no mask touches, as each step finds it."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self.seen.append(pl_module.model[0].bias.detach().clone())
+
+
+def test_every_choice_goes_back_to_the_same_step() -> None:
+    biases = Biases()
+    fit([MaskedPruning(0.6, exclude=EVERYTHING, start=4, end=9, every=5, rewind=2)], after=[biases], max_epochs=3)
+    back = [step for step, bias in enumerate(biases.seen) if torch.equal(bias, biases.seen[2])]
+    assert back == [2, 4, 9]
+
+
 def test_rewinding_needs_a_time_before_the_first_choice() -> None:
     with pytest.raises(MisconfigurationException, match="goes back to step 3, but masks are chosen from step 3 on"):
         fit([MaskedPruning(0.5, exclude=EVERYTHING, start=3, rewind=3)])

@@ -118,6 +118,22 @@ def test_a_frozen_layer_and_excluded_outputs_stay() -> None:
     assert journal_of(run.module)
 
 
+@pytest.mark.parametrize("score", ["taylor", "magnitude"])
+def test_frozen_layers_keep_their_outputs_unless_they_are_named(score: str) -> None:
+    class Frozen(Conv):
+        def build(self) -> None:
+            super().build()
+            self.model[1].requires_grad_(False)
+            self.model[1].weight.data.mul_(1e-3)  # by its magnitude it would go first
+
+    assert "leaves 1 frozen alone (model.1)" in str(lightning_peft.plan(Frozen(), [StructuredPruning(0.2)]))
+    run = prune([StructuredPruning(0.2, score, start=6)], style=Frozen)
+    assert run.module.model[1].out_channels == 8
+    assert journal_of(run.module)
+    run = prune([StructuredPruning(0.2, score, start=6, targets=["all-weights", "model.1"])], style=Frozen)
+    assert run.module.model[1].out_channels < 8
+
+
 def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"amount": 0.0}, "share of the cost"),
