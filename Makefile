@@ -13,7 +13,8 @@ help:
 	@echo "make test        run the tests"
 	@echo "make lint        check style and types"
 	@echo "make docs        build the documentation into site/"
-	@echo "make generate    write the stub, the tables and the pages that follow from the registered methods and their cards"
+	@echo "make generate    write the stub, the tables and the pages that follow from the registered methods and their cards,"
+	@echo "               and train methods that are new with every other one, for the page on what goes together"
 	@echo "make clean       remove the environment and everything built"
 
 quickstart: $(VENV)/.test
@@ -34,6 +35,7 @@ docs: $(VENV)/.docs
 
 generate: $(VENV)/.test
 	$(BIN)/python -m lightning_peft.cli.authors.generate
+	OMP_NUM_THREADS=1 $(BIN)/python tests/pairs/composition.py
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -128,8 +128,8 @@ def main() -> None:
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import lightning.pytorch
-    import torch  # noqa: F401
-    import torchmetrics.classification  # noqa: F401
+    import torch  # noqa: F401 - children are forked with it loaded
+    import torchmetrics.classification  # noqa: F401 - the same
 
     assert lightning.pytorch is not None
     lived = []

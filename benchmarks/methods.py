@@ -79,7 +79,7 @@ def run_once(callbacks: list[Callback], seed: int, args: argparse.Namespace) -> 
     seconds = time.perf_counter() - start
     for callback in callbacks:
         if isinstance(callback, NMSparsity):
-            weights = [getattr(model.get_submodule(name), "weight") for name in callback.select(model)]  # noqa: B009
+            weights = [layer.weight for layer in callback.select(model).values()]
             assert all(is_nm(weight, *callback.pattern, dim=1) for weight in weights), "not N:M after training"
     trainer.callbacks = [callback for callback in trainer.callbacks if callback not in callbacks]
     metrics = trainer.test(model, datamodule=data, verbose=False)[0]

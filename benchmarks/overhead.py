@@ -21,6 +21,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,8 @@ class Baton(Callback):
 def variants(targets: str) -> dict[str, Callable[[], list[Callback]]]:
     """Callbacks of every variant, built anew for every run."""
     # Binary masks from the first step: the dearest phase, a mask chosen in every forward pass.
-    sparsity = lambda: NMSparsity("2:4", recipe="sr-ste", targets=targets)  # noqa: E731
-    compander = lambda: WeightCompander(targets=targets, exclude=["first", "head"])  # noqa: E731
+    sparsity = partial(NMSparsity, "2:4", recipe="sr-ste", targets=targets)
+    compander = partial(WeightCompander, targets=targets, exclude=["first", "head"])
     return {
         "plain": list,
         "hub": lambda: [Nothing()],

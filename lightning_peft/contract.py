@@ -80,7 +80,6 @@ class Contract:
         stays: Whether the maps and parts it attaches in a fit stay on the module when that is over, live, instead of going into
             the weights.
         fixed_arguments: Constructor arguments of a base that the class gives itself, and does not take.
-        features: Qualified names of submodules whose calls :meth:`loss` reads from ``step.features``.
         after: Names of methods of the same lane that act before this one, where otherwise names decide; set it on the class, or
             on the object: ``method.after = ("other",)``.
         restarts: Whether it lets learning-rate schedules begin again (``run.schedules``).
@@ -117,7 +116,6 @@ class Contract:
         self.targets = targets
         self.exclude = exclude
         self.network = network
-        self.features: tuple[str, ...] = ()
         self.name = name or snake_case(type(self).__name__)
         self.steps = 0
         self.restored = False
@@ -378,7 +376,7 @@ def ordered(methods: Iterable[Contract]) -> list[Contract]:
         first = next(free, None)
         if first is None:
             names = " and ".join(method.name for method in waiting if method.after)
-            raise MisconfigurationException(f"{names} are to act after one another. Take one of the names out of after=.")
+            raise MisconfigurationException(f"{names} name each other in after=, in a circle. Take one of the names out.")
         waiting.remove(first)
         found.append(first)
     return found

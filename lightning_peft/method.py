@@ -78,7 +78,7 @@ class Method(Contract, Callback):
             MisconfigurationException: Always.
         """
         raise MisconfigurationException(
-            f"{self.name} was given to Fabric, which calls no method. Give it to lightning.pytorch.Trainer(callbacks=[...]) "
+            f"{self.name} was given to Fabric, which calls no methods. Give it to lightning.pytorch.Trainer(callbacks=[...]) "
             "and let that run a LightningModule; lightning_peft.functional has the mathematics for loops of your own."
         )
 

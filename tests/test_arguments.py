@@ -28,7 +28,7 @@ NEEDED = {"amount": 0.5, "mass": 0.8, "stages": [2, 2]}
         (lambda: Tent(optimizer=print), "Tent(optimizer=...) takes str or type[Optimizer], not <built-in function print>"),
         (lambda: Tent(window="x" * 99), "Tent(window=...) takes int, not a str, which is of type str."),
         (lambda: PSKD(alpha=float("nan")), "PSKD(alpha=...) is NaN. Give it a number."),
-        (lambda: lightning_peft.BatchNormAdapt(prior=-1), "prior=-1 is a number of samples, 0 or more."),
+        (lambda: lightning_peft.BatchNormAdapt(prior=-1), "prior=-1 must be a number of samples, 0 or more."),
     ],
 )
 def test_a_wrong_type_is_refused_by_the_argument_and_what_it_takes(make, message):

@@ -11,7 +11,7 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
         part.write_text("first")
         assert not path.exists()
     assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [("a.json", "first")]
-    with pytest.raises(KeyboardInterrupt), whole(path) as part:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), whole(path) as part:  # noqa: PT012 - interrupted after a write
         part.write_text("sec")
         raise KeyboardInterrupt
     assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [("a.json", "first")]

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from lightning_peft.cli.authors.kinds.table import KINDS
+from lightning_peft.cli.authors.new import LONGEST_NAME
+from lightning_peft.contract import snake_case
+
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r'^```\w+ title="(?P<name>[^"]+)"\n(?P<text>.*?)^```$', re.MULTILINE | re.DOTALL)
 NAME, SNAKE = "ConfidencePenalty", "confidence_penalty"
@@ -19,18 +23,23 @@ FAMILY = "plugins/lightning_peft_plugins/regularizers"
 TEST, METHOD, FUNCTIONS = f"tests/plugins/test_{SNAKE}.py", f"{FAMILY}/{SNAKE}.py", f"{FAMILY}/functional/{SNAKE}.py"
 FOLDERS = (".ci", "lightning_peft", "plugins", "recipes", "docs", "tests")
 COPIED = (*FOLDERS, "README.md", "CONTRIBUTING.md", "pyproject.toml", "LICENSE")
+# A method of every other kind; names are as long as they may be, for the sake of the lines in which they stand.
+OTHERS = {kind: f"Some{kind.title().replace('-', '')}Method"[:LONGEST_NAME] for kind in KINDS if kind != "loss-term"}
 # Every test that looks at methods as such; those of this file would copy the copy.
 LOOKS_AT_METHODS = [
     "tests/test_api.py::test_the_stub_lists_what_dir_offers",
-    f"tests/test_api.py::test_every_public_name_resolves[{NAME}]",
     "tests/test_arrows.py::test_a_family_lists_its_methods_and_nothing_beside",
     "tests/test_arrows.py::test_functions_that_plugins_offer_stand_in_a_folder_functional",
     "tests/docs/test_pages.py",
     "tests/docs/test_generated.py::test_nothing_that_is_generated_is_stale",
-    f"tests/docs/test_quoted_numbers.py::test_every_measured_number_is_quoted_from_somewhere[cards/{NAME}.md]",
     "tests/cli/test_listing.py::test_every_method_is_one_line_of_80_columns",
     "tests/pairs/test_pairs.py::test_every_registered_method_is_here",
-    f"tests/pairs/test_pairs.py::test_alone[{NAME}]",
+]
+LOOKS_AT_ONE = [
+    "tests/test_api.py::test_every_public_name_resolves[{name}]",
+    "tests/docs/test_quoted_numbers.py::test_every_measured_number_is_quoted_from_somewhere[cards/{name}.md]",
+    "tests/docs/test_cards.py::test_arguments_of_the_tables_exist_with_these_defaults[{name}]",
+    "tests/pairs/test_pairs.py::test_alone[{name}]",
 ]
 
 
@@ -69,6 +78,12 @@ class Walk:
         assert passed is not None, output
         return int(passed[1])
 
+    def make(self, target: str) -> None:
+        """Do what the Makefile does for a target."""
+        recipe = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        for line in recipe[1].splitlines():
+            self.python(*line.partition("$(BIN)/python ")[2].split())
+
     def ruff(self, *arguments: str) -> None:
         ruff = shutil.which("ruff", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         if ruff is None:
@@ -99,15 +114,25 @@ def written(walk) -> Walk:
     card = walk.root / FAMILY / "cards" / f"{NAME}.md"
     placeholder = "Say in one sentence, of 60 characters, what it does."
     card.write_text(card.read_text().replace(placeholder, "Rewards unsure predictions."))
-    walk.python("-m", "lightning_peft.cli.authors.generate")
+    walk.make("generate")
     assert "| Rewards unsure predictions. |" in (walk.root / "README.md").read_text()
     return walk
+
+
+@pytest.fixture(scope="module")
+def others(written) -> Walk:
+    """The copy with one more method of every other kind, as they are written."""
+    commands = [["new", name, "--kind", kind, "--family", "some_family"] for kind, name in OTHERS.items()]
+    written.python("-c", f"from lightning_peft.cli.main import main; assert not any(map(main, {commands}))")
+    written.install()
+    return written
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_new_method_is_green_before_its_author_writes_a_line(walk) -> None:
-    assert walk.test(*LOOKS_AT_METHODS, f"{TEST}::test_the_formula_by_hand", FUNCTIONS) > len(LOOKS_AT_METHODS)
+    checks = [*LOOKS_AT_METHODS, *(check.format(name=NAME) for check in LOOKS_AT_ONE)]
+    assert walk.test(*checks, f"{TEST}::test_the_formula_by_hand", FUNCTIONS) > len(checks)
     walk.ruff("check", ".")
     walk.ruff("format", "--check", ".")
 
@@ -115,8 +140,13 @@ def test_a_new_method_is_green_before_its_author_writes_a_line(walk) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_tests_of_the_example_pass(written) -> None:
-    stale = "tests/docs/test_generated.py::test_nothing_that_is_generated_is_stale"
-    assert written.test(TEST, METHOD, FUNCTIONS, stale) > 20, "the example runs the whole contract"
+    pairs = "tests/pairs/test_pairs.py"
+    derived = [
+        "tests/docs/test_generated.py::test_nothing_that_is_generated_is_stale",
+        f"{pairs}::test_the_page_tells_what_is_on_record",
+        f"{pairs}::test_pair[{NAME}+Tent]",
+    ]
+    assert written.test(TEST, METHOD, FUNCTIONS, *derived) > 20, "the example runs the whole contract"
 
 
 def test_the_example_is_used_by_name(written) -> None:
@@ -127,3 +157,15 @@ def test_the_example_is_used_by_name(written) -> None:
 def test_the_example_is_in_our_style(written) -> None:
     written.ruff("check", METHOD, FUNCTIONS, TEST)
     written.ruff("format", "--check", METHOD, FUNCTIONS, TEST)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_method_of_any_kind_is_green_before_its_author_writes_a_line(others) -> None:
+    """Its whole contract takes a minute, so only its mathematics, and what it must do whatever the kind."""
+    names = OTHERS.values()
+    checks = [*LOOKS_AT_METHODS, *(check.format(name=name) for check in LOOKS_AT_ONE for name in names)]
+    checks += [f"tests/plugins/test_{snake_case(name)}.py" for name in names]
+    assert others.test(*checks, "-k", f"not ({' or '.join(f'Test{name}' for name in names)})") > len(checks)
+    others.ruff("check", "plugins", "tests")
+    others.ruff("format", "--check", "plugins", "tests")

@@ -98,14 +98,14 @@ def _check_put(module: LightningModule, methods: Sequence[Contract], edit: PutEd
     network, _ = network_of(methods, module)
     if path == network or network.startswith(f"{path}."):
         raise MisconfigurationException(
-            f"{edit['kind']} cannot take the place of {path}, the network that methods watch. Put it on a layer within."
+            f"{edit['kind']} cannot replace {path}, the network that methods watch. Replace a layer within it."
         )
     leaves = put.rebuild(edit).inside is None
     mapped = next(mapped_tensors(put.layer_at(module, path)), None) if leaves else None
     if mapped is not None:
         raise MisconfigurationException(
-            f"{edit['kind']} takes the place of {path}, whose {mapped.name} is under the weight map of {mapped.maps[0].owner}. "
-            f"Leave the layer out of that method with exclude=[{path!r}]."
+            f"{edit['kind']} replaces {path}, whose {mapped.name} is under the weight map of {mapped.maps[0].owner}. Leave "
+            f"the layer out of that method with exclude=[{path!r}]."
         )
 
 

@@ -57,9 +57,10 @@ def check_order(methods: Sequence[Contract], claims: Mapping[str, Sequence[str]]
             both = [hook for hook in hooks if overrides(one, hook) and overrides(other, hook)]
             if both and one.lane == other.lane and _meet(one, other, resource) and not _apart(one, other, claims):
                 raise ConflictError(
-                    f"{one.name} and {other.name} both act on the {resource.value} in {both[0]}(), and what comes of it "
-                    "depends on which acts first. Say it on the method that acts last, before the Trainer is made: "
-                    f'<{other.name}>.after = ("{one.name}",) or <{one.name}>.after = ("{other.name}",). Or remove one of them.'
+                    f"{one.name} and {other.name} both act on the {resource.value} in {both[0]}(), and the result depends on "
+                    "which acts first. Set the order on the method that acts last, before the Trainer is made: "
+                    f'<{other.name}>.after = ("{one.name}",) or <{one.name}>.after = ("{other.name}",). Or remove one of '
+                    "them."
                 )
 
 
@@ -83,6 +84,6 @@ def _check_after(methods: Sequence[Contract]) -> None:
     for one, other in combinations(methods, 2):
         if one.lane < other.lane and goes_after(one, other):
             raise ConflictError(
-                f"{one.name} is to act after {other.name}, but its lane {one.lane.name} comes before {other.lane.name}. Take "
-                f"the name out of {one.name}.after."
+                f"{one.name} is set to act after {other.name}, but its lane {one.lane.name} comes before {other.lane.name}. "
+                f"Take the name out of {one.name}.after."
             )

@@ -28,7 +28,7 @@ def state_of(method: Contract) -> dict[str, Any]:
     state = method.state()
     if (found := not_plain(state)) is not None:
         raise MisconfigurationException(
-            f"state() of {method.name} holds something that is no plain data, and the checkpoint could not be resumed from: "
+            f"state() of {method.name} holds something that is not plain data, so the checkpoint could not be resumed: "
             f"{found}. Return tensors, numbers, strings, lists and dicts only."
         )
     return method_state.write(method.steps, method._epochs_ended, state)

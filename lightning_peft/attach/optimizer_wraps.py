@@ -35,8 +35,8 @@ def _wrapped(run: Run, methods: Sequence[Contract], optimizer: Optimizer) -> Opt
         if not isinstance(found, Optimizer) or not take_place(found, optimizer):
             raise MisconfigurationException(
                 f"{method.name}.wrap_optimizer returned a {type(found).__name__} whose parameter groups are not those of the "
-                f"{type(optimizer).__name__} it was given, so learning-rate schedulers would set what nothing uses. Subclass "
-                "lightning_peft.WrappedOptimizer, or build the new optimizer from optimizer.param_groups."
+                f"{type(optimizer).__name__} it was given, so learning-rate schedulers would change groups that no optimizer "
+                "uses. Subclass lightning_peft.WrappedOptimizer, or build the new optimizer from optimizer.param_groups."
             )
         optimizer = found
     return optimizer

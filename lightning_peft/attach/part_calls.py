@@ -26,7 +26,7 @@ def check_called(module: nn.Module) -> None:
         if weight is not None and weight.grad is not None:
             raise MisconfigurationException(
                 f"{placed.path}.weight has a gradient, but {placed.path} was not called: code reads the weight and calls a "
-                f"function with it, which passes the part {placed.part.kind!r} of {placed.part.owner} by. Leave the layer out "
+                f"function with it, which bypasses the part {placed.part.kind!r} of {placed.part.owner}. Leave the layer out "
                 f"with exclude=[{placed.path!r}], or call it: {placed.path}(x) instead of linear(x, {placed.path}.weight)."
             )
 
@@ -35,7 +35,7 @@ def warn_uncalled(module: nn.Module) -> None:
     """Say at the end of a training which parts no call came by."""
     if idle := [f"{placed.part.kind!r} of {placed.part.owner} on {placed.path}" for placed in _uncalled(module)]:
         rank_zero_warn(
-            f"No call of its layer came by the part {idle[0]}{_more(idle)}, so it did nothing in this training. If the layer "
+            f"No call of its layer reached the part {idle[0]}{_more(idle)}, so it did nothing in this training. If the layer "
             "is used, code reads its weight instead of calling it; leave such layers out with exclude=."
         )
 
@@ -60,8 +60,8 @@ def warn_lost(module: nn.Module, stay: Collection[Attachment] = frozenset()) -> 
     if lost := unmergeable(module, stay):
         rank_zero_warn(
             f"The fit is over and the module is an ordinary one again, without the part {lost[0]}{_more(lost)}, which cannot "
-            "go into a weight. It is in the checkpoints, and comes back when the module is trained, tested or used in predict "
-            "with its method among the callbacks."
+            "be merged into a weight. It is in the checkpoints, and comes back when the module is trained, tested or used "
+            "in predict with its method among the callbacks."
         )
 
 

@@ -129,8 +129,8 @@ def _check_structure(methods: Sequence[Contract]) -> None:
     relying = [method.name for method in methods if Resource.STRUCTURE in method.reads_now()]
     if changing and relying:
         raise ConflictError(
-            f"{relying[0]} relies on the structure of the network, which {changing[0]} changes during the training. Train with "
-            "the one first, then with the other."
+            f"{relying[0]} relies on the structure of the network, which {changing[0]} changes during the training. Train "
+            "with one of them first, then with the other."
         )
 
 

@@ -85,8 +85,8 @@ class StepGradients:
         if is_param_in_hook_signature(self._run.module.training_step, "dataloader_iter", explicit=True):
             names = ", ".join(method.name for method in self._computing)
             raise MisconfigurationException(
-                f"training_step takes a dataloader_iter and fetches batches itself, so {names} cannot evaluate a step once "
-                "more. Let training_step take the batch."
+                f"training_step takes a dataloader_iter and fetches batches itself, so {names} cannot evaluate a step again. "
+                "Let training_step take the batch."
             )
 
     # After clipping.
@@ -121,6 +121,9 @@ class StepGradients:
 
     def _compute(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Any:
         """Let every method compute the gradients in its own way, those of higher lanes around those of lower ones."""
+        # A chain of closures, the user's own in the middle. What a method calls, `closure()` or `closure.again()`, runs all
+        # methods before it, so that one which climbs and one which scales compose without knowing of each other. Only the
+        # user's own closure tells first from again: the first is the step that Lightning logs, counts and returns.
         self._cleared, self._carried = optimizer, False
         again = partial(self._by_hand, optimizer, closure, RandomState()) if self._manual else partial(self._again, optimizer)
         link = users = StepClosure(closure, again, self._scale)
@@ -205,8 +208,12 @@ class StepGradients:
         if getattr(closure, "__name__", "") == do_nothing_closure.__name__ or self._carried:
             names = ", ".join(method.name for method in self._computing)
             raise MisconfigurationException(
-                f"{type(self._run.module).__name__} optimizes by hand and {names} evaluates its step once more, "
-                + ("but a closure adds to gradients of before. " if self._carried else "but optimizer.step() got no closure. ")
+                f"{type(self._run.module).__name__} optimizes by hand and {names} evaluates its step again, "
+                + (
+                    "but its closure adds to the gradients of the last call. "
+                    if self._carried
+                    else "but optimizer.step() got no closure. "
+                )
                 + "In training_step write: def closure(): optimizer.zero_grad(); loss = lightning_peft.apply_terms(self, "
                 "<your loss>); self.manual_backward(loss); return loss. Then call optimizer.step(closure=closure)."
             )

@@ -54,6 +54,7 @@ def lr_factor_of(method: Contract) -> float:
     if not (math.isfinite(factor) and factor >= 0.0):
         raise MisconfigurationException(
             f"{method.name} multiplies learning rates by {factor} at step {method.steps}; lr_factor() must return a finite "
-            "number from 0. No weight was changed in this step: remove the method from callbacks=, or mend its lr_factor()."
+            "number, 0 or more. No weight was changed in this step: remove the method from callbacks=, or fix its "
+            "lr_factor()."
         )
     return factor

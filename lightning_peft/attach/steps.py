@@ -10,7 +10,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_peft import registry
 from lightning_peft.attach.hand_steps import HandSteps
 from lightning_peft.capture.tap import Tap, step_compiler
 from lightning_peft.compose.lanes import Resource
@@ -30,9 +29,6 @@ class StepTerms:
     Attributes:
         batch: The batch at hand and its place in the epoch.
         seen: Told of every call, when somebody may want it once more.
-
-    Raises:
-        MisconfigurationException: A method reads a submodule that does not exist.
     """
 
     def __init__(self, run: Run, methods: Sequence[Contract], active: Callable[[], bool]) -> None:
@@ -46,28 +42,15 @@ class StepTerms:
         reads_network = any(method.reads_now() & {Resource.LOGITS, Resource.INPUTS} for method in methods)
         compiler = step_compiler(run.module)
         self._network = Tap(run.network, run.network_name, compiler) if reads_network else None
-        self._features = self._feature_taps()
-        self._taps = [*([self._network] if self._network else []), *self._features.values()]
-        for tap in self._taps:
-            tap.install()
+        if self._network is not None:
+            self._network.install()
         self._hand_steps = HandSteps(run, methods)
 
-    def _feature_taps(self) -> dict[str, Tap]:
-        modules = dict(self.run.module.named_modules())
-        taps = {}
-        for path in sorted({path for method in self._methods for path in method.features}):
-            if path not in modules:
-                hint = registry.suggest(path, [*modules])
-                owner = type(self.run.module).__name__
-                raise MisconfigurationException(f"features: {path!r} is no submodule of {owner}.{hint}")
-            taps[path] = Tap(modules[path], path, step_compiler(self.run.module))
-        return taps
-
     def remove(self) -> None:
-        """Take the taps off and stop watching."""
+        """Take the tap off and stop watching."""
         self._hand_steps.remove()
-        for tap in self._taps:
-            tap.remove()
+        if self._network is not None:
+            self._network.remove()
 
     def training_step(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the user's step and return what it returned, its loss with all terms."""
@@ -76,8 +59,8 @@ class StepTerms:
         # Noted before it runs, with the random numbers it is about to draw.
         if self.seen is not None and not self.run.repeated:
             self.seen(args, kwargs, self.batch)
-        for tap in self._taps:
-            tap.open()
+        if self._network is not None:
+            self._network.open()
         self.run.in_step = True
         try:
             if self.run.repeated:
@@ -93,8 +76,8 @@ class StepTerms:
             return output
         finally:
             self.run.in_step = False
-            for tap in self._taps:
-                tap.close()
+            if self._network is not None:
+                self._network.close()
 
     def end_epoch(self) -> None:
         """Refuse a module whose steps the methods did not see all epoch long."""
@@ -122,7 +105,7 @@ class StepTerms:
             check_finite(loss, terms)
         if not self._terms:
             return loss
-        step = Step(loss, *self.batch, self.run, self._network, self._features, self.run.repeated)
+        step = Step(loss, *self.batch, self.run, self._network, self.run.repeated)
         for method in self._terms:
             term = method.loss(step)
             if term is not None:

@@ -54,8 +54,8 @@ class TrainedParameters:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if not trained:
             raise MisconfigurationException(
-                f"{self._names()} names no trainable parameter of {type(module).__name__}: what it names was frozen before "
-                "the fit. Let trained() name others, or call requires_grad_(True) on these."
+                f"{self._names()} names only parameters of {type(module).__name__} that were frozen before the fit. Let "
+                "trained() name others, or call requires_grad_(True) on these."
             )
         sizes = [sum(parameter.numel() for parameter in part) / 1e6 for part in (trained, frozen)]
         rank_zero_info(f"lightning_peft: {sizes[0]:.2f} M parameters are trained, {sizes[1]:.2f} M frozen for this fit")
@@ -81,7 +81,7 @@ class TrainedParameters:
         for parameter in self._wanted() or ():
             if parameter.requires_grad and owner(self._run.trainer.optimizers, parameter) is None:
                 raise MisconfigurationException(
-                    f"{names[parameter]} is to be trained, but is in no optimizer. Let configure_optimizers take "
+                    f"{names[parameter]} is to be trained, but no optimizer has it. Let configure_optimizers take "
                     "self.parameters(), or those with requires_grad."
                 )
 
@@ -125,6 +125,6 @@ def _parameters(module: nn.Module, method: Contract, names: Iterable[str | nn.Pa
             near = ", ".join(difflib.get_close_matches(str(name), known, n=3)) or ", ".join(list(known)[:3])
             what = repr(name) if isinstance(name, str) else f"a parameter of shape {tuple(name.shape)}"
             raise MisconfigurationException(
-                f"trained() of {method.name} names {what}, which {type(module).__name__} has not. Nearest: {near}."
+                f"trained() of {method.name} names {what}, which {type(module).__name__} does not have. Nearest: {near}."
             )
         yield found

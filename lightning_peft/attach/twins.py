@@ -58,9 +58,9 @@ def warn_of_twins(module: nn.Module) -> None:
     also = f", and {len(more)} more such pairs" if more else ""
     both = [target for names in (found, found.values()) for target in _layers_of(list(names))]
     rank_zero_warn(
-        f"{copy} is a copy of {name}{also}, but only {name} is under weight maps, and what is stored under them is not the "
-        f"weight. Code that moves the copy towards parameters(), as a momentum teacher's does, would average something else. "
-        f"If there is such code, leave both out: exclude={both!r}."
+        f"{copy} is a copy of {name}{also}, but only {name} is under weight maps, and the values stored under them are not "
+        "the weights. Code that moves the copy towards parameters(), as a momentum teacher's does, would average something "
+        f"else. If there is such code, leave both out: exclude={both!r}."
     )
 
 
@@ -85,10 +85,10 @@ def warn_of_copies(module: nn.Module, followed: Iterable[nn.Module]) -> None:
         gc.collect()  # a copy that nobody holds any more may be part of a cycle
     if names := _copied(module, known):
         rank_zero_warn(
-            f"The training ends with a copy of the module (of {names[0]}, for one) that was made while weight maps were on it. "
-            "The copy has maps of its own, whose masks and schedules stand where they stood when it was made, and they stay on "
-            "it. Make an ordinary network of it with lightning_peft.bake(copy). For an average of the weights, Lightning's "
-            "WeightAveraging and EMAWeightAveraging callbacks are followed."
+            f"The training ends with a copy of the module (of {names[0]}, for one) that was made while weight maps were on "
+            "it. The copy keeps maps of its own, with masks and schedules as they were at that moment. Turn it into an "
+            "ordinary network with lightning_peft.bake(copy). To average weights, use Lightning's WeightAveraging or "
+            "EMAWeightAveraging, which the methods follow."
         )
 
 

@@ -107,7 +107,7 @@ def check_agreement(
                     f"The {what} does not compute what the network does: output {index} differs by up to {error:.3g} "
                     f"({place}, shape {tuple(one.shape)} against {tuple(other.shape)}; allowed is {allowed:.3g}). A network "
                     "that draws random numbers or branches on its values in evaluation mode cannot be exported faithfully; "
-                    "a looser bound is tolerance=."
+                    "to allow a larger difference, pass tolerance=."
                 )
             largest = max(largest, error)
     return largest

@@ -51,7 +51,7 @@ def bake(module: ModuleT) -> ModuleT:
     """
     if lost := part_states.unmergeable(module):
         raise MisconfigurationException(
-            f"The layer part {lost[0]} computes something that no weight does, so the module cannot be baked. Keep it as it "
+            f"The layer part {lost[0]} computes something that no weight can, so the module cannot be baked. Keep it as it "
             "is, or switch them off first (part.enabled = False) to bake it without them."
         )
     detach_maps(module, "baked")

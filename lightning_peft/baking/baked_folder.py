@@ -122,7 +122,7 @@ def read_tensors(folder: str | Path, found: Mapping[str, Any]) -> dict[str, Tens
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, ValueError, OSError) as error:
-        raise files.CheckpointError(f"{path} is no readable safetensors file: {error}") from error
+        raise files.CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
     expected = found["tensors"]
     if set(tensors) != set(expected):
         raise files.CheckpointError(

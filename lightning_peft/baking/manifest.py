@@ -121,9 +121,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: it is no JSON document ({type(error).__name__}).") from error
+        raise CheckpointError(f"{path} is damaged: it is not a JSON document ({type(error).__name__}).") from error
     if not isinstance(found, dict) or type(found.get("format")) is not int:
-        raise CheckpointError(f'{path} is no manifest: it must be an object with an integer "format".')
+        raise CheckpointError(f'{path} is not a manifest: it must be an object with an integer "format".')
     if found["format"] != FORMAT:
         raise CheckpointError(
             f"{path} has format {found['format']}; this version of lightning-peft reads format {FORMAT}. Upgrade "

@@ -58,7 +58,7 @@ def _check(module: nn.Module, state: Mapping[str, Any], strict: bool) -> None:
     missing, unknown = [name for name in own if name not in state], [name for name in state if name not in own]
     if missing or unknown:
         parts = [f"lack {_some(missing)}"] if missing else []
-        parts += [f"have {_some(unknown)}, which {type(module).__name__} has not"] if unknown else []
+        parts += [f"have {_some(unknown)}, which {type(module).__name__} does not have"] if unknown else []
         raise files.CheckpointError(
             f"The weights {' and '.join(parts)}. Build the module with the arguments it was saved with, or pass strict=False."
         )

@@ -154,7 +154,7 @@ def _refusal(weight: SparseWeight, backend: str) -> str:
         return f"{_name(weight.dtype)} is not supported: pass dtype=torch.float16 or torch.bfloat16"
     rows, columns = MULTIPLES[backend]
     if weight.shape[0] % rows or weight.shape[1] % columns:
-        return f"{weight.shape[0]} x {weight.shape[1]} is no multiple of {rows} x {columns}, which {backend} needs"
+        return f"{weight.shape[0]} x {weight.shape[1]} is not a multiple of {rows} x {columns}, which {backend} needs"
     if weight.violations:
         return f"not 2:4: {weight.violations} groups of four have more than two non-zero weights"
     return ""

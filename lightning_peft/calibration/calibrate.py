@@ -163,6 +163,6 @@ def _calibrate_block(
         now = module.get_submodule(name).to(home)
         if shapes(now) != had and journal.journal_of(module) == edits:
             raise MisconfigurationException(
-                f"{method.name} changed the names or shapes of the tensors in {name}, which no checkpoint could repeat. Change "
-                "structure by an edit: lightning_peft.structure.journal.edit(block.root, self.put(...))."
+                f"{method.name} changed the names or shapes of the tensors in {name}, which no checkpoint could restore. "
+                "Change structure with an edit: lightning_peft.structure.journal.edit(block.root, self.put(...))."
             )

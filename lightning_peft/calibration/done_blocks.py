@@ -103,8 +103,8 @@ class DoneBlocks:
             other = "weights"
         if other is not None:
             raise CheckpointError(
-                f"{path} is of a calibration with other {other}. Give folder= a new folder, or the module, "
-                "methods and batches it was begun with."
+                f"{path} belongs to a calibration with other {other}. Give folder= a new folder, or the module, methods and "
+                "batches it was begun with."
             )
 
     def _put_back(self, name: str, saved: dict[str, Any]) -> None:
@@ -115,7 +115,7 @@ class DoneBlocks:
         block = self._module.get_submodule(name)
         check_tensors(saved["tensors"], block)
         if set(plain_tensors(block)) != set(saved["tensors"]):
-            raise CheckpointError(f"The tensors saved of {name} are not those it has. Give folder= a new folder.")
+            raise CheckpointError(f"The saved tensors of {name} are not those of the module. Give folder= a new folder.")
         block.load_state_dict(saved["tensors"], strict=False)
 
     def _load_state(self, method: Contract, saved: Any) -> None:
@@ -137,7 +137,7 @@ class DoneBlocks:
         block = self._module.get_submodule(self._blocks[place])
         states = {method.name: method_state.write(method.steps, 0, method.state()) for method in self._methods}
         if (odd := not_plain(states)) is not None:
-            raise MisconfigurationException(f"state() of a method holds something that is no plain data: {odd}.")
+            raise MisconfigurationException(f"state() of a method holds something that is not plain data: {odd}.")
         tensors = {name: tensor.detach().cpu() for name, tensor in plain_tensors(block).items()}
         saved = {**self._run, "start": self._start, "edits": list(edits), "tensors": tensors, "states": states}
         with whole(self._path(place)) as part:

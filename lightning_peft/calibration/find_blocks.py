@@ -31,7 +31,7 @@ def find_blocks(module: nn.Module, names: str | Iterable[str] | None) -> dict[st
         found = {f"{path}.{place}": entry for path, entries in lists.items() for place, entry in enumerate(entries)}
         if not found:
             raise MisconfigurationException(
-                f"{type(module).__name__} has no list of equal blocks. Name what is to be calibrated in turn: "
+                f"{type(module).__name__} has no list of equal blocks. Name the modules to calibrate, in order: "
                 'blocks=["model.stem", "model.body"].'
             )
     else:
@@ -102,8 +102,8 @@ def in_order(blocks: dict[str, nn.Module], passes: StepPasses) -> list[str]:
     missed = [name for name in blocks if name not in order]
     if not order:
         raise MisconfigurationException(
-            f"The step calls none of the blocks {', '.join(missed)}. Name with blocks= what it calls, or with stage= the step "
-            "that runs the network."
+            f"The step calls none of the blocks {', '.join(missed)}. Name blocks that it calls with blocks=, or the step "
+            "that runs the network with stage=."
         )
     if missed:
         warnings.warn(f"The step never calls {', '.join(missed)}: not calibrated.", stacklevel=3)

@@ -47,7 +47,7 @@ class StepPasses:
     ) -> None:
         if isinstance(batches, Iterator):
             raise MisconfigurationException(
-                "batches= can be run over only once, and every block runs over them again. Pass a loader or a list: "
+                "batches= can be iterated only once, and every block needs them again. Pass a loader or a list: "
                 "batches=list(batches)."
             )
         if stage is not None:

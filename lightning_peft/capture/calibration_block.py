@@ -78,4 +78,4 @@ class CalibrationBlock:
             for handle in handles:
                 handle.remove()
         if missed := [name for name in layers if name not in called]:
-            warnings.warn(f"Nothing is known of the inputs of {', '.join(missed)}: never called.", stacklevel=2)
+            warnings.warn(f"The inputs of {', '.join(missed)} are unknown: never called.", stacklevel=2)

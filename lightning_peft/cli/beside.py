@@ -60,12 +60,12 @@ def stand_beside(
         arguments["callbacks"] = [callback for callback in arguments["callbacks"] if not isinstance(callback, Checkpoint)]
     overruled = []
     if arguments.get("logger") is False:
-        overruled.append("logger: false is overruled, because the report is made of what is logged.")
+        overruled.append("logger: false is ignored, because the report is made from the logs.")
     if arguments.get("enable_checkpointing") is False:
-        overruled.append("enable_checkpointing: false is overruled, because the last epoch is kept to resume from and to bake.")
+        overruled.append("enable_checkpointing: false is ignored, because the last epoch is kept to resume from and to bake.")
     if arguments.get("barebones"):
         arguments["barebones"] = False
-        overruled.append("barebones: true is overruled, because nothing could be logged or kept.")
+        overruled.append("barebones: true is ignored, because nothing could be logged or kept.")
     theirs = _loggers(arguments.get("logger"))
     arguments["logger"] = [*theirs, CSVLogger(folder, name=curves, flush_logs_every_n_steps=20)]
     arguments["enable_checkpointing"] = True

@@ -34,8 +34,8 @@ def list_for(wishes: str) -> Outcome:
     found = [item for item in methods if not item["error"] and CardHead(**item["head"]).serves(wishes, item["summary"])]
     if not found:
         raise UsageError(
-            f"No method is for {wishes!r}. Goals: {', '.join(GOALS)}. Domains: {', '.join(DOMAINS)}. "
-            "Give one of them, or words that a card's head has; separate several by commas."
+            f"No method is for {wishes!r}. Goals: {', '.join(GOALS)}. Domains: {', '.join(DOMAINS)}. Give one of them, or "
+            "words from the head of a card; separate several by commas."
         )
 
     def show(console: Console) -> None:

@@ -75,6 +75,9 @@ def build_parser() -> _Parser:
     method = add("new", "write the files of a new method: class, function, card, test, registration")
     method.add_argument("name", metavar="NAME", help="name of the class, such as ConfidencePenalty")
     method.add_argument("--family", metavar="FOLDER", help="its family; needed in a checkout of lightning_peft")
+    method.add_argument(
+        "--kind", default="loss-term", help="loss-term, weight-map, layer-part, gradient or test-time (default: loss-term)"
+    )
     more = "All further arguments go to LightningCLI and win over the recipe, such as --trainer.max_epochs 1 --model.lr 3e-4."
     run = add("run", "train a recipe beside its dense baseline and write a report", more)
     run.add_argument("recipe", metavar="RECIPE", help="packaged name, or path of a LightningCLI YAML file")
@@ -147,7 +150,7 @@ def dispatch(options: argparse.Namespace, overrides: Sequence[str], console: Con
     if options.command == "new":
         from lightning_peft.cli.authors.new import new
 
-        return new(options.name, options.family, Path.cwd())
+        return new(options.name, options.family, Path.cwd(), options.kind)
     if options.command in READS_CHECKPOINTS:
         _let_import(getattr(options, "recipe", None))
     if options.command == "run":

@@ -110,7 +110,7 @@ class Course:
             MisconfigurationException: It is not known.
         """
         if self.total is None:
-            raise MisconfigurationException(f"The training has no end that is known beforehand. Give {self.cure}.")
+            raise MisconfigurationException(f"The length of the training is not known beforehand. Give {self.cure}.")
         return self.total
 
     def require_epochs(self) -> int:

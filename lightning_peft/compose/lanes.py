@@ -21,7 +21,7 @@ class Lane(IntEnum):
 class Resource(Enum):
     """A thing that methods read or write.
 
-    ``LOGITS``, ``INPUTS``, ``FEATURES`` and ``SAMPLE_INDEX`` are read. ``LOSS_SCALE`` has room for one writer per
+    ``LOGITS``, ``INPUTS`` and ``SAMPLE_INDEX`` are read. ``LOSS_SCALE`` has room for one writer per
     training step, ``PREDICTIONS`` for one per evaluation; ``WEIGHT_MAP``, ``DELTA`` and ``MASK`` for one writer per tensor.
     A method that reads ``STRUCTURE`` assumes it is fixed and cannot be combined with one that writes it. ``GRADIENT`` and
     ``OPTIMIZER`` may have several writers as long as it is known who comes first.
@@ -29,7 +29,6 @@ class Resource(Enum):
 
     LOGITS = "logits"
     INPUTS = "inputs"
-    FEATURES = "features"
     SAMPLE_INDEX = "sample index"
     LOSS_SCALE = "scale of the base loss"
     PREDICTIONS = "predictions during evaluation"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +39,6 @@ class Step:
         batch_idx: Its position in the epoch.
         run: The training this step belongs to.
         tap: The tap of the network.
-        features: Taps of the submodules a method asked for, by qualified name.
         repeated: Whether this batch was seen in this optimizer step already (:meth:`StepClosure.again`): return the term, and
             remember nothing.
     """
@@ -49,7 +48,6 @@ class Step:
     batch_idx: int
     run: Run
     tap: Tap | None = None
-    features: Mapping[str, Tap] = field(default_factory=dict)
     repeated: bool = False
 
     @property

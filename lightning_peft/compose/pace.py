@@ -70,7 +70,7 @@ class Pace:
         if assumed is None or not lengths or not _differ(real, assumed):
             return None
         outcome = "end too early" if assumed < real else f"stop at {real / assumed:.0%} of their course"
-        found = f"schedules laid out for {assumed} steps will {outcome}, for the training has {real}. "
+        found = f"schedules laid out for {assumed} steps will {outcome}, because the training has {real}. "
         if set(steps) != set(range(self._run.optimizers)) or len(set(steps.values())) > 1:
             return found + "Write points of training in steps of the first optimizer."
         limits = f"max_epochs={epochs}" if epochs is not None and real < assumed else "max_epochs=-1"

@@ -46,8 +46,8 @@ class NetworkInputs(NetworkCalls):
         keywords = {name: value for name, value in found.kwargs.items() if value is not labels}
         if found.args and keywords:
             raise MisconfigurationException(
-                f"{self._tap.name} is called with positional and keyword arguments, of which examples take one kind. Export "
-                "from Python: lightning_peft.to_onnx(module, path, example_inputs)."
+                f"{self._tap.name} is called with positional and keyword arguments, and examples can hold only one kind. "
+                "Export from Python: lightning_peft.to_onnx(module, path, example_inputs)."
             )
         self.inputs.append(tuple(map(_kept, found.args)) or {name: _kept(value) for name, value in keywords.items()})
         self.labels.append(None if labels is None else labels.cpu())

@@ -93,7 +93,7 @@ def split(batch: Any) -> tuple[Inputs, Tensor]:
             "shape (batch,)."
         )
     if isinstance(batch, Mapping) or hasattr(batch, "keys"):
-        return {name: batch[name] for name in batch.keys() if batch[name] is not labels}, labels.cpu()  # noqa: SIM118
+        return {name: batch[name] for name in batch.keys() if batch[name] is not labels}, labels.cpu()  # noqa: SIM118 - not every batch with keys is a Mapping
     rest = batch[:-1]
     return (rest[0] if len(rest) == 1 else tuple(rest)), labels.cpu()
 

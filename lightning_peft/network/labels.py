@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-_LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
 
 def labels_of(batch: Any) -> Tensor | None:
@@ -20,7 +20,7 @@ def labels_of(batch: Any) -> Tensor | None:
     """
     found: Any = None
     if isinstance(batch, Mapping) or hasattr(batch, "keys"):
-        found = next((batch[key] for key in _LABEL_KEYS if key in batch), None)
+        found = next((batch[key] for key in LABEL_KEYS if key in batch), None)
     elif isinstance(batch, (tuple, list)) and len(batch) >= 2:
         found = batch[-1]
     is_index = isinstance(found, Tensor) and found.ndim == 1 and not found.is_floating_point()

@@ -76,7 +76,7 @@ def _methods(methods: list[dict[str, Any]], mapped: bool) -> Section:
         for item in methods
     )
     state = (
-        "Its weights are those layers saw, and it holds what training needs beside them: `bake` leaves that out."
+        "Its weights are those that the layers saw. It also holds the state of the training, which `bake` leaves out."
         if mapped
         else "It is baked: plain weights, nothing to resume."
     )

@@ -61,7 +61,7 @@ def comparison_report(comparison: Comparison) -> Report:
     """Write the report of an ablation."""
     metrics, reach = comparison.metrics(), comparison.reach()
     seeds = len(next(iter(comparison.trials.values())))
-    spread = "mean, standard deviation, lowest, highest" if seeds > 1 else "one training says nothing of the spread over seeds"
+    spread = "mean, standard deviation, lowest, highest" if seeds > 1 else "one training says nothing about spread"
     text = (
         f"{seeds} seed{'s' if seeds != 1 else ''} for each variant: {spread}. Differences to the full recipe are taken seed by "
         "seed, because a seed gives all variants the same data order.",

@@ -97,9 +97,9 @@ def _speed(found: Comparison) -> Section:
     text = [_verdict(found)]
     if found.after.nonzero < 0.99 * found.after.parameters:
         text.append(
-            "Zeros are stored and multiplied like other values by the dense kernels used here, so a mask alone changes neither "
-            "FLOPs nor time. What turns zeros into speed is removing whole units, or kernels for the pattern (2:4 on CUDA: "
-            "`lightning_peft.semi_structured`)."
+            "Zeros are stored and multiplied like other values by the dense kernels used here, so a mask alone changes "
+            "neither FLOPs nor time. To turn zeros into speed, remove whole units or use kernels for the pattern (2:4 on "
+            "CUDA: `lightning_peft.semi_structured`)."
         )
     rows = []
     for (size, speedup), first, second in zip(

@@ -30,7 +30,7 @@ def labels_in(loader: DataLoader[Any], data: Dataset[Any]) -> Tensor:
         labels = labels_of(batch)
         if labels is None:
             raise MisconfigurationException(
-                "The labels of a test batch cannot be told. Make batches (inputs, labels), or mappings with a key 'labels'."
+                "The labels of a test batch cannot be found. Make batches (inputs, labels), or mappings with a key 'labels'."
             )
         found.append(labels)
     return torch.cat(found)

@@ -34,7 +34,7 @@ def blocks_at(module: nn.Module, path: str) -> Blocks:
     try:
         found = module.get_submodule(path)
     except AttributeError:
-        raise CheckpointError(f"{type(module).__name__} has no submodule {path!r}, whose blocks are to be changed.") from None
+        raise CheckpointError(f"{type(module).__name__} has no submodule {path!r}, whose blocks should change.") from None
     if not isinstance(found, (nn.ModuleList, nn.Sequential)) or list(found._modules) != [str(i) for i in range(len(found))]:
         raise CheckpointError(f"{path} is a {type(found).__name__}; blocks are changed in a ModuleList or Sequential only.")
     return found

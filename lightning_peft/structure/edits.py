@@ -169,7 +169,7 @@ def adopt(module: nn.Module, journal: Sequence[Edit]) -> list[Change]:
         layers = {path: module.get_submodule(path) for path, _ in numbers}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"The checkpoint's journal of structural changes is malformed, or is that of another model: {error!r}."
+            f"The checkpoint's journal of structural changes is malformed, or belongs to another model: {error!r}."
         ) from error
     for (path, key), (old, new) in numbers.items():
         if getattr(layers[path], key, None) == old:

@@ -107,9 +107,9 @@ def dict_of(form: Form, keys: Collection[str] | None = None, kind: str = "tensor
             return f"{place} is {_shown(value)}, not a dict"
         for key, item in value.items():
             if not isinstance(key, str):
-                return f"{place} has the key {_shown(key)}, which is no string"
+                return f"{place} has the key {_shown(key)}, which is not a string"
             if keys is not None and key not in keys:
-                return f"{place} has the key {key!r}, which is no {kind}"
+                return f"{place} has the key {key!r}, which is not a {kind}"
             if (found := form(item, f"{place}[{key!r}]")) is not None:
                 return found
         return None

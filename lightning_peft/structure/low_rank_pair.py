@@ -38,7 +38,7 @@ class LowRankPair(Replacement):
             raise ValueError(f"a {plain_class(layer).__name__} cannot be split")
         most = max_rank(plain_weight(layer).shape, scheme)
         if type(rank) is not int or not 1 <= rank <= most:
-            raise ValueError(f"rank={rank!r} is no whole number from 1 to {most}")
+            raise ValueError(f"rank={rank!r} is not a whole number from 1 to {most}")
 
     def build(self, layer: Any) -> nn.Module:
         weight = plain_weight(layer)

@@ -84,7 +84,7 @@ def check_parts(module: nn.Module, edit: Mapping[str, Any]) -> None:
         if changed and (follows is None or (follows and edit["op"] != "slice")):
             what = "cut" if edit["op"] == "slice" else "widened"
             raise CheckpointError(
-                f"{placed.path}.{changed[0]} is to be {what}, but the layer part {placed.part.kind!r} of {placed.part.owner} "
-                f"beside it does not say how it follows. Leave the layer out of one of the two methods with "
-                f"exclude=[{placed.path!r}], or bake first and change the structure in a fit of its own."
+                f"{placed.path}.{changed[0]} should be {what}, but the layer part {placed.part.kind!r} of "
+                f"{placed.part.owner} beside it does not say how it follows. Leave the layer out of one of the two methods "
+                f"with exclude=[{placed.path!r}], or bake first and change the structure in a fit of its own."
             )

@@ -181,7 +181,7 @@ def merge(state: MutableMapping[str, Tensor], section: Mapping[str, Any], done: 
                 continue
             if not part.merges:
                 raise CheckpointError(
-                    f"The part {part.kind!r} of {record['method']} on {path} computes something that no weight does, so it "
+                    f"The part {part.kind!r} of {record['method']} on {path} computes something that no weight can, so it "
                     f"cannot be baked. Evaluate the file with Trainer(callbacks=[{record['method']}(...)]).test(module, "
                     "ckpt_path=...), or train with exclude= for that layer."
                 )

@@ -84,17 +84,17 @@ def filled(
         return state
     if tensors is None:
         raise CheckpointError(
-            f"The checkpoint holds only what was trained, not {next(iter(base))} and {len(base) - 1} more tensors of its base. "
-            "Build the model with its base weights and give it to base=, or use "
+            f"The checkpoint holds only the trained tensors, not {next(iter(base))} and {len(base) - 1} more tensors of its "
+            "base. Build the model with its base weights and give it to base=, or use "
             "lightning_peft.load_from_checkpoint(ModelClass, path), whose class loads them."
         )
     wrong = [name for name, wanted in base.items() if name not in tensors or digest(tensors[name]) != wanted]
     if wrong:
         raise CheckpointError(
-            f"The checkpoint holds only what was trained on another base: {wrong[0]} "
+            f"The checkpoint holds only tensors that were trained on another base: {wrong[0]} "
             f"{'is not in this model' if wrong[0] not in tensors else 'holds other values in this model'}"
-            f"{f', and {len(wrong) - 1} more differ' if len(wrong) > 1 else ''}. Build the model with the base weights that it "
-            "was trained from, before the checkpoint is loaded."
+            f"{f', and {len(wrong) - 1} more differ' if len(wrong) > 1 else ''}. "
+            "Build the model with the base weights that it was trained from, before the checkpoint is loaded."
         )
     everything = {**state, **{name: tensors[name].detach().clone() for name in base if name not in state}}
     return {name: everything[name] for name in [*(name for name in tensors if name in everything), *everything]}

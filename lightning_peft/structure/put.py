@@ -80,7 +80,7 @@ def layer_at(module: nn.Module, path: str) -> nn.Module:
     try:
         layer = module.get_submodule(path)
     except AttributeError:
-        raise CheckpointError(f"{type(module).__name__} has no submodule {path!r}, which is to be replaced.") from None
+        raise CheckpointError(f"{type(module).__name__} has no submodule {path!r}, which should be replaced.") from None
     parent, _, name = path.rpartition(".")
     if not path:
         raise CheckpointError("A module cannot be put in its own place; name a layer within it.")
@@ -132,7 +132,7 @@ def check_put(module: nn.Module, edit: Recorded) -> None:
     try:
         replacement.check(layer)
     except Exception as error:  # what an author's check meets in a damaged file cannot be foreseen
-        raise CheckpointError(f"{edit['kind']} cannot stand in the place of {path}: {error}.") from error
+        raise CheckpointError(f"{edit['kind']} cannot replace {path}: {error}.") from error
 
 
 def put(module: nn.Module, edit: PutEdit) -> PutResult:
@@ -199,8 +199,8 @@ def take_out(module: nn.Module, edit: PutEdit, removed: Mapping[str, nn.Module])
     layer = removed.get(edit["path"]) if inside is None else new.get_submodule(inside)
     if layer is None:
         raise CheckpointError(
-            f"{edit['path']} was replaced before this module was built, so what stood there is not at hand. Load into a new "
-            "instance of the class."
+            f"{edit['path']} was replaced before this module was built, so the layer that stood there is not available. Load "
+            "into a new instance of the class."
         )
     device = next((tensor.device for tensor in new.parameters()), torch.device("cpu"))
     _stand(module, edit, _awake(layer, device).train(new.training))

@@ -202,9 +202,9 @@ def _check_map(weight_map: WeightMap, name: str, entry: SliceEntry) -> None:
     sized = [key for key, tensor in own.items() if tensor.ndim > 0 and not key.endswith("_extra_state")]
     if sized:
         raise CheckpointError(
-            f"{name} is to be cut from {entry['from']} to {entry['to']}, but the weight map {weight_map.kind!r} of "
-            f"{weight_map.owner} keeps {sized[0]} of shape {tuple(own[sized[0]].shape)} for its old size. Leave the layer out "
-            "of one of the two methods with exclude=, or bake first and prune in a fit of its own."
+            f"{name} should be cut from {entry['from']} to {entry['to']}, but the weight map {weight_map.kind!r} of "
+            f"{weight_map.owner} keeps {sized[0]} of shape {tuple(own[sized[0]].shape)} for its old size. Leave the layer "
+            "out of one of the two methods with exclude=, or bake first and prune in a fit of its own."
         )
 
 

@@ -71,6 +71,9 @@ def _narrow(value: Tensor, dims: Sequence[str], axes: Axes) -> Tensor:
 
 @torch.no_grad()
 def _apply(module: nn.Module, edit: ResizeEdit, when: int, change: Callable[[Tensor, ResizeEntry], Tensor]) -> None:
+    # Both ways through one function: `when` picks the old or the new of every pair, so that undoing writes back exactly what
+    # applying has changed. Numbers that layers and configurations note come last, and configurations are found by the value
+    # they note now, because several modules of a network may share one.
     tensors = plain_tensors(module)
     for name, entry in edit["tensors"].items():
         put(module, name, tensors[name], change(tensors[name].detach(), entry))

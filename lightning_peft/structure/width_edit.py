@@ -39,6 +39,10 @@ def width_edit(network: nn.Module, prefix: str, width_map: WidthMap, to: Mapping
         >>> width_edit(net, "", WidthMap({"hidden": 4}, hidden), {"hidden": 6})["attributes"]
         {'0': {'out_features': [4, 6]}, '2': {'in_features': [4, 6]}}
     """
+    # The declaration speaks of axes, the edit of tensors and numbers: it must hold all that a process which never saw the
+    # declaration needs to do the same. So each tensor stands with both shapes, and with the axes of its dimensions for the
+    # operator that fills it; a tied tensor stands once, or it would be filled twice. What the declaration does not cover is an
+    # error before anything is written down: a layer that was forgotten would keep its old size.
     axes = grown_axes(width_map, to)
     edit: ResizeEdit = {
         "op": "resize",
@@ -73,6 +77,7 @@ def width_edit(network: nn.Module, prefix: str, width_map: WidthMap, to: Mapping
             edit["inputs"][_join(prefix, path)] = kind.input
         elif isinstance(kind, Norm) and (own_parameters(layer) or hasattr(layer, "normalized_shape")):
             edit["norms"][_join(prefix, path)] = _norm(layer, kind)
+    # The configuration's epsilon is that of the norms only if all of them have it; an operator that scales it asks.
     if {getattr(vars(network).get("config"), width_map.eps_config, None)} == {
         n["eps"][1] for n in edit["norms"].values() if "eps" in n
     }:

@@ -45,7 +45,7 @@ def keep_largest(
     """
     one_of("scope", scope, SCOPES)
     if not 0.0 <= amount <= 1.0:
-        raise MisconfigurationException(f"amount={amount} is a share of the weights, from 0 to 1.")
+        raise MisconfigurationException(f"amount={amount} must be a share of the weights, from 0 to 1.")
     for name, values in scores.items():
         check_scores(name, values)
     if scope == "row":

@@ -20,10 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_peft.arguments import one_of
 from lightning_peft.network.batches import batch_size, plain, take, tensors_of
+from lightning_peft.network.labels import LABEL_KEYS
 from lightning_peft.network.logits import as_logits
 
 Forward = Callable[[nn.Module, Any], Any]
-_LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 _log = logging.getLogger(__name__)
 
 
@@ -226,20 +226,20 @@ def _sum(scores: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def _call(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
-        return model(**{key: value for key, value in batch.items() if key not in _LABEL_KEYS})
+        return model(**{key: value for key, value in batch.items() if key not in LABEL_KEYS})
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 def _labels(batch: Any) -> Tensor:
     found = None
     if isinstance(batch, Mapping):
-        found = next((batch[key] for key in _LABEL_KEYS if key in batch), None)
+        found = next((batch[key] for key in LABEL_KEYS if key in batch), None)
     elif isinstance(batch, (tuple, list)) and len(batch) > 1:
-        found = batch[1]
+        found = batch[1]  # behind the inputs; of a batch of three or more, `labels_of` takes the last
     if not isinstance(found, Tensor):
         raise MisconfigurationException(
             f'labels="data" finds no labels in a batch of type {type(batch).__name__}. Pass (x, y) tuples or dicts '
-            f'with one of {", ".join(_LABEL_KEYS)}, or use labels="model".'
+            f'with one of {", ".join(LABEL_KEYS)}, or use labels="model".'
         )
     return found
 

@@ -61,7 +61,7 @@ def ste_prune(
     if not isinstance(decay, Tensor):
         decay = float(decay)
         if not 0.0 <= decay <= 1.0:
-            raise MisconfigurationException(f"decay is the factor of pruned weights in [0, 1], got {decay}.")
+            raise MisconfigurationException(f"decay is the factor on pruned weights and must lie in [0, 1], got {decay}.")
     pruned: Tensor = _ste_prune(weight, mask, decay, float(sr_lambda), masked_grad)
     return pruned
 

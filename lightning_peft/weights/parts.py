@@ -119,8 +119,8 @@ def _check_called(module: nn.Module, path: str, layer: nn.Module, part: LayerPar
         )
     if "forward" in vars(layer):
         raise MisconfigurationException(
-            f"The forward of {path} ({type(layer).__name__}) was replaced on the object, so its calls would pass the part "
-            f"{part.kind!r} of {part.owner} by. Replace it after the methods are attached, define it in a subclass, or pass "
+            f"The forward of {path} ({type(layer).__name__}) was replaced on the object, so its calls would bypass the part "
+            f"{part.kind!r} of {part.owner}. Replace it after the methods are attached, define it in a subclass, or pass "
             f"exclude=[{path!r}]."
         )
 
@@ -128,8 +128,8 @@ def _check_called(module: nn.Module, path: str, layer: nn.Module, part: LayerPar
 def _check_weight(path: str, layer: nn.Module, part: LayerPart) -> None:
     if layer._parameters.get("weight") is None:
         raise MisconfigurationException(
-            f"The part {part.kind!r} of {part.owner} goes into the weight of its layer, and {path} ({type(layer).__name__}) "
-            f"has no parameter 'weight' of its own. Leave it out with exclude=[{path!r}]."
+            f"The part {part.kind!r} of {part.owner} is merged into the weight of its layer, but {path} "
+            f"({type(layer).__name__}) has no parameter 'weight' of its own. Leave it out with exclude=[{path!r}]."
         )
     chain = layer.weight_maps.get("weight") if isinstance(layer, MappedLayer) else None
     for weight_map in chain.maps if chain is not None else ():
@@ -145,8 +145,8 @@ def check_masks(path: str, part: LayerPart, weight_map: WeightMap) -> None:
     if weight_map.lane >= Lane.MASK and part.merges and part.lane < Lane.MASK:
         raise MisconfigurationException(
             f"{path}.weight is under the mask {weight_map.kind!r} of {weight_map.owner}, and the part {part.kind!r} of "
-            f"{part.owner} would fill in its zeros when it goes into the weight. Leave the layer out of one of the two with "
-            f"exclude=[{path!r}]."
+            f"{part.owner} would fill in its zeros when it is merged into the weight. Leave the layer out of one of the two "
+            f"with exclude=[{path!r}]."
         )
 
 

@@ -178,7 +178,7 @@ def test_who_reads_gradients_beside_one_who_changes_them_is_told_apart():
 def test_a_circle_and_a_contradiction_are_refused():
     pair = ToyNoise(name="a"), Project(name="b")
     pair[0].after, pair[1].after = ("b",), ("a",)
-    with pytest.raises(MisconfigurationException, match="a and b are to act after one another"):
+    with pytest.raises(MisconfigurationException, match="a and b name each other in after="):
         plan(Plain(), pair)
     scale = ToyScale()
     scale.after = ("toy_noise",)

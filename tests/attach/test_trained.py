@@ -164,7 +164,7 @@ def test_what_cannot_be_trained_is_refused() -> None:
 
     module = Plain()
     with pytest.raises(
-        MisconfigurationException, match=r"names 'model\.0\.bais', which Plain has not\. Nearest: model\.0\.bias"
+        MisconfigurationException, match=r"names 'model\.0\.bais', which Plain does not have\. Nearest: model\.0\.bias"
     ):
         fit([Missing()], module=module)
     assert_clean(module, "a refusal")
@@ -182,7 +182,7 @@ def test_what_cannot_be_trained_is_refused() -> None:
         def configure_optimizers(self) -> Any:
             return self.make_optimizer([p for name, p in self.named_parameters() if name.endswith("weight")])
 
-    with pytest.raises(MisconfigurationException, match=r"model\.0\.bias is to be trained, but is in no optimizer"):
+    with pytest.raises(MisconfigurationException, match=r"model\.0\.bias is to be trained, but no optimizer has it"):
         fit([ToyTuning()], style=Weights)
 
 

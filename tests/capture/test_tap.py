@@ -71,30 +71,28 @@ def test_a_failing_forward_is_not_remembered(layer):
     assert tap.calls == []
 
 
-class Attention(Method):
-    """Reads the features of two submodules and the inputs of the network."""
+class Centred(Method):
+    """Reads the inputs and the logits of the network."""
 
     lane = Lane.LOSS
-    reads = frozenset({Resource.INPUTS, Resource.FEATURES})
+    reads = frozenset({Resource.INPUTS})
 
     def __init__(self):
         super().__init__()
-        self.features = ("model.0", "model.2")
         self.shapes = []
 
     def loss(self, step):
-        first, second = (step.features[path].last().output for path in self.features)
         assert torch.equal(step.inputs[0], step.batch[0])
         assert torch.equal(step.call.output, step.logits)
-        self.shapes.append((tuple(first.shape), tuple(second.shape)))
-        return 0.01 * (first - second).square().mean()
+        self.shapes.append(tuple(step.logits.shape))
+        return 0.01 * (step.logits.mean() - step.inputs[0].mean()).square()
 
 
-def test_features_of_submodules_reach_the_method():
-    method = Attention()
+def test_inputs_and_logits_of_the_network_reach_the_method():
+    method = Centred()
     run = fit([method])
-    assert method.shapes == [((8, 16), (8, 16))] * 4
-    assert_clean(run.module, "features")
+    assert method.shapes == [(8, 3)] * 4
+    assert_clean(run.module, "inputs and logits")
     plain = fit([])
     assert not torch.equal(run.module.model[0].weight, plain.module.model[0].weight)
 
@@ -104,7 +102,7 @@ def test_two_views_in_one_step_are_both_remembered():
         def base_loss(self, batch):
             return super().base_loss((batch[0] + 1, batch[1])) + super().base_loss(batch)
 
-    class Both(Attention):
+    class Both(Centred):
         def loss(self, step):
             self.shapes.append(len(step.tap.calls))
             assert torch.equal(step.inputs[0], step.batch[0])
@@ -131,19 +129,6 @@ def test_reading_what_was_not_declared_says_so():
         fit([Undeclared()])
     with pytest.raises(RuntimeError, match=r"must declare Resource\.SAMPLE_INDEX"):
         fit([NoIndex()])
-
-
-def test_a_feature_path_that_does_not_exist_leaves_the_module_clean():
-    class Wrong(Attention):
-        def __init__(self):
-            super().__init__()
-            self.features = ("model.17",)
-
-    torch.manual_seed(0)
-    module = Plain()
-    with pytest.raises(MisconfigurationException, match=r"'model\.17' is no submodule of Plain\. Did you mean model\."):
-        fit([Wrong()], module=module)
-    assert_clean(module, "a wrong feature path")
 
 
 def test_calls_within_a_call_are_not_remembered():

@@ -72,8 +72,8 @@ def test_the_users_callbacks_logger_and_folder_are_kept_and_what_is_overruled_is
     assert len(list(Path("theirs/logged").rglob("metrics.csv"))) == 2
     assert Path("ours/model.ckpt").is_file()
     assert (Path("ours/curves.png")).is_file()
-    assert [note.split(",")[0] for note in data["composed"]["notes"]] == ["enable_checkpointing: false is overruled"]
-    assert "overruled" in Path("ours/report.md").read_text()
+    assert [note.split(",")[0] for note in data["composed"]["notes"]] == ["enable_checkpointing: false is ignored"]
+    assert "is ignored, because" in Path("ours/report.md").read_text()
 
 
 def test_a_network_that_lost_blocks_loads_by_the_printed_lines_and_the_report_leads_with_what_that_saves(

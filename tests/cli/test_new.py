@@ -1,7 +1,8 @@
-"""`lightning-peft new` outside of this repository, and its refusals; inside, tests/test_contributing.py walks it."""
+"""`lightning-peft new` outside of this repository, and its errors; inside, tests/test_contributing.py walks it."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from lightning_peft.cli.authors.checkout import Checkout
+from lightning_peft.cli.authors.kinds.table import KINDS
+from lightning_peft.cli.main import build_parser
+from lightning_peft.contract import snake_case
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,18 +33,42 @@ def snapshot(root: Path) -> dict[str, bytes]:
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def test_elsewhere_it_writes_a_package_whose_tests_pass(cli, tmp_path) -> None:
+def test_elsewhere_it_writes_a_package(cli, tmp_path) -> None:
     status, data, _ = cli("new", "SquaredLogits", "--json")
     assert status == 0
     folder = tmp_path / "peft_squared_logits"
     assert {path.relative_to(tmp_path).as_posix() for path in folder.rglob("*") if path.is_file()} == set(data["files"])
-    checks = ["peft_squared_logits", "tests/test_squared_logits.py", "-k", "formula or functional.squared_logits"]
-    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--doctest-modules", *checks]
-    environment = {"PYTHONPATH": f"{folder}:{':'.join(sys.path)}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert "2 passed" in done.stdout, "the formula, and its doctest"
     assert 'SquaredLogits = "peft_squared_logits.squared_logits:SquaredLogits"' in (folder / "pyproject.toml").read_text()
+
+
+# Of the contract only what tells kinds apart: what is trained, saved and left behind. All of it takes a minute for each kind.
+OF_THE_CONTRACT = ("test_trains", "test_resumes_from_every_epoch", "test_bake_equals_training", "test_checkpoint_loads_baked")
+
+
+@pytest.mark.slow
+def test_packages_of_every_kind_pass_their_tests(cli, tmp_path) -> None:
+    for kind in KINDS:
+        assert cli("new", named(kind), "--kind", kind)[0] == 0
+    folders = [tmp_path / f"peft_{snake_case(named(kind))}" for kind in KINDS]
+    chosen = " or ".join((*OF_THE_CONTRACT, "formula", "merged", "functional"))
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--doctest-modules", *map(str, folders)]
+    environment = {"PYTHONPATH": ":".join([*map(str, folders), *sys.path]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*run, "-k", chosen], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert int(passed[1]) > len(KINDS) * (2 + len(OF_THE_CONTRACT)), "formula, doctest and contract of every kind"
+
+
+def named(kind: str) -> str:
+    """Name of a method that says its kind."""
+    return f"Some{kind.title().replace('-', '')}"
+
+
+def test_the_help_names_every_kind(capsys) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["new", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert [kind for kind in KINDS if kind not in shown.replace("- ", "-")] == []
 
 
 def test_a_method_stands_beside_its_family_and_is_drawn_into_everything(cli, checkout, monkeypatch) -> None:
@@ -66,8 +94,10 @@ def test_a_new_family_is_a_package(cli, checkout, monkeypatch) -> None:
     assert list(checkout.points())[-1] == "SquaredLogits"
 
 
-REFUSED = [
+REJECTED = [
+    (["SquaredLogits", "--kind", "loss", "--family", "growth"], "Choose --kind from loss-term, weight-map"),
     (["squared", "--family", "growth"], "Write it like ConfidencePenalty"),
+    (["TestedLogits", "--family", "growth"], "pytest would take TestedLogits"),
     (["SquaredLogitsOfEveryKind", "--family", "growth"], "has room for 18"),
     (["Tent", "--family", "growth"], "There is a Tent already"),
     (["SoftmaxEntropy", "--family", "growth"], "There is a softmax_entropy already"),
@@ -76,7 +106,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=lambda value: value if isinstance(value, str) else None)
+@pytest.mark.parametrize(("arguments", "message"), REJECTED, ids=lambda value: value if isinstance(value, str) else None)
 def test_what_cannot_be_made_changes_nothing(cli, checkout, monkeypatch, arguments, message) -> None:
     monkeypatch.chdir(checkout.root)
     before = snapshot(checkout.root)

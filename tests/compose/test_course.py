@@ -79,7 +79,7 @@ def test_what_cannot_be_placed_names_the_argument_and_the_cure(course, point, cu
 
 
 def test_what_has_no_end_is_refused():
-    with pytest.raises(MisconfigurationException, match=r"no end that is known beforehand. Give Trainer\(max_epochs=...\) or"):
+    with pytest.raises(MisconfigurationException, match=r"not known beforehand. Give Trainer\(max_epochs=...\) or"):
         Course(10).require_total()
     with pytest.raises(MisconfigurationException, match=r"Give Trainer\(max_epochs=...\)"):
         Course(None, None, 5).require_epochs()

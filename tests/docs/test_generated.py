@@ -89,4 +89,4 @@ def test_the_check_of_the_command_fails_and_writes_nothing(copy, monkeypatch, ca
 def test_outside_of_a_checkout_it_says_so(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert generate.main([]) == 2
-    assert "no checkout" in capsys.readouterr().err
+    assert "not a checkout" in capsys.readouterr().err

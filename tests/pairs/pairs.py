@@ -1,18 +1,12 @@
-"""Every registered method in one small configuration, and what two of them do in one short training.
-
-``python tests/pairs/pairs.py`` writes the outcomes into ``docs/composition.md``.
-"""
+"""Every registered method in one small configuration, and what two of them do in one short training."""
 
 from __future__ import annotations
 
 import itertools
-import re
 import traceback
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +22,6 @@ from lightning_peft.testing.modules import trainer
 from lightning_peft.testing.trace import difference, trace, without
 
 CLASSES, STEPS = 4, 4
-PAGE = Path(__file__).parents[2] / "docs" / "composition.md"
 
 CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "BatchNormAdapt": peft.BatchNormAdapt,
@@ -191,63 +184,3 @@ def assert_clean(module: Classifier) -> None:
     assert found is None, f"plain Lightning against these methods: {found}"
     mapped = [name for name in now["state"] if "parametrizations" in name]
     assert not mapped, f"weight maps were left on {mapped}"
-
-
-# The page.
-
-
-def page() -> str:
-    """The contents of ``docs/composition.md``."""
-    refused: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for first, second in PAIRS:
-        if words := outcome(first, second):
-            refused[_reason(words, (first, second))].append((first, second))
-    count = sum(map(len, refused.values()))
-    lines = [
-        "# What goes together",
-        "",
-        f"Each pair of the {len(CONFIGURATIONS)} methods was trained for {STEPS} steps on a small convolutional network with a",
-        "validation loader and Lightning's sanity check, and tested afterwards if one of them adapts; a test repeats it and",
-        "compares. Both methods act on all they can.",
-        "",
-        f"**{len(PAIRS) - count} of {len(PAIRS)} pairs train together** and leave a clean module. The other {count} are",
-        "refused when `fit` or `test` begins, each with a message that says why:",
-        "",
-        "| refused together | the message (A, B: the two methods) |",
-        "| --- | --- |",
-    ]
-    for reason, pairs in sorted(refused.items(), key=lambda item: (-len(item[1]), item[0])):
-        lines.append(f"| {_grouped(pairs)} | {reason} |")
-    return "\n".join([*lines, "", "Written by `python tests/pairs/pairs.py`."]) + "\n"
-
-
-def _reason(words: str, names: tuple[str, str]) -> str:
-    """The refusal with the two methods called A and B, so that equal reasons are equal."""
-    written = {name: rf"\b({CONFIGURATIONS[name]().name}|{name})\b" for name in names}
-    places = {name: found.start() if (found := re.search(written[name], words)) else len(words) for name in names}
-    for letter, name in zip("AB", sorted(names, key=places.__getitem__), strict=True):
-        words = re.sub(written[name], letter, words)
-    return words.replace("|", r"\|")
-
-
-def _grouped(pairs: Iterable[tuple[str, str]]) -> str:
-    """Say which pairs, in as few words as they take."""
-    partners: dict[str, set[str]] = defaultdict(set)
-    for first, second in pairs:
-        partners[first].add(second)
-        partners[second].add(first)
-    if all(partners[name] == set(partners) - {name} for name in partners) and len(partners) > 2:
-        return f"any two of {', '.join(partners)}"
-    groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    left = {name: set(others) for name, others in partners.items()}
-    while any(left.values()):
-        name = max(left, key=lambda name: len(left[name]))
-        others = tuple(sorted(left.pop(name)))
-        groups[others].append(name)
-        for other in others:
-            left[other].discard(name)
-    return "; ".join(f"{', '.join(names)} with {', '.join(others)}" for others, names in groups.items())
-
-
-if __name__ == "__main__":
-    PAGE.write_text(page())

@@ -1,13 +1,18 @@
-"""Every method alone and every two of them: they train and leave a clean module, or are refused in words."""
+"""Every method alone and every two of them: they train and leave a clean module, or are rejected in words."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
-from pairs import CONFIGURATIONS, PAGE, PAIRS, STEPS, assert_clean, outcome, page, plain, run
+from composition import PAGE, Record, page, reason_of
+from pairs import CONFIGURATIONS, PAIRS, STEPS, assert_clean, outcome, plain, run
 
 from lightning_peft import Lane, MagnitudePruning, Wanda, registry
 from lightning_peft.testing.ordinary import Elsewhere, left_behind
 from lightning_peft.testing.trace import difference
+
+RECORD = Record.read()
 
 
 def test_every_registered_method_is_here() -> None:
@@ -32,10 +37,13 @@ def test_alone(name: str) -> None:
 
 @pytest.mark.parametrize("names", PAIRS, ids="+".join)
 def test_pair(names: tuple[str, str]) -> None:
-    outcome(*names)
+    lacking = {*names} - RECORD.methods
+    assert not lacking, f"train {', '.join(lacking)} with every other method: make generate"
+    again = f"if it should do so, run python tests/pairs/composition.py {names[0]}"
+    assert reason_of(names) == RECORD.rejected.get(names, ""), f"the pair does something else than on record; {again}"
 
 
-def test_two_masks_are_refused_until_their_targets_are_apart() -> None:
+def test_two_masks_are_rejected_until_their_targets_are_apart() -> None:
     assert "exclude=" in outcome("MagnitudePruning", "Wanda")
     stem = ["network.stem"]
     _, module = run(MagnitudePruning(0.5, targets=stem, exclude=()), Wanda(0.5, exclude=stem))
@@ -43,5 +51,16 @@ def test_two_masks_are_refused_until_their_targets_are_apart() -> None:
     assert all((layer.weight == 0).float().mean() == 0.5 for layer in (module.network.stem, module.network.head))
 
 
-def test_the_page_tells_what_happened() -> None:
-    assert page() == PAGE.read_text(), "write the page anew: python tests/pairs/pairs.py"
+def test_the_page_tells_what_is_on_record() -> None:
+    assert page(RECORD) == PAGE.read_text(), "write the page anew: make generate"
+
+
+def test_only_the_pairs_of_a_method_that_is_not_on_record_are_trained(monkeypatch) -> None:
+    trained = []
+    monkeypatch.setattr("composition.reason_of", lambda pair: trained.append(pair) or "A stops B.")
+    known = {pair: reason for pair, reason in RECORD.rejected.items() if "Tent" not in pair}
+    renewed = dataclasses.replace(RECORD, methods=RECORD.methods - {"Tent"}, rejected=known).renewed()
+    assert trained == [pair for pair in PAIRS if "Tent" in pair]
+    assert renewed == Record(RECORD.methods, {**known, **dict.fromkeys(trained, "A stops B.")})
+    assert RECORD.renewed() == RECORD
+    assert len(trained) == len(CONFIGURATIONS) - 1

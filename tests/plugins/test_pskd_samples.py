@@ -84,7 +84,9 @@ def test_missing_index_says_what_the_batch_has(path: str, match: str) -> None:
 
 
 def test_missing_key_names_the_keys() -> None:
-    wrap = lambda x, y, i: {"x": x, "y": y}  # noqa: E731
+    def wrap(x: Any, y: Any, i: Any) -> dict[str, Any]:
+        return {"x": x, "y": y}
+
     with pytest.raises(MisconfigurationException, match=r"'idx' is not in the batch, which has the keys \['x', 'y'\]"):
         fit(PSKD(0.8, "idx"), Lit(), loader(wrap=wrap))
 

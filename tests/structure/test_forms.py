@@ -31,9 +31,9 @@ CASES: list[tuple[Form, list[Any], list[tuple[Any, str]]]] = [
     (
         forms.dict_of(forms.whole(), {"a", "b"}, "letter"),
         [{}, {"a": 1}],
-        [([], "not a dict"), ({"c": 1}, "has the key 'c', which is no letter"), ({1: 1}, "is no string"), ({"a": -1}, "['a']")],
+        [([], "not a dict"), ({"c": 1}, "which is not a letter"), ({1: 1}, "not a string"), ({"a": -1}, "['a']")],
     ),
-    (forms.dict_of(forms.whole()), [{"c": 1}], [({1: 1}, "has the key 1, which is no string")]),
+    (forms.dict_of(forms.whole()), [{"c": 1}], [({1: 1}, "has the key 1, which is not a string")]),
     (
         forms.fields({"a": forms.whole()}),
         [{"a": 1}],
@@ -49,9 +49,9 @@ CASES: list[tuple[Form, list[Any], list[tuple[Any, str]]]] = [
     (
         forms.tensors_like({"w": ONES}),
         [{}, {"w": ONES}],
-        [({"v": ONES}, "no tensor of the module"), ({"w": HOLED}, "['w'] has shape"), ({"w": ONES * math.nan}, "NaN")],
+        [({"v": ONES}, "not a tensor of the module"), ({"w": HOLED}, "['w'] has shape"), ({"w": ONES * math.nan}, "NaN")],
     ),
-    (forms.tensors_like(None, finite=False), [{"v": HOLED}], [({"v": 1}, "['v'] is 1"), ({1: ONES}, "no string")]),
+    (forms.tensors_like(None, finite=False), [{"v": HOLED}], [({"v": 1}, "['v'] is 1"), ({1: ONES}, "not a string")]),
 ]
 
 

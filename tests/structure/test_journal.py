@@ -220,7 +220,7 @@ def test_an_edit_is_all_or_nothing() -> None:
         ({"to": 2}, "has 2 blocks by then and cannot grow to=2"),
         ({"to": [4, 3], "at": ["step:1", "step:2"]}, "has 4 blocks by then and cannot grow to=3"),
         ({"to": 4, "start": 3}, "start=3: blocks has 2 blocks"),
-        ({"to": 4, "blocks": "model.nothing"}, r"no list of blocks.*'blocks' \(2 blocks\)"),
+        ({"to": 4, "blocks": "model.nothing"}, r"not a list of blocks.*'blocks' \(2 blocks\)"),
         ({"to": 4, "operator": "zero", "outputs": ["fc9"]}, r"outputs=\['fc9'\] are no layers of ResidualBlock"),
     ],
 )
@@ -237,10 +237,10 @@ def test_sizes_and_names_are_checked_before_anything_is_touched(arguments: dict[
     [
         ({}, "Say what to grow to"),
         ({"to": [3, 4]}, "names 1 events and to= 2 sizes"),
-        ({"to": 4, "at": "tomorrow"}, "no moment of training"),
+        ({"to": 4, "at": "tomorrow"}, "not a moment of training"),
         ({"to": 4, "operator": "stak"}, "Did you mean stack"),
         ({"to": 4, "optimizer_state": "keep"}, "reset, copy, pad"),
-        ({"to": 4, "lr": "warm"}, "is no rule"),
+        ({"to": 4, "lr": "warm"}, "is not a rule"),
         ({"to": 4, "follow": "all"}, "follow='.*' is unknown; choose one of new, none"),
         ({"to": 0}, "positive number of depth"),
     ],

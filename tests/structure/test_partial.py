@@ -130,7 +130,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
         lightning_peft.load_from_checkpoint(Plain, path)
     with pytest.raises(CheckpointError, match=match):
         lightning_peft.bake_checkpoint(path, tmp_path / "x.ckpt", base=Plain())
-    with pytest.raises(CheckpointError, match=r"only what was trained, not model\.0\.weight and 2 more .* give it to base="):
+    with pytest.raises(CheckpointError, match=r"only the trained tensors, not model\.0\.weight and 2 more .* give it to base="):
         lightning_peft.bake_checkpoint(path, tmp_path / "x.ckpt")
     assert not (tmp_path / "x.ckpt").exists()
 

@@ -197,7 +197,7 @@ TAMPERS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "path": (edit("path", "model.7"), "has no submodule 'model.7'"),
     "the module": (edit("path", ""), "name a layer within it"),
     "layer": (edit("path", "model.1"), "then Linear:"),
-    "size": (edit("config", {"width": 10**12}), "width=1000000000000 is no whole number"),
+    "size": (edit("config", {"width": 10**12}), "width=1000000000000 is not a whole number"),
     "argument": (edit("config", {"wide": 3}), "arguments of 'toy_adapter' do not fit"),
     "places": (edit("also", ["model.2"]), "in 2 places"),
     "type": (edit("config", None), r"malformed: \['config'\] is None, not a dict"),
@@ -324,7 +324,7 @@ class WrapWhole(ToyWrap):
 
 
 def test_the_network_and_mapped_layers_are_not_replaced_under_the_methods() -> None:
-    with pytest.raises(MisconfigurationException, match="place of model, the network that methods watch"):
+    with pytest.raises(MisconfigurationException, match="replace model, the network that methods watch"):
         fit([WrapWhole()])
     with pytest.raises(MisconfigurationException, match=r"weight map of ToyScale.*exclude=\['model\.0'\]"):
         fit([ToySplit(), ToyScale()])

@@ -82,7 +82,7 @@ class Checkout:
         package, *inner = value.partition(":")[0].split(".")
         card = Path("plugins", package, *inner[:-1], "cards", f"{name}.md")
         if not (self.root / card).is_file():
-            raise UsageError(f"{name} is registered in pyproject.toml and has no card. Write {card}.")
+            raise UsageError(f"{name} is registered in pyproject.toml but has no card. Write {card}.")
         text = (self.root / card).read_text(encoding="utf-8")
         raw, body = split_head(text)
         try:

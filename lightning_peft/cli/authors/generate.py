@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkout = Checkout.around(Path.cwd())
     try:
         if checkout is None:
-            raise UsageError("This is no checkout of lightning_peft. Run it in one.")
+            raise UsageError("This is not a checkout of lightning_peft. Run the command in one.")
         found = stale(checkout) if options.check else write(checkout)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

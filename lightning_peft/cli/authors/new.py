@@ -13,6 +13,8 @@ import lightning_peft
 from lightning_peft import functional
 from lightning_peft.cli.authors import generate, templates
 from lightning_peft.cli.authors.checkout import PLUGINS, Checkout
+from lightning_peft.cli.authors.kinds.kind import Kind
+from lightning_peft.cli.authors.kinds.table import KINDS
 from lightning_peft.cli.console import Outcome
 from lightning_peft.cli.recipes import UsageError
 from lightning_peft.contract import snake_case
@@ -21,7 +23,7 @@ LONGEST_NAME = 18  # `lightning-peft list` has one line of 80 columns for a meth
 PAIRS = Path("tests", "pairs", "pairs.py")
 
 
-def new(name: str, family: str | None, place: Path) -> Outcome:
+def new(name: str, family: str | None, place: Path, kind: str = "loss-term") -> Outcome:
     """Write the files of a method that works and passes its tests, for its author to change.
 
     Args:
@@ -29,24 +31,29 @@ def new(name: str, family: str | None, place: Path) -> Outcome:
         family: Folder of the method among the plugins of this repository; a new one is made. Of no use elsewhere.
         place: Folder the command is given in. In a checkout of this repository the files go into the tree, elsewhere into a
             new package below this folder.
+        kind: How the method acts, one of :data:`~lightning_peft.cli.authors.kinds.table.KINDS`.
 
     Raises:
-        UsageError: The name cannot be used, the family is missing, or a file is there already.
+        UsageError: The name cannot be used, the kind is unknown, the family is missing, or a file is there already.
     """
     snake = _check_name(name)
+    if kind not in KINDS:
+        raise UsageError(f"There is no kind {kind!r} of methods. Choose --kind from {', '.join(KINDS)}.")
     checkout = Checkout.around(place)
     if checkout is None:
-        return _package(name, snake, place)
+        return _package(name, snake, place, KINDS[kind])
     if family is None or not (family.isidentifier() and family.islower()):
         known = ", ".join(checkout.families())
         raise UsageError(f"Say which family the method belongs to: --family, one of {known}, or a new folder's name.")
-    return _in_tree(name, snake, family, checkout)
+    return _in_tree(name, snake, family, checkout, KINDS[kind])
 
 
 def _check_name(name: str) -> str:
     """Return the name of the files and of the first function."""
     if not re.fullmatch(r"[A-Z][A-Za-z0-9]*", name) or keyword.iskeyword(name):
         raise UsageError(f"{name!r} cannot be the name of a class. Write it like ConfidencePenalty.")
+    if name.startswith("Test"):
+        raise UsageError(f"pytest would take {name} for a class of tests. Choose another name.")
     if len(name) > LONGEST_NAME:
         raise UsageError(f"{name} has {len(name)} letters; the list of methods has room for {LONGEST_NAME}. Shorten it.")
     snake = snake_case(name)
@@ -56,17 +63,17 @@ def _check_name(name: str) -> str:
     return snake
 
 
-def _in_tree(name: str, snake: str, family: str, checkout: Checkout) -> Outcome:
+def _in_tree(name: str, snake: str, family: str, checkout: Checkout, kind: Kind) -> Outcome:
     module, functions = f"{PLUGINS}.{family}.{snake}", f"{PLUGINS}.{family}.functional.{snake}"
     folder, test = Path("plugins", PLUGINS, family), Path("tests", "plugins", f"test_{snake}.py")
     fill = {"name": name, "snake": snake, "module": module, "functions": functions, "test": test.as_posix()}
     files = {
-        folder / f"{snake}.py": templates.METHOD,
-        folder / "functional" / f"{snake}.py": templates.FUNCTIONS,
+        folder / f"{snake}.py": kind.method,
+        folder / "functional" / f"{snake}.py": kind.functions,
         folder / "cards" / f"{name}.md": templates.CARD,
-        test: templates.TEST,
+        test: kind.test,
     }
-    written = _write(checkout.root, files, fill)
+    written = _write(checkout.root, files, fill, kind)
     words = family.replace("_", " ")
     for package, says in ((folder, f"Methods of the family {words}."), (folder / "functional", f"Pure functions of {words}.")):
         if not (checkout.root / package / "__init__.py").exists():
@@ -79,14 +86,14 @@ def _in_tree(name: str, snake: str, family: str, checkout: Checkout) -> Outcome:
     written += [Path("pyproject.toml"), PAIRS, *generate.write(checkout)]
     steps = [
         f"make test ARGS={test}    # installs the name and runs what every method must pass",
-        "write the formula, the class, the card; then make generate",
-        "python tests/pairs/pairs.py    # trains it with every other method and writes docs/composition.md: minutes",
-        "a line in CHANGELOG.md, then make test and make lint",
+        "write the formula, the class, the card, a line in CHANGELOG.md",
+        "make generate    # tables and pages; trains it with every other method for docs/composition.md, in half a minute",
+        "make test and make lint",
     ]
     return _outcome(written, steps)
 
 
-def _package(name: str, snake: str, place: Path) -> Outcome:
+def _package(name: str, snake: str, place: Path, kind: Kind) -> Outcome:
     """Write a package of the author's own: `peft_<name>` with its `pyproject.toml`."""
     package = f"peft_{snake}"
     test = Path("tests", f"test_{snake}.py")
@@ -94,21 +101,23 @@ def _package(name: str, snake: str, place: Path) -> Outcome:
     fill |= {"module": f"{package}.{snake}", "functions": f"{package}.functional"}
     files = {
         Path("pyproject.toml"): templates.PROJECT,
-        Path(package, f"{snake}.py"): templates.METHOD,
-        Path(package, "functional.py"): templates.FUNCTIONS,
+        Path(package, f"{snake}.py"): kind.method,
+        Path(package, "functional.py"): kind.functions,
         Path(package, "cards", f"{name}.md"): templates.CARD,
         Path(package, "__init__.py"): '"""$name for lightning_peft."""\n',
-        test: templates.TEST,
+        test: kind.test,
     }
-    written = [Path(package) / path for path in _write(place / package, files, fill)]
+    written = [Path(package) / path for path in _write(place / package, files, fill, kind)]
     steps = [f"pip install -e {package}", f"pytest {package}", f"lightning-peft show {name}"]
     return _outcome(written, steps)
 
 
-def _write(root: Path, files: dict[Path, str], fill: dict[str, str]) -> list[Path]:
+def _write(root: Path, files: dict[Path, str], fill: dict[str, str], kind: Kind) -> list[Path]:
     """Write all files or, when one is there already, none."""
-    imports = [("lightning_peft.testing", "MethodTester"), (fill["functions"], fill["snake"]), (fill["module"], fill["name"])]
+    classes = ", ".join(Template(text).substitute(fill) for text in kind.classes)
+    imports = [("lightning_peft.testing", kind.tools), (fill["functions"], fill["snake"]), (fill["module"], classes)]
     fill = {**fill, "imports": "\n".join(f"from {module} import {name}" for module, name in sorted(imports))}
+    fill |= {"goal": kind.goal, "needs": kind.needs, "arguments": kind.arguments, "composes": kind.composes}
     present = [str(root / path) for path in files if (root / path).exists()]
     if present:
         raise UsageError(f"{', '.join(present)} exists already. Choose another name, or move it away.")

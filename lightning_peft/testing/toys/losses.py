@@ -53,4 +53,4 @@ class ToyEntropy(Method):
 
 def _indices(value: Any, place: str) -> str | None:
     fits = isinstance(value, Tensor) and value.dtype == torch.int64 and value.ndim == 1
-    return None if fits else f"{place} is no vector of sample positions"
+    return None if fits else f"{place} is not a vector of sample positions"

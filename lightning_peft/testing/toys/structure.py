@@ -44,7 +44,7 @@ class Adapter(Replacement):
     def check(self, layer: nn.Module) -> None:
         fits = isinstance(layer, nn.Linear) and type(self.width) is int and 1 <= self.width <= layer.out_features
         if not fits:
-            raise ValueError(f"width={self.width!r} is no whole number from 1 to the outputs of a linear layer")
+            raise ValueError(f"width={self.width!r} is not a whole number from 1 to the outputs of a linear layer")
 
     def build(self, layer: nn.Module) -> nn.Module:
         return Adapted(layer, self.width)

@@ -112,7 +112,7 @@ class StageSharing(TimedMethod):
                 f"With {self.count} stages every block of {self._path} is its own stage, so nothing is shared: give fewer."
             )
         if isinstance(self.to or built, int) and (self.to or built) < self.count:  # type: ignore[operator]
-            raise MisconfigurationException(f"to={self.to}: {self.count} stages become at least as many blocks.")
+            raise MisconfigurationException(f"to={self.to}: {self.count} stages need at least as many blocks.")
         _refuse_cache(module, self._path)
 
     def _list_in(self, module: nn.Module) -> str:

@@ -87,7 +87,7 @@ class BlockPruning(Method):
         super().__init__(targets=targets, exclude=exclude, network=network, name=name)
         if isinstance(amount, bool) or not (0.0 < amount < 1.0 or (type(amount) is int and amount > 0)):
             raise MisconfigurationException(
-                f"amount={amount!r} is a share of the blocks between 0 and 1, or a whole number of blocks to remove."
+                f"amount={amount!r} must be a share of the blocks between 0 and 1, or a whole number of blocks to remove."
             )
         one_of("score", score, SCORES)
         one_of("optimizer_state", optimizer_state, ("keep", "reset"))
@@ -212,9 +212,10 @@ class BlockPruning(Method):
         blocks = self._blocks()
         reasons = "".join(f" {name} {stays[name]}." for name in blocks if name in stays)
         raise MisconfigurationException(
-            f"amount={self.amount!r} asks for {wanted} blocks to leave {', '.join(self.lists)}, which have {len(blocks)}, but "
-            f"only {can} can.{reasons} Every list keeps one. What targets= and exclude= leave out stays, and so does a block "
-            "with parameters that no other of its list has, unless targets= names it. Lower amount=, or name other lists."
+            f"amount={self.amount!r} asks to remove {wanted} of the {len(blocks)} blocks of {', '.join(self.lists)}, but "
+            f"only {can} can be removed.{reasons} Every list keeps one block. Blocks that targets= and exclude= leave out "
+            "stay, and so does a block with parameters that no other block of its list has, unless targets= names it. Lower "
+            "amount=, or name other lists."
         )
 
     def _choose(self, run: Run) -> Choice:

@@ -99,7 +99,7 @@ class FTWT(Method):
         self.masses = dict(masses or {})
         for share in (mass, *self.masses.values()):
             if isinstance(share, bool) or not 0.0 < share <= 1.0:
-                raise MisconfigurationException(f"mass={share!r} is the share of activity to keep, above 0 and at most 1.")
+                raise MisconfigurationException(f"mass={share!r} must be the share of activity to keep, above 0 and at most 1.")
         one_of("criterion", criterion, get_args(Criterion))
         one_of("normalise", normalise, NORMALISE)
         one_of("tokens", tokens, (None, *get_args(Tokens)))

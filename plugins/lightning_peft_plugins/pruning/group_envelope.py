@@ -53,7 +53,9 @@ class GroupEnvelope(MaskedPruning):
     ) -> None:
         super().__init__(amount, "energy", pattern, end=end, every="100%", rule="shrink", shape="constant", **kwargs)
         if isinstance(self.grouping, NMGrouping):
-            raise MisconfigurationException(f"The envelope frees a number of groups in all, pattern={pattern!r} one in each M.")
+            raise MisconfigurationException(
+                f"The envelope chooses among all groups, pattern={pattern!r} within each M. Use another pattern."
+            )
         positive("strength", strength)
         self.rule = EnvelopeShrink(self.grouping, self.amount, strength)
 

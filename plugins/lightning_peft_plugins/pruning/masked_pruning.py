@@ -136,7 +136,7 @@ class MaskedPruning(Method):
             return self.grouping.pruned
         amount = 0.5 if amount is None else amount
         if isinstance(amount, bool) or not 0.0 < amount < 1.0:
-            raise MisconfigurationException(f"amount={amount!r} is the share of weights to prune, between 0 and 1.")
+            raise MisconfigurationException(f"amount={amount!r} must be the share of weights to prune, between 0 and 1.")
         return float(amount)
 
     def select(self, module: nn.Module) -> dict[str, nn.Module]:
@@ -148,8 +148,8 @@ class MaskedPruning(Method):
             input_dim(layer)
             if self.score.reads & FROM_CALLS and getattr(layer, "groups", 1) > 1:
                 raise MisconfigurationException(
-                    f"{name} is a grouped convolution, and score={self.score_name!r} reads all inputs of an output "
-                    f"alike. Leave it out with exclude=[{name!r}], or take another score."
+                    f"{name} is a grouped convolution, and score={self.score_name!r} reads all inputs of an output alike. "
+                    f"Leave it out with exclude=[{name!r}], or use another score."
                 )
         return found
 

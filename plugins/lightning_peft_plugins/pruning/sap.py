@@ -63,7 +63,9 @@ class SAP(MaskedPruning):
         super().__init__(scope=scope, start=start, end=end, every=every, rewind=rewind, **kwargs)
         pq_index(torch.ones(1), p, q)
         if not self.grouping.single or isinstance(self.grouping, NMGrouping):
-            raise MisconfigurationException(f"The PQ index is of single weights, not of pattern={kwargs['pattern']!r}.")
+            raise MisconfigurationException(
+                f"The PQ index is defined for single weights, not for pattern={kwargs['pattern']!r}."
+            )
         self.index = {"p": p, "q": q, "eta": eta, "gamma": gamma, "beta": beta}
 
     def keep(self, scores: Mapping[str, Tensor], sizes: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -101,7 +101,7 @@ class StructuredPruning(Method):
     ) -> None:
         super().__init__(targets=targets, exclude=exclude, network=network, name=name)
         if isinstance(amount, bool) or not 0.0 < amount < 1.0:
-            raise MisconfigurationException(f"amount={amount!r} is the share of the cost to remove, between 0 and 1.")
+            raise MisconfigurationException(f"amount={amount!r} must be the share of the cost to remove, between 0 and 1.")
         self.what = _known("what", [what] if isinstance(what, str) else what, KINDS)
         self.of: Counted = _known("of", [of], get_args(Counted))[0]  # type: ignore[assignment]
         self.scope: StructuredScope = _known("scope", [scope], get_args(StructuredScope))[0]  # type: ignore[assignment]
@@ -109,7 +109,9 @@ class StructuredPruning(Method):
         if type(round_to) is not int or round_to < 1:
             raise MisconfigurationException(f"round_to={round_to!r} must be a whole number, 1 for no rounding.")
         if not 0.0 <= min_kept < 1.0:
-            raise MisconfigurationException(f"min_kept={min_kept} is the share of its units a layer keeps, from 0 to below 1.")
+            raise MisconfigurationException(
+                f"min_kept={min_kept} must be the share of its units that a layer keeps, from 0 to below 1."
+            )
         self.optimizer_state: Any = _known("optimizer_state", [optimizer_state], ("slice", "reset"))[0]
         self.limits = Limits(min_kept, round_to)
         last = start if end is None else end
@@ -172,6 +174,10 @@ class StructuredPruning(Method):
 
     def next_edit(self, run: Run) -> EditRequest | None:
         """Cut when the time has come."""
+        # Asked before every step, and in the same step again after a cut until it says None: `_cut_at` remembers that it has
+        # cut. Tracing needs the shapes of one call of the network in training, so nothing happens before there was one. The
+        # first trace then comes at once, long before a cut is due, because all shares are of the cost of the whole network,
+        # and an amount that cannot be reached must stop the fit at its beginning, not in its middle.
         if self._shim is not None and self._example is not None:
             self._shim.remove()
             self._shim = None

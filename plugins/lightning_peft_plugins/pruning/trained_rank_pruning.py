@@ -68,7 +68,7 @@ class TrainedRankPruning(Method):
     ) -> None:
         super().__init__(targets=targets, exclude=exclude or None, name=name)
         if not 0.0 < energy <= 1.0:
-            raise MisconfigurationException(f"energy={energy} is the share of squared singular values to keep, up to 1.")
+            raise MisconfigurationException(f"energy={energy} must be the share of squared singular values to keep, up to 1.")
         if period < 1:
             raise MisconfigurationException(f"period={period} must be at least 1 optimizer step.")
         if nuclear < 0:
@@ -88,8 +88,8 @@ class TrainedRankPruning(Method):
         for name, layer in found.items():
             if self.scheme == "spatial" and isinstance(layer, (nn.Conv1d, nn.Conv3d)):
                 raise MisconfigurationException(
-                    f'scheme="spatial" is of two spatial dimensions, {name} is a {type(layer).__name__}. Leave it out with '
-                    f'exclude=[{name!r}], or take "channel".'
+                    f'scheme="spatial" needs two spatial dimensions, and {name} is a {type(layer).__name__}. Leave it out '
+                    f'with exclude=[{name!r}], or use "channel".'
                 )
         return found
 
@@ -100,7 +100,7 @@ class TrainedRankPruning(Method):
         for name in self._names:
             if name in mapped:
                 raise MisconfigurationException(
-                    f"{name} is under a weight map of {mapped[name]}, so the rank of what is stored is not that of the weight. "
+                    f"{name} is under a weight map of {mapped[name]}, so the stored value and the weight differ in rank. "
                     f"Leave the layer out of one of them with exclude=[{name.rpartition('.')[0]!r}]."
                 )
         self._last = run.end

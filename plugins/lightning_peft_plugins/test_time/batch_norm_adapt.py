@@ -50,7 +50,7 @@ class BatchNormAdapt(StreamMethod):
         if len(given) > 1:
             raise MisconfigurationException(f"{' and '.join(given)} all set the weight of the batch. Give one of them.")
         if prior is not None and prior < 0:
-            raise MisconfigurationException(f"prior={prior} is a number of samples, 0 or more.")
+            raise MisconfigurationException(f"prior={prior} must be a number of samples, 0 or more.")
         self.weight = 1.0 if not given else 1.0 / (prior + 1.0) if prior is not None else next(iter(given.values()))
         self.accumulate = momentum is not None
         self._statistics: UseBatchStatistics | BlendStatistics = UseBatchStatistics(())

@@ -70,7 +70,7 @@ class DeYO(EntropyMethod):
         if images.ndim != 4:
             raise MisconfigurationException(
                 f"{self.name} shuffles patches of images (samples, channels, height, width), but the network was given "
-                f"{tuple(images.shape)}. For other inputs take EATA or SAR."
+                f"{tuple(images.shape)}. For other inputs use EATA or SAR."
             )
         return shuffle_patches(images, self.patches, self._generator)
 

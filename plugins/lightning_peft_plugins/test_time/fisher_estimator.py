@@ -73,7 +73,7 @@ class FisherEstimator(Method):
         loaders = run.trainer.val_dataloaders if self.data == "val" else run.trainer.train_dataloader
         if loaders is None:
             raise MisconfigurationException(
-                f'FisherEstimator(data={self.data!r}) finds no such dataloader. Give the Trainer one, or take data="train".'
+                f'FisherEstimator(data={self.data!r}) finds no such dataloader. Give the Trainer one, or use data="train".'
             )
         self._estimate(run, loaders)
 

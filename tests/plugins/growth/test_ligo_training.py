@@ -17,7 +17,6 @@ from lightning_peft.structure.width_edit import width_edit
 from lightning_peft.weights.maps import plain_values, set_plain_values
 from lightning_peft_plugins.growth._layer_growth.ligo_training import (
     init_operator,
-    learn_operator,
     materialised,
     train_operator,
 )
@@ -50,6 +49,13 @@ def loss_on(net):
     return loss_of
 
 
+def learn(values, chosen, loss_of, steps, lr, seed=0):
+    """Values grown by an operator that was trained for it."""
+    with torch.no_grad():
+        operator = train_operator(values, chosen, loss_of, steps, lr, torch.Generator().manual_seed(seed))
+        return materialised(values, chosen, operator)
+
+
 @pytest.mark.parametrize("growth", ["width", "depth", "both"])
 def test_the_loss_falls_while_only_the_operator_learns(growth):
     small = ready(vit())
@@ -58,25 +64,15 @@ def test_the_loss_falls_while_only_the_operator_learns(growth):
     before = {name: value.clone() for name, value in net.state_dict().items()}
     loss_of = loss_on(net)
     first = materialised(values, chosen, init_operator(values, chosen, torch.Generator().manual_seed(1)))
-    learnt = learn_operator(values, chosen, loss_of, 30, 0.02, torch.Generator().manual_seed(1))
+    learnt = learn(values, chosen, loss_of, 30, 0.02, seed=1)
     assert loss_of(learnt, 0).item() < 0.7 * loss_of(first, 0).item()
     assert all(not value.requires_grad for value in learnt.values())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(parameter.grad is None for parameter in net.parameters())
     set_plain_values(net, learnt)  # every name and shape is one of the grown network
     torch.testing.assert_close(F.cross_entropy(net(IMAGES), LABELS), loss_of(learnt, 0))
-    again = learn_operator(values, chosen, loss_of, 30, 0.02, torch.Generator().manual_seed(1))
+    again = learn(values, chosen, loss_of, 30, 0.02, seed=1)
     assert all(torch.equal(value, learnt[name]) for name, value in again.items())
-
-
-def test_an_edit_can_be_given_alone():
-    small = ready(vit())
-    (edit,) = growths(small)["depth"]
-    net = grown(small, [edit])
-    alone, listed = (
-        learn_operator(plain_values(small), what, loss_on(net), 2, 0.02, torch.Generator()) for what in (edit, [edit])
-    )
-    assert all(torch.equal(value, listed[name]) for name, value in alone.items())
 
 
 @pytest.mark.parametrize("growth", ["width", "depth", "both"])
@@ -133,7 +129,7 @@ def test_tied_weights_stay_tied():
         losses.append(float(loss.detach()))
         return loss
 
-    learnt = learn_operator(plain_values(small), chosen, loss_of, 20, 0.02, torch.Generator())
+    learnt = learn(plain_values(small), chosen, loss_of, 20, 0.02)
     assert losses[-1] < losses[0]
     set_plain_values(net, learnt)
     assert net.lm_head.weight is net.transformer.wte.weight
@@ -157,4 +153,4 @@ def test_losses_that_teach_nothing_are_refused(loss, says):
     small = ready(vit())
     chosen = growths(small)["width"]
     with pytest.raises(MisconfigurationException, match=says):
-        learn_operator(plain_values(small), chosen, lambda values, step: loss(values["head.weight"]), 1, 0.1, torch.Generator())
+        learn(plain_values(small), chosen, lambda values, step: loss(values["head.weight"]), 1, 0.1)

@@ -232,8 +232,11 @@ def test_copied_coefficients_repeat_the_members() -> None:
 
 
 def test_coefficients_are_not_decayed() -> None:
-    optimizer = lambda self, p: torch.optim.SGD(p, 0.02, weight_decay=0.1)  # noqa: E731
-    run = grow([MixtureGrowth(at="step:4")], style=type("Decayed", (Residual,), {"make_optimizer": optimizer}))
+    class Decayed(Residual):
+        def make_optimizer(self, parameters: Any) -> torch.optim.Optimizer:
+            return torch.optim.SGD(parameters, 0.02, weight_decay=0.1)
+
+    run = grow([MixtureGrowth(at="step:4")], style=Decayed)
     sizes = {group["weight_decay"]: len(group["params"]) for group in run.trainer.optimizers[0].param_groups}
     assert sizes == {0.1: len(list(Residual().parameters())), 0.0: 3}
 

@@ -262,7 +262,7 @@ def test_arguments_that_are_refused(arguments: Any, reason: str) -> None:
     [
         ({"stages": 5}, "has 4 blocks, too few for 5 stages"),
         ({"stages": 4}, "nothing is shared"),
-        ({"stages": [2, 2, 2], "to": 2}, "become at least as many blocks"),
+        ({"stages": [2, 2, 2], "to": 2}, "need at least as many blocks"),
         ({"stages": 2, "blocks": "layers"}, r"Lists of equal blocks: 'blocks' \(4 blocks\)"),
     ],
 )

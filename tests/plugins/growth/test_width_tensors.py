@@ -14,6 +14,7 @@ from lightning_peft.structure.width import resize
 from lightning_peft.structure.width_edit import width_edit
 from lightning_peft.weights.maps import plain_values
 from lightning_peft_plugins.growth._layer_growth import lemon, ligo, msg, net2net
+from lightning_peft_plugins.growth._layer_growth.ligo_training import init_coefficients
 from lightning_peft_plugins.growth._layer_growth.width_families import find_width_map
 
 sizes = st.tuples(st.integers(2, 7), st.integers(0, 12)).map(lambda pair: (pair[0], sum(pair)))
@@ -74,7 +75,7 @@ def test_scaled_writers_write_the_mean(size, seed):
 def test_masked_norms_ignore_masked_coordinates_and_are_plain_without(size, seed):
     old, new = size
     x, w, b = (normal(*shape, seed=seed + i) for i, shape in enumerate(((3, new), (new,), (new,))))
-    mask = msg.axis_mask("width", {"width": [old, new]}, 0.0)
+    mask = (torch.arange(new) < old).float()
     layer, rms = msg.masked_layer_norm(x, mask, w, b, 1e-5), msg.masked_rms_norm(x, mask, w, 1e-5)
     torch.testing.assert_close(layer[:, :old], F.layer_norm(x[:, :old], (old,), w[:old], b[:old], 1e-5))
     torch.testing.assert_close(rms[:, :old], F.rms_norm(x[:, :old], (old,), w[:old], 1e-5))
@@ -85,22 +86,22 @@ def test_masked_norms_ignore_masked_coordinates_and_are_plain_without(size, seed
 
 
 @given(sizes, seeds)
-def test_first_depth_coefficients_stack(size, seed):
+def test_first_depth_coefficients_favour_the_source_of_a_layer(size, seed):
     old, new = size
-    rows = ligo.init_depth(old, new, torch.Generator().manual_seed(seed))
-    assert rows.argmax(1).tolist() == [layer % old for layer in range(new)]
+    sources = [layer % old for layer in range(new)]
+    rows = init_coefficients(sources, old, torch.Generator().manual_seed(seed))
+    assert rows.argmax(1).tolist() == sources
     torch.testing.assert_close(rows.sum(1), torch.ones(new))
 
 
-def test_one_hot_depth_and_identity_width_stack_the_old_weights():
+def test_zero_rows_keep_the_old_weights_and_add_nothing():
     net = ready(vit())
     old = plain_values(net)
     edit = width_edit(net, "", find_width_map(net), {"width": 20})
     width = {dim: torch.zeros_like(extra) for dim, extra in ligo.init_width(edit, torch.Generator()).items()}
-    kinds = {"blocks.*.mlp.fc1.weight": ligo.init_depth(2, 4, torch.Generator(), noise=0.0)}
-    new = ligo.ligo_expand(old, edit, width, kinds)
-    for layer in range(4):
-        assert torch.equal(new[f"blocks.{layer}.mlp.fc1.weight"][:48, :12], old[f"blocks.{layer % 2}.mlp.fc1.weight"])
+    new = ligo.ligo_expand(old, edit, width)
+    for layer in range(2):
+        assert torch.equal(new[f"blocks.{layer}.mlp.fc1.weight"][:48, :12], old[f"blocks.{layer}.mlp.fc1.weight"])
         assert not bool(new[f"blocks.{layer}.mlp.fc1.weight"][:, 12:].any())
     sections = new["blocks.0.attn.qkv.weight"].unflatten(0, (3, 20))[:, :12, :12]
     assert torch.equal(sections.flatten(0, 1), old["blocks.0.attn.qkv.weight"])
@@ -111,8 +112,7 @@ def test_the_growth_operator_can_be_trained():
     edit = width_edit(net, "", find_width_map(net), {"width": 20})
     width = {dim: extra.requires_grad_() for dim, extra in ligo.init_width(edit, torch.Generator()).items()}
     assert set(width) == {"width", "ffn", "heads head_dim"}
-    depth = {"blocks.*.mlp.fc2.weight": ligo.init_depth(2, 2, torch.Generator()).requires_grad_()}
-    new = ligo.ligo_expand(plain_values(net), edit, width, depth)
+    new = ligo.ligo_expand(plain_values(net), edit, width)
     resize(net, edit)
     torch.func.functional_call(net, new, (IMAGES,)).square().sum().backward()
-    assert all(bool(matrix.grad.abs().sum() > 0) for matrix in (*width.values(), *depth.values()))
+    assert all(bool(matrix.grad.abs().sum() > 0) for matrix in width.values())

@@ -179,9 +179,9 @@ def test_savings_are_announced_before_the_first_step(monkeypatch: pytest.MonkeyP
 
 def test_arguments_are_checked() -> None:
     for wrong, message in [
-        ({"mass": 0.0}, "mass=0.0 is the share"),
+        ({"mass": 0.0}, "mass=0.0 must be the share"),
         ({"mass": 1.5}, "above 0 and at most 1"),
-        ({"masses": {"all-conv": 2.0}}, "mass=2.0 is the share"),
+        ({"masses": {"all-conv": 2.0}}, "mass=2.0 must be the share"),
         ({"criterion": "best"}, "criterion='best' is unknown"),
         ({"normalise": "none"}, "normalise='none' is unknown"),
         ({"tokens": "all"}, "tokens='all' is unknown"),

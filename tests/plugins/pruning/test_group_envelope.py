@@ -66,5 +66,5 @@ def test_the_others_have_faded_when_they_go() -> None:
 def test_arguments_are_checked() -> None:
     with pytest.raises(MisconfigurationException, match="must be positive"):
         GroupEnvelope(0.5, strength=0.0)
-    with pytest.raises(MisconfigurationException, match="one in each M"):
+    with pytest.raises(MisconfigurationException, match="within each M"):
         GroupEnvelope(pattern="2:4")

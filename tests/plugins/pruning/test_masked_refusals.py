@@ -24,8 +24,8 @@ from lightning_peft.testing.runs import fit
         ({"score": "magnitud"}, "Did you mean magnitude"),
         ({"scope": "all"}, "global, layer, row"),
         ({"rule": "soft"}, "zero, ste, shrink, decay"),
-        ({"rule": "decay"}, "until end=, which must be given"),
-        ({"rule": "decay", "end": "50%", "strength": 0.0}, "must be positive"),
+        ({"rule": "decay"}, "and an end="),
+        ({"rule": "decay", "end": "50%", "strength": 0.0}, "a positive strength="),
         ({"alpha": 1.5}, "from 0 to 1"),
         ({"pattern": "stripes"}, '"block:RxC"'),
         ({"pattern": "5:4"}, "N <= M"),
@@ -40,7 +40,7 @@ def test_arguments_are_checked_at_once(arguments: dict[str, Any], message: str) 
 
 
 def test_sap_prunes_single_weights() -> None:
-    with pytest.raises(MisconfigurationException, match="of single weights"):
+    with pytest.raises(MisconfigurationException, match="defined for single weights"):
         SAP(pattern="channel")
 
 

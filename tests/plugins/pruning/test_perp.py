@@ -242,7 +242,7 @@ def test_what_cannot_be_retrained_is_refused() -> None:
         def configure_optimizers(self) -> Any:
             return self.make_optimizer([p for n, p in self.named_parameters() if n.endswith(".b")])
 
-    with pytest.raises(MisconfigurationException, match="is in no optimizer"):
+    with pytest.raises(MisconfigurationException, match="but no optimizer has it"):
         fit([PERP()], style=Chosen)
     module = sparse()
     with torch.no_grad():

@@ -17,5 +17,5 @@ class TestStructuredPruning(MethodTester):
         lambda: StructuredPruning(0.4, start="60%"),
         lambda: StructuredPruning(0.5, "taylor", of="flops", start="45%", end="75%", every=1, round_to=2),
     ]
-    no_teacher = r"teacher\.0.*had no part in what the network returned.*network="
+    no_teacher = r"teacher\.0.*did not contribute to the output of the network.*network="
     no_styles = {"TwoOptimizers": "its generator has no part in a call of the module, and network= must name the other part"}

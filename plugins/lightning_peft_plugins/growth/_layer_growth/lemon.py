@@ -142,18 +142,6 @@ def with_eps(edit: Edit) -> dict[str, Any]:
     return edit
 
 
-def preserves(edit: Edit) -> bool:
-    """Whether :func:`lemon` computes the same function, given ``edit`` came from :func:`with_eps`."""
-    axes = edit["axes"]
-    even = {label for label, (old, new) in axes.items() if new % old == 0}
-    # The norms' own weights make up for uneven statistics; those of a norm without weights are exact as long as none arise.
-    return all(
-        (norm["dim"] == "width" and not norm["post"] and f"{path}.weight" in edit["tensors"])
-        or {part for part in norm["dim"].split() if part in axes} <= even
-        for path, norm in edit["norms"].items()
-    )
-
-
 def lemon(
     values: Values,
     edit: Edit,

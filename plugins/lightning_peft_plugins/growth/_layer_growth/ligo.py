@@ -53,22 +53,6 @@ def init_extra(old: int, new: int, generator: torch.Generator, kind: Literal["ra
     return rows / rows.sum(1, keepdim=True)
 
 
-def init_depth(old: int, new: int, generator: torch.Generator, noise: float = 0.03) -> Tensor:
-    """Depth coefficients ``stackbert_noisy``: one-hot at ``l mod old`` plus uniform noise, rows summing to 1.
-
-    Returns:
-        Shape ``(new, old)``.
-
-    Example:
-        >>> init_depth(2, 3, torch.Generator(), noise=0.0)
-        tensor([[1., 0.],
-                [0., 1.],
-                [1., 0.]])
-    """
-    rows = torch.eye(old)[torch.arange(new) % old] + noise * torch.rand(new, old, generator=generator)
-    return rows / rows.sum(1, keepdim=True)
-
-
 def init_width(edit: Edit, generator: torch.Generator, kind: Literal["rand", "sel"] = "rand") -> dict[str, Tensor]:
     """Extra rows for every product of axes that grows, for instance ``{"width": ..., "heads head_dim": ...}``.
 
@@ -79,27 +63,18 @@ def init_width(edit: Edit, generator: torch.Generator, kind: Literal["rand", "se
     return {dim: init_extra(old, new, generator, kind) for dim, (old, new) in sizes.items() if old != new}
 
 
-def ligo_expand(
-    values: Values, edit: Edit, width: Mapping[str, Tensor], depth: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Widen, and mix layers; differentiable in ``width`` and ``depth``.
+def ligo_expand(values: Values, edit: Edit, width: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Widen; differentiable in ``width``.
 
     Args:
         values: Old values by qualified name.
         edit: A width edit.
         width: Extra rows by product of axes, from :func:`init_width`.
-        depth: Coefficients by kind of tensor, shape ``(new layers, old layers)``. A kind is a name with ``*`` in the place of
-            the layer's number: ``"blocks.*.mlp.fc1.weight"``. Kinds that are left out keep their layers apart.
 
     Returns:
-        New values of the edit's tensors, and of further layers where ``depth`` has more rows than there were.
+        New values of the edit's tensors.
     """
-    new = {name: _widen(values[name], entry, edit["axes"], width) for name, entry in edit["tensors"].items()}
-    for kind, coefficients in (depth or {}).items():
-        layers = torch.stack([new[kind.replace("*", str(i), 1)] for i in range(coefficients.shape[1])])
-        for place, row in enumerate(coefficients):
-            new[kind.replace("*", str(place), 1)] = torch.tensordot(row.to(layers), layers, 1)
-    return new
+    return {name: _widen(values[name], entry, edit["axes"], width) for name, entry in edit["tensors"].items()}
 
 
 def ligo(values: Values, edit: Edit, generator: torch.Generator, *, kind: Literal["rand", "sel"] = "rand") -> dict[str, Tensor]:

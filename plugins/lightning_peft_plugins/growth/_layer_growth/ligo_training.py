@@ -142,20 +142,6 @@ def train_operator(
     return [{name: tensor.detach() for name, tensor in part.items()} for part in operator]
 
 
-def learn_operator(
-    values: Values,
-    edit: Edit | Sequence[Edit],
-    loss_of: Callable[[dict[str, Tensor], int], Tensor],
-    steps: int,
-    lr: float,
-    generator: torch.Generator,
-) -> dict[str, Tensor]:
-    """Grow values by an operator that is learnt on the way: :func:`train_operator`, then :func:`materialised`."""
-    edits = [edit] if isinstance(edit, Mapping) else list(edit)
-    with torch.no_grad():
-        return materialised(values, edits, train_operator(values, edits, loss_of, steps, lr, generator))
-
-
 def _check(loss: Tensor, step: int) -> None:
     if not loss.requires_grad:
         raise MisconfigurationException(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_peft.structure.axes import Axes, is_old, resized
+from lightning_peft.structure.axes import resized
 from lightning_peft_plugins.growth._layer_growth.net2net import Edit, Values, normal_like, old_mask
 
 
@@ -22,32 +22,6 @@ def mask_at(step: int, steps: int) -> float:
         [0.0, 0.25, 1.0, 1.0]
     """
     return min(1.0, step / steps) if steps > 0 else 1.0
-
-
-def axis_mask(dim: str, axes: Axes, mask: float) -> Tensor:
-    """Mask of a dimension's coordinates: 1 for old ones, ``mask`` for new ones.
-
-    Args:
-        dim: A product of axes, such as an entry of ``edit["inputs"]``.
-        axes: ``edit["axes"]``.
-        mask: From :func:`mask_at`.
-
-    Example:
-        >>> axis_mask("width", {"width": [2, 3]}, 0.25)
-        tensor([1.0000, 1.0000, 0.2500])
-    """
-    return torch.where(is_old(dim, axes), 1.0, mask)
-
-
-def masks(edit: Edit, mask: float) -> dict[str, Tensor]:
-    """Masks of what each layer reads and of what each norm normalises, by qualified name of the layer.
-
-    A linear layer's input is multiplied by its mask; a norm becomes :func:`masked_layer_norm` or :func:`masked_rms_norm`.
-    Layers whose input does not grow are left out.
-    """
-    dims = edit["inputs"] | {path: norm["dim"] for path, norm in edit["norms"].items()}
-    found = {path: axis_mask(dim, edit["axes"], mask) for path, dim in dims.items()}
-    return {path: value for path, value in found.items() if not bool(is_old(dims[path], edit["axes"]).all())}
 
 
 def masked_layer_norm(x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

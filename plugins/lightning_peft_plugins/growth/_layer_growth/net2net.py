@@ -122,12 +122,6 @@ def aki(values: Values, edit: Edit, generator: torch.Generator) -> dict[str, Ten
     return new
 
 
-def preserves(edit: Edit) -> bool:
-    """Whether :func:`net2net`, circular and without noise, computes the same function: all that is normalised multiplies."""
-    dims = {part for norm in edit["norms"].values() for part in norm["dim"].split() if part in edit["axes"]}
-    return all(edit["axes"][part][1] % edit["axes"][part][0] == 0 for part in dims)
-
-
 def fpi(value: Tensor, entry: Mapping[str, Any], axes: Axes, units: Mapping[str, Tensor]) -> Tensor:
     """Widen one tensor.
 

@@ -194,11 +194,10 @@ def find_width_map(network: nn.Module) -> WidthMap:
                 return FAMILIES[base.__name__](network)
             except AttributeError as error:  # a variant with other layers
                 raise MisconfigurationException(
-                    f"This {type(network).__name__} is built in a way that is not known ({error}). Give width_map="
-                    "WidthMap(...)."
+                    f"This {type(network).__name__} has an unknown structure ({error}). Give width_map=WidthMap(...)."
                 ) from error
     raise MisconfigurationException(
-        f"How a {type(network).__name__} gets wider is not known; only {', '.join(FAMILIES)} are. Give "
+        f"The library does not know how to widen a {type(network).__name__}; it knows {', '.join(FAMILIES)}. Give "
         "width_map=WidthMap(sizes=..., layers=...) from lightning_peft.structure.width_map, in which every layer says which "
         "axes it reads and writes."
     )

@@ -42,7 +42,7 @@ def find_blocks(module: nn.Module, name: str | None = None, within: str = "") ->
             if isinstance(found, (nn.ModuleList, nn.Sequential)) and len(found):
                 return path
         raise MisconfigurationException(
-            f"blocks={name!r} is no list of blocks of {type(module).__name__}. Lists of equal blocks: {shown or 'none'}."
+            f"blocks={name!r} is not a list of blocks of {type(module).__name__}. Lists of equal blocks: {shown or 'none'}."
         )
     if not lists:
         raise MisconfigurationException(

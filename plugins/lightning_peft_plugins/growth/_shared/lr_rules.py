@@ -65,6 +65,6 @@ def parse_lr_rule(spec: str) -> LRRule:
     except (MisconfigurationException, ValueError):
         pass
     raise MisconfigurationException(
-        f'lr={spec!r} is no rule. Write "continue", "restart", or "rewarm:<length>@<peak>" with a length in steps or percent '
-        'and a peak as a multiple of the scheduled rate: "rewarm:300", "rewarm:1%@0.3".'
+        f'lr={spec!r} is not a rule. Write "continue", "restart", or "rewarm:<length>@<peak>" with a length in steps or '
+        'percent and a peak as a multiple of the scheduled rate: "rewarm:300", "rewarm:1%@0.3".'
     )

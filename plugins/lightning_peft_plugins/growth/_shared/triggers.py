@@ -51,7 +51,7 @@ def parse_trigger(spec: float | str) -> Trigger:
         return Trigger("point", parse_point(spec))
     except MisconfigurationException:
         raise MisconfigurationException(
-            f'at={spec!r} is no moment of training. Write "step:5000", "epoch:2", "30%", "tokens:1e9" or "plateau".'
+            f'at={spec!r} is not a moment of training. Write "step:5000", "epoch:2", "30%", "tokens:1e9" or "plateau".'
         ) from None
 
 

@@ -120,8 +120,8 @@ class BlockWatch:
         outputs = returned[0] if isinstance(returned, tuple) and returned else returned
         if not isinstance(given, Tensor) or not isinstance(outputs, Tensor):
             raise MisconfigurationException(
-                f"{name} takes {type(given).__name__} and returns {type(returned).__name__}: blocks can be removed that take a "
-                "tensor and return one, or a tuple that begins with one, of the same shape. Leave its list out with "
+                f"{name} takes {type(given).__name__} and returns {type(returned).__name__}: only blocks that take a tensor "
+                "and return one of the same shape, alone or first in a tuple, can be removed. Leave its list out with "
                 f"exclude=[{path!r}]."
             )
         inputs, outputs, seen = given.detach(), outputs.detach(), self.of(name)

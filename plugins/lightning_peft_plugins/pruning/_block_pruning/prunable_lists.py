@@ -50,9 +50,9 @@ def lists_form(tensors: Mapping[str, Tensor] | None) -> Form:
             starts = () if tensors is None else tuple(f"{path}.{block}." for block in places["blocks"])
             lost = next((start for start in starts if not any(name.startswith(start) for name in tensors or ())), None)
             if lost is not None:
-                return f"{place}[{path!r}] names {lost[:-1]}, which is no block of the module"
+                return f"{place}[{path!r}] names {lost[:-1]}, which is not a block of the module"
             if not set(places["named"]) <= set(places["may_go"]) <= set(places["blocks"]):
-                return f"{place}[{path!r}] lets blocks go that it does not list"
+                return f"{place}[{path!r}] lists blocks to remove that it does not have"
         return None
 
     return check
@@ -88,7 +88,7 @@ def lists_to_prune(
         if given is not None and not names & set(_names(found)):
             shown = ", ".join(f"{path!r} ({len(places)} blocks)" for path, places in found.items()) or "none"
             raise MisconfigurationException(
-                f"{argument}={given!r} names no residual block and no list of them. Name a list, or a block as "
+                f"{argument}={given!r} is neither a residual block nor a list of them. Name a list, or a block as "
                 f'"<list>.<number>". Lists: {shown}.'
             )
     lists = {}
@@ -102,8 +102,8 @@ def lists_to_prune(
             lists[path] = PrunableList(places, may_go, [place for place in named if place in may_go])
     if not lists:
         raise MisconfigurationException(
-            f"{type(module).__name__} has no list of residual blocks that may go: an nn.ModuleList or nn.Sequential, numbered, "
-            "with at least two blocks of one class, each made of layers. "
+            f"{type(module).__name__} has no list of residual blocks that can be removed: an nn.ModuleList or nn.Sequential, "
+            "numbered, with at least two blocks of one class, each made of layers. "
             + ("Name it with targets=." if targets is None and exclude is None else "Widen targets= or narrow exclude=.")
         )
     return lists

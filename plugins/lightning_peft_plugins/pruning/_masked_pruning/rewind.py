@@ -92,7 +92,7 @@ def rewind_form(tensors: Mapping[str, Tensor] | None) -> Form:
         for name, item in value.items():
             like = None if tensors is None else tensors[name]
             if not isinstance(item, Tensor) or (like is not None and (item.shape, item.dtype) != (like.shape, like.dtype)):
-                return f"{place}[{name!r}] is no tensor like the module's"
+                return f"{place}[{name!r}] is not a tensor like the module's"
         return None
 
     return check

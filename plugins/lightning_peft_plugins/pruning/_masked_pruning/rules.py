@@ -117,14 +117,13 @@ def make_rule(name: str, alpha: float, strength: float, *, ends: bool) -> PruneR
         MisconfigurationException: A number out of range, or a decay without an end.
     """
     if not 0.0 <= alpha <= 1.0:
-        raise MisconfigurationException(f"alpha={alpha} is what pruned weights are multiplied by, from 0 to 1.")
+        raise MisconfigurationException(f"alpha={alpha} is not a factor on pruned weights, from 0 to 1.")
     if name == "shrink":
         return Shrink(alpha)
     if name != "decay":
         return PruneRule(regrow=name == "ste")
     if not ends or strength <= 0:
         raise MisconfigurationException(
-            f'rule="decay" raises a weight decay to strength={strength}, which must be positive, until end=, which must be '
-            "given."
+            f'rule="decay" needs a positive strength= (got {strength}) and an end=, at which the weight decay reaches it.'
         )
     return Decay(strength)

@@ -117,7 +117,8 @@ def statistics_form(quantities: Collection[str], shape: Sequence[int] | None) ->
             )
             if not fits or (item < 0).any():
                 return (
-                    f"{place}[{quantity!r}] of shape {tuple(item.shape)} is no sum over a weight of shape {tuple(shape or ())}"
+                    f"{place}[{quantity!r}] of shape {tuple(item.shape)} is not a sum over a weight of shape "
+                    f"{tuple(shape or ())}"
                 )
         return None
 

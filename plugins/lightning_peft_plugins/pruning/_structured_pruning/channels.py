@@ -124,8 +124,8 @@ class Channels:
             return self.twin.flops(self._edit(self.twin.module, "", gone))
         except Exception as error:
             raise MisconfigurationException(
-                f"{self.twin.name} does not run once channels are gone: {type(error).__name__}: {error}. A forward with sizes "
-                "written into it is the usual reason. Leave the layers before that place whole with exclude=[...]."
+                f"{self.twin.name} fails once channels are removed: {type(error).__name__}: {error}. The usual reason is a "
+                "forward with fixed sizes. Leave out the layers before that place with exclude=[...]."
             ) from error
 
     def check(self, share: float, baseline: Baseline, limits: Limits) -> None:
@@ -138,7 +138,7 @@ class Channels:
         least = choose(last)
         if self.cost(least) > (1.0 - share) * baseline.cost + 1e-6:
             raise MisconfigurationException(
-                f"{share:.0%} of the {self.counted} of {self.twin.name} cannot go: with all that may be cut "
+                f"{share:.0%} of the {self.counted} of {self.twin.name} cannot be removed: at most "
                 f"{1 - self.cost(least) / baseline.cost:.0%} can. Lower amount=, or allow more with min_kept=, round_to= or "
                 "exclude=."
             )

@@ -115,9 +115,9 @@ class _Reader:
         ]
         if missed:
             raise MisconfigurationException(
-                f"{', '.join(missed[:5])}{' ...' if len(missed) > 5 else ''} had no part in what the network returned, so it "
-                "is not known what feeds them. Name a part of the module that always runs as a whole with "
-                f'network="<name>". If they are fed nothing from inside the network, say so with exclude={missed[:5]}.'
+                f"{', '.join(missed[:5])}{' ...' if len(missed) > 5 else ''} did not contribute to the output of the network, "
+                "so their inputs are unknown. Name a part of the module that always runs as a whole with "
+                f'network="<name>". If nothing inside the network feeds them, say so with exclude={missed[:5]}.'
             )
 
     def _reached_by_parameter(self, module: nn.Module) -> bool:
@@ -208,7 +208,7 @@ class _Reader:
             units = _units(layer.num_parameters, item)
             one = layer.num_parameters == 1
             return ([], []) if one else ([UnitPlace(f"{name}.weight", 0, units)], [UnitCount(name, "num_parameters", units)])
-        raise UncuttableError(f"{name} is a {type(layer).__name__}, of which no single channels can be removed")
+        raise UncuttableError(f"{name} is a {type(layer).__name__}, whose channels cannot be removed one by one")
 
     def _conv(self, name: str, layer: Any, outputs: bool, item: _Item) -> tuple[list[UnitPlace], list[UnitCount]]:
         if layer.groups > 1:

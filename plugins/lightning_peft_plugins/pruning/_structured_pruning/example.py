@@ -82,12 +82,12 @@ def example_form(value: Any, place: str) -> str | None:
 def _value_form(value: Any, place: str) -> str | None:
     if not isinstance(value, dict):
         plain = value is None or isinstance(value, (bool, int, float, str))
-        return None if plain else f"{place} is no recorded argument"
+        return None if plain else f"{place} is not a recorded argument"
     if "shape" in value:
         if (found := fields({"shape": list_of(whole()), "dtype": text})(value, place)) is not None:
             return found
         known = isinstance(getattr(torch, value["dtype"], None), torch.dtype)
-        return None if known and math.prod(value["shape"]) <= _MOST else f"{place} is no tensor that can be made"
+        return None if known and math.prod(value["shape"]) <= _MOST else f"{place} is not a tensor that can be made"
     if "items" in value:
         return fields({"items": dict_of(_value_form)})(value, place)
     return fields({"list": list_of(_value_form), "tuple": flag})(value, place)

@@ -60,7 +60,7 @@ class DescentMethod(StreamMethod):
         one_of("statistics", statistics, ("batch", "source"))
         one_of("sync", sync, ("none", "mean"))
         if steps < 1:
-            raise MisconfigurationException(f"steps={steps!r}: a batch is adapted to at least once.")
+            raise MisconfigurationException(f"steps={steps!r} must be at least 1.")
         self.steps_per_batch, self.statistics, self.sync = steps, statistics, sync
         self._optimizer_class = optimizer_class(optimizer)
         self._optimizer_kwargs = {"lr": lr, **(optimizer_kwargs or {})}
@@ -197,7 +197,7 @@ def optimizer_class(optimizer: str | type[Optimizer]) -> type[Optimizer]:
     found = known.get(optimizer) if isinstance(optimizer, str) else None
     if found is None or not issubclass(found, Optimizer):
         names = ", ".join(sorted(name for name, value in known.items() if issubclass(value, Optimizer)))
-        raise MisconfigurationException(f"optimizer={optimizer!r} is none of torch.optim: {names}.")
+        raise MisconfigurationException(f"optimizer={optimizer!r} is not in torch.optim: {names}.")
     return found
 
 

@@ -80,8 +80,8 @@ class RandomViews:
         """
         if images.ndim != 4:
             raise MisconfigurationException(
-                f"Random views are of images (samples, channels, height, width), but the network was given "
-                f"{tuple(images.shape)}. Pass augment=<callable on its floating point inputs>, or take EATA or SAR."
+                "Random views need images (samples, channels, height, width), but the network was given "
+                f"{tuple(images.shape)}. Pass augment=<callable on its floating point inputs>, or use EATA or SAR."
             )
         x = self._move(images.float())
         deviation, mean = torch.std_mean(x, dim=(2, 3), keepdim=True)

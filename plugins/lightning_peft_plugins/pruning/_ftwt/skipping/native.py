@@ -267,7 +267,7 @@ def _built() -> tuple[Kernels | None, str]:
             found = Kernels(compiled.library(command, threads))
             if _computes(found):
                 return found, ""
-            problem = f"what {' '.join(command)} built computes something else than PyTorch does"
+            problem = f"the kernels that {' '.join(command)} built give other results than PyTorch"
         except (OSError, AttributeError, subprocess.SubprocessError) as error:
             output = getattr(error, "stderr", None) or str(error)
             problem = f"{' '.join(command)} did not build them: {output.strip().splitlines()[-1][:200]}"
