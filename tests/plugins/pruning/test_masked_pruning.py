@@ -103,6 +103,11 @@ def test_groups_go_together(pattern: str) -> None:
     assert any(share > 0 for share in pruned(module).values())
 
 
+def test_one_of_four_stays() -> None:
+    module = fit([MaskedPruning(pattern="1:4", exclude=EVERYTHING)]).module
+    assert set(pruned(module).values()) == {0.75}
+
+
 def test_nothing_is_dead_however_much_is_pruned() -> None:
     module = fit([MaskedPruning(0.99, pattern="channel", exclude=EVERYTHING)], max_epochs=1).module
     assert all(share < 1 for share in pruned(module).values())

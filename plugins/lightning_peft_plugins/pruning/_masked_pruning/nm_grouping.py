@@ -40,8 +40,8 @@ def read_pattern(pattern: str) -> Grouping:
         MisconfigurationException: It is neither.
 
     Example:
-        >>> read_pattern("2:4").pruned
-        0.5
+        >>> read_pattern("1:4").pruned
+        0.75
     """
     if ":" in pattern and pattern[0].isdigit():
         n, m = parse_pattern(pattern)
