@@ -56,6 +56,30 @@ class Diary(Method):
         self.seen.append("loaded")
 
 
+@pytest.mark.parametrize("ends", ["well", "refused", "failed"])
+def test_a_method_knows_its_run_until_it_is_over(ends):
+    knew = []
+
+    class Knowing(Diary):
+        def attach(self, module):
+            knew.append(self.run is not None)
+            if ends == "refused":
+                raise MisconfigurationException("no")
+
+        def finish(self, run):
+            knew.append(self.run is run)
+
+    method = Knowing()
+    assert method.run is None
+    if ends == "well":
+        fit([method])
+    else:
+        with pytest.raises((MisconfigurationException, PlannedError)):
+            fit([method], after=[FailAt(2)])
+    assert knew == [True, True]
+    assert method.run is None
+
+
 def test_a_new_trainer_begins_anew_and_a_continued_one_does_not():
     method = Diary()
     module = fit([method], max_epochs=1).module
