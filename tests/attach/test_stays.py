@@ -128,6 +128,13 @@ def test_what_stands_inside_goes_into_the_stored_weight() -> None:
     torch.testing.assert_close(answer(again.module), before, atol=1e-6, rtol=0)
 
 
+def test_of_two_parts_on_a_layer_the_inner_one_goes_into_the_weight() -> None:
+    live = fit([ToyLowRank(name="a"), kept(ToyLowRank(rank=1, name="b"))]).module
+    ordinary = fit([ToyLowRank(name="a"), ToyLowRank(rank=1, name="b")]).module
+    assert names(live) == ["b:toy_low_rank"] * 3
+    torch.testing.assert_close(answer(live), answer(ordinary), atol=1e-6, rtol=0)
+
+
 def test_an_evaluation_leaves_what_stays(adapted) -> None:
     before, answered = trace(adapted), answer(adapted)
     adapted.train()
@@ -204,10 +211,11 @@ def saved(module, path, **settings):
     return path
 
 
+@pytest.mark.parametrize("off", ["toy_low_rank", "toy_shift"])
 @pytest.mark.parametrize("by", ["the same Trainer", "a Trainer without methods"])
-def test_files_after_the_fit_are_ordinary_and_can_be_reopened(by, tmp_path) -> None:
+def test_files_after_the_fit_are_ordinary_and_can_be_reopened(by, off, tmp_path) -> None:
     run = fit([kept(ToyShift()), kept(ToyLowRank()), ToyScale(targets=["model.0"])])
-    lightning_peft.switch(run.module, "toy_low_rank", on=False)
+    lightning_peft.switch(run.module, off, on=False)
     path = tmp_path / "kept.ckpt"
     if by == "the same Trainer":
         run.trainer.save_checkpoint(path)
@@ -223,8 +231,9 @@ def test_files_after_the_fit_are_ordinary_and_can_be_reopened(by, tmp_path) -> N
     reopened = lightning_peft.load_from_checkpoint(Plain, path, attached=True)
     assert torch.equal(answer(reopened), answered)
     for module in (reopened, run.module):
-        lightning_peft.switch(module, "toy_low_rank")
+        lightning_peft.switch(module, off)
     assert torch.equal(answer(reopened), answer(run.module))
+    assert not torch.equal(answer(reopened), answered)
     again = saved(reopened, tmp_path / "again.ckpt")
     assert torch.equal(answer(lightning_peft.load_from_checkpoint(Plain, again, attached=True)), answer(reopened))
 

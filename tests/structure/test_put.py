@@ -221,6 +221,20 @@ def test_what_does_not_fit_is_refused_before_a_weight_is_touched(what: str, tmp_
         lightning_peft.load_from_checkpoint(Plain, tmp_path / "tampered.ckpt")
 
 
+def test_what_is_put_in_place_draws_nothing_from_the_training() -> None:
+    class Generator(Callback):
+        def __init__(self) -> None:
+            self.states: list[torch.Tensor] = []
+
+        def on_train_batch_start(self, *args: Any) -> None:
+            self.states.append(torch.get_rng_state())
+
+    watch = Generator()
+    run = fit([ToySplit()], after=[watch])
+    assert isinstance(run.module.model[0], nn.Sequential), "random factors stand in the layer's place"
+    assert all(torch.equal(state, watch.states[0]) for state in watch.states)
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks:UserWarning")
 def test_a_refused_file_leaves_a_mapped_layer_as_it_was(tmp_path: Path) -> None:
     """The replay takes the layer out with its map; then a tensor of another layer does not fit."""

@@ -18,7 +18,9 @@ from torch.utils.data import DataLoader
 from lightning_peft import LayerGrowth
 from lightning_peft.functional import growth_tokens
 from lightning_peft.structure.journal import journal_of
+from lightning_peft.testing.callbacks import PlannedError
 from lightning_peft.testing.modules import Plain, deepened, loader, trainer
+from lightning_peft.testing.runs import fit
 from lightning_peft_plugins.growth._layer_growth.depth_operators import interpolated, last_repeated, new_places, paired, stacked
 from lightning_peft_plugins.growth._shared.triggers import Plateau
 
@@ -279,3 +281,19 @@ def test_a_metric_below_zero_makes_progress_by_the_same_share() -> None:
         plateau.look(value)
         assert plateau.waited == waited, value
     assert plateau.reached
+
+
+@pytest.mark.parametrize(("at", "left"), [(0, 4), (2, 1)])
+def test_a_fit_that_fails_gives_the_built_structure_back_unless_it_trained_another(at: int, left: int) -> None:
+    torch.manual_seed(0)
+    module = deepened(Plain)()
+
+    class Early(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            assert len(pl_module.blocks) == 1
+            if trainer.global_step == at:
+                raise PlannedError
+
+    with pytest.raises(PlannedError):
+        fit([LayerGrowth(start=1, at="step:4")], module=module, after=[Early()])
+    assert len(module.blocks) == left

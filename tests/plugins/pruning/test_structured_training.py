@@ -127,9 +127,10 @@ def test_frozen_layers_keep_their_outputs_unless_they_are_named(score: str) -> N
             self.model[1].weight.data.mul_(1e-3)  # by its magnitude it would go first
 
     assert "leaves 1 frozen alone (model.1)" in str(lightning_peft.plan(Frozen(), [StructuredPruning(0.2)]))
-    run = prune([StructuredPruning(0.2, score, start=6)], style=Frozen)
-    assert run.module.model[1].out_channels == 8
-    assert journal_of(run.module)
+    for arguments in ({}, {"targets": "all-weights"}, {"exclude": nn.Linear}):
+        run = prune([StructuredPruning(0.2, score, start=6, **arguments)], style=Frozen)
+        assert run.module.model[1].out_channels == 8
+        assert journal_of(run.module)
     run = prune([StructuredPruning(0.2, score, start=6, targets=["all-weights", "model.1"])], style=Frozen)
     assert run.module.model[1].out_channels < 8
 
