@@ -124,7 +124,7 @@ def choose_backend(weight: SparseWeight, device: SparseDevice) -> tuple[str, str
         >>> choose_backend(SparseWeight((64, 48), torch.float16), h100)
         ('cusparselt', '')
         >>> choose_backend(SparseWeight((64, 50), torch.float16), h100)[1]
-        '64 x 50 is no multiple of 16 x 16, which cusparselt needs'
+        '64 x 50 is not a multiple of 16 x 16, which cusparselt needs'
     """
     backend, reason = _backend_of(device)
     return (backend, "") if not (reason := reason or _refusal(weight, backend)) else ("", reason)

@@ -171,7 +171,7 @@ def test_what_cannot_be_trained_is_refused() -> None:
     frozen = Plain()
     for name in BIASES:
         frozen.get_parameter(name).requires_grad_(False)
-    with pytest.raises(MisconfigurationException, match=r"toy_tuning names no trainable parameter .* requires_grad_\(True\)"):
+    with pytest.raises(MisconfigurationException, match=r"toy_tuning names only parameters of .* requires_grad_\(True\)"):
         fit([ToyTuning()], module=frozen)
     assert [name for name, p in frozen.named_parameters() if not p.requires_grad] == BIASES
     for name in BIASES:
