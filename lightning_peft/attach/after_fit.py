@@ -53,9 +53,9 @@ class LastHook(Shim):
         average = self._average(checkpoint)
         methods = [method_records.describe(method) for method in listed]
         if average is None:
-            kept, beside = described(self._trainer, self._module, checkpoint, [])
+            kept, beside = described(self._trainer, self._module, checkpoint, [], weights)
             beside |= plain_state.stored_beside(checkpoint["state_dict"], files.training_tensors(stashed))
-            section = {**kept, **files.section(kept["weights"] | weights, methods)}
+            section = {**kept, **files.section(kept["weights"], methods)}
         else:
             section = files.section(files.section_of(average, [])["weights"] | weights, methods)
             beside = _separate_average(checkpoint, section, files.training_tensors(stashed))

@@ -92,7 +92,11 @@ def leave_out_base(
 
 
 def described(
-    trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any], methods: Sequence[dict[str, Any]]
+    trainer: Trainer,
+    module: LightningModule,
+    checkpoint: dict[str, Any],
+    methods: Sequence[dict[str, Any]],
+    stashed: Mapping[str, list[dict[str, Any]]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Give a checkpoint the names and weights of an ordinary one.
 
@@ -101,6 +105,7 @@ def described(
         module: The module.
         checkpoint: The checkpoint, its tensors by training-time name.
         methods: Records of the methods.
+        stashed: Records of weight maps that were on the module in the fit and are off by now, by name.
 
     Returns:
         The library's section, and what training needs beside the checkpoint's tensors.
@@ -110,6 +115,7 @@ def described(
     state.update(plain_state.masks_of(checkpoint.get("current_model_state", {}), section["weights"]))
     seen = plain_state.seen_values(module, state, trainer.precision_plugin.forward_context())
     checkpoint["state_dict"], beside = plain_state.split(state, seen)
+    section["weights"] |= stashed or {}
     return section | described_parts(trainer, module, checkpoint, beside, section), beside
 
 

@@ -211,10 +211,19 @@ def rebuild_part(record: Mapping[str, Any]) -> LayerPart:
             except Exception as error:  # a part's author cannot foresee what stands in a damaged file
                 raise CheckpointError(f"The recorded arguments of the part {record['part']!r} do not fit: {error}") from error
             part.owner, part.method, part.enabled = record["method"], record["name"], record["enabled"]
+            _resize(part, record["state"])
             return part
     raise CheckpointError(
         f"The method {record['method']} has no layer part {record['part']!r}; upgrade the package that ships it."
     )
+
+
+def _resize(part: LayerPart, state: Mapping[str, Any]) -> None:
+    """Give a part the sizes of recorded tensors: it may have been cut or widened with its layer since it was made."""
+    for name, own in (*part.named_parameters(), *part.named_buffers()):
+        recorded = state.get(name)
+        if isinstance(recorded, Tensor) and recorded.ndim == own.ndim and recorded.shape != own.shape:
+            own.data = own.new_empty(recorded.shape)
 
 
 def unmergeable(module: nn.Module, stay: Collection[Attachment] = frozenset()) -> list[str]:

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 import lightning_peft
+from lightning_peft import StructuredPruning
 from lightning_peft.testing.callbacks import StopAfter
 from lightning_peft.testing.modules import Plain, loader, trainer
 from lightning_peft.testing.runs import fit
@@ -236,6 +237,34 @@ def test_files_after_the_fit_are_ordinary_and_can_be_reopened(by, off, tmp_path)
     assert not torch.equal(answer(reopened), answered)
     again = saved(reopened, tmp_path / "again.ckpt")
     assert torch.equal(answer(lightning_peft.load_from_checkpoint(Plain, again, attached=True)), answer(reopened))
+
+
+def test_a_map_that_left_from_beside_a_part_that_stays_is_in_the_file(tmp_path) -> None:
+    run = fit([ToyScale(), kept(ToyLowRank())])
+    answered = answer(run.module)
+    run.trainer.save_checkpoint(tmp_path / "after.ckpt")
+    path = tmp_path / "after.ckpt"
+    for loaded in (Plain.load_from_checkpoint(path, weights_only=True), lightning_peft.load_from_checkpoint(Plain, path)):
+        torch.testing.assert_close(answer(loaded), answered, atol=1e-6, rtol=0)
+    reopened = lightning_peft.load_from_checkpoint(Plain, tmp_path / "after.ckpt", attached=True)
+    assert sorted(set(names(reopened))) == ["toy_low_rank:toy_low_rank", "toy_scale:toy_scale"]
+    torch.testing.assert_close(answer(reopened), answered, atol=1e-6, rtol=0)
+    whole = fit([ToyScale(), kept(ToyLowRank())], max_epochs=2)
+    resumed = fit([ToyScale(), kept(ToyLowRank())], seed=3, resume=tmp_path / "after.ckpt", max_epochs=2)
+    torch.testing.assert_close(answer(resumed.module), answer(whole.module), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_part_that_was_cut_with_its_layer_is_reopened(mapped, tmp_path) -> None:
+    module = fit([kept(ToyLowRank()), *([kept(ToyScale())] if mapped else [])]).module
+    run = fit([StructuredPruning(0.3, start=2)], module=module, max_epochs=2)
+    assert module.model[0].out_features < 16
+    path = tmp_path / "cut.ckpt"
+    run.trainer.save_checkpoint(path)
+    for attached in (False, True):
+        loaded = lightning_peft.load_from_checkpoint(Plain, path, attached=attached)
+        assert bool(attachments(loaded)) == attached
+        torch.testing.assert_close(answer(loaded), answer(module), atol=1e-6, rtol=0)
 
 
 def test_a_file_without_methods_cannot_be_reopened(tmp_path) -> None:
