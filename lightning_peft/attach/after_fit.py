@@ -63,9 +63,7 @@ class LastHook(Shim):
                 section |= described_parts(self._trainer, self._module, checkpoint, beside, section)
         if journal.journal_of(self._module):
             section |= structure_record(self._module, _GROUPS.get(self._module, []))
-        for key, entries in _stashed_parts(stash.peek_parts(self._module)).items():
-            known = section.get(key)
-            section[key] = entries if known is None else [*known, *entries] if isinstance(known, list) else known | entries
+        section |= part_states.together(section, _stashed_parts(stash.peek_parts(self._module)))
         leave_out_base(self._module, listed, checkpoint, section, beside)
         write(inner, checkpoint, section, beside)
 

@@ -85,7 +85,8 @@ class LastingLoad(LastingShim):
 
 def leave_hooks(module: LightningModule) -> None:
     """Put the hooks in place that a module needs from now on, if it is not what its class builds."""
-    needed = {LastingSave: bool(journal.journal_of(module) or attachments(module)), LastingLoad: bool(attachments(module))}
+    stays = bool(attachments(module))
+    needed = {LastingSave: stays or bool(journal.journal_of(module)), LastingLoad: stays}
     for hook, wanted in needed.items():
         if wanted and not isinstance(vars(module).get(hook.hook), hook):
             hook(module).install()

@@ -16,17 +16,12 @@ from lightning_peft.weights.maps import attach_map, attached_map
 from lightning_peft.weights.parts import put_part
 
 
-def trained_weights(section: Mapping[str, Any]) -> set[str]:
-    """Return the plain names of the weights under maps, or beside parts that go into them."""
-    return {*section["weights"], *section.get(part_states.WEIGHTS, {})}
-
-
 def reopen(module: LightningModule, state: Mapping[str, Any], section: Mapping[str, Any]) -> None:
     """Attach what a section records, with the values it had; all of it stays on the module.
 
     Args:
         module: An ordinary module with the weights of the same checkpoint.
-        state: Tensors of the checkpoint by the names of its format; those of :func:`trained_weights` are read.
+        state: Tensors of the checkpoint by the names of its format; those under maps or beside parts are read.
         section: The library's part of the checkpoint.
 
     Raises:
@@ -50,6 +45,6 @@ def reopen(module: LightningModule, state: Mapping[str, Any], section: Mapping[s
 
 
 def _of_weights(joined: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Tensor]:
-    names = trained_weights(section)
+    names = {*section["weights"], *section.get(part_states.WEIGHTS, {})}
     prefixes = tuple(map(maps_prefix, section["weights"]))
     return {key: value for key, value in joined.items() if key in names or (prefixes and key.startswith(prefixes))}

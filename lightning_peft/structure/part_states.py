@@ -77,6 +77,12 @@ def section_of(records: PartRecords, weights: Mapping[str, Tensor], merged: Sequ
     return {PARTS: records, WEIGHTS: dict(weights), MERGED: list(merged)} if records else {}
 
 
+def together(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of :func:`section_of` for the parts of two sections."""
+    records, weights = ({**one.get(key, {}), **other.get(key, {})} for key in (PARTS, WEIGHTS))
+    return section_of(records, weights, [*one.get(MERGED, ()), *other.get(MERGED, ())])
+
+
 def weight_name(path: str) -> str:
     """Return the name of a layer's weight."""
     return f"{path}.weight" if path else "weight"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.weights.attachment import Attachment
 from lightning_peft.weights.map_modules import MapModules
-from lightning_peft.weights.mapped_layer import is_mapped, take_chain
+from lightning_peft.weights.mapped_layer import MappedLayer, is_mapped, take_chain
 from lightning_peft.weights.maps import MappedTensor, mapped_tensors
 from lightning_peft.weights.parts import part_stacks, placed_parts, take_parts
 from lightning_peft.weights.weight_map import WeightMap
@@ -94,8 +94,8 @@ def _detach_parts(module: nn.Module, leave: Leave, values: dict[int, Tensor], st
         value = values.get(id(weight)) if is_mapped(layer, "weight") else weight
         if untouched and not is_mapped(layer, "weight"):
             value = stack.pristine
-        elif value is not None and not untouched and any(part.enabled and part.merges for part in leaving):
-            value = stack.merged(value, leaving)
+        elif value is not None and not untouched and (merging := [part for part in stack.merging if part not in stay]):
+            value = stack.merged(value, merging)
         take_parts(layer, stack, leaving)
         if weight is not None and value is not None and value is not weight:
             if id(weight) in values:
@@ -119,7 +119,7 @@ def check_stay(module: nn.Module, stay: Collection[Attachment]) -> None:
     for path, layer, stack in part_stacks(module):
         merging = [part for part in stack if part.merges]
         _check_order(path, stack.parts, merging, stay)
-        chain = next((mapped for mapped in mapped_tensors(layer) if mapped.name == "weight"), None)
+        chain = layer.weight_maps.get("weight") if isinstance(layer, MappedLayer) else None
         maps: Sequence[WeightMap] = [] if chain is None else chain.maps
         _check_order(f"{path}.weight", [*maps, *merging], merging, stay)
 

@@ -235,7 +235,7 @@ def _labels(batch: Any) -> Tensor:
     if isinstance(batch, Mapping):
         found = next((batch[key] for key in LABEL_KEYS if key in batch), None)
     elif isinstance(batch, (tuple, list)) and len(batch) > 1:
-        found = batch[1]  # behind the inputs; of a batch of three or more, `labels_of` takes the last
+        found = batch[1]  # behind the inputs, whatever follows; `labels_of` gives none where several could be labels
     if not isinstance(found, Tensor):
         raise MisconfigurationException(
             f'labels="data" finds no labels in a batch of type {type(batch).__name__}. Pass (x, y) tuples or dicts '

@@ -62,16 +62,20 @@ class PartStack:
         return part.around(below, layer, args, kwargs) if part.enabled else below(*args, **kwargs)
 
     @property
+    def merging(self) -> list[LayerPart]:
+        """The parts that go into the weight when the layer becomes an ordinary one, innermost first."""
+        return [part for part in self.parts if part.enabled and part.merges]
+
+    @property
     def merges(self) -> bool:
-        """Whether any part goes into the weight when the layer becomes an ordinary one."""
-        return any(part.enabled and part.merges for part in self.parts)
+        """Whether there are such parts."""
+        return bool(self.merging)
 
     @torch.no_grad()
     def merged(self, weight: Tensor, parts: Iterable[LayerPart] | None = None) -> Tensor:
-        """Return the weight with every part that can go into it, or with those of some parts that can."""
-        for part in self.parts if parts is None else parts:
-            if part.enabled and part.merges:
-                weight = part.merged(weight)  # type: ignore[operator]
+        """Return the weight with every part of :attr:`merging`, or with some of them."""
+        for part in self.merging if parts is None else parts:
+            weight = part.merged(weight)  # type: ignore[operator]
         return weight.detach()
 
     def count(self, layer: nn.Module) -> int:

@@ -159,10 +159,11 @@ class StructuredPruning(Method):
         return select(module, "all-weights" if self.targets is None else self.targets, self.exclude)
 
     def _allowed(self, run: Run) -> set[str] | None:
-        frozen = self.left_alone(run.module)
+        layers = self._targeted(run.module)
+        frozen = self.spared(run.module, layers)
         if self.targets is None and self.exclude is None:
             return {name for name, _ in run.module.named_modules()}.difference(frozen) if frozen else None
-        return set(self._targeted(run.module)).difference(frozen)
+        return set(layers).difference(frozen)
 
     def _records(self) -> bool:
         return self.timeline is not None and self.timeline.watched(self.steps)
