@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_peft.assets import Asset, AssetError, archive_path, archives, cache_dir, cached, derived, fetch, open_member
+from lightning_peft.assets import Asset, AssetError, archive_path, archives, cache_dir, cached, derived, fetch, open_member, open_members
 
 WHEEL = "lp_tiny_data-1.0-py3-none-any.whl"
 DATA = bytes(range(256)) * 800
@@ -243,7 +243,7 @@ def test_missing_client_and_unwritable_cache_are_explained(tiny, monkeypatch, tm
 def test_members_of_tar_archives_are_regular_files_only():
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as archive:
-        for name, content in {"package/data.bin": DATA, "../evil": b"x"}.items():
+        for name, content in {"package/data.bin": DATA, "package/more.bin": b"more", "../evil": b"x"}.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
@@ -254,6 +254,8 @@ def test_members_of_tar_archives_are_regular_files_only():
     archive_path(asset).parent.mkdir(parents=True)
     archive_path(asset).write_bytes(file.getvalue())
     assert open_member(asset, "package/data.bin").read() == DATA
+    names = ["package/more.bin", "package/data.bin", "package/more.bin"]
+    assert [file.read() for file in open_members(asset, names)] == [b"more", DATA, b"more"]
     with pytest.raises(AssetError, match="no member 'package/link'"):
         open_member(asset, "package/link")
     with pytest.raises(AssetError, match=r"nearest: package/data\.bin"):

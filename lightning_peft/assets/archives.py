@@ -20,7 +20,7 @@ import tarfile
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -114,19 +114,30 @@ def open_member(asset: Asset, member: str, *, progress: bool = True) -> io.Bytes
     Raises:
         AssetError: The archive cannot be had, or holds no such regular file.
     """
+    return open_members(asset, [member], progress=progress)[0]
+
+
+def open_members(asset: Asset, members: Sequence[str], *, progress: bool = True) -> list[io.BytesIO]:
+    """Read several files as :func:`open_member` does one; a compressed archive is gone through once for all of them."""
     path = fetch(asset, progress=progress)
+    found: dict[str, bytes] = {}
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            if member in names:
-                return io.BytesIO(archive.read(member))
+            found = {name: archive.read(name) for name in {*members} & {*names}}
     else:
         with tarfile.open(path) as tar:
-            names = [entry.name for entry in tar.getmembers() if entry.isreg()]
-            if member in names and (file := tar.extractfile(member)) is not None:
-                return io.BytesIO(file.read())
-    near = difflib.get_close_matches(member, names, n=3, cutoff=0.4) or names[:3]
-    raise AssetError(f"{path.name} has no member {member!r}; nearest: {', '.join(near)}")
+            names = []
+            for entry in tar:
+                if entry.isreg():
+                    names.append(entry.name)
+                    if entry.name in members and (file := tar.extractfile(entry)) is not None:
+                        found[entry.name] = file.read()
+    for member in members:
+        if member not in found:
+            near = difflib.get_close_matches(member, names, n=3, cutoff=0.4) or names[:3]
+            raise AssetError(f"{path.name} has no member {member!r}; nearest: {', '.join(near)}")
+    return [io.BytesIO(found[member]) for member in members]
 
 
 def derived(asset: Asset, name: str, build: Callable[[Path], object]) -> Path:

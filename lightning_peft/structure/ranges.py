@@ -39,7 +39,10 @@ def indices(kept: Ranges) -> Tensor:
         >>> indices([[0, 3], [5, 6]])
         tensor([0, 1, 2, 5])
     """
-    return torch.cat([torch.arange(start, stop) for start, stop in kept])
+    starts, stops = torch.tensor(kept).unbind(1)
+    sizes = stops - starts
+    before = sizes.cumsum(0) - sizes
+    return torch.arange(int(sizes.sum())) + (starts - before).repeat_interleave(sizes)
 
 
 def complement(kept: Ranges, size: int) -> Tensor:

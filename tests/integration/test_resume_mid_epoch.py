@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.stateful_dataloader import _StatefulMultiProcessingDataLoaderIter
 
 from lightning_peft import (
     PSKD,
@@ -77,15 +79,23 @@ class AsksForSteps(Plain):
 
 
 class Ended(StatefulDataLoader[Any]):
-    """Can end the workers of a training that was killed, for which the collector would wait in a later test."""
+    """Knows its iterators, so that their workers can be ended: left to the collector, each keeps it waiting for seconds."""
 
-    def __iter__(self) -> Any:
-        self.begun = super().__iter__()
-        return self.begun
+    begun: ClassVar[WeakSet[Any]] = WeakSet()
 
-    def end(self) -> None:
-        if self.num_workers:
-            self.begun._shutdown_workers()
+    def _get_iterator(self) -> Any:
+        found = super()._get_iterator()
+        self.begun.add(found)
+        return found
+
+
+def trained(methods: list[Method], **settings: Any) -> Fit:
+    try:
+        return fit(methods, max_epochs=3, **settings)
+    finally:
+        for iterator in Ended.begun:
+            if isinstance(iterator, _StatefulMultiProcessingDataLoaderIter):
+                iterator._shutdown_workers()
 
 
 def shuffled(seed: int, **options: Any) -> Ended:
@@ -101,13 +111,10 @@ def killed_and_resumed(
     ``data`` is given the seed of its order, another one after the kill, since the order must come from the checkpoint.
     """
     through, rest = Order(), Order()
-    whole = fit(methods(), data=data(3), max_epochs=3, style=style, before=[through])
-    killed = data(3)
+    whole = trained(methods(), data=data(3), style=style, before=[through])
     with pytest.raises(Killed):
-        fit(methods(), data=killed, max_epochs=3, style=style, after=[KillAt(path)])
-    if isinstance(killed, Ended):
-        killed.end()
-    resumed = fit(methods(), data=data(5), max_epochs=3, style=style, before=[rest], resume=path, seed=7)
+        trained(methods(), data=data(3), style=style, after=[KillAt(path)])
+    resumed = trained(methods(), data=data(5), style=style, before=[rest], resume=path, seed=7)
     return whole, resumed, through.seen[KILLED_AT:], rest.seen
 
 

@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from structured_networks import IMAGES, NETWORKS, build, channels, output, resnet, squares
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_peft.structure import edits
 from lightning_peft_plugins.pruning._structured_pruning.budget import Limits
@@ -76,6 +77,20 @@ def test_the_smallest_cut_within_the_budget(counted: str, scope: str) -> None:
     left = channels(network, inputs, counted=counted)
     assert left.cost() == cost
     assert left.choose(squares(network), 0.4, baseline, Limits(0.0, 1), scope) == (None, cost)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_cut_costs_what_pytorch_counts_in_the_network_that_is_left(name: str) -> None:
+    network, inputs = build(name)
+    for counted in ("flops", "params"):
+        found = channels(network, inputs, counted=counted)
+        gone = [torch.randperm(group.units)[: group.units // 2].sort().values for group in found.groups]
+        left = copy.deepcopy(network)
+        edits.apply(left, cut_edit(left, "", list(zip(found.groups, gone, strict=True))))
+        with FlopCounterMode(display=False) as counter:
+            output(left, inputs[:1])
+        expected = {"flops": counter.get_total_flops(), "params": sum(p.numel() for p in left.parameters())}
+        assert found.cost(gone) == expected[counted] < found.cost()
 
 
 def test_limits_hold() -> None:

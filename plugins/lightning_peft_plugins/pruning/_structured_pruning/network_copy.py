@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft.measure.flop_count import FlopCount
 from lightning_peft.structure import edits
@@ -68,11 +68,26 @@ class NetworkCopy:
         """
         change = edits.apply(self.module, edit)
         try:
-            with torch.no_grad(), FlopCount() as count:
+            with torch.no_grad(), _SizeCount() as count:
                 self.call()
             return count.total
         finally:
             edits.undo(self.module, change)
+
+
+class _SizeCount(FlopCount):
+    """Passes over operators that cost nothing and keep the size, which PyTorch works out slowly on the ``meta`` device."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if args and isinstance(args[0], Tensor) and args[0].is_meta:
+            if torch.Tag.pointwise in func.tags and func._schema.name.endswith("_"):
+                return args[0]
+            if func is torch.ops.aten.native_batch_norm.default:
+                channels = args[0].new_empty(args[0].shape[1])
+                return torch.empty_like(args[0]), channels, channels
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def _on_meta(network: nn.Module) -> nn.Module:
