@@ -18,7 +18,18 @@ from pathlib import Path
 
 import pytest
 
-from lightning_peft.assets import Asset, AssetError, archive_path, archives, cache_dir, cached, derived, fetch, open_member, open_members
+from lightning_peft.assets import (
+    Asset,
+    AssetError,
+    archive_path,
+    archives,
+    cache_dir,
+    cached,
+    derived,
+    fetch,
+    open_member,
+    open_members,
+)
 
 WHEEL = "lp_tiny_data-1.0-py3-none-any.whl"
 DATA = bytes(range(256)) * 800
