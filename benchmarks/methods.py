@@ -51,8 +51,12 @@ def study(name: str) -> Variants:
         "plain": list,
         "PSKD 0.3": lambda: [PSKD(alpha=0.3)],
         "PSKD 0.8": lambda: [PSKD(alpha=0.8)],
-        "WeightCompander": lambda: [WeightCompander(targets="pointwise")],
-        "all three": lambda: [*sparse("2:4", "mdgf-exponential")(), WeightCompander(targets="pointwise"), PSKD(alpha=0.3)],
+        "WeightCompander": lambda: [WeightCompander(targets="pointwise", init="fitted")],
+        "all three": lambda: [
+            *sparse("2:4", "mdgf-exponential")(),
+            WeightCompander(targets="pointwise", init="fitted"),
+            PSKD(alpha=0.3),
+        ],
     }
 
 

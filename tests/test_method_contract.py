@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 from multiprocessing import get_start_method
 
@@ -131,8 +132,21 @@ class TestNMSparsity(MethodTester):
     no_exact_bake = "a soft or wider mask is in force until the last step; baking applies the target pattern"
 
 
-def companded(task: Task) -> None:
-    """The formula of the card, w = a arctan(v / b): the first bound twice the largest weight, log a in steps of 1/16, b = a."""
+def companded(task: Task, learnable: bool, a: float = 0.5, b: float = 1.0) -> None:
+    """Cakaj et al., equation 1, w = a arctan(v / b), with one pair a and b a layer that is learned as it is, or one for all."""
+    stored, scales = {}, {}
+    for name, weight in task.module.named_parameters():
+        if weight.ndim > 1:
+            scales[name] = [torch.nn.Parameter(torch.tensor(value), requires_grad=learnable) for value in (a, b)]
+            stored[name] = weight
+            weight.data = b * torch.tan(weight.data / a)
+    if learnable:
+        task.optimizer.add_param_group({"params": [scale for pair in scales.values() for scale in pair]})
+    train_companded(task, stored, lambda name, v: scales[name][0] * torch.atan(v / scales[name][1]))
+
+
+def companded_as_fitted(task: Task) -> None:
+    """The init of the card that is ours: the bound twice the largest weight, log a in steps of 1/16, b = a, logs learned."""
     stored, scales = {}, {}
     for name, weight in task.module.named_parameters():
         if weight.ndim > 1:
@@ -141,20 +155,28 @@ def companded(task: Task) -> None:
             task.optimizer.add_param_group({"params": [log_a, log_b]})
             stored[name], scales[name] = weight, (log_a, log_b)
             weight.data = math.exp(start) * torch.tan(weight.data / math.exp(start))
+    train_companded(task, stored, lambda name, v: scales[name][0].exp() * torch.atan(v / scales[name][1].exp()))
 
-    def weights() -> dict[str, torch.Tensor]:
-        return {name: scales[name][0].exp() * torch.atan(v / scales[name][1].exp()) for name, v in stored.items()}
 
+def train_companded(task: Task, stored: dict[str, torch.Tensor], weight_of: Callable[..., torch.Tensor]) -> None:
     for inputs, labels in task.batches:
-        logits = torch.func.functional_call(task.module, weights(), (inputs,))
-        task.step(torch.nn.functional.cross_entropy(logits, labels))
-    for name, weight in weights().items():
-        stored[name].data = weight.detach()
+        weights = {name: weight_of(name, v) for name, v in stored.items()}
+        task.step(torch.nn.functional.cross_entropy(torch.func.functional_call(task.module, weights, (inputs,)), labels))
+    for name, v in stored.items():
+        v.data = weight_of(name, v).detach()
 
 
 class TestWeightCompander(MethodTester):
-    references = [Reference(companded), Reference(companded, optimizer="sgd")]
-    methods = [WeightCompander, lambda: WeightCompander(headroom=1.2, slope=4.0, learnable=False)]
+    references = [
+        *(Reference(partial(companded, learnable=True), optimizer=optimizer) for optimizer in ("adam", "sgd")),
+        Reference(partial(companded, learnable=False, a=1.0, b=0.6), lambda: WeightCompander(preset="resnet18/cifar10")),
+        Reference(companded_as_fitted, lambda: WeightCompander(init="fitted")),
+    ]
+    methods = [
+        WeightCompander,
+        lambda: WeightCompander(preset="resnet50/imagenet"),
+        lambda: WeightCompander(init="fitted", headroom=1.2, slope=4.0, learnable=False),
+    ]
 
 
 def failing():

