@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_peft.capture.sampling import SampleRecorder
 from lightning_peft.compose.course import Course
 from lightning_peft.compose.schedule import Point, ResolvedSchedule, Schedule, parse_point
 from lightning_peft.namespaces import both
 from lightning_peft.optim.schedulers import FreshSchedule
+from lightning_peft.optim.wrapped import innermost
 
 
 @dataclass(slots=True)
@@ -60,6 +62,15 @@ class Run:
     def epoch(self) -> int:
         """Epoch being trained, from 0."""
         return self.trainer.current_epoch if self.late_epoch is None else self.late_epoch
+
+    def gradient_scale(self, optimizer: Optimizer) -> float:
+        """Factor by which gradients are too large between the backward passes and the step: 1, unless one unscales by itself.
+
+        An optimizer with ``fused=True`` under a gradient scaler does; what is added to its gradients is to be multiplied.
+        """
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        unscales = getattr(innermost(optimizer), "_step_supports_amp_scaling", False)
+        return float(scaler.get_scale()) if scaler is not None and unscales else 1.0
 
     def place(self, point: Point, argument: str = "A schedule point") -> int:
         """Convert a point of training to optimizer steps.

@@ -66,6 +66,16 @@ def ste_prune(
     return pruned
 
 
+def pruned_values(weight: Tensor, mask: Tensor) -> Tensor:
+    """``weight`` where pruned, zero where kept.
+
+    Example:
+        >>> pruned_values(torch.tensor([2.0, -4.0]), torch.tensor([True, False]))
+        tensor([ 0., -4.])
+    """
+    return _select(weight, mask, pruned=True)
+
+
 def decay_linear(step: float, coef: float) -> float:
     """MDGF-linear factor of pruned weights, ``max(0, 1 - coef * step)`` (Bambhaniya et al., 2024).
 

@@ -187,7 +187,8 @@ class MaskedPruning(Method):
         if self.score.reads:
             self.recorder.see_gradients(((mapped.name, mapped.stored) for mapped, _ in self.masks(run.module)), optimizer)
         if self.timeline is not None:
-            self.rule.before_step(self.masks(run.module), optimizer, self.timeline.progress(self.steps))
+            scale = run.gradient_scale(optimizer)
+            self.rule.before_step(self.masks(run.module), optimizer, self.timeline.progress(self.steps), scale)
 
     def after_step(self, run: Run) -> None:
         """Choose masks when the time has come."""

@@ -173,8 +173,9 @@ class WeightCompander(Method):
         if self.fixed is None or not self._by_gradient.get(type(innermost(optimizer))):
             return
         stored = {mapped.stored for mapped, _ in maps_of(run.module, CompanderMap, type(self).__name__)}
+        scale = run.gradient_scale(optimizer)
         for group in optimizer.param_groups:
-            strength = group["weight_decay"]
+            strength = group["weight_decay"] * scale
             for v in group["params"]:
                 if strength and v in stored and v.grad is not None:
                     v.grad.add_(weight_decay_gradient(v, *self.fixed, strength)).sub_(v, alpha=strength)

@@ -9,16 +9,20 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.arguments import one_of
 from lightning_peft.compose.schedule import parse_point
 from lightning_peft.network.nm_layers import input_dim, inputs, wide_layers
 from lightning_peft.network.targets import SENSITIVE, TargetSpec, by_layer
+from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form, fields, list_of, whole
 from lightning_peft.weights.maps import maps_of
 from lightning_peft.weights.nm_pattern import parse_pattern
+from lightning_peft.weights.nm_prune import pruned_values
+from lightning_peft.weights.penalties import add_penalty
 from lightning_peft_plugins.sparsity._nm_sparsity.nm_map import HeldNMMap, MaskRule, NMMap
 from lightning_peft_plugins.sparsity._nm_sparsity.nm_schedule import NEVER, RECIPES, PhaseTimeline, Recipe, needs_end, phase_at
 
@@ -59,6 +63,7 @@ class NMSparsity(Method):
     """
 
     lane = Lane.MASK
+    commutes = True
     writes = frozenset({Resource.MASK})
     weight_maps = (NMMap, HeldNMMap)
     paper = (
@@ -136,7 +141,7 @@ class NMSparsity(Method):
             rule = self._rules.setdefault((n, m), MaskRule(n, m))
             kind = HeldNMMap if self.holds_masks else NMMap
             masked = self.grad_mode == "masked" or self.recipe == "one-shot"
-            self.map_weight(module, f"{name}.weight", kind(n, m, input_dim(layers[name]), self.sr_lambda, masked, rule))
+            self.map_weight(module, f"{name}.weight", kind(n, m, input_dim(layers[name]), masked, rule))
         self._enter_phase()
 
     def start(self, run: Run) -> None:
@@ -149,6 +154,19 @@ class NMSparsity(Method):
             self.timeline = PhaseTimeline(dense_end, total, total)
         self._enter_phase()
         self._refresh(run.module, fresh_only=True)
+
+    def writes_now(self) -> frozenset[Resource]:
+        return self.writes | ({Resource.GRADIENT} if self.sr_lambda else set())
+
+    @torch.no_grad()
+    def before_step(self, run: Run, optimizer: Optimizer) -> None:
+        """Pull pruned weights towards zero, in SR-STE."""
+        if not self.sr_lambda:
+            return
+        trained, strength = trained_by(optimizer), self.sr_lambda * run.gradient_scale(optimizer)
+        for mapped, nm_map in maps_of(run.module, NMMap, type(self).__name__):
+            if mapped.stored in trained and not nm_map.rule.dense:
+                add_penalty(mapped, nm_map, lambda weight, mask=nm_map.mask: pruned_values(weight, mask(weight)) * strength)  # type: ignore[misc]
 
     def _sparse_end(self, run: Run) -> int:
         try:

@@ -37,8 +37,8 @@ class PruneRule:
         self.masked, self.regrow = True, regrow
         self.faded_at: int | None = None
 
-    def before_step(self, targets: Targets, optimizer: Optimizer, progress: float) -> None:
-        """Change the gradients of pruned weights; ``progress`` of the schedule is from 0 to 1."""
+    def before_step(self, targets: Targets, optimizer: Optimizer, progress: float, scale: float) -> None:
+        """Change the gradients of pruned weights, which are ``scale`` too large; ``progress`` is from 0 to 1."""
 
     def after_step(self, targets: Targets, run: Run, timeline: PruningTimeline) -> None:
         """Change pruned weights after a step."""
@@ -67,14 +67,14 @@ class Decay(Fading):
         self.strength = strength
 
     @torch.no_grad()
-    def before_step(self, targets: Targets, optimizer: Optimizer, progress: float) -> None:
+    def before_step(self, targets: Targets, optimizer: Optimizer, progress: float, scale: float) -> None:
         if self.masked:
             return
         moved = trained_by(optimizer)
         for mapped, mask in targets:
             stored = mapped.stored
             if stored in moved and stored.grad is not None and mask.holds(stored):
-                stored.grad.add_(pruned_decay(stored, mask.held, self.strength * progress))
+                stored.grad.add_(pruned_decay(stored, mask.held, self.strength * progress * scale))
 
 
 class Shrink(Fading):

@@ -42,7 +42,6 @@ class NMMap(WeightMap):
         n: Weights kept.
         m: Group size.
         dim: Input dimension of the weight.
-        sr_lambda: Strength of the SR-STE pull of pruned weights towards zero.
         masked_grad: Whether pruned weights receive the decayed gradient only, instead of the full one (STE).
         rule: What is in force at the moment; a map on its own (baking from a file) is binary N:M.
     """
@@ -55,13 +54,11 @@ class NMMap(WeightMap):
         n: int,
         m: int,
         dim: int,
-        sr_lambda: float = 0.0,
         masked_grad: bool = False,
         rule: MaskRule | None = None,
     ) -> None:
         super().__init__()
         self.n, self.m, self.dim = n, m, dim
-        self.sr_lambda = sr_lambda
         self.masked_grad = masked_grad
         if rule is None:
             rule = MaskRule(n, m)
@@ -80,7 +77,7 @@ class NMMap(WeightMap):
         if rule.dense:
             return weight
         decay = rule.decay if rule.soft else 0.0
-        return ste_prune(weight, self.mask(weight), decay, sr_lambda=self.sr_lambda, masked_grad=self.masked_grad)
+        return ste_prune(weight, self.mask(weight), decay, masked_grad=self.masked_grad)
 
     def bake(self, weight: Tensor) -> Tensor:
         """Apply the target pattern, whatever the phase."""
