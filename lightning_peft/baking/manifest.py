@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft import __version__
+from lightning_peft.network.tensor_bytes import tensor_bytes
 from lightning_peft.structure.errors import CheckpointError
 
 FORMAT = 1
@@ -28,8 +29,7 @@ def digest(tensor: Tensor) -> str:
         >>> digest(torch.zeros(2))[:12] == hashlib.sha256(bytes(8)).hexdigest()[:12]
         True
     """
-    values = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(values.view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(tensor_bytes(tensor).cpu().numpy().data).hexdigest()
 
 
 def file_digest(path: Path) -> str:

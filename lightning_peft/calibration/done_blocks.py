@@ -13,8 +13,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_peft.atomic_files import whole
-from lightning_peft.calibration.step_passes import tensor_bytes
 from lightning_peft.contract import Contract
+from lightning_peft.network.tensor_bytes import checksum
 from lightning_peft.structure import journal, method_state
 from lightning_peft.structure.checkpoint import check_tensors
 from lightning_peft.structure.errors import CheckpointError
@@ -158,7 +158,7 @@ def _digests(module: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
 
 
 def _digest(name: str, tensor: Tensor, start: int) -> int:
-    return zlib.crc32(tensor_bytes(tensor), zlib.crc32(name.encode(), start))
+    return checksum(tensor, zlib.crc32(name.encode(), start))
 
 
 def shapes(module: nn.Module) -> Mapping[str, torch.Size]:

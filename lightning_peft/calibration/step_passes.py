@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import warnings
-import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args
 
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_peft.arguments import one_of
 from lightning_peft.namespaces import own
+from lightning_peft.network.tensor_bytes import checksum
 
 Stage = Literal["validate", "test", "predict"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -131,13 +131,6 @@ class _BatchWatcher(Callback):
         self.batches += 1
         for leaf in tree_leaves(batch):
             if isinstance(leaf, Tensor):
-                self.digest = zlib.crc32(tensor_bytes(leaf), self.digest)
+                self.digest = checksum(leaf, self.digest)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
-
-
-def tensor_bytes(tensor: Tensor) -> Any:
-    """Return the numbers of a tensor as bytes."""
-    dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
-    flat = dense.cpu().contiguous().flatten()
-    return flat.view(torch.uint8).numpy()

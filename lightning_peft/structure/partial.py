@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_peft.network.tensor_bytes import tensor_bytes
 from lightning_peft.structure.errors import CheckpointError
-from lightning_peft.structure.plain_state import tensor_bytes
 from lightning_peft.weights.mapped_layer import stored_key
 
 Digests = dict[str, str]

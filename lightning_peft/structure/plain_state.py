@@ -8,7 +8,6 @@ the stored value belongs to, for anybody may edit the tensors of an ordinary che
 from __future__ import annotations
 
 import contextlib
-import zlib
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.network.tensor_bytes import checksum, tensor_bytes
 from lightning_peft.structure.errors import CheckpointError
 from lightning_peft.weights.mapped_layer import map_prefix, maps_prefix, stored_key
 from lightning_peft.weights.maps import mapped_tensors
@@ -115,11 +115,6 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(tensor_bytes(a), tensor_bytes(b))
 
 
-def tensor_bytes(tensor: Tensor) -> Tensor:
-    """Return what a tensor holds as bytes, in the order of its indices."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-
-
 def masks_of(state: object, names: Collection[str]) -> dict[str, Any]:
     """Return what maps hold that is no parameter and no buffer: what averages of a module do not follow.
 
@@ -158,7 +153,7 @@ def fingerprint(tensor: Tensor) -> int:
         >>> fingerprint(ones) == fingerprint(ones.view(1, 2)), fingerprint(ones) == fingerprint(-ones)
         (True, False)
     """
-    return zlib.crc32(tensor_bytes(tensor).cpu().numpy().data)
+    return checksum(tensor)
 
 
 def edited(state: Mapping[str, Any], section: Mapping[str, Any] | None) -> list[str]:

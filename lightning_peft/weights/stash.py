@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.network.tensor_bytes import checksum
 from lightning_peft.weights.attachment import Attachment
 from lightning_peft.weights.maps import mapped_tensors, split_name
 from lightning_peft.weights.parts import part_stacks
@@ -26,7 +27,7 @@ class StashedTensor:
     value: Tensor
     records: list[dict[str, Any]]
     states: list[dict[str, Tensor]]
-    identity: tuple[int, int] = (0, 0)
+    content: int = 0
 
 
 @dataclass(slots=True)
@@ -38,14 +39,14 @@ class StashedParts:
         records: What :meth:`LayerPart.record` gave, innermost first.
         states: Their tensors.
         merges: Whether they went into its weight.
-        identities: Which tensors the layer holds, in which version, by name.
+        contents: Digest of every tensor that the layer holds, by name.
     """
 
     value: Tensor | None
     records: list[dict[str, Any]]
     states: list[dict[str, Any]]
     merges: bool
-    identities: dict[str, tuple[int, int]]
+    contents: dict[str, int]
 
 
 _PARTS: weakref.WeakKeyDictionary[nn.Module, dict[str, StashedParts]] = weakref.WeakKeyDictionary()
@@ -99,9 +100,9 @@ def seal(module: nn.Module) -> None:
     """
     try:
         for name, stashed in _STASHES.get(module, {}).items():
-            stashed.identity = _identity(module, name)
+            stashed.content = _content(module, name)
         for path, held in _PARTS.get(module, {}).items():
-            held.identities = _identities(module, path)
+            held.contents = _contents(module, path)
     except AttributeError:
         _STASHES.pop(module, None)
         _PARTS.pop(module, None)
@@ -111,7 +112,7 @@ def peek(module: nn.Module) -> dict[str, StashedTensor]:
     """Return the stash of a plain module, or nothing when any of its tensors changed since :func:`seal`."""
     stash = _STASHES.get(module, {})
     try:
-        unchanged = all(_identity(module, name) == stashed.identity for name, stashed in stash.items())
+        unchanged = all(_content(module, name) == stashed.content for name, stashed in stash.items())
     except AttributeError:
         unchanged = False
     return stash if unchanged else {}
@@ -121,7 +122,7 @@ def peek_parts(module: nn.Module) -> dict[str, StashedParts]:
     """Return the stashed parts of a plain module by layer, or nothing when a tensor beside them changed since :func:`seal`."""
     held = _PARTS.get(module, {})
     try:
-        unchanged = all(_identities(module, path) == parts.identities for path, parts in held.items())
+        unchanged = all(_contents(module, path) == parts.contents for path, parts in held.items())
     except AttributeError:
         unchanged = False
     return held if unchanged and (peek(module) or not _STASHES.get(module)) else {}
@@ -160,12 +161,13 @@ def restore_parts(module: nn.Module, held: dict[str, StashedParts]) -> None:
         stack.version = stack.count(layer)
 
 
-def _identities(module: nn.Module, path: str) -> dict[str, tuple[int, int]]:
+# Neither the identity of a tensor nor its count of changes says whether its values are the same: assignments to ``.data`` leave
+# both as they are.
+def _contents(module: nn.Module, path: str) -> dict[str, int]:
     layer = module.get_submodule(path)
-    return {name: (id(p), p._version) for name, p in layer._parameters.items() if p is not None}
+    return {name: checksum(p) for name, p in layer._parameters.items() if p is not None}
 
 
-def _identity(module: nn.Module, name: str) -> tuple[int, int]:
+def _content(module: nn.Module, name: str) -> int:
     path, attribute = split_name(name)
-    tensor = getattr(module.get_submodule(path), attribute)
-    return id(tensor), tensor._version
+    return checksum(getattr(module.get_submodule(path), attribute))

@@ -9,7 +9,7 @@ import torch
 from lightning_peft.testing.callbacks import StopAfter
 from lightning_peft.testing.modules import Configured, Plain, loader, trainer
 from lightning_peft.testing.runs import assert_same, fit
-from lightning_peft.testing.toys import ToyEntropy, ToyScale, ToyThreshold
+from lightning_peft.testing.toys import ToyEntropy, ToyLowRank, ToyScale, ToyThreshold
 from lightning_peft.testing.trace import difference
 from lightning_peft.weights import stash
 
@@ -30,7 +30,7 @@ def test_the_stored_values_wait_beside_the_baked_module():
     assert torch.equal(weight, torch.where(scaled.abs() < 0.2, 0.0, scaled))
 
 
-@pytest.mark.parametrize("change", ["in place", "replaced", "loaded", "removed"])
+@pytest.mark.parametrize("change", ["in place", "replaced", "loaded", "removed", "data", "data replaced", "vector", "swapped"])
 def test_a_changed_module_has_no_stash(change):
     module = fit(methods()).module
     assert stash.peek(module)
@@ -41,9 +41,35 @@ def test_a_changed_module_has_no_stash(change):
         module.model[0].weight = torch.nn.Parameter(torch.ones(16, 16))
     elif change == "loaded":
         module.load_state_dict(Plain().state_dict())
+    elif change == "data":
+        module.model[0].weight.data.zero_()
+    elif change == "data replaced":
+        module.model[0].weight.data = torch.zeros(16, 16)
+    elif change == "vector":
+        vector = torch.nn.utils.parameters_to_vector(module.parameters())
+        torch.nn.utils.vector_to_parameters(vector * 2, module.parameters())
+    elif change == "swapped":
+        module.model[0].weight.data = module.model[0].weight.data.flip(0)
     else:
         module.model = torch.nn.Sequential(torch.nn.Linear(16, 3))
     assert stash.peek(module) == {}
+
+
+@pytest.mark.parametrize("change", ["data", "vector"])
+def test_a_layer_changed_through_data_has_no_stashed_parts(change):
+    module = fit([ToyLowRank()]).module
+    assert stash.peek_parts(module)
+    if change == "data":
+        module.model[2].bias.data.zero_()
+    else:
+        torch.nn.utils.vector_to_parameters(torch.zeros(sum(p.numel() for p in module.parameters())), module.parameters())
+    assert stash.peek_parts(module) == {}
+
+
+def test_a_module_of_equal_values_keeps_its_stash():
+    module = fit(methods()).module
+    module.model[0].weight = torch.nn.Parameter(module.model[0].weight.detach().clone())
+    assert stash.peek(module)
 
 
 def test_a_changed_module_is_saved_as_it_is(tmp_path):
