@@ -21,6 +21,7 @@ from lightning_peft.compose.loss import Loss, Step
 from lightning_peft.compose.run import Run
 from lightning_peft.compose.step_closure import StepClosure
 from lightning_peft.namespaces import both
+from lightning_peft.network.adapters import check_unadapted
 from lightning_peft.network.targets import TargetSpec, explicitly_named, select
 from lightning_peft.structure.edit_types import PutEdit
 from lightning_peft.structure.edits import Change, EditRequest
@@ -131,7 +132,7 @@ class Contract:
         given none of them, unless ``targets`` names their layers: presets and classes name no layer.
 
         Raises:
-            MisconfigurationException: All layers are frozen.
+            MisconfigurationException: All layers are frozen, or one that is to be masked has an adapter of PEFT.
         """
         if self.targets is None:
             return {}
@@ -143,7 +144,10 @@ class Contract:
                 f"{', '.join(list(spared)[:3])}. Name them, targets={list(spared)[:3]!r}, to change them all the same, or call "
                 "requires_grad_(True) on them before the fit."
             )
-        return {name: layer for name, layer in found.items() if name not in spared}
+        kept = {name: layer for name, layer in found.items() if name not in spared}
+        if self.lane == Lane.MASK:
+            check_unadapted(self.name, module, kept)
+        return kept
 
     def trained(self, module: nn.Module) -> Iterable[str | nn.Parameter] | None:
         """Say which parameters of the module a fit trains, by qualified name or as they are; ``None`` has no say.

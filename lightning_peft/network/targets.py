@@ -19,7 +19,7 @@ or a list of these, which unite. Excludes take the same grammar and the keywords
 input), ``"head"`` (the layer that writes the logits), ``"depthwise"`` (convolutions with more than one group) and
 ``"embedding"`` (``nn.Embedding`` and every layer whose weight is tied to one).
 
-Modules inside ``parametrizations`` and inside torchmetrics metrics are never targets.
+Modules inside ``parametrizations`` and inside torchmetrics metrics are never targets, and parts of PEFT's adapters by name only.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torchmetrics import Metric, MetricCollection
 
+from lightning_peft.network.adapters import adapter_parts
 from lightning_peft.network.layers import (
     has_class,
     heads,
@@ -195,6 +196,9 @@ def _match(model: nn.Module, names: dict[nn.Module, list[str]], entry: str | typ
         return [module for module, aliases in names.items() if wanted.intersection(aliases)]
     matches = _matcher(entry)
     found = [module for module, aliases in names.items() if any(matches(module, name) for name in aliases)]
+    if isinstance(entry, type) or entry in PRESETS or entry.startswith("type:"):
+        parts = adapter_parts(names.keys())
+        found = [module for module in found if module not in parts]
     if not found and (must or entry not in PRESETS):
         _no_match(model, names, entry)
     return found

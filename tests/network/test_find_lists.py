@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_peft.network.block_lists import as_list, find_lists, is_equal, is_trunk, signature
 from lightning_peft.weights.maps import attach_map
-from lightning_peft_plugins.regularizers.weight_compander import CompanderMap
+from lightning_peft_plugins.regularizers._weight_compander.maps import FittedCompanderMap
 
 
 def block(width: int = 2) -> nn.Sequential:
@@ -53,7 +53,7 @@ def test_what_stands_twice_or_has_no_layers_is_no_block() -> None:
 def test_a_block_under_weight_maps_is_the_block_it_was() -> None:
     network = nn.ModuleList([block(), block()])
     before = signature(network[0])
-    attach_map(network, "0.2.weight", CompanderMap(headroom=2.0, slope=1.0))
+    attach_map(network, "0.2.weight", FittedCompanderMap(headroom=2.0, slope=1.0))
     assert "0.2.weight" not in network.state_dict()
     assert signature(network[0]) == before == signature(network[1])
     torch.nn.utils.parametrizations.weight_norm(network[1][0])
