@@ -30,6 +30,6 @@ def check_unadapted(method: str, module: nn.Module, layers: Mapping[str, nn.Modu
     if found := [name for name, layer in layers.items() if layer in bases]:
         raise MisconfigurationException(
             f"{method} would mask {found[0]}, beside which stands an adapter: merged into the weight it fills what was pruned. "
-            "Train the adapter first, merge it (network = network.merge_and_unload()) and prune then, or leave the layer out with "
+            "Train the adapter first, merge it (network = network.merge_and_unload()) and prune then, or leave the layer out: "
             f"exclude=[{found[0]!r}]."
         )

@@ -19,7 +19,7 @@ or a list of these, which unite. Excludes take the same grammar and the keywords
 input), ``"head"`` (the layer that writes the logits), ``"depthwise"`` (convolutions with more than one group) and
 ``"embedding"`` (``nn.Embedding`` and every layer whose weight is tied to one).
 
-Modules inside ``parametrizations`` and inside torchmetrics metrics are never targets, and parts of PEFT's adapters by name only.
+Modules inside ``parametrizations`` and inside torchmetrics metrics are never targets; parts of PEFT adapters are by name only.
 """
 
 from __future__ import annotations
