@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_peft.capture.collate_order import reorders
 from lightning_peft.capture.draws import Draws, RecordingBatchSampler, listen_to
 from lightning_peft.capture.shim import Shim
 
@@ -124,6 +125,19 @@ class SampleRecorder:
                 f"positions. {FIX}"
             )
         return torch.tensor(self._current, dtype=torch.int64)
+
+    def check_order(self) -> None:
+        """Look once at whether the loader collates the batch at hand in the order its samples were drawn in.
+
+        Raises:
+            MisconfigurationException: It sorts them.
+        """
+        if self._current is not None and isinstance(self._loader, DataLoader) and reorders(self._loader, self._current):
+            name = getattr(self._loader.collate_fn, "__name__", type(self._loader.collate_fn).__name__)
+            raise MisconfigurationException(
+                f"The collate function of the training loader ({name}) reorders the samples of a batch, so which row "
+                f"is which is not known. {FIX}"
+            )
 
     def _refuse(self) -> None:
         if self._problem is not None:

@@ -20,6 +20,7 @@ from lightning_peft.structure.edits import Change
 from lightning_peft.structure.part_states import unmergeable
 from lightning_peft.weights.detach import detach_maps
 from lightning_peft_plugins.regularizers._pskd.batch_index import index_in_batch
+from lightning_peft_plugins.regularizers._pskd.checks import check_loss, check_positions
 from lightning_peft_plugins.regularizers._pskd.prediction_outbox import PredictionOutbox
 from lightning_peft_plugins.regularizers._pskd.soft_label_memory import MAPPED_FROM, SoftLabelMemory, Storage, fits_memory
 from lightning_peft_plugins.regularizers.functional.pskd import pskd_alpha, soft_cross_entropy
@@ -50,6 +51,8 @@ class PSKD(Method):
         teacher: ``"memory"`` is the published algorithm. ``"copy"`` predicts ``p`` with a copy of the network as it was at the
             end of the epoch before, on the present view: needs no sample index, costs a second forward pass.
         reduction: How the user's loss sums over the batch.
+        check: ``"on"`` looks at the first batch of a fit: whether the loss is a cross entropy over the network's classes to
+            which every sample adds, whether the loader keeps samples in order, and whether indices are positions.
         network: Qualified name of the network when the module has several candidates.
         name: Name in logs, plans and checkpoints.
 
@@ -77,6 +80,7 @@ class PSKD(Method):
         dtype: Literal["float32", "float16"] = "float32",
         teacher: Literal["memory", "copy"] = "memory",
         reduction: Literal["mean", "sum"] = "mean",
+        check: Literal["on", "off"] = "on",
         network: str | None = None,
         name: str | None = None,
     ) -> None:
@@ -90,6 +94,7 @@ class PSKD(Method):
         one_of("dtype", dtype, tuple(_DTYPES))
         one_of("teacher", teacher, ("memory", "copy"))
         one_of("reduction", reduction, ("mean", "sum"))
+        one_of("check", check, ("on", "off"))
         self.alpha = alpha
         self.sample_index = sample_index
         self.epochs = epochs
@@ -98,6 +103,7 @@ class PSKD(Method):
         self.dtype = dtype
         self.teacher = teacher
         self.reduction = reduction
+        self.check = check
         self.memory: SoftLabelMemory | None = None
         self._copy: nn.Module | None = None
         self._loaded: dict[str, Any] | None = None
@@ -105,7 +111,8 @@ class PSKD(Method):
         self._targets: dict[int, tuple[Tensor, int]] = {}  # of the batches of the step at hand
         self._total = 1
         self._reached: float | None = None
-        self._fits = self._warned = False
+        self._fits = self._warned = self._unchecked = False
+        self._unchecked = check == "on"
 
     def reads_now(self) -> frozenset[Resource]:
         if self.teacher == "copy":
@@ -118,6 +125,7 @@ class PSKD(Method):
 
     def start(self, run: Run) -> None:
         self._fits, self._reached = False, None
+        self._unchecked = self.check == "on"
         self._total = self.epochs or _epochs_of(run)
         if self._total == 1:
             rank_zero_info("PSKD changes nothing in a training of one epoch: the first epoch is plain cross entropy.")
@@ -140,6 +148,8 @@ class PSKD(Method):
         if self.alpha == 0:
             return None
         logits = _class_logits(step.logits)
+        if self._unchecked:
+            self._check(step, logits)
         self._reached = alpha = pskd_alpha(step.run.epoch, self._total, self.alpha)
         if self.teacher == "copy":
             return self._distil_copy(step, logits, alpha)
@@ -169,6 +179,17 @@ class PSKD(Method):
         previous = previous.to(logits.device, non_blocking=True)
         value = alpha * soft_cross_entropy(log_probabilities, previous, self.reduction)
         return Loss(value=value, scale=1 - alpha * (seen / len(index)))
+
+    def _check(self, step: Step, logits: Tensor) -> None:
+        self._unchecked = False
+        check_loss(step.base_loss, logits)
+        if self.teacher == "copy":
+            return
+        if self.sample_index == "auto" and step.run.samples is not None:
+            step.run.samples.check_order()
+        elif self.num_samples is None:
+            loader = step.run.trainer.train_dataloader
+            check_positions(index_in_batch(step.batch, self.sample_index), getattr(loader, "dataset", None), self.sample_index)
 
     def after_step(self, run: Run) -> None:
         self._targets.clear()
