@@ -22,7 +22,7 @@ from lightning_peft.compose.run import Run
 from lightning_peft.compose.step_closure import StepClosure
 from lightning_peft.namespaces import both
 from lightning_peft.network.adapters import check_unadapted
-from lightning_peft.network.targets import TargetSpec, explicitly_named, select
+from lightning_peft.network.targets import TargetSpec, explicitly_named, holding_weights, select
 from lightning_peft.structure.edit_types import PutEdit
 from lightning_peft.structure.edits import Change, EditRequest
 from lightning_peft.structure.forms import Form
@@ -132,11 +132,14 @@ class Contract:
         given none of them, unless ``targets`` names their layers: presets and classes name no layer.
 
         Raises:
-            MisconfigurationException: All layers are frozen, or one that is to be masked has an adapter of PEFT.
+            MisconfigurationException: What ``targets`` name has no weight, all layers are frozen, or one that is to be masked
+                has an adapter of PEFT.
         """
         if self.targets is None:
             return {}
         found = select(module, self.targets, self.exclude)
+        if self.lane in (Lane.REPARAM, Lane.MASK):
+            found = holding_weights(module, self.targets, found)
         spared = self.spared(module, found)
         if len(spared) == len(found) and self.fits:
             raise MisconfigurationException(

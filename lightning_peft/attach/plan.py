@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,8 +12,12 @@ from torch import nn
 from lightning_peft.attach.hook_checks import ConflictError, check_hooks, check_order
 from lightning_peft.compose.lanes import ONE_WRITER, ONE_WRITER_PER_TENSOR, Lane, Resource
 from lightning_peft.contract import Contract, methods_of, ordered
+from lightning_peft.network.layers import loose_matrices
+from lightning_peft.network.plain_tensors import plain_tensors
 from lightning_peft.network.resolve import resolve_network
-from lightning_peft.network.targets import tied_names
+from lightning_peft.network.targets import explicitly_named, tied_names
+
+_LITTLE = 0.05  # share of the parameters below which a method that acts on what it finds is likely to miss what was meant
 
 
 @dataclass(frozen=True)
@@ -103,11 +108,13 @@ def resolve(methods: Sequence[Contract], module: nn.Module, network: str) -> Pla
     check_order(methods, claims)
     _check_structure(methods)
     _check_ties(methods, claims, module)
+    for method in methods:
+        _warn_of_little(method, claims[method.name], module)
     rows = tuple(
         PlanRow(
             method.lane,
             method.name,
-            _what(method, module),
+            _what(method, module, claims[method.name]),
             tuple(sorted(resource.value for resource in method.reads_now())),
             tuple(sorted(resource.value for resource in method.writes_now())),
         )
@@ -116,12 +123,55 @@ def resolve(methods: Sequence[Contract], module: nn.Module, network: str) -> Pla
     return Plan(network, sum(parameter.numel() for parameter in module.parameters()), rows)
 
 
-def _what(method: Contract, module: nn.Module) -> str:
-    spared = method.left_alone(module)
-    if not spared:
-        return method.describe(module)
-    more = ", ..." if len(spared) > 3 else ""
-    return f"{method.describe(module)}; leaves {len(spared)} frozen alone ({', '.join(spared[:3])}{more})".removeprefix("; ")
+def _what(method: Contract, module: nn.Module, claims: Sequence[str]) -> str:
+    described = method.describe(module)
+    if method.lane in (Lane.REPARAM, Lane.MASK) and claims:
+        described += f", {_share(method, module, claims)}"
+    parts = [described]
+    if spared := method.left_alone(module):
+        parts.append(f"leaves {len(spared)} frozen alone ({_some(spared)})")
+    return "; ".join(filter(None, parts))
+
+
+def _share(method: Contract, module: nn.Module, claims: Sequence[str]) -> str:
+    """Say how much of the network a method acts on, and which weights it passes by because no layer holds them."""
+    share = share_of(module, claims)
+    said = f"{share:.0%} of the parameters" if share >= 0.005 else f"{share:.1%} of the parameters"
+    unreached = loose_matrices(module) if method.lane == Lane.MASK else []
+    return said + (f", not {_some(unreached)}" if unreached else "")
+
+
+def _warn_of_little(method: Contract, claims: Sequence[str], module: nn.Module) -> None:
+    """Warn when a method that was not told layer by layer where to act reaches next to nothing of the network."""
+    if method.lane not in (Lane.REPARAM, Lane.MASK) or not claims or explicitly_named(module, method.targets):
+        return
+    share = share_of(module, claims)
+    if share < _LITTLE:
+        others = loose_matrices(module)
+        warnings.warn(
+            f"{method.name} acts on {share:.1%} of the parameters: targets={method.targets!r} without "
+            f"exclude={method.exclude!r} selects {len(claims)} tensor{'s' if len(claims) > 1 else ''}"
+            + (f", and out of reach are {_some(others)}. " if others else ". ")
+            + 'Choose other targets=, such as "all-weights", or name the layers that are meant.',
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def share_of(module: nn.Module, claims: Iterable[str]) -> float:
+    """Share of a module's parameters that some tensors hold, each counted once.
+
+    Example:
+        >>> share_of(nn.Linear(3, 1), ["weight"])
+        0.75
+    """
+    tensors = {name: tensor for name, tensor in plain_tensors(module).items() if isinstance(tensor, nn.Parameter)}
+    claimed = {id(tensors[name]): tensors[name].numel() for name in claims if name in tensors}
+    return sum(claimed.values()) / max(1, sum({id(tensor): tensor.numel() for tensor in tensors.values()}.values()))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _check_structure(methods: Sequence[Contract]) -> None:

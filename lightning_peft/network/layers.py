@@ -33,6 +33,23 @@ def parameter_names(layers: Mapping[str, nn.Module]) -> list[str]:
     return [f"{name}.{key}" if name else key for name, layer in layers.items() for key in own_parameters(layer)]
 
 
+def loose_matrices(model: nn.Module) -> list[str]:
+    """Weight matrices that no linear layer, convolution or embedding holds: of ``nn.MultiheadAttention``, LSTMs, expert stacks.
+
+    Example:
+        >>> loose_matrices(nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2)))
+        ['1.in_proj_weight']
+    """
+    found = []
+    for path, module in model.named_modules():
+        if is_weight(module) or isinstance(module, (nn.Embedding, nn.ParameterList)):
+            continue
+        for name, tensor in own_parameters(module).items():
+            if tensor.ndim > 1 and tensor.shape[0] > 1 and ("weight" in name or tensor.ndim > 2):
+                found.append(f"{path}.{name}".removeprefix("."))
+    return found
+
+
 def is_linear(module: nn.Module) -> bool:
     """``nn.Linear`` or the transposed one of transformers, ``Conv1D`` (GPT-2)."""
     return isinstance(module, nn.Linear) or (has_class(module, "Conv1D") and hasattr(module, "nf"))

@@ -6,6 +6,7 @@ A target is one of
 ``"all-linear"``       every ``nn.Linear`` and every Hugging Face ``Conv1D``
 ``"all-conv"``         every ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``
 ``"all-weights"``      both of the above
+``"auto"``             ``"all-conv"`` where convolutions hold more weights than linear layers (but the head), else ``"all-linear"``
 ``"pointwise"``        every convolution with a 1x1 kernel and one group
 ``"norm"``             every normalisation layer with an affine weight (BatchNorm, LayerNorm, GroupNorm, RMSNorm, ...)
 ``"mlp.fc1"``          the end of a qualified name, whole components only (``fc1`` matches ``a.fc1``, not ``a.xfc1``)
@@ -27,7 +28,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NoReturn, TypeAlias, TypeVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -98,7 +99,7 @@ def explicitly_named(model: nn.Module, targets: TargetSpec | None) -> set[nn.Mod
         (set(), 1)
     """
     names = _names(model)
-    entries = [entry for entry in _entries(targets) if isinstance(entry, str) and entry not in PRESETS]
+    entries = [entry for entry in _entries(targets) if isinstance(entry, str) and entry not in (*PRESETS, AUTO)]
     return {module for entry in entries if not entry.startswith("type:") for module in _match(model, names, entry, must=True)}
 
 
@@ -178,6 +179,8 @@ def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
 SENSITIVE = ("first", "head", "depthwise", "embedding")
 """Layers that sparsity leaves dense by default: few weights, much harm."""
 
+AUTO = "auto"
+
 PRESETS: dict[str, Callable[[nn.Module], bool]] = {
     "all-linear": is_linear,
     "all-conv": is_conv,
@@ -194,6 +197,8 @@ def _match(model: nn.Module, names: dict[nn.Module, list[str]], entry: str | typ
     if isinstance(entry, str) and entry.startswith("group:"):
         wanted = set(_timm_group(names, entry))
         return [module for module, aliases in names.items() if wanted.intersection(aliases)]
+    if entry == AUTO:
+        entry = _main_kind(names.keys())
     matches = _matcher(entry)
     found = [module for module, aliases in names.items() if any(matches(module, name) for name in aliases)]
     if isinstance(entry, type) or entry in PRESETS or entry.startswith("type:"):
@@ -202,6 +207,50 @@ def _match(model: nn.Module, names: dict[nn.Module, list[str]], entry: str | typ
     if not found and (must or entry not in PRESETS):
         _no_match(model, names, entry)
     return found
+
+
+def _main_kind(modules: Collection[nn.Module]) -> str:
+    """The preset of what most of a network's weights are in; its head says nothing about that."""
+    rest = set(modules) - set(heads(modules)) - adapter_parts(modules)
+    linear, conv = (sum(_numel(m) for m in rest if is_kind(m)) for is_kind in (is_linear, is_conv))
+    return "all-conv" if conv > linear else "all-linear"
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in own_parameters(module).values())
+
+
+def holding_weights(model: nn.Module, targets: TargetSpec, found: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Leave out of what :func:`select` found whatever has no ``weight``: a regular expression matches containers too.
+
+    Raises:
+        MisconfigurationException: An entry of ``targets`` matches nothing else; the layers to name are named.
+
+    Example:
+        >>> net = nn.Sequential(nn.Sequential(nn.Linear(4, 8)), nn.Linear(8, 2))
+        >>> list(holding_weights(net, "re:0", select(net, "re:0")))
+        ['0.0']
+    """
+    names = _names(model)
+    for entry in _entries(targets):
+        matched = _match(model, names, entry, must=True)
+        if not any("weight" in own_parameters(module) for module in matched):
+            _no_weight(names[matched[0]][0], matched[0], entry)
+    return {name: module for name, module in found.items() if "weight" in own_parameters(module)}
+
+
+def _no_weight(name: str, module: nn.Module, entry: str | type[nn.Module]) -> NoReturn:
+    label, shown, own = entry if isinstance(entry, str) else entry.__name__, name or "the module", own_parameters(module)
+    inner = [f"{name}.{key}".removeprefix(".") for key, layer in module.named_modules() if key and is_weight(layer)]
+    if own:
+        raise MisconfigurationException(
+            f"Target {label!r}: {shown}, {public_class(module)}, has no weight but {', '.join(own)}, which are out of reach of "
+            f"weight maps and masks. Leave it out{f', or name its layers: {inner[:3]}' if inner else ''}."
+        )
+    raise MisconfigurationException(
+        f"Target {label!r}: {shown}, {public_class(module)}, has no weight of its own. "
+        + (f"Name its layers, targets={inner[:3]!r}{' and so on' if len(inner) > 3 else ''}." if inner else "Name a layer.")
+    )
 
 
 def _matcher(entry: str | type[nn.Module]) -> Callable[[nn.Module, str], bool]:

@@ -28,10 +28,30 @@ def test_the_printed_table():
     table = str(plan(Plain(), [ToyEntropy(), ToyThreshold(targets="model.0"), ToyScale()]))
     assert table.splitlines() == [
         "lightning_peft plan (network: model, 0.00 M parameters)",
-        "  REPARAM  toy_scale      3 tensors  writes weight map",
-        "  MASK     toy_threshold  1 tensor   writes mask",
-        "  LOSS     toy_entropy               reads logits, sample index",
+        "  REPARAM  toy_scale      3 tensors, 94% of the parameters  writes weight map",
+        "  MASK     toy_threshold  1 tensor, 43% of the parameters   writes mask",
+        "  LOSS     toy_entropy                                      reads logits, sample index",
     ]
+
+
+def test_the_plan_says_what_is_out_of_reach_and_warns_when_a_method_reaches_next_to_nothing():
+    network = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(64, 2), nn.LSTM(64, 64), nn.Embedding(9, 64))
+    some = "1.in_proj_weight, 2.weight_ih_l0, 2.weight_hh_l0"
+    assert f"2 tensors, 8% of the parameters, not {some}" in str(plan(network, [ToyThreshold()]))
+    with pytest.warns(UserWarning, match=rf"acts on 0\.1% of the parameters.*1 tensor, and out of reach are {some}"):
+        plan(network, [ToyThreshold(exclude="out_proj")])
+    plan(network, [ToyThreshold(targets="0")])
+
+
+def test_what_has_no_weight_is_no_target():
+    network = nn.ModuleDict({"body": nn.Sequential(nn.Linear(8, 8), nn.ReLU()), "attention": nn.MultiheadAttention(8, 2)})
+    assert ToyThreshold(targets="re:^body").claims(network) == ["body.0.weight"]
+    with pytest.raises(MisconfigurationException, match=r"body, Sequential, has no weight of its own.*targets=\['body.0'\]"):
+        plan(network, [ToyThreshold(targets="body")])
+    refusal = r"attention, MultiheadAttention, has no weight but in_proj_weight.*name its layers: \['attention.out_proj'\]"
+    with pytest.raises(MisconfigurationException, match=refusal):
+        plan(network, [ToyThreshold(targets=nn.MultiheadAttention)])
+    plan(network, [ToyThreshold(targets=["body.0", "attention.out_proj"])])
 
 
 def test_the_module_itself_can_be_the_network():

@@ -292,3 +292,16 @@ def test_hugging_face_models() -> None:
     roberta = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**config.to_diff_dict()))
     assert "classifier.dense" in select(roberta, "all-linear", "head")
     assert "classifier.out_proj" not in select(roberta, "all-linear", "head")
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 1000)], ["0", "1"]),
+        ([nn.Conv2d(3, 8, 16, 16), nn.Linear(64, 256), nn.Linear(256, 64), nn.Linear(64, 10)], ["1", "2", "3"]),
+        ([nn.Linear(4, 4), nn.Linear(4, 2)], ["0", "1"]),
+    ],
+    ids=["convolutional", "transformer", "linear"],
+)
+def test_auto_is_the_kind_of_layer_that_holds_most_weights(layers: list[nn.Module], expected: list[str]) -> None:
+    assert list(select(nn.Sequential(*layers), "auto")) == expected

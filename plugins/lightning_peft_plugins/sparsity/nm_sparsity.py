@@ -41,7 +41,8 @@ class NMSparsity(Method):
     Args:
         pattern: ``"N:M"``, any 0 < N <= M.
         recipe: How weights become sparse.
-        targets: Layers to sparsify; Linear, Conv1d/2d/3d and HF ``Conv1D`` are possible.
+        targets: Layers to sparsify; Linear, Conv1d/2d/3d and HF ``Conv1D`` are possible. ``"auto"`` takes linear layers, or
+            convolutions where most weights are in those.
         exclude: Layers to leave dense; by default the first layer, the head, depthwise convolutions, and what is tied to an
             embedding. Pass ``()`` for none.
         patterns: Patterns of single layers, ``{target: "N:M"}``; the last match counts.
@@ -76,7 +77,7 @@ class NMSparsity(Method):
         self,
         pattern: str = "2:4",
         recipe: Recipe = "mdgf-exponential",
-        targets: TargetSpec = "all-linear",
+        targets: TargetSpec = "auto",
         exclude: TargetSpec = SENSITIVE,
         patterns: Mapping[str, str] | None = None,
         *,
