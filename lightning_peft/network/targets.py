@@ -6,7 +6,7 @@ A target is one of
 ``"all-linear"``       every ``nn.Linear`` and every Hugging Face ``Conv1D``
 ``"all-conv"``         every ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``
 ``"all-weights"``      both of the above
-``"auto"``             ``"all-conv"`` where convolutions hold more weights than linear layers (but the head), else ``"all-linear"``
+``"auto"``             ``"all-conv"`` where those hold more weights than linear layers (but the head), else ``"all-linear"``
 ``"pointwise"``        every convolution with a 1x1 kernel and one group
 ``"norm"``             every normalisation layer with an affine weight (BatchNorm, LayerNorm, GroupNorm, RMSNorm, ...)
 ``"mlp.fc1"``          the end of a qualified name, whole components only (``fc1`` matches ``a.fc1``, not ``a.xfc1``)
