@@ -80,6 +80,7 @@ class Contract:
             that instead. One method that says so is enough.
         stays: Whether the maps and parts it attaches in a fit stay on the module when that is over, live, instead of going into
             the weights.
+        validated_as: What validations see of its weight maps: ``"trained"`` as in training, ``"baked"`` as would be shipped.
         fixed_arguments: Constructor arguments of a base that the class gives itself, and does not take.
         after: Names of methods of the same lane that act before this one, where otherwise names decide; set it on the class, or
             on the object: ``method.after = ("other",)``.
@@ -101,6 +102,7 @@ class Contract:
 
     checkpoint: Literal["full", "trained"] = "full"
     stays: bool = False
+    validated_as: Literal["trained", "baked"] = "trained"
     run: Run | None = None
     after: Sequence[str] = ()
     _arguments: dict[str, Any]

@@ -112,6 +112,10 @@ class Method(Contract, Callback):
         """End the epoch for every method."""
         self._drive("end_epoch")
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show what is to be validated."""
+        self._drive("start_validation")
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell every method."""
         self._drive("end_validation")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_peft.attach import after_fit, averaging, part_calls
+from lightning_peft.attach import after_fit, averaging, part_calls, validating
 from lightning_peft.attach.editing import edit_training
 from lightning_peft.attach.first_edits import FirstEdits
 from lightning_peft.attach.lasting import leave_hooks
@@ -271,6 +271,8 @@ class Hub:
             method.steps = self.run.step
             method.start(self.run)
         part_calls.warn_untrained(self.run.trainer, self.run.module)
+        if self._fitting:
+            validating.warn_of_judges(self.run, self.methods)
         self._end_missed_epoch()
         self._get_ready()
 
@@ -308,8 +310,13 @@ class Hub:
         for method in self.methods:
             method.batch_start(self.run, batch)
 
+    def start_validation(self) -> None:
+        """Let layers compute with baked weights where a method wants those judged."""
+        validating.show_baked(self.run.module, self.methods, on=True)
+
     def end_validation(self) -> None:
         """Tell every method that a validation is over."""
+        validating.show_baked(self.run.module, self.methods, on=False)
         if not self.run.trainer.sanity_checking:
             for method in self.methods:
                 method.validation_end(self.run)
@@ -401,6 +408,7 @@ class Hub:
         module = self.run.module
         if _HUBS.pop(module, None) is None:
             return
+        validating.show_baked(module, self.methods, on=False)
         for handle in self._handles:
             handle.remove()
         if self._terms is not None:

@@ -59,7 +59,7 @@ class MapChain:
                 with torch.no_grad():
                     value = weight_map(value)
             else:
-                value = weight_map(value)
+                value = weight_map.bake(value) if weight_map.as_baked else weight_map(value)
         return value
 
     @torch.no_grad()

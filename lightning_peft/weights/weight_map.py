@@ -14,7 +14,12 @@ class WeightMap(Attachment):
 
     What it may hold, and the attributes of its class, are those of :class:`~lightning_peft.weights.attachment.Attachment`; its
     ``lane`` says where it stands on its tensor.
+
+    Attributes:
+        as_baked: Whether layers are given what :meth:`bake` returns: while what would be shipped is validated.
     """
+
+    as_baked: bool = False
 
     def forward(self, weight: Tensor) -> Tensor:
         """Map the value coming from the lane below to the value for the lane above; same shape and dtype."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -53,6 +53,8 @@ class NMSparsity(Method):
         sr_lambda: Pull of SR-STE.
         decay: Decay per step of the MDGF recipes; ``"auto"`` scales the official end point to the length of the training.
         refresh: Choose masks anew every so many optimizer steps; ``one-shot`` never does.
+        validate: What validations see: the network as it is ``"trained"``, or with the target pattern, as it would be
+            ``"baked"``, so that ``ModelCheckpoint(monitor=)`` and ``EarlyStopping`` compare what is shipped.
         name: Name in logs and checkpoints.
 
     Raises:
@@ -87,11 +89,14 @@ class NMSparsity(Method):
         sr_lambda: float = 2e-4,
         decay: float | str = "auto",
         refresh: int = 1,
+        validate: Literal["trained", "baked"] = "trained",
         name: str | None = None,
     ) -> None:
         super().__init__(targets=targets, exclude=exclude or None, name=name)
         one_of("recipe", recipe, RECIPES)
         one_of("grad_mode", grad_mode, ("ste", "masked"))
+        one_of("validate", validate, ("trained", "baked"))
+        self.validated_as = validate
         if decay != "auto" and not (isinstance(decay, (int, float)) and decay > 0):
             raise MisconfigurationException(f'decay={decay!r} must be a positive number per step or "auto".')
         if refresh < 1:

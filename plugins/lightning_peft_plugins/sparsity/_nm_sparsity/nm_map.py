@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_peft import Lane, WeightMap
 from lightning_peft.weights.held import HeldMask
-from lightning_peft.weights.nm import nm_mask
+from lightning_peft.weights.nm import is_nm, nm_mask
 from lightning_peft.weights.nm_prune import ste_prune
 
 
@@ -99,3 +99,8 @@ class HeldNMMap(HeldMask, NMMap):
 
     def mask(self, weight: Tensor) -> Tensor:
         return self.held if self.holds(weight) else super().mask(weight)
+
+    def bake(self, weight: Tensor) -> Tensor:
+        """Apply the mask for good where it has the target pattern; on the way there it is wider."""
+        target = self.holds(weight) and is_nm(self.held.to(weight.dtype), self.n, self.m, self.dim)
+        return super().bake(weight) if target else NMMap.bake(self, weight)
