@@ -36,7 +36,11 @@ def test_automatic_decay_ends_where_the_official_run_ends():
     last = phase_at(89, LINE, "mdgf-exponential", 2, 4).decay
     assert math.exp(-10.9) < last < math.exp(-10.9 * 78 / 80)
     assert phase_at(10, LINE, "mdgf-exponential", 2, 4).decay == 1.0
-    assert phase_at(50, LINE, "mdgf-linear", 2, 4).decay == pytest.approx(0.5)
+    # 5,000 of the 109,200 updates of the official run: half of the way there is 2,500.
+    long = PhaseTimeline(0, 109_200, 109_200)
+    assert phase_at(2_500, long, "mdgf-linear", 2, 4).decay == pytest.approx(0.5)
+    assert phase_at(4_999, long, "mdgf-linear", 2, 4).decay > 0.0
+    assert phase_at(5_000, long, "mdgf-linear", 2, 4).decay == 0.0
 
 
 @given(st.sampled_from(RECIPES), st.integers(1, 8), st.integers(2, 16), st.integers(0, 100))

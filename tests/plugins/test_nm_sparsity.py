@@ -226,3 +226,36 @@ def test_masked_gradients_fade_with_the_weights():
     fit(full, NMSparsity("2:4", "mdgf-linear"), epochs=1)
     fit(masked, NMSparsity("2:4", "mdgf-linear", grad_mode="masked"), epochs=1)
     assert not torch.equal(full.model[2].weight, masked.model[2].weight)
+
+
+class Decays(Callback):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        method = next(callback for callback in trainer.callbacks if isinstance(callback, NMSparsity))
+        self.seen.append(float(method.metrics(method.run)["decay"]))
+
+
+@pytest.mark.parametrize("options", [{}, {"fine_tune": 2}])
+def test_a_finished_run_that_goes_on_stays_sparse(tmp_path, options):
+    first, again, early = Decays(), Decays(), Decays()
+    settings = {"recipe": "mdgf-exponential", "exclude": (), **options}
+    trainer = fit(seeded(), NMSparsity("2:4", **settings), first, epochs=3)
+    trainer.save_checkpoint(tmp_path / "ended.ckpt")
+    module = seeded()
+    resumed = Trainer(
+        max_epochs=6,
+        accelerator="cpu",
+        callbacks=[NMSparsity("2:4", **settings), again],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    resumed.fit(module, data(), ckpt_path=tmp_path / "ended.ckpt", weights_only=False)
+    assert first.seen[0] > 0.5
+    assert again.seen == [0.0] * 18, "masks are binary from the first further step on"
+    fit(seeded(), NMSparsity("2:4", **settings), early, epochs=6)
+    assert max(early.seen[18:30]) > 0.0, "a run of that length from the start would be soft there"
+    assert all(is_nm(layer.weight, 2, 4) for layer in module.model[2:] if isinstance(layer, nn.Linear))

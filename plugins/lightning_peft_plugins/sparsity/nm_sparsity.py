@@ -151,15 +151,22 @@ class NMSparsity(Method):
         self._enter_phase()
 
     def start(self, run: Run) -> None:
-        """Fix the phases of this training."""
+        """Fix the phases of this training; masks that a checkpoint had in their final form stay so in a longer one."""
+        before = self.timeline
         dense_end = run.place(self.dense, "dense=")
         if self.fine_tune.amount or needs_end(self.recipe, self.coefficient):
             self.timeline = PhaseTimeline(dense_end, self._sparse_end(run), run.total_steps)
         else:
             total = run.end or NEVER
             self.timeline = PhaseTimeline(dense_end, total, total)
+        if before is not None and self._is_final(before) and not self._is_final(self.timeline):
+            self.timeline = PhaseTimeline(before.dense_end, min(before.sparse_end, self.steps), self.timeline.total)
         self._enter_phase()
         self._refresh(run.module, fresh_only=True)
+
+    def _is_final(self, timeline: PhaseTimeline) -> bool:
+        targets = [(n, m, phase_at(self.steps, timeline, self.recipe, n, m, self.coefficient)) for n, m in self._rules]
+        return all((phase.n, phase.m, phase.decay) == (n, m, 0.0) for n, m, phase in targets)
 
     def writes_now(self) -> frozenset[Resource]:
         return self.writes | ({Resource.GRADIENT} if self.sr_lambda else set())
