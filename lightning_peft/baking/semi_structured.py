@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_peft.baking.nm_proof import prove_nm
+from lightning_peft.network.plain_class import plain_class
 from lightning_peft.network.targets import TargetSpec, select
 from lightning_peft.weights.mapped_layer import is_mapped
 
@@ -128,6 +129,21 @@ def choose_backend(weight: SparseWeight, device: SparseDevice) -> tuple[str, str
     """
     backend, reason = _backend_of(device)
     return (backend, "") if not (reason := reason or _refusal(weight, backend)) else ("", reason)
+
+
+def why_dense(layer: nn.Module) -> str:
+    """Say why a layer stays dense on a GPU of today, where it does: none but linear layers of some sizes are packed.
+
+    Example:
+        >>> why_dense(nn.Linear(32, 64)), why_dense(nn.Linear(32, 10)), why_dense(nn.Conv2d(32, 64, 1))
+        ('', '10 outputs', 'Conv2d')
+    """
+    kind = plain_class(layer)
+    if kind is not nn.Linear:
+        return kind.__name__
+    rows, columns = MULTIPLES["cusparselt"]
+    outputs, inputs = layer.weight.shape  # type: ignore[misc]
+    return ", ".join([f"{outputs} outputs"] * bool(outputs % rows) + [f"{inputs} inputs"] * bool(inputs % columns))
 
 
 def _backend_of(device: SparseDevice) -> tuple[str, str]:

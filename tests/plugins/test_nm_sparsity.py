@@ -207,6 +207,17 @@ def test_layers_narrower_than_a_group_are_refused_or_left_out():
     assert "1:8 on 3 layers" in str(plan(seeded(), [NMSparsity("1:8", exclude=())]))
 
 
+def test_the_plan_says_what_sparse_tensor_cores_can_take():
+    # PyTorch packs linear layers of multiples of 16 by 16 for cuSPARSELt, and no convolutions.
+    layers = [nn.Linear(16, 64), nn.Linear(64, 24), nn.Linear(24, 32), nn.Linear(32, 3)]
+    said = str(plan(nn.Sequential(*layers), [NMSparsity("2:4", exclude=())]))
+    assert "2:4 on 4 layers (1 fit sparse tensor cores; not 1: 24 outputs, 2: 24 inputs, 3: 3 outputs)" in said
+    assert "all fit sparse tensor cores" in str(plan(nn.Sequential(*layers), [NMSparsity("2:4", targets="0", exclude=())]))
+    assert "tensor cores" not in str(plan(nn.Sequential(*layers), [NMSparsity("1:8", exclude=())]))
+    convolution = nn.Sequential(nn.Conv2d(4, 16, 1), nn.Conv2d(16, 16, 1))
+    assert "0 fit sparse tensor cores; not 0: Conv2d, 1: Conv2d" in str(plan(convolution, [NMSparsity("2:4", exclude=())]))
+
+
 def test_two_masks_on_one_tensor_are_a_conflict():
     methods = [NMSparsity("2:4"), NMSparsity("1:4", name="other")]
     with pytest.raises(MisconfigurationException, match=r"both put a mask on model\.2\.weight"):

@@ -137,6 +137,8 @@ class NMSparsity(Method):
         for n, m in patterns.values():
             counts[f"{n}:{m}"] = counts.get(f"{n}:{m}", 0) + 1
         text = f"{self.recipe} " + ", ".join(f"{pattern} on {count} layers" for pattern, count in counts.items())
+        if (2, 4) in patterns.values():
+            text += f" ({_on_tensor_cores({name: layers[name] for name, pattern in patterns.items() if pattern == (2, 4)})})"
         ragged = [name for name, layer in layers.items() if inputs(layer) % patterns[name][1]]
         return text + (f" ({len(ragged)} with a dense remainder: {', '.join(ragged[:3])})" if ragged else "")
 
@@ -247,6 +249,17 @@ class NMSparsity(Method):
         if state["timeline"]:
             self.timeline = PhaseTimeline(*(int(step) for step in state["timeline"]))
         self._enter_phase()
+
+
+def _on_tensor_cores(layers: Mapping[str, nn.Module]) -> str:
+    """Say which layers PyTorch can hand to sparse tensor cores, once they are baked."""
+    from lightning_peft.baking.semi_structured import why_dense
+
+    reasons = {name: reason for name, layer in layers.items() if (reason := why_dense(layer))}
+    if not reasons:
+        return "all fit sparse tensor cores"
+    some = ", ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+    return f"{len(layers) - len(reasons)} fit sparse tensor cores; not {some}{', ...' if len(reasons) > 3 else ''}"
 
 
 def _timeline_form(value: Any, place: str) -> str | None:
