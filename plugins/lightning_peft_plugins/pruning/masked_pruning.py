@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -63,6 +63,8 @@ class MaskedPruning(Method):
         strength: Weight decay that the rule ``"decay"`` reaches at ``end``, from 0 at ``start`` (Wang et al., ICLR 2021).
         rewind: Step whose weights, buffers and schedule the training goes back to after each choice, 0 for the first (lottery
             tickets); ``None`` to train on.
+        mask: ``"keep"`` chooses nothing: what is zero when the training begins stays zero, as it was left by Wanda, SparseGPT
+            or an earlier training.
         name: Name in logs and checkpoints.
 
     Raises:
@@ -99,9 +101,17 @@ class MaskedPruning(Method):
         alpha: float = 0.95,
         strength: float = 1.0,
         rewind: int | float | str | None = None,
+        mask: Literal["choose", "keep"] = "choose",
         name: str | None = None,
     ) -> None:
         super().__init__(targets=targets, exclude=exclude or None, name=name)
+        one_of("mask", mask, ("choose", "keep"))
+        usual = {"amount": None, "score": "magnitude", "pattern": "unstructured", "start": 0, "end": None, "rule": "zero"}
+        asked = {"amount": amount, "score": score, "pattern": pattern, "start": start, "end": end, "rule": rule}
+        others = [key for key, value in asked.items() if value != usual[key]] + ["rewind"] * (rewind is not None)
+        if mask == "keep" and others:
+            raise MisconfigurationException(f'mask="keep" keeps the zeros there are: leave out {", ".join(others)}=.')
+        self.keeps_zeros = mask == "keep"
         one_of("score", score, SCORES)
         one_of("scope", scope, SCOPES)
         one_of("rule", rule, RULES)
@@ -169,7 +179,7 @@ class MaskedPruning(Method):
         if self.score.reads:
             self.recorder.open(mapped for mapped, _ in self.masks(run.module))
         elif self.timeline.due(self.steps) and self._chosen_at is None:
-            self._choose(run)
+            (self._keep_zeros if self.keeps_zeros else self._choose)(run)
 
     def _records(self) -> bool:
         return self.timeline is not None and (self.timeline.watched(self.steps) or self.steps < self._again)
@@ -193,11 +203,26 @@ class MaskedPruning(Method):
     def after_step(self, run: Run) -> None:
         """Choose masks when the time has come."""
         due = self.timeline is not None and (self.timeline.due(self.steps) or self.steps == self._again)
-        if due and self._chosen_at != self.steps:
+        if due and self._chosen_at != self.steps and not self.keeps_zeros:
             self._choose(run)
         self.rewind.take_when_due(run)
         if self.timeline is not None:
             self.rule.after_step(self.masks(run.module), run, self.timeline)
+
+    @torch.no_grad()
+    def _keep_zeros(self, run: Run) -> None:
+        """Take the zeros of the weights for the mask."""
+        zeros = 0
+        for mapped, mask in self.masks(run.module):
+            weight = mapped.entering(mask)
+            zeros += weight.numel() - int(weight.count_nonzero())
+            mask.hold(weight != 0)
+        if not zeros:
+            raise MisconfigurationException(
+                f'{self.name}: mask="keep" keeps zeros, and no weight of the targets is zero. Load the pruned weights before '
+                "the fit, or let masks be chosen, with amount= and without mask=."
+            )
+        self._chosen_at = self.steps
 
     @torch.no_grad()
     def _choose(self, run: Run) -> None:
@@ -257,6 +282,8 @@ class MaskedPruning(Method):
     def describe(self, module: nn.Module) -> str:
         """Name what is pruned by what, and when."""
         given = self._arguments
+        if self.keeps_zeros:
+            return f"zeros stay zero, in {len(self.select(module))} layers"
         much = given["pattern"] if isinstance(self.grouping, NMGrouping) else f"{self.amount:.0%} {given['pattern']}"
         when = f"at {given['start']}" if given["end"] is None else f"{given['start']} to {given['end']}"
         return f"{much} by {self.score_name}, {self.scope}, {when}, in {len(self.select(module))} layers"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from masked_weights import EVERYTHING, pruned, weights
 from torch import Tensor, nn
@@ -13,8 +15,10 @@ from torch.nn.utils import prune
 
 from lightning_peft import GBLM, SAP, LayerGrowth, MagnitudePruning, MaskedPruning, Wanda, WeightCompander
 from lightning_peft.testing import MethodTester, Reference, Task
+from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import Conv, Plain, deepened
-from lightning_peft.testing.runs import fit
+from lightning_peft.testing.references import ReferenceChecks
+from lightning_peft.testing.runs import assert_same, fit
 from lightning_peft.weights.groups import parse_grouping
 from lightning_peft.weights.maps import mapped_tensors
 
@@ -31,6 +35,55 @@ def pruned_by_torch(task: Task) -> list[float]:
     for layer, weight in layers:
         prune.remove(layer, weight)
     return losses
+
+
+class Zeroed(Plain):
+    """Comes with zeros, as an earlier pruning leaves them."""
+
+    def build(self) -> None:
+        super().build()
+        with torch.no_grad():
+            for layer in self.model:
+                if isinstance(layer, nn.Linear):
+                    layer.weight[layer.weight.abs() < 0.1] = 0.0
+
+
+def zeros_kept(task: Task) -> None:
+    weights = [weight for weight in task.module.parameters() if weight.ndim > 1]
+    kept = [weight.detach() != 0 for weight in weights]
+    assert all(0.2 < mask.float().mean() < 0.8 for mask in kept)
+    for batch in task.batches:
+        task.optimizer.zero_grad()
+        task.loss(batch).backward()
+        for weight, mask in zip(weights, kept, strict=True):
+            weight.grad *= mask
+        task.optimizer.step()
+
+
+class TestKeptZeros(ReferenceChecks):
+    methods = [lambda: MaskedPruning(mask="keep", exclude=EVERYTHING)]
+    references = [Reference(zeros_kept, tolerance=0.0, style=Zeroed), Reference(zeros_kept, style=Zeroed, optimizer="sgd")]
+
+
+def test_kept_zeros_resume_and_stay_zero(tmp_path: Path) -> None:
+    def method() -> MaskedPruning:
+        return MaskedPruning(mask="keep", exclude=EVERYTHING)
+
+    whole = fit([method()], style=Zeroed, after=[every_epoch(tmp_path)], max_epochs=3)
+    resumed = fit([method()], style=Plain, seed=9, resume=tmp_path / "epoch=0.ckpt", max_epochs=3)
+    assert_same(whole, resumed, "uninterrupted against resumed in a module without zeros")
+    torch.manual_seed(0)
+    before = {name: value == 0 for name, value in Zeroed().state_dict().items()}
+    assert all(torch.equal(value == 0, before[name]) for name, value in whole.module.state_dict().items() if value.ndim > 1)
+
+
+def test_zeros_can_be_kept_only_where_there_are_some_and_nothing_else_is_asked_for() -> None:
+    with pytest.raises(MisconfigurationException, match=r"no weight of the targets is zero.*with amount= and without mask="):
+        fit([MaskedPruning(mask="keep", exclude=EVERYTHING)])
+    fit([MaskedPruning(0.5, exclude=EVERYTHING)])
+    for given in ({"amount": 0.5}, {"end": "50%"}, {"pattern": "2:4"}, {"rule": "ste"}, {"score": "wanda"}, {"rewind": 0}):
+        with pytest.raises(MisconfigurationException, match=f"leave out {next(iter(given))}="):
+            MaskedPruning(mask="keep", **given)
 
 
 class TestMaskedPruning(MethodTester):
