@@ -9,6 +9,7 @@ and the torch they were taken with, so they are not in the repository.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -57,9 +58,11 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def main() -> None:
     """Write the table, or compare with the one that is there."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("table", type=Path, help="written if it is not there, else compared with")
+    path = parser.parse_args().table
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    path = Path(sys.argv[1])
     table = {}
     for name in CONFIGURATIONS:
         names = company(name)
