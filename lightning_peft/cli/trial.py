@@ -138,6 +138,7 @@ def train(job: Job, console: Console) -> Trial:
         parameters=sum(parameter.numel() for parameter in parameters),
         nonzero=sum(int(parameter.count_nonzero()) for parameter in parameters),
         calibration=reliability_bins(confidence.confidence, confidence.correct) if confidence.confidence else [],
+        calibration_errors={name: list(pair) for name, pair in confidence.table().items()},
         forward_flops=forward.flops,
         notes=overruled,
         made_with=digest(made_with),

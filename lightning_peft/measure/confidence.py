@@ -5,14 +5,20 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
+from lightning_peft.measure.calibration import calibration_table
 from lightning_peft.measure.network_calls import NetworkCalls
 from lightning_peft.network.labels import labels_of
 from lightning_peft.network.logits import as_logits
 
 Bins = list[tuple[float, float, float]]
+
+MOST = 2**27
+"""Logits of a test set that are kept; ImageNet's validation set has 50 million."""
 
 
 class ConfidenceRecorder(NetworkCalls):
@@ -24,12 +30,21 @@ class ConfidenceRecorder(NetworkCalls):
     Attributes:
         confidence: Highest probability of each sample.
         correct: Whether that class was right.
+        logits: Logits of each batch, on the CPU; empty as soon as there are more numbers than :data:`MOST`.
+        labels: Labels of each batch.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.confidence: list[float] = []
         self.correct: list[bool] = []
+        self.logits: list[Tensor] = []
+        self.labels: list[Tensor] = []
+        self._numbers = 0
+
+    def table(self) -> dict[str, tuple[float, float]]:
+        """Calibration by every estimator (:func:`~lightning_peft.measure.calibration.calibration_table`), if there is any."""
+        return calibration_table(torch.cat(self.logits), torch.cat(self.labels)) if self.logits else {}
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the network and listen, if there is one."""
@@ -55,6 +70,15 @@ class ConfidenceRecorder(NetworkCalls):
             confidence, predicted = logits.float().softmax(-1).max(-1)
             self.confidence += confidence.tolist()
             self.correct += (predicted == labels).tolist()
+            self._keep(logits, labels)
+
+    def _keep(self, logits: Tensor, labels: Tensor) -> None:
+        self._numbers += logits.numel()
+        if self._numbers > MOST:
+            self.logits, self.labels = [], []
+        else:
+            self.logits.append(logits.float().cpu())
+            self.labels.append(labels.cpu())
 
 
 def reliability_bins(confidence: list[float], correct: list[bool], bins: int = 15) -> Bins:

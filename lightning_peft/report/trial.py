@@ -35,6 +35,7 @@ class Trial:
         parameters: Trainable and frozen values of the module.
         nonzero: How many of them are not zero in the final, baked module.
         calibration: Reliability bins of the test samples; empty when they could not be told from the module.
+        calibration_errors: Calibration of the test samples by each estimator, as it is and with a fitted temperature.
         notes: Settings of the recipe that were overruled, a sentence each.
         made_with: Digest of all its settings; empty in files of versions that did not write one.
     """
@@ -51,6 +52,7 @@ class Trial:
     parameters: int = 0
     nonzero: int = 0
     calibration: Bins = field(default_factory=list)
+    calibration_errors: dict[str, list[float]] = field(default_factory=dict)
     forward_flops: float = 0.0
     notes: list[str] = field(default_factory=list)
     made_with: str = ""
