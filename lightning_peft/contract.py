@@ -308,6 +308,11 @@ class Contract:
     # What an author calls.
 
     @property
+    def given(self) -> Mapping[str, Any]:
+        """The constructor arguments its user gave."""
+        return {}
+
+    @property
     def fits(self) -> bool:
         """Whether the run it takes part in trains; without a run, as in :func:`lightning_peft.plan`, it would."""
         return self.run is None or self.run.trainer.state.fn == TrainerFn.FITTING

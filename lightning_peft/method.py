@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -47,6 +48,10 @@ class Method(Contract, Callback):
         bound.apply_defaults()
         self._arguments = dict(bound.arguments)
         return self
+
+    @property
+    def given(self) -> Mapping[str, Any]:
+        return self._origin.given
 
     def state_dict(self) -> dict[str, Any]:
         """Return the versioned state Lightning saves.

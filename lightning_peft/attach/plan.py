@@ -17,7 +17,7 @@ from lightning_peft.network.plain_tensors import plain_tensors
 from lightning_peft.network.resolve import resolve_network
 from lightning_peft.network.targets import explicitly_named, tied_names
 
-_LITTLE = 0.05  # share of the parameters below which a method that acts on what it finds is likely to miss what was meant
+_LITTLE = 0.02  # share of the parameters below which a method that acts on what it finds is likely to miss what was meant
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,9 @@ def _share(method: Contract, module: nn.Module, claims: Sequence[str]) -> str:
 
 def _warn_of_little(method: Contract, claims: Sequence[str], module: nn.Module) -> None:
     """Warn when a method that was not told layer by layer where to act reaches next to nothing of the network."""
-    if method.lane not in (Lane.REPARAM, Lane.MASK) or not claims or explicitly_named(module, method.targets):
+    if method.lane not in (Lane.REPARAM, Lane.MASK) or not claims:
+        return
+    if "exclude" in method.given or explicitly_named(module, method.targets):
         return
     share = share_of(module, claims)
     if share < _LITTLE:
