@@ -28,11 +28,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NoReturn, TypeAlias, TypeVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Size, nn
 from torch.nn.utils import parametrize
 from torchmetrics import Metric, MetricCollection
 
@@ -274,13 +274,27 @@ def _match_excluded(model: nn.Module, names: dict[nn.Module, list[str]], entry: 
         # a network that starts with an embedding table has no dense first layer: its table is the first layer
         return [module for module in names if is_weight(module) or isinstance(module, nn.Embedding)][:1]
     if entry == "head":
-        return heads(names.keys())
+        found = heads(names.keys())
+        return [*found, *(twin for module in found for twin in _twins(model, names[module][0]))]
     if entry == "depthwise":
         return [module for module in names if is_depthwise(module)]
     if entry == "embedding":
         tables = {id(p) for m in names if isinstance(m, nn.Embedding) for p in own_parameters(m).values()}
         return [module for module in names if tables.intersection(map(id, own_parameters(module).values()))]
     return _match(model, names, entry, must=False)
+
+
+def _twins(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The same layer in copies of the network beside it: a target network, a teacher."""
+    first, _, rest = name.partition(".")
+    own = model._modules.get(first)
+    for key, child in model._modules.items():
+        if rest and own is not None and child is not None and key != first and _shapes(child) == _shapes(own):
+            yield child.get_submodule(rest)
+
+
+def _shapes(module: nn.Module) -> list[tuple[str, Size]]:
+    return [(name, parameter.shape) for name, parameter in module.named_parameters()]
 
 
 def _timm_group(names: dict[nn.Module, list[str]], entry: str) -> list[str]:

@@ -305,3 +305,13 @@ def test_hugging_face_models() -> None:
 )
 def test_auto_is_the_kind_of_layer_that_holds_most_weights(layers: list[nn.Module], expected: list[str]) -> None:
     assert list(select(nn.Sequential(*layers), "auto")) == expected
+
+
+def test_the_head_of_a_copy_beside_the_network_is_a_head_too() -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    module = nn.ModuleDict({"net": network(), "target": network()})
+    assert list(select(module, "all-linear", "head")) == ["net.0", "target.0"]
+    module = nn.ModuleDict({"encoder": network(), "head": nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 2))})
+    assert list(select(module, "all-linear", "head")) == ["encoder.0", "encoder.2", "head.0"]

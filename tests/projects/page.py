@@ -1,0 +1,63 @@
+"""Writes ``docs/compatibility/projects.md``: what every method does in every kind of project (``make compatibility``)."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+
+import torch
+from cells import BREAKS, METHODS, REJECTED, WORKS, outcome
+from styles import STYLES
+
+PAGE = Path(__file__).parents[2] / "docs" / "compatibility" / "projects.md"
+SIGNS = {WORKS: "+", REJECTED: "-", BREAKS: "!"}
+
+
+def page(found: dict[tuple[str, str], tuple[str, str]]) -> str:
+    """Return the page for the outcome of every style and method."""
+    counts = Counter(what for what, _ in found.values())
+    rows = [
+        f"| `{style}` | {(STYLES[style].__doc__ or '').split(chr(10))[0]} | "
+        + " | ".join(SIGNS[found[style, method][0]] for method in METHODS)
+        + " |"
+        for style in STYLES
+    ]
+    said = Counter((method, _short(words)) for (_, method), (what, words) in found.items() if what == REJECTED)
+    reasons = [f"| {method} | {count} | {words} |" for (method, words), count in sorted(said.items())]
+    return "\n".join(
+        [
+            "# What works in which kind of project",
+            "",
+            f"Miniatures of {len(STYLES)} kinds of LightningModule (`tests/projects/styles.py`), each trained for two epochs with",
+            "every method, its defaults as far as a training that short allows, a validation loader and the sanity check; what adapts",
+            f"is tested afterwards. **{counts[WORKS]} of {len(found)} work (+), {counts[REJECTED]} are rejected in words (-),",
+            f"{counts[BREAKS]} break (!)**; a test repeats it. Rejected are mostly methods that do not fit: test-time methods without",
+            "class logits, growth without a list of blocks, modules without one network (name it with `network=`).",
+            "",
+            "| style | what it is | " + " | ".join(METHODS) + " |",
+            "| --- | --- |" + " --- |" * len(METHODS),
+            *rows,
+            "",
+            "## What is said",
+            "",
+            "| method | projects | message, shortened |",
+            "| --- | --- | --- |",
+            *reasons,
+            "",
+            "Written by `make compatibility`.",
+            "",
+        ]
+    )
+
+
+def _short(words: str) -> str:
+    first = words.split("\n")[0]
+    return (first if len(first) <= 120 else f"{first[:117]}...").replace("|", r"\|")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page({(style, method): outcome(style, method) for style in STYLES for method in METHODS}))
