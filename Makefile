@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test lint docs generate clean
+.PHONY: help quickstart test lint docs generate compatibility clean
 
 help:
 	@echo "make quickstart  fine-tune a pretrained network on real photos with three methods, and write a report"
@@ -36,6 +36,9 @@ docs: $(VENV)/.docs
 generate: $(VENV)/.test
 	$(BIN)/python -m lightning_peft.cli.authors.generate
 	OMP_NUM_THREADS=1 $(BIN)/python tests/pairs/composition.py
+
+compatibility: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/pairs/projects_page.py
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

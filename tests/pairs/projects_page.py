@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from cells import BREAKS, METHODS, REJECTED, WORKS, outcome
-from styles import STYLES
+from project_outcomes import BREAKS, METHODS, REJECTED, WORKS, outcome
+from project_styles import STYLES
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility" / "projects.md"
 SIGNS = {WORKS: "+", REJECTED: "-", BREAKS: "!"}
@@ -29,11 +29,12 @@ def page(found: dict[tuple[str, str], tuple[str, str]]) -> str:
         [
             "# What works in which kind of project",
             "",
-            f"Miniatures of {len(STYLES)} kinds of LightningModule (`tests/projects/styles.py`), each trained for two epochs with",
-            "every method, its defaults as far as a training that short allows, a validation loader and the sanity check; what adapts",
-            f"is tested afterwards. **{counts[WORKS]} of {len(found)} work (+), {counts[REJECTED]} are rejected in words (-),",
-            f"{counts[BREAKS]} break (!)**; a test repeats it. Rejected are mostly methods that do not fit: test-time methods without",
-            "class logits, growth without a list of blocks, modules without one network (name it with `network=`).",
+            f"Miniatures of {len(STYLES)} kinds of LightningModule (`tests/pairs/project_styles.py`), each trained for two epochs",
+            "with every method, at its defaults as far as a training that short allows, with a validation loader and the sanity",
+            f"check; what adapts is tested afterwards. **{counts[WORKS]} of {len(found)} work (+), {counts[REJECTED]} are rejected",
+            f"in words (-), {counts[BREAKS]} break (!)**; a test repeats it. Rejected are mostly methods that do not fit: test-time",
+            "methods without class logits, growth without a list of blocks, modules of which no part is the network (name it with",
+            "`network=`).",
             "",
             "| style | what it is | " + " | ".join(METHODS) + " |",
             "| --- | --- |" + " --- |" * len(METHODS),
