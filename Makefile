@@ -15,6 +15,7 @@ help:
 	@echo "make docs        build the documentation into site/"
 	@echo "make generate    write the stub, the tables and the pages that follow from the registered methods and their cards,"
 	@echo "               and train methods that are new with every other one, for the page on what goes together"
+	@echo "make compatibility  train miniatures of projects with every method, for the page on what works where"
 	@echo "make clean       remove the environment and everything built"
 
 quickstart: $(VENV)/.test

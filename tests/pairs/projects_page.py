@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from pathlib import Path
+from textwrap import wrap
 
 import torch
 from project_outcomes import BREAKS, METHODS, REJECTED, WORKS, outcome
@@ -29,12 +30,15 @@ def page(found: dict[tuple[str, str], tuple[str, str]]) -> str:
         [
             "# What works in which kind of project",
             "",
-            f"Miniatures of {len(STYLES)} kinds of LightningModule (`tests/pairs/project_styles.py`), each trained for two epochs",
-            "with every method, at its defaults as far as a training that short allows, with a validation loader and the sanity",
-            f"check; what adapts is tested afterwards. **{counts[WORKS]} of {len(found)} work (+), {counts[REJECTED]} are rejected",
-            f"in words (-), {counts[BREAKS]} break (!)**; a test repeats it. Rejected are mostly methods that do not fit: test-time",
-            "methods without class logits, growth without a list of blocks, modules of which no part is the network (name it with",
-            "`network=`).",
+            *wrap(
+                f"Miniatures of {len(STYLES)} kinds of LightningModule (`tests/pairs/project_styles.py`), each trained for two "
+                "epochs with every method, at its defaults as far as a training that short allows, with a validation loader and "
+                f"the sanity check; what adapts is tested afterwards. **{counts[WORKS]} of {len(found)} work (+), "
+                f"{counts[REJECTED]} are rejected in words (-), {counts[BREAKS]} break (!)**; a test repeats it. Rejected are "
+                "mostly methods that do not fit: test-time methods without class logits, growth without a list of blocks, "
+                "modules of which no part is the network (name it with `network=`).",
+                120,
+            ),
             "",
             "| style | what it is | " + " | ".join(METHODS) + " |",
             "| --- | --- |" + " --- |" * len(METHODS),
