@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -207,6 +208,8 @@ class StructuredPruning(Method):
         if self._baseline is None:
             self._baseline = Baseline(channels.cost(), channels.units)
             self._cost = self._baseline.cost
+            if left := channels.left_whole():
+                rank_zero_warn(f"{self.name} leaves whole what it cannot cut, while the rest is cut. {left}")
             channels.check(self.timeline.amounts.value(self.timeline.amounts.end), self._baseline, self.limits)
         if not due:
             return None

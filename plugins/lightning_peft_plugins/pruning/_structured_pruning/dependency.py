@@ -15,9 +15,12 @@ from lightning_peft.network.layers import own_parameters
 from lightning_peft.weights.maps import split_name
 from lightning_peft_plugins.pruning._structured_pruning.closure import Closure, Reached
 from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled, UnitCount, UnitPlace
+from lightning_peft_plugins.pruning._structured_pruning.example import leaves
 from lightning_peft_plugins.pruning._structured_pruning.network_copy import NetworkCopy
 
 _Item: TypeAlias = tuple[Closure, Reached]
+RETURNED = "they are what the network returns"
+HEADS = "they are attention heads"
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
@@ -77,7 +80,7 @@ def channel_groups(
         except UncuttableError as reason:
             whole[name] = str(reason)
         except OverflowError:
-            whole[name] = "the graph lost track of which channel is which"
+            whole[name] = "the graph loses track of which channel is which on their way to the next layer"
     place = {name: order for order, name in enumerate(reader.names.values())}
     return sorted(groups, key=lambda group: place[group.name]), whole
 
@@ -99,19 +102,23 @@ class _Reader:
         self.aliases: dict[int, list[str]] = {}
         for name, parameter in twin.module.named_parameters(remove_duplicate=False):
             self.aliases.setdefault(id(parameter), []).append(name)
-        self.network = twin.module
+        self.twin, self.network = twin, twin.module
 
     def check_reached(self, excused: Collection[str]) -> None:
-        """Refuse layers that the graph does not know, because it cannot say what feeds them.
+        """Refuse layers that took no part in the call, because nothing can say what feeds them.
+
+        Layers that took part unknown to the graph (an attention of one operator, a transposed linear layer) are none of them:
+        what happens around them is proven with the cut.
 
         Raises:
             MisconfigurationException: There are some.
         """
+        used = self._used()
         missed = [
             name
             for module, name in self.names.items()
-            if own_parameters(module) and module not in self.graph.module2node
-            if name not in excused and not self._reached_by_parameter(module)
+            if own_parameters(module) and module not in self.graph.module2node and name not in excused
+            if all(id(parameter) not in used and parameter.numel() > 1 for parameter in own_parameters(module).values())
         ]
         if missed:
             raise MisconfigurationException(
@@ -120,9 +127,21 @@ class _Reader:
                 f'network="<name>". If nothing inside the network feeds them, say so with exclude={missed[:5]}.'
             )
 
-    def _reached_by_parameter(self, module: nn.Module) -> bool:
-        known = {id(part) for part in self.graph.module2node if isinstance(part, nn.Parameter)}
-        return all(id(parameter) in known or parameter.numel() == 1 for parameter in own_parameters(module).values())
+    def _used(self) -> set[int]:
+        """Parameters that the output depends on."""
+        with torch.enable_grad():
+            found = [value.grad_fn for value in leaves(self.twin.call()) if isinstance(value, Tensor)]
+        used: set[int] = set()
+        seen: set[Any] = set()
+        while found:
+            step = found.pop()
+            if step is None or step in seen:
+                continue
+            seen.add(step)
+            if hasattr(step, "variable"):
+                used.add(id(step.variable))
+            found += [parent for parent, _ in step.next_functions]
+        return used
 
     def closures(self) -> Iterator[tuple[str, Closure | None]]:
         """Follow the outputs of every layer that no other layer's outputs led to, by the layer's name."""
@@ -161,7 +180,7 @@ class _Reader:
         for place in closure:
             node, outputs = place.node, self.graph.is_out_channel_pruning_fn(place.handler)
             if node.type == self.tp.ops.OPTYPE.OUTPUT or (outputs and not node.outputs):
-                raise UncuttableError("they are what the network returns")
+                raise UncuttableError(RETURNED)
             module = node.module
             if isinstance(module, nn.Parameter):
                 more = self._parameter(module, int(node.pruning_dim), (closure, place))
@@ -189,7 +208,7 @@ class _Reader:
     def _layer(self, layer: Any, outputs: bool, item: _Item) -> tuple[list[UnitPlace], list[UnitCount]]:
         name = self.names[layer]
         if f"{name}:{'out' if outputs else 'in'}" in self.attended:
-            raise UncuttableError("they are attention heads")
+            raise UncuttableError(HEADS)
         if isinstance(layer, nn.modules.conv._ConvNd):
             return self._conv(name, layer, outputs, item)
         if isinstance(layer, nn.Linear):
@@ -240,7 +259,7 @@ class _Reader:
 def _weighted(
     name: str, layer: Any, dim: int, outputs: bool, attributes: list[str], units: Tensor
 ) -> tuple[list[UnitPlace], list[UnitCount]]:
-    places = [UnitPlace(f"{name}.weight", dim, units, scored=True)]
+    places = [UnitPlace(f"{name}.weight", dim, units, scored=True, written=outputs)]
     if outputs and layer.bias is not None:
         places.append(UnitPlace(f"{name}.bias", 0, units))
     return places, [UnitCount(name, attribute, units) for attribute in attributes]

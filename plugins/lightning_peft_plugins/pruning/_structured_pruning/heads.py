@@ -80,7 +80,7 @@ def _group(
 ) -> Coupled:
     places, numbers = [], []
     for name, reader, units in readers:
-        places.append(UnitPlace(f"{name}.weight", 0, units, scored=True))
+        places.append(UnitPlace(f"{name}.weight", 0, units, scored=True, written=True))
         if reader.bias is not None:
             places.append(UnitPlace(f"{name}.bias", 0, units))
         numbers.append(UnitCount(name, "out_features", units))
