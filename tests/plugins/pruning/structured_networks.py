@@ -140,6 +140,65 @@ class Moved(nn.Module):
         return self.head(self.reader(self.WAYS[self.way](self.moved(self.stem(inputs)))).relu())
 
 
+def distilbert() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"dim": 12, "n_heads": 3, "hidden_dim": 20, "n_layers": 2, "vocab_size": 11, "max_position_embeddings": 8}
+    return transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(**sizes))
+
+
+def gpt2() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_embd": 12, "n_head": 3, "n_layer": 2, "n_positions": 8, "vocab_size": 11}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, use_cache=False, bos_token_id=1, eos_token_id=2))
+
+
+def one_key() -> nn.Module:
+    """A Llama whose query heads share one key-value head."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 24, "num_attention_heads": 6, "num_key_value_heads": 1, "intermediate_size": 20, "head_dim": 4}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **special, num_hidden_layers=2, vocab_size=11))
+
+
+def t5() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 12, "d_kv": 4, "num_heads": 3, "num_layers": 2, "d_ff": 20, "vocab_size": 11}
+    return transformers.T5EncoderModel(transformers.T5Config(**sizes))
+
+
+def swin() -> nn.Module:
+    models = pytest.importorskip("timm.models")
+    sizes = {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (2, 2), "num_heads": (2, 4)}
+    return models.SwinTransformer(**sizes, num_classes=5)
+
+
+def adapted_vit() -> nn.Module:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(vit(), peft.LoraConfig(r=2, target_modules=r".*attn\.(qkv|proj)"))
+
+
+class OneOperator(nn.Module):
+    """Attention that is one operator for the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs, self.attention = nn.Linear(16, 12), nn.MultiheadAttention(12, 3, batch_first=True)
+        self.norm, self.up, self.down, self.head = nn.LayerNorm(12), nn.Linear(12, 20), nn.Linear(20, 12), nn.Linear(12, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.inputs(images.mean(1))
+        tokens = self.norm(tokens + self.attention(tokens, tokens, tokens)[0])
+        return self.head((tokens + self.down(self.up(tokens).relu())).mean(1))
+
+
+ATTENTION: dict[str, tuple[Any, Tensor]] = {
+    "distilbert": (distilbert, IDS),
+    "gpt2": (gpt2, IDS),
+    "one key": (one_key, IDS),
+    "swin": (swin, IMAGES),
+    "adapted vit": (adapted_vit, IMAGES),
+}
+UNKNOWN_ATTENTION: dict[str, tuple[Any, Tensor]] = {"t5": (t5, IDS), "one operator": (OneOperator, IMAGES)}
 CONCATENATED: dict[str, tuple[Any, Tensor]] = {
     "unet": (UNet, IMAGES),
     "c2f": (C2f, IMAGES),
@@ -166,7 +225,7 @@ NETWORKS: dict[str, tuple[Any, Tensor]] = {
 def build(name: str) -> tuple[nn.Module, Tensor]:
     """A network with random norms and statistics, in eval mode, and its input."""
     torch.manual_seed(1)
-    make, inputs = (NETWORKS | CONCATENATED | RECURRENT | MOVED)[name]
+    make, inputs = (NETWORKS | CONCATENATED | RECURRENT | MOVED | ATTENTION | UNKNOWN_ATTENTION)[name]
     network = make().eval()
     with torch.no_grad():
         for key, value in network.state_dict().items():
@@ -178,7 +237,7 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
 def output(network: nn.Module, inputs: Tensor) -> Tensor:
     with torch.no_grad():
         found = network(inputs)
-    return found if isinstance(found, Tensor) else found.logits
+    return found if isinstance(found, Tensor) else found[0]
 
 
 def channels(network: nn.Module, inputs: Tensor, **settings: Any) -> Channels:

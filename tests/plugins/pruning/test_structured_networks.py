@@ -7,7 +7,20 @@ import copy
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from structured_networks import CONCATENATED, IMAGES, MOVED, NETWORKS, RECURRENT, build, channels, output, resnet, squares
+from structured_networks import (
+    ATTENTION,
+    CONCATENATED,
+    IMAGES,
+    MOVED,
+    NETWORKS,
+    RECURRENT,
+    UNKNOWN_ATTENTION,
+    build,
+    channels,
+    output,
+    resnet,
+    squares,
+)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,14 +40,15 @@ def silence(network: nn.Module, group: Coupled, units: Tensor) -> bool:
         return False
     for place in group.places:
         path, _, attribute = place.tensor.rpartition(".")
-        outputs = int(isinstance(parts[path], nn.ConvTranspose2d) and attribute == "weight")
-        if place.dim == outputs and not attribute.startswith("running"):
+        outputs = int(type(parts[path]).__name__ in ("ConvTranspose2d", "Conv1D") and attribute == "weight")
+        values_stay = group.kind == "heads" and not any("v_proj" in other.tensor for other in group.places)
+        if (place.dim == outputs or values_stay) and not attribute.startswith("running"):
             with torch.no_grad():
-                network.get_parameter(place.tensor).movedim(outputs, 0)[torch.isin(place.units, units)] = 0.0
+                network.get_parameter(place.tensor).movedim(place.dim, 0)[torch.isin(place.units, units)] = 0.0
     return True
 
 
-@pytest.mark.parametrize("name", [*NETWORKS, *CONCATENATED, *RECURRENT, *MOVED])
+@pytest.mark.parametrize("name", [*NETWORKS, *CONCATENATED, *RECURRENT, *MOVED, *ATTENTION, *UNKNOWN_ATTENTION])
 def test_what_is_left_computes_what_the_whole_does_without_the_units(name: str) -> None:
     network, inputs = build(name)
     found = channels(network, inputs)
@@ -44,14 +58,14 @@ def test_what_is_left_computes_what_the_whole_does_without_the_units(name: str) 
         if silence(silent, group, units):
             cuts.append((group, units))
     kinds = {group.kind for group, _ in cuts}
-    assert kinds == ({"channels", "heads"} if name in ("vit", "llama", "bert") else {"channels"})
+    assert kinds == ({"channels", "heads"} if name in ("vit", "llama", "bert", *ATTENTION) else {"channels"})
     before = output(network, inputs)
     edits.apply(network, cut_edit(network, "", cuts))
     torch.testing.assert_close(output(network, inputs), output(silent, inputs), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(before, output(network, inputs), atol=1e-3)  # the units had said something
 
 
-@pytest.mark.parametrize("name", [*NETWORKS, "unet", "cspnet", "densenet"])
+@pytest.mark.parametrize("name", [*NETWORKS, "unet", "cspnet", "densenet", "distilbert", "gpt2"])
 def test_every_group_can_be_cut_to_one_unit_and_comes_back(name: str) -> None:
     network, inputs = build(name)
     found = channels(network, inputs)
@@ -213,3 +227,36 @@ def test_outputs_of_a_transposed_convolution_can_be_excluded() -> None:
         "inner.0",
         "after.0",
     }
+
+
+def test_queries_that_share_one_key_leave_one_by_one() -> None:
+    network, inputs = build("one key")
+    group = next(group for group in channels(network, inputs).groups if group.kind == "heads")
+    assert group.units == 6
+    edits.apply(network, cut_edit(network, "", [(group, torch.tensor([1, 4]))]))
+    attention = network.model.layers[0].self_attn
+    assert [part.out_features for part in (attention.q_proj, attention.k_proj, attention.v_proj)] == [16, 4, 4]
+    assert (attention.o_proj.in_features, attention.num_key_value_groups) == (16, 4)
+
+
+def test_low_rank_pairs_and_position_tables_lose_their_heads() -> None:
+    network, inputs = build("adapted vit")
+    group = next(group for group in channels(network, inputs).groups if group.kind == "heads")
+    edits.apply(network, cut_edit(network, "", [(group, torch.tensor([1]))]))
+    attention = network.get_submodule(group.name)
+    assert attention.qkv.base_layer.weight.shape == (54, 24)
+    assert attention.qkv.lora_B["default"].weight.shape == (54, 2)
+    assert attention.proj.lora_A["default"].weight.shape == (2, 18)
+    network, inputs = build("swin")
+    group = next(group for group in channels(network, inputs).groups if group.kind == "heads")
+    edits.apply(network, cut_edit(network, "", [(group, torch.tensor([1]))]))
+    assert network.get_submodule(group.name).relative_position_bias_table.shape == (49, 1)
+
+
+def test_attention_that_cannot_be_cut_stays_and_the_rest_goes() -> None:
+    found = channels(*build("t5"))
+    assert [group.name for group in found.groups] == [f"encoder.block.{at}.layer.1.DenseReluDense.wi" for at in (0, 1)]
+    assert set(found.whole) >= {f"encoder.block.{at}.layer.0.SelfAttention" for at in (0, 1)}  # they share one table
+    found = channels(*build("one operator"))
+    assert [group.name for group in found.groups] == ["up"]
+    assert "attention is a MultiheadAttention" in found.whole["down"]

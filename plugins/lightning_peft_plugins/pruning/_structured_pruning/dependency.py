@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_peft.network.layers import own_parameters
+from lightning_peft.network.layers import is_linear, own_parameters
 from lightning_peft.weights.maps import split_name
 from lightning_peft_plugins.pruning._structured_pruning.closure import Closure, Reached
 from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled, UnitCount, UnitPlace
@@ -65,7 +65,13 @@ def channel_groups(
     try:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about parameters it takes for channels of their last dimension, as we do
-            graph.build_dependency(twin.module, {}, forward_fn=lambda network, _: twin.call(), verbose=False)
+            graph.build_dependency(
+                twin.module,
+                {},
+                forward_fn=lambda network, _: twin.call(),
+                customized_pruners=_transposed(tp, twin.module),
+                verbose=False,
+            )
     except Exception as error:
         raise MisconfigurationException(
             f"Torch-Pruning cannot trace {twin.name}: {type(error).__name__}: {error}. Name a part of the module with "
@@ -148,7 +154,7 @@ class _Reader:
         self._sever_attention()
         seen: set[int] = set()
         for layer, node in list(self.graph.module2node.items()):
-            if not isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear)) or id(layer) in seen:
+            if not (isinstance(layer, nn.modules.conv._ConvNd) or is_linear(layer)) or id(layer) in seen:
                 continue
             cutter = self.graph.get_pruner_of_module(layer)
             try:
@@ -214,6 +220,9 @@ class _Reader:
         if isinstance(layer, nn.Linear):
             units = _units(layer.out_features if outputs else layer.in_features, item)
             return _weighted(name, layer, 0 if outputs else 1, outputs, ["out_features" if outputs else "in_features"], units)
+        if is_linear(layer):
+            units = _units(layer.nf if outputs else layer.nx, item)
+            return _weighted(name, layer, int(outputs), outputs, ["nf" if outputs else "nx"], units)
         if isinstance(layer, nn.Embedding):
             units = _units(layer.embedding_dim, item)
             return [UnitPlace(f"{name}.weight", 1, units)], [UnitCount(name, "embedding_dim", units)]
@@ -286,6 +295,21 @@ def _merged(places: list[UnitPlace]) -> list[UnitPlace]:
     return list(found.values())
 
 
-def layers_of(groups: Iterator[Coupled] | list[Coupled]) -> set[str]:
+def layers_of(groups: Iterable[Coupled]) -> set[str]:
     """``"layer:out"`` and ``"layer:in"`` for the layers of groups of heads."""
-    return {f"{split_name(place.tensor)[0]}:{'in' if place.dim else 'out'}" for group in groups for place in group.places}
+    places = (place for group in groups for place in group.places if place.scored)
+    return {f"{split_name(place.tensor)[0]}:{'out' if place.written else 'in'}" for place in places}
+
+
+def _transposed(tp: ModuleType, network: nn.Module) -> dict[type[nn.Module], Any]:
+    """A handler for linear layers with a transposed weight (``Conv1D`` of transformers), by class."""
+
+    class Transposed(tp.pruner.function.LinearPruner):  # type: ignore[name-defined,misc]
+        def get_out_channels(self, layer: Any) -> int:
+            return int(layer.nf)
+
+        def get_in_channels(self, layer: Any) -> int:
+            return int(layer.nx)
+
+    found = {type(layer) for layer in network.modules() if is_linear(layer) and not isinstance(layer, nn.Linear)}
+    return {kind: Transposed() for kind in found}
