@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from structured_networks import NETWORKS, RECURRENT, Moved, build, channels
 from torch import Tensor, nn
 
 from lightning_peft import StructuredPruning
+from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import Conv
-from lightning_peft.testing.runs import fit
+from lightning_peft.testing.runs import assert_same, fit
 from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled
 from lightning_peft_plugins.pruning._structured_pruning.cut_proof import CutProof
 from lightning_peft_plugins.pruning._structured_pruning.example import example_form, record
@@ -143,6 +145,49 @@ def test_a_training_says_what_stays_and_cuts_the_rest() -> None:
         run = fit([StructuredPruning(0.3, start=2)], style=Flipped)
     assert run.module.model[-1][0].out_features == 6
     assert sum(p.numel() for p in run.module.parameters()) < 0.71 * sum(p.numel() for p in Flipped().parameters())
+
+
+@pytest.mark.filterwarnings("ignore:structured_pruning leaves whole:UserWarning")
+def test_what_failed_once_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shuffled(Conv):
+        def build(self) -> None:
+            super().build()
+            self.model.append(nn.Sequential(nn.Linear(3, 6), nn.Unflatten(1, (6, 1)), nn.ChannelShuffle(2), nn.Flatten()))
+            self.model.append(nn.Linear(6, 3))
+
+    counts, fault = [], CutProof._fault
+
+    def counted(proof: CutProof, groups: Sequence[Coupled]) -> str | None:
+        counts.append(len(groups))
+        return fault(proof, groups)
+
+    def cuts() -> StructuredPruning:
+        return StructuredPruning(0.4, start=4, end=8, every=2, shape="linear")
+
+    monkeypatch.setattr(CutProof, "_fault", counted)
+    whole = fit([cuts()], style=Shuffled, max_epochs=3, after=[every_epoch(tmp_path)])
+    assert len(counts) > 3  # all of them, which one, and the rest
+    assert counts[-3:] == [counts[0] - 1] * 3  # before each of the cuts at 4 (of nothing), 6 and 8
+    del counts[:]
+    resumed = fit([cuts()], style=Shuffled, max_epochs=3, seed=5, resume=tmp_path / "epoch=1.ckpt")
+    assert len(counts) == 1
+    assert_same(whole, resumed, "uninterrupted against resumed")
+
+
+def test_operations_that_torch_pruning_divides_by_zero_for_do_not_end_it() -> None:
+    models = pytest.importorskip("torchvision").models
+    network = models.ShuffleNetV2([1, 1, 1], [8, 16, 24, 32, 40], num_classes=5)
+    assert {"conv1.0", "stage2.0.branch2.3", "conv5.0"} <= names(network, torch.randn(1, 3, 64, 64))
+
+
+def test_a_state_of_an_earlier_version_loads() -> None:
+    method = StructuredPruning()
+    state = method.state()
+    del state["failed"]
+    assert method.state_form(None)(state, "") is None
+    method.load_state(state)
+    assert method.state()["failed"] == {}
+    assert "failed" in str(method.state_form(None)(state | {"failed": {"0": 1}}, ""))
 
 
 def test_a_record_of_an_earlier_version_has_no_range() -> None:

@@ -48,10 +48,12 @@ class Channels:
         allowed: Qualified names of layers whose outputs may go, ``None`` for all.
         counted: What the amount is a share of.
         excused: Qualified names of layers that need not take part in a call of the network.
+        failed: Groups that did not stand the proof before an earlier cut, and why; they are not tried again.
 
     Attributes:
         groups: What can be cut, proven by a :class:`~lightning_peft_plugins.pruning._structured_pruning.cut_proof.CutProof`.
         whole: Why other layers keep their outputs, by name in the network.
+        failed: Those of them that did not stand the proof, now or before.
 
     Raises:
         MisconfigurationException: The network cannot be traced, or nothing of it can be cut.
@@ -67,6 +69,7 @@ class Channels:
         allowed: Collection[str] | None,
         counted: Counted,
         excused: Collection[str] = (),
+        failed: Mapping[str, str] | None = None,
     ) -> None:
         self.module, self.path, self.counted = module, path, counted
         self._costs: dict[tuple[int, ...], float] = {}
@@ -80,8 +83,11 @@ class Channels:
             groups = channels + groups
         self.whole = {n: why for n, why in whole.items() if why != HEADS and (allowed is None or prefix + n in allowed)}
         groups = [group for group in groups if self._allowed(group, allowed) and self._own(group)]
-        self.whole |= CutProof(network, self.twin.name, example).failing(groups) if groups else {}
-        self.groups = [group for group in groups if group.name not in self.whole]
+        self.failed = dict(failed or {})
+        if groups := [group for group in groups if group.name not in self.failed]:
+            self.failed |= CutProof(network, self.twin.name, example).failing(groups)
+        self.whole |= self.failed
+        self.groups = [group for group in groups if group.name not in self.failed]
         if not self.groups:
             reasons = self.left_whole(returned=True)
             raise MisconfigurationException(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from types import ModuleType
@@ -72,6 +73,8 @@ def channel_groups(
                 customized_pruners=_transposed(tp, twin.module),
                 verbose=False,
             )
+    except ArithmeticError:
+        _map_one_by_one(tp, graph)
     except Exception as error:
         raise MisconfigurationException(
             f"Torch-Pruning cannot trace {twin.name}: {type(error).__name__}: {error}. Name a part of the module with "
@@ -299,6 +302,19 @@ def layers_of(groups: Iterable[Coupled]) -> set[str]:
     """``"layer:out"`` and ``"layer:in"`` for the layers of groups of heads."""
     places = (place for group in groups for place in group.places if place.scored)
     return {f"{split_name(place.tensor)[0]}:{'out' if place.written else 'in'}" for place in places}
+
+
+def _map_one_by_one(tp: ModuleType, graph: Any) -> None:
+    """Map the indices of a traced graph without the operations whose sizes Torch-Pruning divides by zero for.
+
+    It gives up at the first of them. What runs through it is then found to be mapped wrongly when the cuts are proven.
+    """
+    nodes = graph.module2node
+    for module, node in nodes.items():
+        graph.module2node = {module: node}
+        with contextlib.suppress(ArithmeticError):
+            tp.dependency.index_mapping.update_index_mapping(graph)
+    graph.module2node = nodes
 
 
 def _transposed(tp: ModuleType, network: nn.Module) -> dict[type[nn.Module], Any]:
