@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from structured_networks import NETWORKS, RECURRENT, Moved, build, channels
+from structured_networks import IMAGES, NETWORKS, RECURRENT, Moved, build, channels
 from torch import Tensor, nn
 
 from lightning_peft import StructuredPruning
@@ -74,7 +74,7 @@ def test_right_groups_cost_two_calls_of_the_network_beside_the_first(monkeypatch
     network, inputs = build("vgg")
     groups, proof = channels(network, inputs).groups, CutProof(network, "", record((inputs,), {}))
     call, calls = proof._output, []
-    monkeypatch.setattr(proof, "_output", lambda called: calls.append(called) or call(called))
+    monkeypatch.setattr(proof, "_output", lambda *called: calls.append(called) or call(*called))
     assert proof.failing(groups) == {}
     assert len(calls) == 2
 
@@ -85,6 +85,15 @@ def test_weights_that_hide_a_wrong_column_do_not_help_it() -> None:
         network.head.weight.zero_()
         network.reader.weight.copy_(network.reader.weight[:1].clone())
     assert "moved" not in names(network, inputs)
+
+
+def test_saturated_probabilities_do_not_hide_a_wrong_column() -> None:
+    class Saturated(Moved):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return (1e3 + super().forward(inputs)).sigmoid()
+
+    assert names(Saturated("flip"), IMAGES) == {"stem.0", "reader"}
+    assert names(Saturated("not"), IMAGES) == {"stem.0", "moved", "reader"}
 
 
 def test_what_an_activation_makes_of_zero_does_not_matter() -> None:

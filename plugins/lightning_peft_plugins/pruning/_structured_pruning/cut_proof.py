@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.conv import _ConvNd
 
+from lightning_peft.network.layers import is_linear
 from lightning_peft.structure import edits
 from lightning_peft.structure.depth import copied
 from lightning_peft.weights.maps import plain_tensors, split_name
@@ -19,6 +22,7 @@ from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled, 
 from lightning_peft_plugins.pruning._structured_pruning.dependency import RETURNED
 from lightning_peft_plugins.pruning._structured_pruning.example import call, leaves
 
+_MOST = 4096  # numbers of one tensor that are compared
 _TOLERANCE = 1e-4  # of the largest number in an output; a wrong column moves it by more than 1e-3 of that
 
 
@@ -28,7 +32,8 @@ class CutProof:
     Half of each group's units, drawn at random, are removed from one copy. In the other they stay and are set to zero: in
     every tensor of the group, writers and readers alike, so that it does not matter what an activation makes of zero. Norms
     between them, which would count the zeros in their means, run on the units that stay. What the two copies return must agree
-    to rounding. If a group claims other columns than those that its channels reach, the columns that stay meet other values.
+    to rounding, and so must what layers with weights compute where nothing was removed, because a saturated probability at the
+    end would hide a difference. If a group claims other columns than its channels reach, those that stay meet other values.
 
     The weights are drawn too. Which column hears which channel does not depend on their values, and with random ones nothing
     is hidden: layers that a user's network starts at zero, channels that say nothing, equal channels. So one comparison is
@@ -50,7 +55,7 @@ class CutProof:
             self.whole = _twin(network, self.dtype, drawn)
             self.device = next((tensor.device for tensor in plain_tensors(self.whole).values()), torch.device("cpu"))
             try:
-                if any(bool(value.isfinite().any()) for value in self._output(self.whole)):
+                if any(bool(value.isfinite().any()) for value in self._output(self.whole, self.whole).returned):
                     return
                 failure = "it returns no finite real number"
             except Exception as error:
@@ -87,21 +92,21 @@ class CutProof:
         try:
             cut = copy.deepcopy(self.whole)
             edits.apply(cut, cut_edit(cut, "", cuts))
-            left = self._output(cut)
+            left = self._output(cut, cut)
         except Exception as error:
             message = str(error).partition("\n")[0]
             return f"the network fails once some of them are removed, with {type(error).__name__}: {message}"
         silenced = self._silenced(cut, cuts)
-        if [value.shape for value in left] != [value.shape for value in silenced]:
+        if [value.shape for value in left.returned] != [value.shape for value in silenced.returned]:
             return RETURNED
-        if _agree(left, silenced):
+        if left.agrees(silenced):
             return None
         return (
             "the network without some of them does not compute what the whole one does with them set to zero, because the "
             "forward moves or mixes them on their way to the next layer"
         )
 
-    def _silenced(self, cut: nn.Module, cuts: Sequence[tuple[Coupled, Tensor]]) -> list[Tensor]:
+    def _silenced(self, cut: nn.Module, cuts: Sequence[tuple[Coupled, Tensor]]) -> _Seen:
         tensors = plain_tensors(self.whole)
         first = {id(tensor): name for name, tensor in reversed(tensors.items())}  # tied tensors go by one name
         parts = dict(self.whole.named_modules(remove_duplicate=False))
@@ -122,18 +127,61 @@ class CutProof:
         hooks = [parts[path].register_forward_hook(_narrowed(cut.get_submodule(path), stays)) for path, stays in kept.items()]
         try:
             own = {name: value for name, value in values.items() if isinstance(tensors[name], nn.Parameter)}
-            return self._output(lambda *args, **kwargs: functional_call(self.whole, own, args, kwargs))
+            return self._output(lambda *args, **kwargs: functional_call(self.whole, own, args, kwargs), self.whole)
         finally:
             for hook in hooks:
                 hook.remove()
 
     @torch.no_grad()
-    def _output(self, network: Callable[..., Any]) -> list[Tensor]:
+    def _output(self, run: Callable[..., Any], network: nn.Module) -> _Seen:
+        seen = _Seen()
+        weighted = {name: part for name, part in network.named_modules() if is_linear(part) or isinstance(part, _ConvNd)}
+        hooks = [part.register_forward_hook(seen.hook(name)) for name, part in weighted.items()]
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.autocast(self.device.type, enabled=False):
-            torch.manual_seed(0)
-            found = call(network, self.example, self.device, draw=torch.Generator().manual_seed(1), dtype=self.dtype)
-        return [value for value in leaves(found) if isinstance(value, Tensor) and value.is_floating_point()]
+        try:
+            with torch.random.fork_rng(devices), torch.autocast(self.device.type, enabled=False):
+                torch.manual_seed(0)
+                found = call(run, self.example, self.device, draw=torch.Generator().manual_seed(1), dtype=self.dtype)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        seen.returned = [value for value in leaves(found) if isinstance(value, Tensor) and value.is_floating_point()]
+        return seen
+
+
+@dataclass
+class _Seen:
+    """What a call of a network returned, and what its layers with weights computed on the way.
+
+    Attributes:
+        returned: The real tensors it returned.
+        computed: By layer the results of its calls: the shape, and no more than some thousand numbers of it.
+    """
+
+    returned: list[Tensor] = field(default_factory=list)
+    computed: dict[str, list[tuple[torch.Size, Tensor]]] = field(default_factory=dict)
+
+    def hook(self, name: str) -> Callable[..., None]:
+        """A hook that notes what a layer computes."""
+
+        def note(part: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.numel():
+                few = output.detach().flatten()[:: -(-output.numel() // _MOST)].clone()
+                self.computed.setdefault(name, []).append((output.shape, few))
+
+        return note
+
+    def agrees(self, other: _Seen) -> bool:
+        """Whether all that has the same shape in both agrees to rounding."""
+        pairs = list(zip(self.returned, other.returned, strict=True))
+        for name in self.computed.keys() & other.computed.keys():
+            calls = zip(self.computed[name], other.computed[name], strict=False)
+            pairs += [(mine, its) for (shape, mine), (its_shape, its) in calls if shape == its_shape]
+        return all(
+            torch.allclose(mine, its, rtol=0.0, atol=_TOLERANCE * float(its[its.isfinite()].abs().amax()), equal_nan=True)
+            for mine, its in pairs
+            if bool(its.isfinite().any())
+        )
 
 
 def _twin(network: nn.Module, dtype: torch.dtype, drawn: bool) -> nn.Module:
@@ -186,11 +234,3 @@ def _narrowed(cut: nn.Module, stays: Tensor) -> Callable[..., Any]:
         return whole.movedim(0, dim)
 
     return run
-
-
-def _agree(left: Sequence[Tensor], silenced: Sequence[Tensor]) -> bool:
-    return all(
-        torch.allclose(one, other, rtol=0.0, atol=_TOLERANCE * float(other[other.isfinite()].abs().amax()), equal_nan=True)
-        for one, other in zip(left, silenced, strict=True)
-        if bool(other.isfinite().any())
-    )
