@@ -184,6 +184,11 @@ def _check_structure(methods: Sequence[Contract]) -> None:
             f"{relying[0]} relies on the structure of the network, which {changing[0]} changes during the training. Train "
             "with one of them first, then with the other."
         )
+    if len(changing) > 1:
+        raise ConflictError(
+            f"{changing[0]} and {changing[1]} both change the structure of the network, and what one names and measures, the "
+            "other moves or removes. Train with one of them first, then with the other."
+        )
 
 
 def _check_overlap(writers: Sequence[Contract], claims: dict[str, list[str]], resource: Resource) -> None:

@@ -23,8 +23,8 @@ class Resource(Enum):
 
     ``LOGITS``, ``INPUTS`` and ``SAMPLE_INDEX`` are read. ``LOSS_SCALE`` has room for one writer per
     training step, ``PREDICTIONS`` for one per evaluation; ``WEIGHT_MAP``, ``DELTA`` and ``MASK`` for one writer per tensor.
-    A method that reads ``STRUCTURE`` assumes it is fixed and cannot be combined with one that writes it. ``GRADIENT`` and
-    ``OPTIMIZER`` may have several writers as long as it is known who comes first.
+    A method that reads ``STRUCTURE`` assumes it is fixed and cannot be combined with one that writes it, nor can two that write
+    it. ``GRADIENT`` and ``OPTIMIZER`` may have several writers as long as it is known who comes first.
     """
 
     LOGITS = "logits"

@@ -194,7 +194,7 @@ def test_a_conflict_of_other_methods_leaves_the_module_as_built() -> None:
     with pytest.raises(MisconfigurationException, match="both put a mask"):
         fit([LayerGrowth(at="step:2", start=2), *masks], module=module)
     with pytest.raises(MisconfigurationException, match="cannot grow"):
-        fit([LayerGrowth(at="step:2", start=2), LayerGrowth(at="step:2", to=2, name="other")], module=module)
+        fit([LayerGrowth(at="step:2", to=2)], module=module)
     assert all(now is then for now, then in zip(module.blocks, blocks, strict=True))
     assert difference(before, values(module)) is None
     assert journal.journal_of(module) == []

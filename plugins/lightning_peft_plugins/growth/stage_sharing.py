@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lightning_peft import Lane, Resource, Run
 from lightning_peft.arguments import one_of
-from lightning_peft.contract import methods_of
 from lightning_peft.network.block_lists import ties
 from lightning_peft.network.resolve import resolve_network
 from lightning_peft.structure.carry import RULES
@@ -125,12 +124,8 @@ class StageSharing(TimedMethod):
         """Place the trigger in this training.
 
         Raises:
-            MisconfigurationException: The blocks were not shared by stages, or are not any more, or another method changes
-                them too.
+            MisconfigurationException: The blocks were not shared by stages, or are not any more.
         """
-        for other in methods_of(run.trainer.callbacks):  # type: ignore[attr-defined]
-            if other.lane == Lane.STRUCTURE and other is not self:
-                raise MisconfigurationException(f"{self.name} and {other.name} both change structure. Remove one of them.")
         super().start(run)
         self._path = self._path or self._list_in(run.module)
         if not self.restored and self._expanded_before(run.module):

@@ -11,8 +11,9 @@ from lightning_peft_plugins.pruning.masked_pruning import MaskedPruning
 class GBLM(MaskedPruning):
     """Prunes in each output by :class:`~lightning_peft_plugins.pruning.wanda.Wanda`'s score plus magnitude times gradient.
 
-    The score is ``|W| (||X|| + 100 ||G||)``, with G the root mean square of the weight's gradients (Das et al. 2023, official
-    code). That code takes gradients of single sequences in a pass of its own; here they are those of the training's steps.
+    The score is ``|W| (||X|| + 100 ||G||)``, with ``||G||`` the Euclidean norm of the weight's gradients over ``every`` steps
+    (Das et al. 2023, official code): it grows with their number, as published. That code takes gradients of 128 single
+    sequences in a pass of its own; here they are those of the training's steps.
 
     Args:
         amount: Share of each output's weights to prune; not with an N:M pattern, which says it.

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,7 +21,7 @@ from lightning_peft.compose.schedule import Shape, parse_point
 from lightning_peft.network.layers import is_norm, own_parameters
 from lightning_peft.network.targets import TargetSpec, select
 from lightning_peft.structure.edits import Change, Edit, EditRequest
-from lightning_peft.structure.forms import Form, dict_of, fields, maybe, number, whole
+from lightning_peft.structure.forms import Form, dict_of, fields, maybe, number, text, whole
 from lightning_peft.weights.choose import check_scores
 from lightning_peft_plugins.pruning._shared.layer_recorder import LayerRecorder
 from lightning_peft_plugins.pruning._shared.layer_statistics import FROM_CALLS
@@ -122,6 +123,7 @@ class StructuredPruning(Method):
         self._shim: Shim | None = None
         self._example: dict[str, Any] | None = None
         self._baseline: Baseline | None = None
+        self._failed: dict[str, str] = {}
         self._cut_at: int | None = None
         self._cost = 0.0
 
@@ -203,10 +205,14 @@ class StructuredPruning(Method):
             self._allowed(run),
             self.of,
             () if self.exclude is None else select(run.module, self.exclude),
+            self._failed,
         )
+        self._failed = channels.failed
         if self._baseline is None:
             self._baseline = Baseline(channels.cost(), channels.units)
             self._cost = self._baseline.cost
+            if left := channels.left_whole():
+                rank_zero_warn(f"{self.name} leaves whole what it cannot cut, while the rest is cut. {left}")
             channels.check(self.timeline.amounts.value(self.timeline.amounts.end), self._baseline, self.limits)
         if not due:
             return None
@@ -271,28 +277,30 @@ class StructuredPruning(Method):
         return {"kept": self._cost / self._baseline.cost if self._baseline is not None else 1.0}
 
     def state(self) -> dict[str, Any]:
-        """How the network is called, what it was at first, and what was seen since the last cut."""
+        """How the network is called, what it was at first, what of it cannot be cut, and what was seen since the last cut."""
         return {
             "example": self._example,
             "baseline": None if self._baseline is None else asdict(self._baseline),
+            "failed": self._failed,
             "cut_at": self._cut_at,
             "cost": self._cost,
             "seen": self.recorder.state(),
         }
 
     def state_form(self, tensors: Mapping[str, Tensor] | None) -> Form:
-        return fields(
-            {
-                "example": maybe(example_form),
-                "baseline": maybe(fields({"cost": number(0.0), "units": dict_of(whole(1))})),
-                "cut_at": maybe(whole()),
-                "cost": number(0.0),
-                "seen": self.recorder.form(tensors),
-            }
-        )
+        forms = {
+            "example": maybe(example_form),
+            "baseline": maybe(fields({"cost": number(0.0), "units": dict_of(whole(1))})),
+            "cut_at": maybe(whole()),
+            "cost": number(0.0),
+            "seen": self.recorder.form(tensors),
+        }
+        proven = forms | {"failed": dict_of(text)}  # earlier versions proved nothing
+        return lambda value, place: fields(forms if isinstance(value, dict) and "failed" not in value else proven)(value, place)
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._example, self._cut_at, self._cost = state["example"], state["cut_at"], state["cost"]
+        self._failed = dict(state.get("failed", {}))
         self._baseline = None if state["baseline"] is None else Baseline(**state["baseline"])
         self.recorder.load_state(state["seen"])
 

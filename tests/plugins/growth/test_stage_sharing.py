@@ -292,7 +292,7 @@ def test_a_module_that_was_cut_by_hand_is_refused() -> None:
 
 def test_two_methods_that_change_structure_are_refused() -> None:
     module = Deep()
-    with pytest.raises(MisconfigurationException, match="stage_sharing and layer_growth both change structure"):
+    with pytest.raises(MisconfigurationException, match="layer_growth and stage_sharing both change the structure"):
         grow([StageSharing(2, at="step:2"), LayerGrowth(at="step:2", start=3)], module=module)
     assert ties(module.blocks) == [0, 1, 2, 3]
 

@@ -7,7 +7,20 @@ import copy
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from structured_networks import IMAGES, NETWORKS, build, channels, output, resnet, squares
+from structured_networks import (
+    ATTENTION,
+    CONCATENATED,
+    IMAGES,
+    MOVED,
+    NETWORKS,
+    RECURRENT,
+    UNKNOWN_ATTENTION,
+    build,
+    channels,
+    output,
+    resnet,
+    squares,
+)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,14 +39,16 @@ def silence(network: nn.Module, group: Coupled, units: Tensor) -> bool:
     if any(isinstance(owner, nn.LayerNorm) or "RMSNorm" in type(owner).__name__ for owner in owners):
         return False
     for place in group.places:
-        attribute = place.tensor.rpartition(".")[2]
-        if place.dim == 0 and not attribute.startswith("running"):
+        path, _, attribute = place.tensor.rpartition(".")
+        outputs = int(type(parts[path]).__name__ in ("ConvTranspose2d", "Conv1D") and attribute == "weight")
+        values_stay = group.kind == "heads" and not any("v_proj" in other.tensor for other in group.places)
+        if (place.dim == outputs or values_stay) and not attribute.startswith("running"):
             with torch.no_grad():
-                network.get_parameter(place.tensor)[torch.isin(place.units, units)] = 0.0
+                network.get_parameter(place.tensor).movedim(place.dim, 0)[torch.isin(place.units, units)] = 0.0
     return True
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*NETWORKS, *CONCATENATED, *RECURRENT, *MOVED, *ATTENTION, *UNKNOWN_ATTENTION])
 def test_what_is_left_computes_what_the_whole_does_without_the_units(name: str) -> None:
     network, inputs = build(name)
     found = channels(network, inputs)
@@ -43,14 +58,14 @@ def test_what_is_left_computes_what_the_whole_does_without_the_units(name: str) 
         if silence(silent, group, units):
             cuts.append((group, units))
     kinds = {group.kind for group, _ in cuts}
-    assert kinds == ({"channels", "heads"} if name in ("vit", "llama", "bert") else {"channels"})
+    assert kinds == ({"channels", "heads"} if name in ("vit", "llama", "bert", *ATTENTION) else {"channels"})
     before = output(network, inputs)
     edits.apply(network, cut_edit(network, "", cuts))
     torch.testing.assert_close(output(network, inputs), output(silent, inputs), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(before, output(network, inputs), atol=1e-3)  # the units had said something
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*NETWORKS, "unet", "cspnet", "densenet", "distilbert", "gpt2"])
 def test_every_group_can_be_cut_to_one_unit_and_comes_back(name: str) -> None:
     network, inputs = build(name)
     found = channels(network, inputs)
@@ -165,10 +180,8 @@ def test_sizes_written_into_a_forward_are_found_out() -> None:
         def forward(self, inputs: Tensor) -> Tensor:
             return self.second(self.first(inputs).mean((2, 3)).view(-1, 4))
 
-    network = Fixed()
-    found = channels(network, IMAGES)
-    with pytest.raises(MisconfigurationException, match=r"fails once channels are removed.*exclude="):
-        found.check(0.1, Baseline(found.cost(), found.units), Limits(0.0, 1))
+    with pytest.raises(MisconfigurationException, match=r"Nothing .* can be cut .*first: the network fails once some of them"):
+        channels(Fixed(), IMAGES)
 
 
 def test_channels_that_meet_are_one_unit() -> None:
@@ -204,3 +217,46 @@ def test_grouped_queries_leave_with_their_key_and_value() -> None:
     attention = network.model.layers[0].self_attn
     assert [part.out_features for part in (attention.q_proj, attention.k_proj, attention.v_proj)] == [16, 8, 8]
     assert attention.o_proj.in_features == 16
+
+
+def test_outputs_of_a_transposed_convolution_can_be_excluded() -> None:
+    network, inputs = build("unet")
+    layers = {name for name, _ in network.named_modules()}
+    assert {group.name for group in channels(network, inputs, allowed=layers - {"up"}).groups} == {
+        "outer.0",
+        "inner.0",
+        "after.0",
+    }
+
+
+def test_queries_that_share_one_key_leave_one_by_one() -> None:
+    network, inputs = build("one key")
+    group = next(group for group in channels(network, inputs).groups if group.kind == "heads")
+    assert group.units == 6
+    edits.apply(network, cut_edit(network, "", [(group, torch.tensor([1, 4]))]))
+    attention = network.model.layers[0].self_attn
+    assert [part.out_features for part in (attention.q_proj, attention.k_proj, attention.v_proj)] == [16, 4, 4]
+    assert (attention.o_proj.in_features, attention.num_key_value_groups) == (16, 4)
+
+
+def test_low_rank_pairs_and_position_tables_lose_their_heads() -> None:
+    network, inputs = build("adapted vit")
+    group = next(group for group in channels(network, inputs).groups if group.kind == "heads")
+    edits.apply(network, cut_edit(network, "", [(group, torch.tensor([1]))]))
+    attention = network.get_submodule(group.name)
+    assert attention.qkv.base_layer.weight.shape == (54, 24)
+    assert attention.qkv.lora_B["default"].weight.shape == (54, 2)
+    assert attention.proj.lora_A["default"].weight.shape == (2, 18)
+    network, inputs = build("swin")
+    group = next(group for group in channels(network, inputs).groups if group.kind == "heads")
+    edits.apply(network, cut_edit(network, "", [(group, torch.tensor([1]))]))
+    assert network.get_submodule(group.name).relative_position_bias_table.shape == (49, 1)
+
+
+def test_attention_that_cannot_be_cut_stays_and_the_rest_goes() -> None:
+    found = channels(*build("t5"))
+    assert [group.name for group in found.groups] == [f"encoder.block.{at}.layer.1.DenseReluDense.wi" for at in (0, 1)]
+    assert set(found.whole) >= {f"encoder.block.{at}.layer.0.SelfAttention" for at in (0, 1)}  # they share one table
+    found = channels(*build("one operator"))
+    assert [group.name for group in found.groups] == ["up"]
+    assert "attention is a MultiheadAttention" in found.whole["down"]

@@ -6,6 +6,7 @@ import builtins
 import copy
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from structured_training import prune, twice
 from torch import nn
 
 import lightning_peft
-from lightning_peft import PSKD, MaskedPruning, NMSparsity, StructuredPruning, WeightCompander
+from lightning_peft import PSKD, BlockPruning, MaskedPruning, NMSparsity, StructuredPruning, WeightCompander
 from lightning_peft.structure.journal import journal_of
 from lightning_peft.testing.callbacks import every_epoch
-from lightning_peft.testing.modules import Conv, Plain, loader, trainer
+from lightning_peft.testing.modules import Conv, Plain, deepened, loader, trainer
 from lightning_peft.testing.runs import Fit, assert_same, fit
 
 pytest.importorskip("torch_pruning")
@@ -177,3 +178,18 @@ def test_a_network_that_is_not_called_is_refused() -> None:
         fit([StructuredPruning(start=2, network="unused")], style=Aside)
     with pytest.raises(MisconfigurationException, match=r"unused did not contribute.*exclude=\['unused'\]"):
         fit([StructuredPruning(start=2, network="")], style=Aside)
+
+
+def test_channels_and_blocks_leave_in_one_training_after_the_other() -> None:
+    style = deepened(Conv)
+    both = [StructuredPruning(0.3, start=2), BlockPruning(1, start=2, every=1)]
+    message = "block_pruning and structured_pruning both change the structure .* Train with one of them first"
+    with pytest.raises(MisconfigurationException, match=message):
+        lightning_peft.plan(style(), both)
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(both, style=style)
+    module = fit([both[1]], style=style).module
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "structured_pruning leaves whole")
+        fit([both[0]], module=module)
+    assert [edit["op"] for edit in journal_of(module)] == ["blocks", "slice"]

@@ -14,10 +14,12 @@ from lightning_peft.structure.edits import Edit
 from lightning_peft.weights.maps import plain_tensors, split_name
 from lightning_peft_plugins.pruning._structured_pruning.budget import Limits, StructuredScope, search, selections
 from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled, cut_edit, scores
-from lightning_peft_plugins.pruning._structured_pruning.dependency import channel_groups, layers_of
+from lightning_peft_plugins.pruning._structured_pruning.cut_proof import CutProof
+from lightning_peft_plugins.pruning._structured_pruning.dependency import HEADS, RETURNED, channel_groups, layers_of
 from lightning_peft_plugins.pruning._structured_pruning.heads import attention_heads
 from lightning_peft_plugins.pruning._structured_pruning.network_copy import NetworkCopy
 
+_MOST_REASONS = 5
 Counted = Literal["params", "flops", "channels"]
 
 
@@ -46,6 +48,12 @@ class Channels:
         allowed: Qualified names of layers whose outputs may go, ``None`` for all.
         counted: What the amount is a share of.
         excused: Qualified names of layers that need not take part in a call of the network.
+        failed: Groups that did not stand the proof before an earlier cut, and why; they are not tried again.
+
+    Attributes:
+        groups: What can be cut, proven by a :class:`~lightning_peft_plugins.pruning._structured_pruning.cut_proof.CutProof`.
+        whole: Why other layers keep their outputs, by name in the network.
+        failed: Those of them that did not stand the proof, now or before.
 
     Raises:
         MisconfigurationException: The network cannot be traced, or nothing of it can be cut.
@@ -61,34 +69,50 @@ class Channels:
         allowed: Collection[str] | None,
         counted: Counted,
         excused: Collection[str] = (),
+        failed: Mapping[str, str] | None = None,
     ) -> None:
         self.module, self.path, self.counted = module, path, counted
         self._costs: dict[tuple[int, ...], float] = {}
         self.twin = NetworkCopy(network, path, example)
+        prefix = f"{path}." if path else ""
         heads = list(attention_heads(self.twin.module))
         groups: list[Coupled] = list(heads) if "heads" in kinds else []
-        self.whole: dict[str, str] = {}
+        whole: dict[str, str] = {}
         if "channels" in kinds:
-            prefix = f"{path}." if path else ""
-            channels, self.whole = channel_groups(self.twin, layers_of(heads), {name.removeprefix(prefix) for name in excused})
+            channels, whole = channel_groups(self.twin, layers_of(heads), {name.removeprefix(prefix) for name in excused})
             groups = channels + groups
-        self.groups = [group for group in groups if self._allowed(group, allowed) and self._own(group)]
+        self.whole = {n: why for n, why in whole.items() if why != HEADS and (allowed is None or prefix + n in allowed)}
+        groups = [group for group in groups if self._allowed(group, allowed) and self._own(group)]
+        self.failed = dict(failed or {})
+        if groups := [group for group in groups if group.name not in self.failed]:
+            self.failed |= CutProof(network, self.twin.name, example).failing(groups)
+        self.whole |= self.failed
+        self.groups = [group for group in groups if group.name not in self.failed]
         if not self.groups:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in list(self.whole.items())[:5])
+            reasons = self.left_whole(returned=True)
             raise MisconfigurationException(
                 f"Nothing of {self.twin.name} can be cut in {' and '.join(kinds)}. {reasons or 'targets= leave nothing.'} "
                 "Choose other targets= or another network=."
             )
 
+    def left_whole(self, returned: bool = False) -> str:
+        """Say which layers keep outputs that were to go, and why, in a sentence or two; ``""`` when none do.
+
+        Args:
+            returned: Whether to speak of what the network returns too, which always stays.
+        """
+        prefix = f"{self.path}." if self.path else ""
+        found = sorted(self.whole.items(), key=lambda item: item[1] == RETURNED)
+        reasons = [f"{prefix}{name}: {why}" for name, why in found if returned or why != RETURNED]
+        more = f"; and {len(reasons) - _MOST_REASONS} more" if len(reasons) > _MOST_REASONS else ""
+        return "; ".join(reasons[:_MOST_REASONS]) + more + "." if reasons else ""
+
     def _allowed(self, group: Coupled, allowed: Collection[str] | None) -> bool:
         """Whether every layer that writes the group's units may lose outputs; excluded layers read what is left."""
         if allowed is None:
             return True
-        writers = {split_name(place.tensor)[0] for place in group.places if place.scored and place.dim == 0}
-        layers = dict(self.twin.module.named_modules())
         prefix = f"{self.path}." if self.path else ""
-        weighted = {name for name in writers if layers.get(name).weight.ndim > 1}
-        return all(prefix + name in allowed for name in weighted)
+        return all(prefix + split_name(place.tensor)[0] in allowed for place in group.places if place.written)
 
     def _own(self, group: Coupled) -> bool:
         """Whether no layer outside the network shares a tensor of the group."""
@@ -149,7 +173,7 @@ class Channels:
             raise MisconfigurationException(
                 f"{share:.0%} of the {self.counted} of {self.twin.name} cannot be removed: at most "
                 f"{1 - self.cost(least) / baseline.cost:.0%} can. Lower amount=, or allow more with min_kept=, round_to= or "
-                "exclude=."
+                f"exclude=. {self.left_whole()}".rstrip()
             )
         self._run(least)
 

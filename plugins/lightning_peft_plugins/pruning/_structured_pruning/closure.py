@@ -6,7 +6,7 @@ channels it met twice. Here every coordinate is visited once, and channels that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -59,9 +59,9 @@ class Closure:
             for dependency in node.dependencies:
                 if not dependency.is_triggered_by(handler):
                     continue
-                mapped = indices
-                for mapping in dependency.index_mapping:
-                    mapped = mapped if mapping is None else mapping(mapped)
+                mapped = _mapped(indices, dependency.index_mapping)
+                if not mapped:
+                    continue  # another part of a concatenation
                 fresh = self._new(dependency.target, dependency.handler, mapped)
                 if fresh:
                     stack.append((dependency.target, dependency.handler, fresh))
@@ -109,3 +109,12 @@ class Closure:
         units = torch.full((size,), -1)
         units[torch.tensor(list(place.roots))] = self.units[torch.tensor(list(place.roots.values()))]
         return units
+
+
+def _mapped(indices: list[Any], mappings: Sequence[Any]) -> list[Any]:
+    try:
+        for mapping in mappings:
+            indices = indices if mapping is None else mapping(indices)
+    except (ArithmeticError, LookupError, TypeError) as error:  # it holds sizes that Torch-Pruning could not work out
+        raise OverflowError from error
+    return indices

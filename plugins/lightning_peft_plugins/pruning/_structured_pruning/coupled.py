@@ -25,12 +25,14 @@ class UnitPlace:
         dim: The dimension.
         units: Unit of each of its coordinates, -1 for those that belong to none; shape ``(size,)``.
         scored: Whether its values say how much a unit matters: weights of layers do, biases and statistics do not.
+        written: Whether the layer makes the units with it; others read them, or pass them on.
     """
 
     tensor: str
     dim: int
     units: Tensor
     scored: bool = False
+    written: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -11,13 +12,16 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_peft.network.layers import own_parameters
+from lightning_peft.network.layers import is_linear, own_parameters
 from lightning_peft.weights.maps import split_name
 from lightning_peft_plugins.pruning._structured_pruning.closure import Closure, Reached
 from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled, UnitCount, UnitPlace
+from lightning_peft_plugins.pruning._structured_pruning.example import leaves
 from lightning_peft_plugins.pruning._structured_pruning.network_copy import NetworkCopy
 
 _Item: TypeAlias = tuple[Closure, Reached]
+RETURNED = "they are what the network returns"
+HEADS = "they are attention heads"
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
@@ -62,7 +66,15 @@ def channel_groups(
     try:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about parameters it takes for channels of their last dimension, as we do
-            graph.build_dependency(twin.module, {}, forward_fn=lambda network, _: twin.call(), verbose=False)
+            graph.build_dependency(
+                twin.module,
+                {},
+                forward_fn=lambda network, _: twin.call(),
+                customized_pruners=_transposed(tp, twin.module),
+                verbose=False,
+            )
+    except ArithmeticError:
+        _map_one_by_one(tp, graph)
     except Exception as error:
         raise MisconfigurationException(
             f"Torch-Pruning cannot trace {twin.name}: {type(error).__name__}: {error}. Name a part of the module with "
@@ -77,7 +89,7 @@ def channel_groups(
         except UncuttableError as reason:
             whole[name] = str(reason)
         except OverflowError:
-            whole[name] = "the graph lost track of which channel is which"
+            whole[name] = "the graph loses track of which channel is which on their way to the next layer"
     place = {name: order for order, name in enumerate(reader.names.values())}
     return sorted(groups, key=lambda group: place[group.name]), whole
 
@@ -99,19 +111,23 @@ class _Reader:
         self.aliases: dict[int, list[str]] = {}
         for name, parameter in twin.module.named_parameters(remove_duplicate=False):
             self.aliases.setdefault(id(parameter), []).append(name)
-        self.network = twin.module
+        self.twin, self.network = twin, twin.module
 
     def check_reached(self, excused: Collection[str]) -> None:
-        """Refuse layers that the graph does not know, because it cannot say what feeds them.
+        """Refuse layers that took no part in the call, because nothing can say what feeds them.
+
+        Layers that took part unknown to the graph (an attention of one operator, a transposed linear layer) are none of them:
+        what happens around them is proven with the cut.
 
         Raises:
             MisconfigurationException: There are some.
         """
+        used = self._used()
         missed = [
             name
             for module, name in self.names.items()
-            if own_parameters(module) and module not in self.graph.module2node
-            if name not in excused and not self._reached_by_parameter(module)
+            if own_parameters(module) and module not in self.graph.module2node and name not in excused
+            if all(id(parameter) not in used and parameter.numel() > 1 for parameter in own_parameters(module).values())
         ]
         if missed:
             raise MisconfigurationException(
@@ -120,16 +136,28 @@ class _Reader:
                 f'network="<name>". If nothing inside the network feeds them, say so with exclude={missed[:5]}.'
             )
 
-    def _reached_by_parameter(self, module: nn.Module) -> bool:
-        known = {id(part) for part in self.graph.module2node if isinstance(part, nn.Parameter)}
-        return all(id(parameter) in known or parameter.numel() == 1 for parameter in own_parameters(module).values())
+    def _used(self) -> set[int]:
+        """Parameters that the output depends on."""
+        with torch.enable_grad():
+            found = [value.grad_fn for value in leaves(self.twin.call()) if isinstance(value, Tensor)]
+        used: set[int] = set()
+        seen: set[Any] = set()
+        while found:
+            step = found.pop()
+            if step is None or step in seen:
+                continue
+            seen.add(step)
+            if hasattr(step, "variable"):
+                used.add(id(step.variable))
+            found += [parent for parent, _ in step.next_functions]
+        return used
 
     def closures(self) -> Iterator[tuple[str, Closure | None]]:
         """Follow the outputs of every layer that no other layer's outputs led to, by the layer's name."""
         self._sever_attention()
         seen: set[int] = set()
         for layer, node in list(self.graph.module2node.items()):
-            if not isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear)) or id(layer) in seen:
+            if not (isinstance(layer, nn.modules.conv._ConvNd) or is_linear(layer)) or id(layer) in seen:
                 continue
             cutter = self.graph.get_pruner_of_module(layer)
             try:
@@ -161,7 +189,7 @@ class _Reader:
         for place in closure:
             node, outputs = place.node, self.graph.is_out_channel_pruning_fn(place.handler)
             if node.type == self.tp.ops.OPTYPE.OUTPUT or (outputs and not node.outputs):
-                raise UncuttableError("they are what the network returns")
+                raise UncuttableError(RETURNED)
             module = node.module
             if isinstance(module, nn.Parameter):
                 more = self._parameter(module, int(node.pruning_dim), (closure, place))
@@ -189,12 +217,15 @@ class _Reader:
     def _layer(self, layer: Any, outputs: bool, item: _Item) -> tuple[list[UnitPlace], list[UnitCount]]:
         name = self.names[layer]
         if f"{name}:{'out' if outputs else 'in'}" in self.attended:
-            raise UncuttableError("they are attention heads")
+            raise UncuttableError(HEADS)
         if isinstance(layer, nn.modules.conv._ConvNd):
             return self._conv(name, layer, outputs, item)
         if isinstance(layer, nn.Linear):
             units = _units(layer.out_features if outputs else layer.in_features, item)
             return _weighted(name, layer, 0 if outputs else 1, outputs, ["out_features" if outputs else "in_features"], units)
+        if is_linear(layer):
+            units = _units(layer.nf if outputs else layer.nx, item)
+            return _weighted(name, layer, int(outputs), outputs, ["nf" if outputs else "nx"], units)
         if isinstance(layer, nn.Embedding):
             units = _units(layer.embedding_dim, item)
             return [UnitPlace(f"{name}.weight", 1, units)], [UnitCount(name, "embedding_dim", units)]
@@ -240,7 +271,7 @@ class _Reader:
 def _weighted(
     name: str, layer: Any, dim: int, outputs: bool, attributes: list[str], units: Tensor
 ) -> tuple[list[UnitPlace], list[UnitCount]]:
-    places = [UnitPlace(f"{name}.weight", dim, units, scored=True)]
+    places = [UnitPlace(f"{name}.weight", dim, units, scored=True, written=outputs)]
     if outputs and layer.bias is not None:
         places.append(UnitPlace(f"{name}.bias", 0, units))
     return places, [UnitCount(name, attribute, units) for attribute in attributes]
@@ -267,6 +298,34 @@ def _merged(places: list[UnitPlace]) -> list[UnitPlace]:
     return list(found.values())
 
 
-def layers_of(groups: Iterator[Coupled] | list[Coupled]) -> set[str]:
+def layers_of(groups: Iterable[Coupled]) -> set[str]:
     """``"layer:out"`` and ``"layer:in"`` for the layers of groups of heads."""
-    return {f"{split_name(place.tensor)[0]}:{'in' if place.dim else 'out'}" for group in groups for place in group.places}
+    places = (place for group in groups for place in group.places if place.scored)
+    return {f"{split_name(place.tensor)[0]}:{'out' if place.written else 'in'}" for place in places}
+
+
+def _map_one_by_one(tp: ModuleType, graph: Any) -> None:
+    """Map the indices of a traced graph without the operations whose sizes Torch-Pruning divides by zero for.
+
+    It gives up at the first of them. What runs through it is then found to be mapped wrongly when the cuts are proven.
+    """
+    nodes = graph.module2node
+    for module, node in nodes.items():
+        graph.module2node = {module: node}
+        with contextlib.suppress(ArithmeticError):
+            tp.dependency.index_mapping.update_index_mapping(graph)
+    graph.module2node = nodes
+
+
+def _transposed(tp: ModuleType, network: nn.Module) -> dict[type[nn.Module], Any]:
+    """A handler for linear layers with a transposed weight (``Conv1D`` of transformers), by class."""
+
+    class Transposed(tp.pruner.function.LinearPruner):  # type: ignore[name-defined,misc]
+        def get_out_channels(self, layer: Any) -> int:
+            return int(layer.nf)
+
+        def get_in_channels(self, layer: Any) -> int:
+            return int(layer.nx)
+
+    found = {type(layer) for layer in network.modules() if is_linear(layer) and not isinstance(layer, nn.Linear)}
+    return {kind: Transposed() for kind in found}

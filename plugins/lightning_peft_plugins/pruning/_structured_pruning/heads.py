@@ -1,94 +1,138 @@
-"""Attention heads as groups of units: which rows and columns of which layers a head is."""
+"""Attention heads as groups of units: which rows and columns of which layers a head is.
+
+Names only propose here: whether a head can leave is proven with every other cut
+(:class:`~lightning_peft_plugins.pruning._structured_pruning.cut_proof.CutProof`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.network.layers import own_parameters
+from lightning_peft.network.layers import is_linear, is_norm, own_parameters
 from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled, UnitCount, UnitPlace
 
-_SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
-_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads")
-_SPANS = ("attn_dim", "all_head_size")
+_FUSED = (("qkv", "proj"), ("c_attn", "c_proj"))
+_SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
+_WRITERS = ("o_proj", "out_proj", "out_lin", "o")
+_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
+_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "n_heads")
+_SPANS = ("attn_dim", "all_head_size", "split_size", "inner_dim")
+_SHARES = ("num_key_value_groups",)
+
+_Layers: TypeAlias = "list[tuple[str, Any, Tensor]]"  # linear layers, each with the unit of each of its outputs or inputs
 
 
 def attention_heads(network: nn.Module) -> Iterator[Coupled]:
     """Yield the heads of every attention of a known layout.
 
-    Known are timm's ``Attention`` (one layer ``qkv`` with ``proj``), Hugging Face's Llama family (``q_proj``, ``k_proj``,
-    ``v_proj``, ``o_proj``) and BERT family (``query``, ``key``, ``value`` with the sibling ``output.dense``). With grouped
-    queries a unit is a key-value head with all of its query heads.
+    Known are one layer for queries, keys and values (timm's ``qkv`` with ``proj``, GPT-2's ``c_attn`` with ``c_proj``), and
+    one for each (``q_proj``, ``query``, ``q_lin`` or ``q``, with ``o_proj``, ``out_proj``, ``out_lin``, ``o`` or the sibling
+    ``output.dense``), low-rank pairs beside them included. With grouped queries a unit is a key-value head with all of its
+    query heads; where all queries share one key-value head it is a query head.
     """
-    modules = dict(network.named_modules())
-    for path, layer in modules.items():
-        if own_parameters(layer):
-            continue  # a table of relative positions, say, which has heads of its own
-        found = _fused(path, layer) or _separate(path, layer, modules)
+    for path, layer in network.named_modules():
+        found = next(filter(None, (_fused(path, layer, names) for names in _FUSED)), None) or _separate(path, layer, network)
         if found is not None and found.units > 1:
             yield found
 
 
-def _fused(path: str, layer: nn.Module) -> Coupled | None:
-    heads, reader, writer = (getattr(layer, name, None) for name in ("num_heads", "qkv", "proj"))
-    if type(heads) is not int or not isinstance(reader, nn.Linear) or not isinstance(writer, nn.Linear):
+def _fused(path: str, layer: nn.Module, names: tuple[str, str]) -> Coupled | None:
+    heads = getattr(layer, "num_heads", None)
+    parts = [getattr(layer, name, None) for name in names]
+    if type(heads) is not int or not all(isinstance(part, nn.Module) and _width(part, 0) for part in parts):
         return None
+    width = _width(parts[1], 1)
     whole = own_parameters(getattr(layer, "norm", None) or nn.Identity())  # a norm over all heads ties them
-    if whole or writer.in_features % heads or reader.out_features != 3 * writer.in_features:
+    if whole or width % heads or _width(parts[0], 0) != 3 * width:
         return None
-    size = writer.in_features // heads
-    one = torch.arange(heads).repeat_interleave(size)
-    readers = [(f"{path}.qkv", reader, one.repeat(3))]
+    one = torch.arange(heads).repeat_interleave(width // heads)
+    readers = _linear(f"{path}.{names[0]}", parts[0], 0, one.repeat(3))
     gate = getattr(layer, "gate", None)
     if isinstance(gate, nn.Linear):
         readers.append((f"{path}.gate", gate, one))
-    return _group(path, layer, heads, readers, (f"{path}.proj", writer, one))
+    return _group(path, layer, heads, readers, _linear(f"{path}.{names[1]}", parts[1], 1, one))
 
 
-def _separate(path: str, layer: nn.Module, modules: dict[str, nn.Module]) -> Coupled | None:
-    names = next((names for names in _SEPARATE if all(isinstance(getattr(layer, n, None), nn.Linear) for n in names)), None)
-    size = next((vars(layer)[key] for key in ("head_dim", "attention_head_size") if type(vars(layer).get(key)) is int), 0)
-    if names is None or not size:
-        return None
-    query, key, value = (modules[f"{path}.{name}"] for name in names)
+def _separate(path: str, layer: nn.Module, network: nn.Module) -> Coupled | None:
+    size = next((vars(layer)[key] for key in _SIZES if type(vars(layer).get(key)) is int), 0)
+    names = next((names for names in _SEPARATE if all(_width(getattr(layer, n, None), 0) for n in names)), None)
     outside = f"{path.rpartition('.')[0]}.output.dense".removeprefix(".")
-    writer_path = outside if names[0] == "query" else f"{path}.o_proj"
-    writer = modules.get(writer_path)
-    if not all(isinstance(part, nn.Linear) for part in (query, key, value, writer)):
+    writers = {f"{path}.{name}".removeprefix("."): getattr(layer, name, None) for name in _WRITERS}
+    if names is not None and names[0] == "query":
+        writers[outside] = dict(network.named_modules()).get(outside)
+    writer = next((name for name, part in writers.items() if _width(part, 1)), None)
+    if names is None or not size or writer is None:
         return None
-    heads = int(key.out_features) // size  # type: ignore[arg-type]
-    widths = [int(part.out_features) for part in (query, key, value)]  # type: ignore[arg-type]
-    if not heads or widths[1] != heads * size or widths[2] != widths[1] or widths[0] % widths[1]:
+    parts = [getattr(layer, name) for name in names]
+    queries, keys, values = (_width(part, 0) for part in parts)
+    if keys % size or keys != values or not keys or queries % keys or _width(writers[writer], 1) != queries:
         return None
-    if writer.in_features != widths[0]:  # type: ignore[union-attr]
-        return None
-    kv = torch.arange(heads).repeat_interleave(size)
-    queries = torch.arange(heads).repeat_interleave(size * (widths[0] // widths[1]))
-    readers = list(zip([f"{path}.{name}" for name in names], (query, key, value), (queries, kv, kv), strict=True))
-    return _group(path, layer, heads, readers, (writer_path, writer, queries))
+    shared = keys == size < queries  # one key-value head for all queries
+    heads = (queries if shared else keys) // size
+    one = torch.arange(heads).repeat_interleave(queries // heads)
+    readers = _linear(f"{path}.{names[0]}", parts[0], 0, one)
+    for name, part in () if shared else zip(names[1:], parts[1:], strict=True):
+        readers += _linear(f"{path}.{name}", part, 0, torch.arange(heads).repeat_interleave(size))
+    counts = (*_COUNTS, *_SHARES) if shared else _COUNTS
+    return _group(path, layer, heads, readers, _linear(writer, writers[writer], 1, one), counts)
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer."""
+    weight: Any = layer.weight
+    return tuple(weight.shape) if isinstance(layer, nn.Linear) else tuple(weight.shape[::-1])
+
+
+def _width(part: Any, side: int) -> int:
+    """Outputs (0) or inputs (1) of a linear layer, or of the one that an adapter holds; 0 for anything else."""
+    part = getattr(part, "base_layer", part)
+    return _sizes(part)[side] if isinstance(part, nn.Module) and is_linear(part) else 0
+
+
+def _linear(path: str, part: nn.Module, side: int, units: Tensor) -> _Layers:
+    """The linear layers in a part that have all of its outputs (0) or inputs (1)."""
+    return [
+        (f"{path}.{name}".rstrip("."), layer, units)
+        for name, layer in part.named_modules()
+        if is_linear(layer) and _sizes(layer)[side] == len(units)
+    ]
 
 
 def _group(
-    path: str,
-    layer: nn.Module,
-    heads: int,
-    readers: Sequence[tuple[str, Any, Tensor]],
-    writer: tuple[str, Any, Tensor],
+    path: str, layer: nn.Module, heads: int, readers: _Layers, writers: _Layers, counts: Sequence[str] = _COUNTS
 ) -> Coupled:
     places, numbers = [], []
-    for name, reader, units in readers:
-        places.append(UnitPlace(f"{name}.weight", 0, units, scored=True))
-        if reader.bias is not None:
-            places.append(UnitPlace(f"{name}.bias", 0, units))
-        numbers.append(UnitCount(name, "out_features", units))
-    places.append(UnitPlace(f"{writer[0]}.weight", 1, writer[2], scored=True))
-    numbers.append(UnitCount(writer[0], "in_features", writer[2]))
+    for name, part, units in readers:
+        plain = isinstance(part, nn.Linear)
+        places.append(UnitPlace(f"{name}.weight", 0 if plain else 1, units, scored=True, written=True))
+        if part.bias is not None:
+            places.append(UnitPlace(f"{name}.bias", 0, units, written=True))
+        numbers.append(UnitCount(name, "out_features" if plain else "nf", units))
+    for name, part, units in writers:
+        plain = isinstance(part, nn.Linear)
+        places.append(UnitPlace(f"{name}.weight", 1 if plain else 0, units, scored=True))
+        numbers.append(UnitCount(name, "in_features" if plain else "nx", units))
+    one = writers[0][2]
     for attribute, value in vars(layer).items():
-        if attribute in _SPANS and value == len(writer[2]):
-            numbers.append(UnitCount(path, attribute, writer[2]))
-        elif attribute in _COUNTS and type(value) is int and value % heads == 0:
+        if attribute in _SPANS and value == len(one):
+            numbers.append(UnitCount(path, attribute, one))
+        elif attribute in counts and type(value) is int and value and value % heads == 0:
             numbers.append(UnitCount(path, attribute, torch.arange(heads).repeat_interleave(value // heads)))
+    places += [UnitPlace(f"{path}.{name}".removeprefix("."), dim, torch.arange(heads)) for name, dim in _tables(layer, heads)]
     return Coupled(path, "heads", heads, places, numbers)
+
+
+def _tables(layer: nn.Module, heads: int) -> Iterator[tuple[str, int]]:
+    """Parameters with a number for each head, such as tables of relative positions, and the dimension of the heads."""
+    for path, part in layer.named_modules():
+        if is_linear(part) or is_norm(part):
+            continue
+        own: Mapping[str, Tensor] = own_parameters(part)
+        for name, parameter in own.items():
+            dims = [dim for dim, length in enumerate(parameter.shape) if length == heads]
+            if len(dims) == 1:
+                yield f"{path}.{name}".removeprefix("."), dims[0]
