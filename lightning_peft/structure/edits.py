@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.structure import depth, put, slices, width
+from lightning_peft.structure.block_positions import Noted
 from lightning_peft.structure.edit_types import BlocksEdit, PutEdit, Recorded
 from lightning_peft.structure.edit_types import Edit as Edit
 from lightning_peft.structure.errors import CheckpointError
@@ -56,6 +57,7 @@ class Change:
             tensor to that of the one it is trained like.
         removed: Blocks and layers that left, by old prefix; they keep their tensors, so that the edit can be undone.
         cut: What left each sliced tensor, by name, so that the edit can be undone.
+        noted: Gives back what was noted about blocks before the edit.
     """
 
     edit: Edit
@@ -63,6 +65,7 @@ class Change:
     copied: dict[str, str] = field(default_factory=dict)
     removed: dict[str, nn.Module] = field(default_factory=dict)
     cut: slices.Cut = field(default_factory=dict)
+    noted: Noted = field(default_factory=list)
 
     def new_name(self, name: str) -> str | None:
         """Return what a tensor is called now; ``None`` when it was removed."""
@@ -153,7 +156,8 @@ def apply(module: nn.Module, edit: Edit) -> Change:
         return Change(edit, cut=slices.cut(module, edit))
     if edit["op"] == "put":
         return Change(edit, *put.put(module, edit))
-    return Change(edit, *depth.set_blocks(module, edit))
+    renamed, copied, removed, noted = depth.set_blocks(module, edit)
+    return Change(edit, renamed, copied, removed, noted=noted)
 
 
 def adopt(module: nn.Module, journal: Sequence[Edit]) -> list[Change]:
@@ -225,4 +229,4 @@ def undo(module: nn.Module, change: Change) -> None:
     elif change.edit["op"] == "put":
         put.take_out(module, change.edit, change.removed)
     else:
-        depth.undo_blocks(module, change.edit, change.removed)
+        depth.undo_blocks(module, change.edit, change.removed, change.noted)

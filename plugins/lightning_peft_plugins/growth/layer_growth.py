@@ -61,6 +61,8 @@ class LayerGrowth(TimedMethod):
         operator_steps: Batches on which ``"ligo"`` learns its operator, at the moment of growth.
         operator_lr: Learning rate of that.
         follow: ``"new"``: other methods (masks, weight maps) act on new blocks too; ``"none"``: new blocks stay plain.
+        check: ``"class"``: a network that its class builds from a configuration (``net.config``) is refused if the class cannot
+            build what it grows into, and each block gets what the class gives to its position; ``"off"``: neither.
         monitor: Metric that ``"plateau"`` watches, by default the first logged one with "val" and "loss" in its name.
         patience: Looks at it without progress that make a plateau.
         min_delta: Relative fall that counts as progress.
@@ -99,6 +101,7 @@ class LayerGrowth(TimedMethod):
         operator_steps: int = 100,
         operator_lr: float = 0.01,
         follow: str = "new",
+        check: str = "class",
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -106,9 +109,17 @@ class LayerGrowth(TimedMethod):
         super().__init__(at=at, lr=lr or OPERATORS[operator].lr, **kwargs)
         one_of("optimizer_state", optimizer_state, (None, *RULES))
         one_of("follow", follow, ("new", "none"))
+        one_of("check", check, ("class", "off"))
         self.operator = OPERATORS[operator]
         self.plan = GrowthPlan(
-            operator, read_sizes(to, len(self.moments), start), start, blocks, list(outputs), width_map, follow == "new"
+            operator,
+            read_sizes(to, len(self.moments), start),
+            start,
+            blocks,
+            list(outputs),
+            width_map,
+            follow == "new",
+            check,
         )
         self.optimizer_state: Any = optimizer_state or self.operator.optimizer_state
         self.seed, self.grow_time = seed, grow_time

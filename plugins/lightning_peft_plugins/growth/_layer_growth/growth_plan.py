@@ -30,6 +30,7 @@ class GrowthPlan:
         outputs: Layers of a block that write into the residual stream.
         width_map: How the network is made of axes.
         follow: Whether other methods act on new layers.
+        check: Whether the network's class must be able to build what it grows into.
 
     Attributes:
         found: Whether :meth:`find` has looked at a module.
@@ -46,10 +47,11 @@ class GrowthPlan:
         outputs: list[str],
         width_map: WidthMap | None,
         follow: bool,
+        check: str = "class",
     ) -> None:
         self.operator, self.kind = OPERATORS[operator], operator
         self.sizes, self.start, self.blocks = sizes, start, blocks
-        self.outputs, self.width_map, self.follow = outputs, width_map, follow
+        self.outputs, self.width_map, self.follow, self.check = outputs, width_map, follow, check
         self.found, self.path, self._network = False, "", ""
         self.past = 0
         self._built = 0
@@ -126,7 +128,7 @@ class GrowthPlan:
         """Return the edit to begin small; ``None`` to begin as built."""
         if self.start is None:
             return None
-        return blocks_edit(module, self.path, list(range(self.start))) | {"follow": self.follow}
+        return blocks_edit(module, self.path, list(range(self.start)), check=self.check) | {"follow": self.follow}
 
     def check_next(self, module: nn.Module, event: int, part: int) -> None:
         """Refuse a module that has the size of the next event already, before training goes on.
@@ -181,7 +183,8 @@ class GrowthPlan:
         blocks = list(blocks_at(module, self.path))
         self._check_deeper(len(blocks), depth)
         rates = {name: redrawn(ends, depth) or [] for name, ends in self._ends.items()}
-        edit = blocks_edit(module, self.path, self.operator.sources(len(blocks), depth), rates=rates or None)
+        sources = self.operator.sources(len(blocks), depth)
+        edit = blocks_edit(module, self.path, sources, rates=rates or None, check=self.check)
         return edit | self.operator.settings(blocks[0], self.outputs) | {"follow": self.follow}
 
     def blocks_now(self, module: nn.Module) -> int:
