@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_peft.structure import depth, put, slices, width
 from lightning_peft.structure.block_positions import Noted
+from lightning_peft.structure.bounds import may_scale
 from lightning_peft.structure.edit_types import BlocksEdit, PutEdit, Recorded
 from lightning_peft.structure.edit_types import Edit as Edit
 from lightning_peft.structure.errors import CheckpointError
@@ -176,7 +177,7 @@ def adopt(module: nn.Module, journal: Sequence[Edit]) -> list[Change]:
             f"The checkpoint's journal of structural changes is malformed, or belongs to another model: {error!r}."
         ) from error
     for (path, key), (old, new) in numbers.items():
-        if getattr(layers[path], key, None) == old:
+        if getattr(layers[path], key, None) == old and may_scale(module, path, key, new):
             setattr(layers[path], key, new)
     return [Change(edit) for edit in journal]
 
