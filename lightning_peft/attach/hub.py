@@ -44,7 +44,7 @@ from lightning_peft.contract import Contract, methods_of, ordered
 from lightning_peft.namespaces import own
 from lightning_peft.network.resolve import check_materialised
 from lightning_peft.optim.schedulers import FreshSchedule
-from lightning_peft.strategies.support import check_strategy
+from lightning_peft.strategies.support import check_strategy, rewrap
 from lightning_peft.structure.carry import regroup
 from lightning_peft.weights import stash
 from lightning_peft.weights.attachment import Attachment
@@ -273,6 +273,8 @@ class Hub:
         for method in self.methods:
             method.steps = self.run.step
             method.start(self.run)
+        if self._trained.freeze_late():
+            rewrap(self.run.trainer)
         part_calls.warn_untrained(self.run.trainer, self.run.module)
         self._end_missed_epoch()
         self._get_ready()

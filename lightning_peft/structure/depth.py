@@ -36,8 +36,15 @@ def blocks_at(module: nn.Module, path: str) -> Blocks:
         found = module.get_submodule(path)
     except AttributeError:
         raise CheckpointError(f"{type(module).__name__} has no submodule {path!r}, whose blocks should change.") from None
-    if not isinstance(found, (nn.ModuleList, nn.Sequential)) or list(found._modules) != [str(i) for i in range(len(found))]:
+    if not isinstance(found, (nn.ModuleList, nn.Sequential)):
         raise CheckpointError(f"{path} is a {type(found).__name__}; blocks are changed in a ModuleList or Sequential only.")
+    if list(found._modules) != [str(i) for i in range(len(found))]:
+        name = next(name for place, name in enumerate(found._modules) if name != str(place))
+        raise CheckpointError(
+            f"{path} is a {type(found).__name__} whose entries have names of their own ({name!r}); what a new block would be "
+            "called cannot be known. Number them where the module is built, say in its __init__: "
+            f"self.{path} = nn.Sequential(*self.{path}). Names of weights change with it."
+        )
     return found
 
 

@@ -37,6 +37,7 @@ class EditRequest:
             ``"pad"``: new coordinates start from zero, old ones keep their state.
         restart_steps: Set the step counts of copied states to 0.
         restart_schedulers: Let every scheduler begin again.
+        train_new: Train new tensors whose source is not trained, too, like the first that is.
     """
 
     edit: Edit
@@ -44,6 +45,7 @@ class EditRequest:
     optimizer_state: Literal["reset", "copy", "pad"] = "pad"
     restart_steps: bool = False
     restart_schedulers: bool = False
+    train_new: bool = False
 
 
 @dataclass
