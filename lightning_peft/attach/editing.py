@@ -130,7 +130,8 @@ def _carry_optimizers(
 ) -> None:
     optimizers = trainer.optimizers
     pairs = _new_parameters(module, change, optimizers, old)
-    carry.join(optimizers, [config.scheduler for config in trainer.lr_scheduler_configs], pairs)
+    joining = _trained_too(optimizers, pairs) if growth.train_new else pairs
+    carry.join(optimizers, [config.scheduler for config in trainer.lr_scheduler_configs], joining)
     gone = _gone_parameters(module, change)
     if growth.optimizer_state == "reset":
         tensors = plain_tensors(module)
@@ -142,6 +143,16 @@ def _carry_optimizers(
         alike = {name: (new, source) for name, (new, source) in pairs.items() if new.shape == source.shape}
         carry.copy_states(optimizers, alike, restart_steps=growth.restart_steps)
     carry.leave(optimizers, gone)
+
+
+def _trained_too(
+    optimizers: Sequence[Optimizer], pairs: Mapping[str, tuple[nn.Parameter, nn.Parameter]]
+) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """New parameters with one to be trained like: their source, or the first that is trained where it is not."""
+    trained = trained_by(*optimizers)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    first = next((parameter for group in groups for parameter in group["params"]), None)
+    return {name: (new, source if source in trained or first is None else first) for name, (new, source) in pairs.items()}
 
 
 def _gone_parameters(module: nn.Module, change: Change) -> list[nn.Parameter]:

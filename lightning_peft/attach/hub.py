@@ -23,6 +23,7 @@ from lightning_peft.attach.loader_state import restore_loader
 from lightning_peft.attach.map_groups import MapGroups
 from lightning_peft.attach.method_lives import MethodLives
 from lightning_peft.attach.neighbours import check_neighbours
+from lightning_peft.attach.new_blocks import NewBlocks
 from lightning_peft.attach.optimizer_wraps import wrap_optimizers
 from lightning_peft.attach.plan import network_of, resolve
 from lightning_peft.attach.saving import CheckpointHooks
@@ -43,7 +44,7 @@ from lightning_peft.contract import Contract, methods_of, ordered
 from lightning_peft.namespaces import own
 from lightning_peft.network.resolve import check_materialised
 from lightning_peft.optim.schedulers import FreshSchedule
-from lightning_peft.strategies.support import check_strategy
+from lightning_peft.strategies.support import check_strategy, rewrap
 from lightning_peft.structure.carry import regroup
 from lightning_peft.weights import stash
 from lightning_peft.weights.attachment import Attachment
@@ -130,6 +131,7 @@ class Hub:
         self._adapter: Contract | None = None
         self._evaluation: EvaluationShim | None = None
         self._saving: CheckpointHooks | None = None
+        self._new_blocks = NewBlocks()
         self._first = FirstEdits(module, self.methods)
         self._finished: list[Contract] = []
         self._found: frozenset[Attachment] = frozenset()
@@ -254,6 +256,7 @@ class Hub:
         if self.active and self.run.started:
             if not self._moved:
                 part_calls.check_called(self.run.module)
+            self._new_blocks.check(self.run.module)
             for method in self.methods:
                 method.before_step(self.run, optimizer)
             if self._gradients is not None and not self.run.module.automatic_optimization:
@@ -270,6 +273,8 @@ class Hub:
         for method in self.methods:
             method.steps = self.run.step
             method.start(self.run)
+        if self._trained.freeze_late():
+            rewrap(self.run.trainer)
         part_calls.warn_untrained(self.run.trainer, self.run.module)
         if self._fitting:
             validating.warn_of_judges(self.run, self.methods)
@@ -325,7 +330,10 @@ class Hub:
         for method in self.methods:
             if method.lane == Lane.STRUCTURE:
                 while (growth := method.next_edit(self.run)) is not None:
-                    edit_training(self.run.trainer, self.run.module, self.methods, growth, self._trained, self.run.schedules)
+                    change = edit_training(
+                        self.run.trainer, self.run.module, self.methods, growth, self._trained, self.run.schedules
+                    )
+                    self._new_blocks.added(change)
 
     def end_epoch(self) -> None:
         """Tell every method that an epoch is over."""

@@ -60,16 +60,21 @@ class TrainedParameters:
         sizes = [sum(parameter.numel() for parameter in part) / 1e6 for part in (trained, frozen)]
         rank_zero_info(f"lightning_peft: {sizes[0]:.2f} M parameters are trained, {sizes[1]:.2f} M frozen for this fit")
 
+    def freeze_late(self) -> bool:
+        """Freeze what methods name only now that optimizers and state are in place; say whether anything was frozen."""
+        if not self._frozen:
+            self.freeze()
+            return self._frozen
+        return False
+
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:
         """Lift the freeze while the module is edited, so that new parts are copies of what their owner made, then ask again."""
-        frozen = self._frozen
         self.thaw()
         try:
             yield
         finally:
-            if frozen:
-                self.freeze()
+            self.freeze()
 
     def check(self) -> None:
         """See that what is to be trained is in an optimizer.

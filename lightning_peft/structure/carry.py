@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_peft.optim.group_counters import reset_counters
 from lightning_peft.optim.optimizers import init_late_state, named_groups, place_parameters
 from lightning_peft.optim.schedulers import group_lists
 from lightning_peft.optim.wrapped import innermost
@@ -90,13 +91,20 @@ def _twin(value: Any) -> Any:
 
 def reset_states(optimizers: Sequence[Optimizer]) -> None:
     """Let optimizers start as if they had never taken a step; hyperparameters and groups stay."""
-    for optimizer in optimizers:
+    for optimizer in [part for each in optimizers for part in _made_of(each)]:
         optimizer.state.clear()
+        reset_counters(optimizer)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 init_late_state(optimizer, parameter, group)
         if isinstance(lbfgs := innermost(optimizer), torch.optim.LBFGS):
             lbfgs._numel_cache = None
+
+
+def _made_of(optimizer: Optimizer) -> list[Optimizer]:
+    """An optimizer and those it is made of: Lookahead keeps the state of its inner one there."""
+    inner = [value for value in vars(optimizer).values() if isinstance(value, Optimizer) and value is not optimizer]
+    return [optimizer, *(part for each in inner for part in _made_of(each))]
 
 
 def group_names(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[list[list[str]]]:

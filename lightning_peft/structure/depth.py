@@ -18,6 +18,7 @@ from torch import nn
 
 from lightning_peft.network.block_lists import signature, ties
 from lightning_peft.structure import depth_settings as settings
+from lightning_peft.structure.block_positions import Noted, Positions, positions, undo_noted
 from lightning_peft.structure.edit_types import BlocksEdit, Recorded
 from lightning_peft.structure.errors import CheckpointError
 from lightning_peft.weights.detach import detach_maps
@@ -35,8 +36,15 @@ def blocks_at(module: nn.Module, path: str) -> Blocks:
         found = module.get_submodule(path)
     except AttributeError:
         raise CheckpointError(f"{type(module).__name__} has no submodule {path!r}, whose blocks should change.") from None
-    if not isinstance(found, (nn.ModuleList, nn.Sequential)) or list(found._modules) != [str(i) for i in range(len(found))]:
+    if not isinstance(found, (nn.ModuleList, nn.Sequential)):
         raise CheckpointError(f"{path} is a {type(found).__name__}; blocks are changed in a ModuleList or Sequential only.")
+    if list(found._modules) != [str(i) for i in range(len(found))]:
+        name = next(name for place, name in enumerate(found._modules) if name != str(place))
+        raise CheckpointError(
+            f"{path} is a {type(found).__name__} whose entries have names of their own ({name!r}); what a new block would be "
+            "called cannot be known. Number them where the module is built, say in its __init__: "
+            f"self.{path} = nn.Sequential(*self.{path}). Names of weights change with it."
+        )
     return found
 
 
@@ -47,6 +55,7 @@ def blocks_edit(
     *,
     rates: Mapping[str, Sequence[float]] | None = None,
     shared: bool = False,
+    check: str = "class",
 ) -> BlocksEdit:
     """Describe a new list of blocks.
 
@@ -57,9 +66,14 @@ def blocks_edit(
         rates: Stochastic-depth rates of the new blocks, by the name of the layer in the block; by default the line of the old
             ones is drawn through the new ones.
         shared: Whether positions with one source hold one block.
+        check: ``"class"``: the network's own class must be able to build what the edit leads to, if it is built from a
+            configuration; ``"off"``: it need not.
 
     Returns:
         The edit, plain data.
+
+    Raises:
+        CheckpointError: The class cannot; the error names the first difference.
     """
     blocks = blocks_at(module, path)
     kin = ties(blocks)
@@ -79,6 +93,10 @@ def blocks_edit(
         edit["shared"] = True
     if kin != list(range(len(kin))):
         edit["tied"] = kin
+    if check == "off":
+        edit["check"] = check
+    else:
+        positions(module, path, edit["sources"], shared=shared)
     return edit
 
 
@@ -114,14 +132,18 @@ def _kinds(kinds: Sequence[str]) -> str:
     return " and ".join(f"{name} (shapes {digest})" for name, _, digest in (str(kind).partition(":") for kind in kinds))
 
 
-def set_blocks(module: nn.Module, edit: BlocksEdit) -> tuple[dict[str, str], dict[str, str], dict[str, nn.Module]]:
+def set_blocks(module: nn.Module, edit: BlocksEdit) -> tuple[dict[str, str], dict[str, str], dict[str, nn.Module], Noted]:
     """Put the new list in place.
 
     Returns:
-        Old to new prefix of blocks that moved, new prefix of copies to the old prefix of their source, and blocks that left, by
-        old prefix.
+        Old to new prefix of blocks that moved, new prefix of copies to the old prefix of their source, blocks that left, by
+        old prefix, and what gives back what was noted about them.
+
+    Raises:
+        CheckpointError: The network's class cannot build the new list; nothing is changed.
     """
     path, sources = edit["path"], edit["sources"]
+    placed = _positions(module, edit, sources)
     blocks = blocks_at(module, path)
     old, kin = list(blocks), ties(blocks)
     first = _first_places(sources)
@@ -130,20 +152,29 @@ def set_blocks(module: nn.Module, edit: BlocksEdit) -> tuple[dict[str, str], dic
         old[source] if first[source] == place or edit.get("shared") else copied(old[source], masked=masked)
         for place, source in enumerate(sources)
     ]
+    noted = [] if placed is None else placed.before(module, new)
     _fill(blocks, new)
-    settings.settle(module, path, sources, edit["from"], edit["rates"])
+    settings.settle(module, path, sources, edit["from"], edit["rates"], counts=placed is None)
+    if placed is not None:
+        placed.write(module, new)
     moved = {place: first[source] for place, source in enumerate(kin) if source in first}
     renamed = {f"{path}.{place}": f"{path}.{now}" for place, now in moved.items() if place != now}
     copies = {f"{path}.{place}": f"{path}.{source}" for place, source in enumerate(sources) if first[source] != place}
     removed = {f"{path}.{place}": block for place, block in enumerate(old) if place not in moved}
-    return renamed, {} if edit.get("shared") else copies, removed
+    return renamed, {} if edit.get("shared") else copies, removed, noted
+
+
+def _positions(module: nn.Module, edit: BlocksEdit, sources: Sequence[int]) -> Positions | None:
+    if edit.get("check") == "off":
+        return None
+    return positions(module, edit["path"], sources, shared=bool(edit.get("shared")))
 
 
 def _first_places(sources: Sequence[int]) -> dict[int, int]:
     return {source: place for place, source in reversed(list(enumerate(sources)))}
 
 
-def undo_blocks(module: nn.Module, edit: BlocksEdit, removed: Mapping[str, nn.Module]) -> None:
+def undo_blocks(module: nn.Module, edit: BlocksEdit, removed: Mapping[str, nn.Module], noted: Noted | None = None) -> None:
     """Put the old list back; removed blocks that are not at hand become copies."""
     path, sources = edit["path"], edit["sources"]
     blocks = blocks_at(module, path)
@@ -157,8 +188,21 @@ def undo_blocks(module: nn.Module, edit: BlocksEdit, removed: Mapping[str, nn.Mo
         place: now[first[place]] if place in first else removed.get(f"{path}.{place}") or copied(now[0], masked=False)
         for place in set(kin)
     }
-    _fill(blocks, [old[place] for place in kin])
-    settings.settle(module, path, back, len(sources), edit["old_rates"])
+    placed = None if noted else _positions_back(module, edit, back)
+    restored = [old[place] for place in kin]
+    _fill(blocks, restored)
+    settings.settle(module, path, back, len(sources), edit["old_rates"], counts=not noted and placed is None)
+    if placed is not None:
+        placed.write(module, restored)
+    undo_noted(module, noted or [])
+
+
+def _positions_back(module: nn.Module, edit: BlocksEdit, back: Sequence[int]) -> Positions | None:
+    """What the old list has by position, when the edit was made in another process."""
+    try:
+        return _positions(module, edit, back)
+    except CheckpointError:
+        return None  # it is what the network was built with; a checkpoint fills it
 
 
 def copied(block: nn.Module, *, masked: bool) -> nn.Module:

@@ -26,16 +26,16 @@ def drop_rates(blocks: Sequence[nn.Module]) -> dict[str, list[float]]:
 
 
 def _is_drop_path(layer: nn.Module) -> bool:
-    return type(layer).__name__ in ("DropPath", "StochasticDepth")
+    return type(layer).__name__.endswith(("DropPath", "StochasticDepth"))
 
 
 def _rate(block: nn.Module, name: str) -> float:
     layer = dict(block.named_modules()).get(name)
-    return float(getattr(layer, _rate_attribute(layer))) if layer is not None and _is_drop_path(layer) else 0.0
+    return float(getattr(layer, _rate_attribute(layer)) or 0.0) if layer is not None and _is_drop_path(layer) else 0.0
 
 
 def _rate_attribute(layer: nn.Module) -> str:
-    return "p" if type(layer).__name__ == "StochasticDepth" else "drop_prob"
+    return "p" if type(layer).__name__.endswith("StochasticDepth") else "drop_prob"
 
 
 def redrawn(rates: Sequence[float], count: int) -> list[float] | None:
@@ -72,7 +72,15 @@ def check_rates(edit: Recorded) -> None:
             raise CheckpointError(f"A recorded change of {edit['path']} is malformed: {key!r} must hold a rate a block.")
 
 
-def settle(module: nn.Module, path: str, sources: Sequence[int], before: int, rates: Mapping[str, Sequence[float]]) -> None:
+def settle(
+    module: nn.Module,
+    path: str,
+    sources: Sequence[int],
+    before: int,
+    rates: Mapping[str, Sequence[float]],
+    *,
+    counts: bool = True,
+) -> None:
     """Put right what is noted about a list whose blocks are in place.
 
     Args:
@@ -81,6 +89,7 @@ def settle(module: nn.Module, path: str, sources: Sequence[int], before: int, ra
         sources: Position in the old list of every block.
         before: Length of the old list.
         rates: Stochastic-depth rates, by the name of the layer in the block.
+        counts: Whether numbers of layers are looked for by their usual names, because no class could be asked for them.
     """
     blocks: list[nn.Module] = list(module.get_submodule(path)._modules.values())  # type: ignore[arg-type]
     numbered: set[int] = set()
@@ -93,7 +102,7 @@ def settle(module: nn.Module, path: str, sources: Sequence[int], before: int, ra
     owners = list(_ancestors(module, path))
     configs = [vars(owner)["config"] for owner, _ in owners if "config" in vars(owner)]
     # Only the nearest: one further out can count the layers of something else (the encoder beside a decoder).
-    for holder in (owners[0][0], *configs[:1]):
+    for holder in (owners[0][0], *configs[:1]) if counts else ():
         _set_count(holder, before, sources)
     for owner, name in owners:
         _set_features(owner, name, before, sources)

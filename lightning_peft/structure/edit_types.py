@@ -32,6 +32,7 @@ class _BlocksOptions(EditNotes, total=False):
     shared: bool
     tied: list[int]
     zeroed: list[str]
+    check: str
 
 
 class BlocksEdit(_BlocksOptions, _From):
@@ -48,6 +49,7 @@ class BlocksEdit(_BlocksOptions, _From):
         shared: Whether new blocks of one source are one block.
         tied: First position of every old block, where some stand in several.
         zeroed: Tensors of a block that an operator fills with zeros.
+        check: ``"off"``: the network's class need not be able to build the new list.
     """
 
     op: Literal["blocks"]

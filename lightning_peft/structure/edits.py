@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.structure import depth, put, slices, width
+from lightning_peft.structure.block_positions import Noted
+from lightning_peft.structure.bounds import may_scale
 from lightning_peft.structure.edit_types import BlocksEdit, PutEdit, Recorded
 from lightning_peft.structure.edit_types import Edit as Edit
 from lightning_peft.structure.errors import CheckpointError
@@ -35,6 +37,7 @@ class EditRequest:
             ``"pad"``: new coordinates start from zero, old ones keep their state.
         restart_steps: Set the step counts of copied states to 0.
         restart_schedulers: Let every scheduler begin again.
+        train_new: Train new tensors whose source is not trained, too, like the first that is.
     """
 
     edit: Edit
@@ -42,6 +45,7 @@ class EditRequest:
     optimizer_state: Literal["reset", "copy", "pad"] = "pad"
     restart_steps: bool = False
     restart_schedulers: bool = False
+    train_new: bool = False
 
 
 @dataclass
@@ -56,6 +60,7 @@ class Change:
             tensor to that of the one it is trained like.
         removed: Blocks and layers that left, by old prefix; they keep their tensors, so that the edit can be undone.
         cut: What left each sliced tensor, by name, so that the edit can be undone.
+        noted: Gives back what was noted about blocks before the edit.
     """
 
     edit: Edit
@@ -63,6 +68,7 @@ class Change:
     copied: dict[str, str] = field(default_factory=dict)
     removed: dict[str, nn.Module] = field(default_factory=dict)
     cut: slices.Cut = field(default_factory=dict)
+    noted: Noted = field(default_factory=list)
 
     def new_name(self, name: str) -> str | None:
         """Return what a tensor is called now; ``None`` when it was removed."""
@@ -153,7 +159,8 @@ def apply(module: nn.Module, edit: Edit) -> Change:
         return Change(edit, cut=slices.cut(module, edit))
     if edit["op"] == "put":
         return Change(edit, *put.put(module, edit))
-    return Change(edit, *depth.set_blocks(module, edit))
+    renamed, copied, removed, noted = depth.set_blocks(module, edit)
+    return Change(edit, renamed, copied, removed, noted=noted)
 
 
 def adopt(module: nn.Module, journal: Sequence[Edit]) -> list[Change]:
@@ -172,7 +179,7 @@ def adopt(module: nn.Module, journal: Sequence[Edit]) -> list[Change]:
             f"The checkpoint's journal of structural changes is malformed, or belongs to another model: {error!r}."
         ) from error
     for (path, key), (old, new) in numbers.items():
-        if getattr(layers[path], key, None) == old:
+        if getattr(layers[path], key, None) == old and may_scale(module, path, key, new):
             setattr(layers[path], key, new)
     return [Change(edit) for edit in journal]
 
@@ -225,4 +232,4 @@ def undo(module: nn.Module, change: Change) -> None:
     elif change.edit["op"] == "put":
         put.take_out(module, change.edit, change.removed)
     else:
-        depth.undo_blocks(module, change.edit, change.removed)
+        depth.undo_blocks(module, change.edit, change.removed, change.noted)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_peft.structure.edit_types import Recorded
@@ -42,6 +43,8 @@ def check_sizes(edits: Sequence[Recorded], state: Mapping[str, Any]) -> None:
         later = [str(other.get("path")) for other in edits[place + 1 :] if other.get("op") in ("blocks", "put")]
         if edit.get("op") == "blocks":
             _check_blocks(edit, shapes, later)
+            if edit.get("shared") and not any(str(edit.get("path")).startswith(path) for path in later):
+                _check_shared(edit, state)
         elif isinstance(edit.get("tensors"), dict):
             renamed = tuple(f"{path}." for path in later)
             touched = {name for other in edits[place + 1 :] for name in _tensors(other)}
@@ -64,6 +67,22 @@ def _check_blocks(edit: Recorded, shapes: Mapping[str, Sequence[int]], later: Se
             f"The checkpoint's journal leads to {len(sources)} blocks of {path}, but the file holds tensors of {held}. It is "
             "damaged or was edited; use another checkpoint."
         )
+
+
+def _check_shared(edit: Recorded, state: Mapping[str, Any]) -> None:
+    """Refuse to let one block stand where the file has blocks of different weights."""
+    path, sources = edit.get("path"), edit.get("sources")
+    for place, source in enumerate(sources if isinstance(sources, list) else ()):
+        first = sources.index(source)  # type: ignore[union-attr]
+        for name, tensor in state.items():
+            if first == place or not name.startswith(f"{path}.{place}.") or not isinstance(tensor, Tensor):
+                continue
+            other = state.get(f"{path}.{first}.{name.removeprefix(f'{path}.{place}.')}")
+            if isinstance(other, Tensor) and (other.shape != tensor.shape or not torch.equal(other, tensor)):
+                raise CheckpointError(
+                    f"The checkpoint's journal says that positions {first} and {place} of {path} hold one block, but the file "
+                    "holds different weights for them. It is damaged or was edited; use another checkpoint."
+                )
 
 
 def _before(edit: Recorded) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -143,7 +144,8 @@ def _rehearse(module: nn.Module, common: int, journal: Sequence[Edit]) -> None:
     """Try on a copy, because a module that was trained in this process would lose what undone edits had added."""
     twin = copy.deepcopy(module)
     for change in reversed(_JOURNALS[module][common:]):
-        edits.undo(twin, copy.deepcopy(change))  # what comes back is changed by the edits that follow
+        # What comes back is changed by the edits that follow; what was noted belongs to the module, not to its copy.
+        edits.undo(twin, copy.deepcopy(replace(change, noted=[])))
     for what in journal[common:]:
         edits.apply(twin, what)
 

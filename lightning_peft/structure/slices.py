@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.structure.axes import NEW, OLD
+from lightning_peft.structure.bounds import check_bounds
 from lightning_peft.structure.edit_types import Recorded, SliceEdit, SliceEntry
 from lightning_peft.structure.errors import CheckpointError
 from lightning_peft.structure.in_place import check_attributes, is_changes, put, set_attributes
@@ -70,6 +71,7 @@ def check_slice(module: nn.Module, edit: Recorded) -> None:
             )
     for path, changes in edit["attributes"].items():
         check_attributes(module, path, changes)
+    check_bounds(module, edit)
     for name, weight_maps in _maps(module, edit).items():
         for weight_map in weight_maps:
             _check_map(weight_map, name, edit["tensors"][name])

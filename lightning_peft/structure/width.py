@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.structure.axes import NEW, OLD, Axes, is_old, resized
+from lightning_peft.structure.bounds import check_bounds
 from lightning_peft.structure.edit_types import Recorded, ResizeEdit, ResizeEntry
 from lightning_peft.structure.errors import CheckpointError
 from lightning_peft.structure.in_place import check_attributes, put, set_attributes
@@ -44,6 +45,7 @@ def check_resize(module: nn.Module, edit: Recorded) -> None:
                 raise CheckpointError(f"{other} was tied to {name} when the width was changed and is not now. Tie them again.")
     for path, changes in edit["attributes"].items():
         check_attributes(module, path, changes)
+    check_bounds(module, edit)
     for key, (old, new) in edit["config"].items():
         if (old is not None and type(old) is not type(new)) or not list(_configs(module, edit, key, old)):
             raise CheckpointError(f"A change of width was made on a configuration with {key}={old}; this model has none.")

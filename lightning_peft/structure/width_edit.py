@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft.network.layers import has_class, is_conv, is_linear, own_parameters
 from lightning_peft.structure.axes import NEW, OLD, size
+from lightning_peft.structure.bounds import EPSILONS
 from lightning_peft.structure.edit_types import ResizeEdit, ResizeEntry
 from lightning_peft.structure.width_map import Layer, Norm, Scale, WidthMap
 from lightning_peft.structure.width_targets import grown_axes
@@ -231,7 +232,7 @@ def _note_config(network: nn.Module, width_map: WidthMap, edit: ResizeEdit) -> N
 
 def _norm(layer: nn.Module, kind: Norm) -> dict[str, Any]:
     cls = next(base.__name__ for base in type(layer).__mro__ if "Parametrized" not in base.__name__)
-    eps = next((name for name in ("eps", "variance_epsilon") if isinstance(getattr(layer, name, None), float)), None)
+    eps = next((name for name in EPSILONS if isinstance(getattr(layer, name, None), float)), None)
     found = {"dim": kind.dim, "kind": "rms" if "rms" in cls.lower() else "layer", "post": kind.post}
     return found | ({} if eps is None else {"eps": [eps, getattr(layer, eps)]})
 

@@ -170,16 +170,55 @@ def test_lbfgs_begins_anew() -> None:
 
 
 def test_reset_is_a_new_optimizer() -> None:
-    for name in TORCH:
+    for name in [*TORCH, *(name for name in timm_names() if name not in NOT_EXACT), "timm:lookahead_lamb"]:
+        torch.manual_seed(0)
         net = network()
         optimizer = build(name)(net.parameters())
         steps(net, optimizer)
         carry.reset_states([optimizer])
         twin = copy.deepcopy(net)
         fresh = build(name)(twin.parameters())
-        steps(net, optimizer, 2)
-        steps(twin, fresh, 2)
+        for net_now, optimizer_now in ((net, optimizer), (twin, fresh)):
+            torch.manual_seed(1)
+            steps(net_now, optimizer_now, 2)
         assert difference(dict(net.state_dict()), dict(twin.state_dict())) is None, name
+
+
+class Counts(torch.optim.SGD):
+    """Counts its steps at all the places where optimizers do, and slows down by each."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        self.taken = 0
+        self.state["taken"] = 0  # type: ignore[index]
+        for group in self.param_groups:
+            group["k"] = 0
+
+    def step(self, closure: Any = None) -> Any:
+        counts = (self.taken, self.state["taken"], *(g[key] for g in self.param_groups for key in ("k", "late") if key in g))
+        rates = [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["lr"] /= 1 + sum(counts)
+            group["k"] += 1
+            group["late"] = group.get("late", 0) + 1
+        super().step(closure)
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self.taken += 1
+        self.state["taken"] += 1  # type: ignore[index, operator]
+
+
+def test_a_reset_finds_counters_without_knowing_their_names_and_leaves_hyperparameters() -> None:
+    net = network()
+    names = dict(net.named_parameters())
+    first, *others = names.values()
+    optimizer = Counts([{"params": [first], "lr": 0.5, "mine": 3}, {"params": others, "lr": 0.2, "initial_lr": 0.4}])
+    steps(net, optimizer, 4)
+    carry.reset_states([optimizer])
+    notes = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    assert [(note["lr"], note.get("mine"), note.get("initial_lr")) for note in notes] == [(0.5, 3, None), (0.2, None, 0.4)]
+    assert [("late" in note, note["k"]) for note in notes] == [(False, 0), (False, 0)]
+    assert (optimizer.taken, optimizer.state["taken"]) == (0, 0)  # type: ignore[index]
 
 
 def test_regroup_follows_names_not_positions() -> None:

@@ -22,6 +22,7 @@ from lightning_peft_plugins.growth._layer_growth.growth_plan import GrowthPlan
 from lightning_peft_plugins.growth._layer_growth.ligo_growth import LearntOperator
 from lightning_peft_plugins.growth._layer_growth.masking import Masks
 from lightning_peft_plugins.growth._layer_growth.msg import mask_at
+from lightning_peft_plugins.growth._layer_growth.new_blocks import new_blocks
 from lightning_peft_plugins.growth._layer_growth.operators import OPERATORS
 from lightning_peft_plugins.growth._layer_growth.sizes import To, read_sizes
 from lightning_peft_plugins.growth._shared.timed import TimedMethod
@@ -55,12 +56,18 @@ class LayerGrowth(TimedMethod):
             many steps or percent, to that multiple of the scheduled rate). By default ``"rewarm:1%"`` for ``stack`` and
             ``interpolate``, else ``"continue"``.
         blocks: Qualified name of the list of blocks, when it cannot be found.
+        sources: Block, counted from 0, that each position holds a copy of after growth, in place of the operator's rule:
+            ``[0, 0, 1, 1]``. The first to name a block is that block.
+        train: ``"all"``; or ``"new"``: from growth on new blocks train alone, also if those they are copied from are frozen
+            (LLaMA-Pro, with the operator ``"zero"``).
         outputs: Names, inside a block, of the layers that write into the residual stream, when ``zero`` cannot find them.
         width_map: Which axes the layers of a network read and write, when its class is not known.
         grow_time: Steps in which the mask of ``"msg"`` opens; a growth that falls due before waits for it.
         operator_steps: Batches on which ``"ligo"`` learns its operator, at the moment of growth.
         operator_lr: Learning rate of that.
         follow: ``"new"``: other methods (masks, weight maps) act on new blocks too; ``"none"``: new blocks stay plain.
+        check: ``"class"``: a network that its class builds from a configuration (``net.config``) is refused if the class cannot
+            build what it grows into, and each block gets what the class gives to its position; ``"off"``: neither.
         monitor: Metric that ``"plateau"`` watches, by default the first logged one with "val" and "loss" in its name.
         patience: Looks at it without progress that make a plateau.
         min_delta: Relative fall that counts as progress.
@@ -93,12 +100,15 @@ class LayerGrowth(TimedMethod):
         optimizer_state: str | None = None,
         lr: str | None = None,
         blocks: str | None = None,
+        sources: Sequence[int] | None = None,
+        train: str = "all",
         outputs: Sequence[str] = (),
         width_map: WidthMap | None = None,
         grow_time: int = 5000,
         operator_steps: int = 100,
         operator_lr: float = 0.01,
         follow: str = "new",
+        check: str = "class",
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -106,10 +116,23 @@ class LayerGrowth(TimedMethod):
         super().__init__(at=at, lr=lr or OPERATORS[operator].lr, **kwargs)
         one_of("optimizer_state", optimizer_state, (None, *RULES))
         one_of("follow", follow, ("new", "none"))
+        one_of("check", check, ("class", "off"))
+        one_of("train", train, ("all", "new"))
+        recipe = _read_sources(sources, to, self.moments)
+        to = len(recipe) if recipe is not None else to
         self.operator = OPERATORS[operator]
         self.plan = GrowthPlan(
-            operator, read_sizes(to, len(self.moments), start), start, blocks, list(outputs), width_map, follow == "new"
+            operator,
+            read_sizes(to, len(self.moments), start),
+            start,
+            blocks,
+            list(outputs),
+            width_map,
+            follow == "new",
+            check,
+            recipe,
         )
+        self.train_new = train == "new"
         self.optimizer_state: Any = optimizer_state or self.operator.optimizer_state
         self.seed, self.grow_time = seed, grow_time
         self.operator_steps, self.operator_lr = operator_steps, operator_lr
@@ -165,7 +188,19 @@ class LayerGrowth(TimedMethod):
             self.optimizer_state,
             restart_steps=self.operator.restart_steps,
             restart_schedulers=restart,
+            train_new=self.train_new,
         )
+
+    def trained(self, module: nn.Module) -> list[nn.Parameter] | None:
+        """New blocks alone, if asked for and once there are any.
+
+        A training that is resumed makes its optimizers first: they hold what was trained before growth too.
+        """
+        blocks = new_blocks(module, self.name) if self.train_new else []
+        found = [parameter for block in blocks for parameter in block.parameters()]
+        for parameter in found:
+            parameter.requires_grad_(parameter.is_floating_point())  # copies of what was frozen are frozen
+        return found if found and self.run is not None and self.run.started else None
 
     def structure_changed(self, module: LightningModule, change: Change) -> None:
         """Put the mask of a masked growth on what is new."""
@@ -228,3 +263,22 @@ class LayerGrowth(TimedMethod):
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         self._parts = state["parts"]
+
+
+def _read_sources(sources: Sequence[int] | None, to: To, moments: Sequence[object]) -> list[int] | None:
+    """Read which block each position copies.
+
+    Raises:
+        MisconfigurationException: No numbers of blocks, another number of positions than ``to``, or several events.
+    """
+    if sources is None:
+        return None
+    if not sources or not all(type(source) is int and source >= 0 for source in sources):
+        raise MisconfigurationException(f"sources={sources!r} must list blocks, counted from 0, one for each position.")
+    if to not in (None, len(sources)) or len(moments) != 1:
+        raise MisconfigurationException(
+            f"sources={list(sources)} says what one growth leads to, {len(sources)} blocks: leave out to=, and give one at=."
+        )
+    if len(set(sources)) == len(sources):
+        raise MisconfigurationException(f"sources={list(sources)} copies no block: let a number stand at several positions.")
+    return list(sources)

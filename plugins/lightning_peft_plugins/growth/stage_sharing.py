@@ -42,6 +42,8 @@ class StageSharing(TimedMethod):
             the state of their stage; ``"pad"`` lets copies begin anew beside it.
         lr: ``"continue"``, ``"restart"`` or ``"rewarm:<length>@<peak>"``, from the expansion on; see ``LayerGrowth``.
         blocks: Qualified name of the list of blocks, when it cannot be found.
+        check: ``"class"``: a network that its class builds from a configuration (``net.config``) is refused if the class cannot
+            build what it is expanded into, or makes blocks of one stage different; ``"off"``: it is not.
         monitor: Metric that ``"plateau"`` watches, by default the first logged one with "val" and "loss" in its name.
         patience: Looks at it without progress that make a plateau.
         min_delta: Relative fall that counts as progress.
@@ -72,10 +74,13 @@ class StageSharing(TimedMethod):
         optimizer_state: str = "reset",
         lr: str = "continue",
         blocks: str | None = None,
+        check: str = "class",
         **kwargs: Any,
     ) -> None:
         super().__init__(at=at, lr=lr, **kwargs)
         one_of("optimizer_state", optimizer_state, RULES)
+        one_of("check", check, ("class", "off"))
+        self.check = check
         self.count = stages if isinstance(stages, int) else len(stages)
         self.lengths = None if isinstance(stages, int) else list(stages)
         self.to = to if to is None or isinstance(to, int) else list(to)
@@ -92,7 +97,7 @@ class StageSharing(TimedMethod):
         sources = [chosen[stage] for stage in stage_of_block(lengths)]
         lines = {name: redrawn(rates, len(sources)) for name, rates in drop_rates(blocks).items()}
         rates = {name: stage_means(line, lengths) for name, line in lines.items() if line}
-        edit = blocks_edit(module, self._path, sources, rates=rates, shared=True)
+        edit = blocks_edit(module, self._path, sources, rates=rates, shared=True, check=self.check)
         return EditRequest({**edit, "follow": True, "by": self.name, "step": 0})
 
     def _find(self, module: nn.Module) -> None:
@@ -160,7 +165,7 @@ class StageSharing(TimedMethod):
         stages = stage_of_block(self._expanded([kin.count(first) for first in firsts], shared["from"]))
         ends = {name: [rates[0], rates[-1]] for name, rates in shared["old_rates"].items() if redrawn(rates, 2)}
         rates = {name: redrawn(line, len(stages)) or [] for name, line in ends.items()}
-        edit = blocks_edit(run.module, self._path, [firsts[stage] for stage in stages], rates=rates)
+        edit = blocks_edit(run.module, self._path, [firsts[stage] for stage in stages], rates=rates, check=self.check)
         self.mark_done()
         return EditRequest(
             {**edit, "follow": True, "by": self.name, "step": self.steps},

@@ -53,6 +53,8 @@ class BlockPruning(Method):
         shape: How the amount grows in between.
         every: Length between cuts, same units, and how long blocks are watched before one.
         optimizer_state: ``"keep"``: what stays keeps its moments; ``"reset"``: every parameter starts anew.
+        check: ``"class"``: a cut is refused if the network is built by its class from a configuration (``net.config``) and the
+            class cannot build what is left; ``"off"``: it is not.
         network: Qualified name of the network when the module has several candidates.
         name: Name in logs and checkpoints.
 
@@ -81,6 +83,7 @@ class BlockPruning(Method):
         shape: Shape = "cubic",
         every: int | float | str = "1%",
         optimizer_state: Literal["keep", "reset"] = "keep",
+        check: Literal["class", "off"] = "class",
         network: str | None = None,
         name: str | None = None,
     ) -> None:
@@ -91,6 +94,8 @@ class BlockPruning(Method):
             )
         one_of("score", score, SCORES)
         one_of("optimizer_state", optimizer_state, ("keep", "reset"))
+        one_of("check", check, ("class", "off"))
+        self.check = check
         self.amount, self.score, self.optimizer_state = amount, score, optimizer_state
         self.schedule = Schedule(start, start if end is None else end, "constant" if end is None else shape)
         self.every = parse_point(every)
@@ -151,7 +156,7 @@ class BlockPruning(Method):
             self.watch.close()  # no block that leaves may be left with a shim
             path, places = self._due.pop(0)
             sources = [place for place in range(len(blocks_at(run.module, path))) if place not in places]
-            edit = blocks_edit(run.module, path, sources) | {"by": self.name, "step": self.steps}
+            edit = blocks_edit(run.module, path, sources, check=self.check) | {"by": self.name, "step": self.steps}
             return EditRequest(edit, optimizer_state="reset" if self.optimizer_state == "reset" else "pad")
         if self._goal is None or self._watches():
             self.watch.open(run.module, {path: found.blocks for path, found in self.lists.items()})

@@ -297,3 +297,54 @@ def test_a_fit_that_fails_gives_the_built_structure_back_unless_it_trained_anoth
     with pytest.raises(PlannedError):
         fit([LayerGrowth(start=1, at="step:4")], module=module, after=[Early()])
     assert len(module.blocks) == left
+
+
+class Counted(Plain):
+    """Loops over the number of blocks it was built with."""
+
+    loop, share = "range", 0.0
+
+    def __init__(self, optimizer: str = "adam") -> None:
+        super().__init__(optimizer)
+        self.layerdrop = self.share
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(2))
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(16) for _ in range(2))
+        self.n = 2
+
+    def base_loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        for block in self.run_blocks():
+            x = x + block(x)
+        return super().base_loss((x, y))
+
+    def run_blocks(self) -> list[torch.nn.Module]:
+        if self.loop == "zip":
+            return [block for block, _ in zip(self.blocks, self.norms, strict=False)]
+        return [self.blocks[i] for i in range(len(self.blocks) if self.loop == "list" else self.n)]
+
+
+@pytest.mark.parametrize("operator", ["stack", "interpolate"])
+@pytest.mark.parametrize("kind", ["range", "zip", "list"])
+def test_new_blocks_that_never_run_are_refused_after_the_first_step(kind: str, operator: str) -> None:
+    class Loops(Counted):
+        loop = kind
+
+    def growth() -> LayerGrowth:
+        return LayerGrowth(operator, at="step:2", to=4, blocks="blocks")
+
+    if kind == "list":  # the cure
+        grow([growth()], style=Loops)
+        return
+    with pytest.raises(
+        MisconfigurationException, match=r"blocks has 4 blocks.*none after the first 2 ran.*for block in self\."
+    ):
+        grow([growth()], style=Loops)
+
+
+def test_blocks_dropped_at_random_are_waited_for() -> None:
+    class Drops(Counted):
+        share = 0.1
+
+    grow([LayerGrowth(at="step:2", to=4, blocks="blocks")], style=Drops)
+    with pytest.raises(MisconfigurationException, match="none after the first 2 ran"):
+        grow([LayerGrowth(at="step:2", to=4, blocks="blocks")], style=Drops, max_epochs=20)

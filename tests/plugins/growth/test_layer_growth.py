@@ -28,6 +28,7 @@ class TestLayerGrowth(MethodTester):
         lambda: LayerGrowth(at="step:2", start=2),
         lambda: LayerGrowth("stackedbert", at="step:2", start=2, lr="restart"),
         lambda: LayerGrowth("zero", at=["step:1", "step:2"], start=1, to=[2, 4], lr="rewarm:3"),
+        lambda: LayerGrowth("zero", at="step:2", start=2, sources=[0, 0, 1, 1], train="new"),
     ]
     references = [Reference(stacked, lambda: LayerGrowth("stack", at="step:2", start=2, lr="continue"), optimizer="sgd")]
     adapted = staticmethod(deepened)

@@ -7,16 +7,18 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_peft.structure.block_positions import positions
 from lightning_peft.structure.depth import blocks_at, blocks_edit
 from lightning_peft.structure.depth_settings import drop_rates, redrawn
 from lightning_peft.structure.edits import Edit, Operator
 from lightning_peft.structure.journal import journal_of
 from lightning_peft.structure.width_edit import width_edit
 from lightning_peft.structure.width_map import WidthMap
+from lightning_peft_plugins.growth._layer_growth.depth_operators import new_places
 from lightning_peft_plugins.growth._layer_growth.operators import OPERATORS
 from lightning_peft_plugins.growth._layer_growth.sizes import DEPTH, Size, width_of
 from lightning_peft_plugins.growth._layer_growth.width_families import find_width_map
-from lightning_peft_plugins.growth._shared.blocks_to_grow import check_equal, find_blocks
+from lightning_peft_plugins.growth._shared.blocks_to_grow import are_equal, equal_run, find_blocks
 
 
 class GrowthPlan:
@@ -30,6 +32,8 @@ class GrowthPlan:
         outputs: Layers of a block that write into the residual stream.
         width_map: How the network is made of axes.
         follow: Whether other methods act on new layers.
+        check: Whether the network's class must be able to build what it grows into.
+        sources: Old position of every block after growth, where the user says it.
 
     Attributes:
         found: Whether :meth:`find` has looked at a module.
@@ -46,10 +50,13 @@ class GrowthPlan:
         outputs: list[str],
         width_map: WidthMap | None,
         follow: bool,
+        check: str = "class",
+        sources: list[int] | None = None,
     ) -> None:
         self.operator, self.kind = OPERATORS[operator], operator
         self.sizes, self.start, self.blocks = sizes, start, blocks
-        self.outputs, self.width_map, self.follow = outputs, width_map, follow
+        self.outputs, self.width_map, self.follow, self.check = outputs, width_map, follow, check
+        self.sources = sources
         self.found, self.path, self._network = False, "", ""
         self.past = 0
         self._built = 0
@@ -85,8 +92,9 @@ class GrowthPlan:
     def _find_blocks(self, module: nn.Module, first: Edit | None) -> None:
         """Find the list, and how it was built: as it is, unless a training began with a part of it."""
         self.path = find_blocks(module, self.blocks, self._network)
-        check_equal(module, self.path)
         blocks = list(blocks_at(module, self.path))
+        if self.sources is None and self.start is not None:
+            equal_run(module, self.path)
         self._built = len(blocks) if first is None else first["from"]
         rates = drop_rates(blocks) if first is None else first["old_rates"]
         self._ends = {name: (values[0], values[-1]) for name, values in rates.items() if redrawn(values, 2)}
@@ -98,7 +106,7 @@ class GrowthPlan:
 
     def _check_depths(self, module: nn.Module, start: int | None) -> None:
         blocks = list(blocks_at(module, self.path))
-        self.operator.settings(blocks[0], self.outputs)
+        self.operator.settings(blocks[-1], self.outputs)
         if start is not None and not 0 < start <= len(blocks):
             raise MisconfigurationException(f"start={start}: {self.path} has {len(blocks)} blocks to begin with.")
         if start == 1 and self._ends:
@@ -109,7 +117,7 @@ class GrowthPlan:
             if target is None:
                 continue
             self._check_deeper(now, target)
-            self.operator.sources(now, target)
+            self._check_sources(now)
             now = target
 
     def _depth(self, size: Size) -> int | None:
@@ -126,7 +134,15 @@ class GrowthPlan:
         """Return the edit to begin small; ``None`` to begin as built."""
         if self.start is None:
             return None
-        return blocks_edit(module, self.path, list(range(self.start))) | {"follow": self.follow}
+        run, count = equal_run(module, self.path), len(blocks_at(module, self.path))
+        if self.start <= count - len(run):
+            raise MisconfigurationException(
+                f"start={self.start}: {count - len(run)} of the {count} blocks of {self.path} are unlike the others and stay, "
+                "and one of the others must. Give more."
+            )
+        gone = run[len(run) - (count - self.start) :]
+        kept = [place for place in range(count) if place not in gone]
+        return blocks_edit(module, self.path, kept, check=self.check) | {"follow": self.follow}
 
     def check_next(self, module: nn.Module, event: int, part: int) -> None:
         """Refuse a module that has the size of the next event already, before training goes on.
@@ -181,8 +197,36 @@ class GrowthPlan:
         blocks = list(blocks_at(module, self.path))
         self._check_deeper(len(blocks), depth)
         rates = {name: redrawn(ends, depth) or [] for name, ends in self._ends.items()}
-        edit = blocks_edit(module, self.path, self.operator.sources(len(blocks), depth), rates=rates or None)
-        return edit | self.operator.settings(blocks[0], self.outputs) | {"follow": self.follow}
+        sources = self._sources(module, len(blocks), depth)
+        edit = blocks_edit(module, self.path, sources, rates=rates or None, check=self.check)
+        copied = blocks[sources[new_places(sources)[0]]]
+        return edit | self.operator.settings(copied, self.outputs) | {"follow": self.follow}
+
+    def _sources(self, module: nn.Module, now: int, depth: int) -> list[int]:
+        """Old position of every block: as the user says, or by the operator's rule, among blocks that are equal.
+
+        Blocks that differ repeat as a whole where the network's class makes them differ in the same way at the new positions.
+        """
+        if self.sources is not None:
+            self._check_sources(now)
+            return self.sources
+        run = range(now)
+        if not are_equal(module, self.path):
+            try:
+                whole = self.operator.sources(now, depth)
+                if self.check != "off" and positions(module, self.path, whole) is not None:
+                    return whole
+            except MisconfigurationException:
+                pass  # the class makes other ones there
+            run = equal_run(module, self.path)
+        inner = [run[source] for source in self.operator.sources(len(run), depth - now + len(run))]
+        return [*range(run.start), *inner, *range(run.stop, now)]
+
+    def _check_sources(self, now: int) -> None:
+        if self.sources is not None and max(self.sources) >= now:
+            raise MisconfigurationException(
+                f"sources={self.sources} names block {max(self.sources)}; {self.path} has {now} by then, counted from 0."
+            )
 
     def blocks_now(self, module: nn.Module) -> int:
         """Count the blocks."""
