@@ -29,14 +29,14 @@ class UseBatchStatistics:
 
     Without running statistics a BatchNorm layer has no others, whatever ``eval()`` says and whoever says it (Tent, Wang et al.,
     ICLR 2021). The layers keep theirs, for whoever moves, copies, saves or averages the module meanwhile; a twin without them
-    answers the calls.
+    answers the calls. One value a channel has no variance: a layer that is given no more normalises with its own statistics.
 
     Args:
         layers: The layers.
     """
 
     def __init__(self, layers: Iterable[BatchNorm]) -> None:
-        self._shims = [Shim(layer, "forward", partial(_on_twin, layer), traced=False).install() for layer in layers]
+        self._shims = [Shim(layer, "forward", partial(_of_the_batch, layer), traced=False).install() for layer in layers]
 
     def restore(self) -> None:
         """Let the layers answer for themselves."""
@@ -45,14 +45,34 @@ class UseBatchStatistics:
         self._shims = []
 
 
-def _on_twin(layer: BatchNorm, inner: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Run the forward pass on an object that shares everything with a layer but has no running statistics."""
-    twin = type(layer).__new__(type(layer))
-    buffers = {**layer._buffers, "running_mean": None, "running_var": None}
-    twin.__dict__ = {**vars(layer), "_buffers": buffers, "track_running_stats": False}
-    twin.__dict__.pop("forward", None)  # the shim, which would send the call here again
-    output: Tensor = twin.forward(*args, **kwargs)
+def _of_the_batch(layer: BatchNorm, inner: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    twin = _twin(layer, layer.running_mean, layer.running_var) if has_one_value(x) else _twin(layer, None, None)
+    output: Tensor = twin.forward(x, *args, **kwargs)
     return output
+
+
+def has_one_value(x: Tensor) -> bool:
+    """Whether every channel of ``(samples, channels, ...)`` has a single value, which has no variance.
+
+    Example:
+        >>> has_one_value(torch.zeros(1, 8, 1, 1)), has_one_value(torch.zeros(1, 8, 2, 1)), has_one_value(torch.zeros(2, 8))
+        (True, False, False)
+    """
+    return x.ndim > 1 and x.numel() == x.shape[1]
+
+
+def _twin(layer: BatchNorm, mean: Tensor | None, variance: Tensor | None) -> BatchNorm:
+    """An object that shares everything with a layer, but normalises with these statistics, or with the batch's.
+
+    Tensors of its own, because autograd notices when a layer's own statistics are written while a graph of it is alive.
+    """
+    twin = type(layer).__new__(type(layer))
+    buffers = {**layer._buffers, "running_mean": mean, "running_var": variance}
+    twin.__dict__ = {**vars(layer), "_buffers": buffers, "track_running_stats": mean is not None}
+    if mean is not None:
+        twin.__dict__["training"] = False
+    twin.__dict__.pop("forward", None)  # the shim, which would send the call here again
+    return twin
 
 
 class SourceStatistics:
@@ -71,8 +91,9 @@ class SourceStatistics:
 class BlendStatistics(SourceStatistics):
     """Moves the running statistics of BatchNorm layers towards those of each batch that comes, for that batch only or for good.
 
-    Before each call a layer's running statistics become ``(1 - weight) * base + weight * batch``, with the unbiased variance,
-    as in the official code of BN adaptation. The base is the source's; with ``accumulate`` it is the blend of the batch before.
+    Each call normalises with ``(1 - weight) * base + weight * batch``, with the unbiased variance, as in the official code of
+    BN adaptation. The base is the source's; with ``accumulate`` it is the blend of the batch before, which becomes the
+    layer's running statistics. A layer that is given one value a channel normalises with the base.
 
     Args:
         layers: The layers, in evaluation mode when they are called.
@@ -90,21 +111,31 @@ class BlendStatistics(SourceStatistics):
         ]
 
     def _forward(
-        self, layer: BatchNorm, mean: Tensor, variance: Tensor, inner: Callable[[Tensor], Tensor], x: Tensor
+        self,
+        layer: BatchNorm,
+        mean: Tensor,
+        variance: Tensor,
+        inner: Callable[..., Tensor],
+        x: Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
-        self._blend(layer, x, mean, variance)
-        return inner(x)
+        output: Tensor = _twin(layer, *self._blend(layer, x, mean, variance)).forward(x, *args)
+        return output
 
-    def _blend(self, layer: BatchNorm, x: Tensor, mean: Tensor, variance: Tensor) -> None:
-        over = [0, *range(2, x.ndim)]
-        if x.numel() == x.shape[1]:  # one value a channel has no variance
-            return
-        batch_variance, batch_mean = torch.var_mean(x.detach().to(mean.dtype), over, correction=1)
+    def _blend(self, layer: BatchNorm, x: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         assert layer.running_mean is not None
         assert layer.running_var is not None
         base = (layer.running_mean, layer.running_var) if self._accumulate else (mean, variance)
-        layer.running_mean.copy_(torch.lerp(base[0], batch_mean, self._weight))
-        layer.running_var.copy_(torch.lerp(base[1], batch_variance, self._weight))
+        if has_one_value(x):
+            return base
+        over = [0, *range(2, x.ndim)]
+        batch_variance, batch_mean = torch.var_mean(x.detach().to(mean.dtype), over, correction=1)
+        blend = torch.lerp(base[0], batch_mean, self._weight), torch.lerp(base[1], batch_variance, self._weight)
+        if self._accumulate:
+            layer.running_mean.copy_(blend[0])
+            layer.running_var.copy_(blend[1])
+        return blend
 
     def restore(self) -> None:
         """Give the layers their own forward pass back; the statistics stay as they are."""
@@ -117,8 +148,9 @@ class RobustStatistics(SourceStatistics):
     """Makes BatchNorm layers normalise with running statistics that move a little with every batch of an update.
 
     In an update a layer normalises with ``(1 - momentum) * running + momentum * batch`` (biased variance), whose batch part
-    carries a gradient, and keeps that as its running statistics (RobustBN; Yuan et al., CVPR 2023, eq. 3). Otherwise it is the
-    layer it was. The statistics move where they are, so that a network called with other tensors for them moves those.
+    carries a gradient, and keeps that as its running statistics (RobustBN; Yuan et al., CVPR 2023, eq. 3). Otherwise, and
+    where it is given one value a channel, it is the layer it was. The statistics move where they are, so that a network called
+    with other tensors for them moves those.
 
     Args:
         layers: The layers, in evaluation mode when they are called.
@@ -145,9 +177,12 @@ class RobustStatistics(SourceStatistics):
     def _forward(self, layer: BatchNorm, inner: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if not self._moving:
             return inner(x)
-        over = [0, *range(2, x.ndim)]
         assert layer.running_mean is not None
         assert layer.running_var is not None
+        if has_one_value(x):
+            output: Tensor = _twin(layer, layer.running_mean.clone(), layer.running_var.clone()).forward(x)
+            return output
+        over = [0, *range(2, x.ndim)]
         batch_variance, batch_mean = torch.var_mean(x.to(layer.running_mean.dtype), over, correction=0)
         mean = (1 - self._momentum) * layer.running_mean + self._momentum * batch_mean
         variance = (1 - self._momentum) * layer.running_var + self._momentum * batch_variance
