@@ -10,7 +10,13 @@ from torch import nn
 
 from lightning_peft import Run
 from lightning_peft.capture.evaluation import Call
-from lightning_peft_plugins.test_time._shared.batch_statistics import BlendStatistics, UseBatchStatistics, batch_norms
+from lightning_peft.network.targets import excluded
+from lightning_peft_plugins.test_time._shared.batch_statistics import (
+    BatchNorm,
+    BlendStatistics,
+    UseBatchStatistics,
+    batch_norms,
+)
 from lightning_peft_plugins.test_time._shared.stream import StreamMethod
 
 
@@ -62,16 +68,28 @@ class BatchNormAdapt(StreamMethod):
 
     def adapt_start(self, run: Run) -> None:
         super().adapt_start(run)
-        layers = batch_norms(run.network).values()
-        if not layers:
-            raise MisconfigurationException(
-                f"{self.name}: {type(run.network).__name__} has no BatchNorm layer with running statistics. Tent or EATA adapt "
-                "other norm layers."
-            )
+        layers = self._layers(run)
         if self.weight == 1.0 and not self.accumulate:
             self._statistics = UseBatchStatistics(layers)
         else:
             self._statistics = BlendStatistics(layers, self.weight, self.accumulate)
+
+    def _layers(self, run: Run) -> list[BatchNorm]:
+        everything = batch_norms(run.network).values()
+        if not everything:
+            raise MisconfigurationException(
+                f"{self.name}: {type(run.network).__name__} has no BatchNorm layer with running statistics. Tent or EATA adapt "
+                "other norm layers."
+            )
+        chosen = None if self.targets is None else set(self.select(run.module).values())
+        spared = excluded(run.module, self.exclude)
+        layers = [layer for layer in everything if layer not in spared and (chosen is None or layer in chosen)]
+        if not layers:
+            raise MisconfigurationException(
+                f"{self.name}: targets={self.targets!r} with exclude={self.exclude!r} names none of the {len(everything)} "
+                'BatchNorm layers of the network. Leave both out for all of them, or name some: targets="re:<their names>".'
+            )
+        return layers
 
     def update(self, call: Call) -> Any:
         self.updates += 1

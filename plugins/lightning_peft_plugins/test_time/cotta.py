@@ -92,7 +92,9 @@ class CoTTA(ViewMethod):
     def _follow(self) -> None:
         for name, parameter in self.parameters.items():
             self.teacher[name].lerp_(parameter, 1 - self.teacher_momentum)
-            back = torch.rand(parameter.shape, generator=self._generator).to(parameter.device) < self.restore
+            # Half random numbers, which the true half precisions give, are too coarse for a small probability.
+            drawn = torch.rand(parameter.shape, generator=self._generator, dtype=torch.float32)
+            back = drawn.to(parameter.device) < self.restore
             parameter.copy_(torch.where(back, self.source[name], parameter))
 
     def forget(self) -> None:

@@ -50,6 +50,11 @@ class LAME(StreamMethod):
         super().__init__(**kwargs)
         if affinity not in ("knn", "rbf", "linear"):
             raise MisconfigurationException(f'affinity={affinity!r} is not "knn", "rbf" or "linear".')
+        if self.targets is not None or self.exclude is not None:
+            raise MisconfigurationException(
+                f"{self.name} moves nothing in the network, so there are no layers to choose. Leave targets= and exclude= out; "
+                "features= names the submodule whose input is compared."
+            )
         self.affinity, self.neighbours, self.steps_per_batch, self.symmetric = affinity, neighbours, steps, symmetric
         self.features_of = features
 

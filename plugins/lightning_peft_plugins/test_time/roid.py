@@ -74,7 +74,7 @@ class ROID(ViewMethod):
         return with_logits(output, prior_corrected(logits.detach())) if self.prior_correction else output
 
     def _weights(self, logits: Tensor) -> Tensor:
-        p = logits.softmax(-1)
+        p = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         if self._average is None:
             self._average = torch.full_like(p[0], 1 / p.shape[-1])
         diversity = _spread(1 - torch.nn.functional.cosine_similarity(self._average[None], p, dim=-1))

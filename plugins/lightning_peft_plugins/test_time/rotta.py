@@ -70,7 +70,7 @@ class RoTTA(ViewMethod):
     def descend(self, call: Call) -> Any:
         output = self._teach(call)
         logits = self.logits(output)
-        p = logits.softmax(-1)
+        p = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))  # 1e-6 is nothing beside a half
         unsure = -(p * (p + 1e-6).log()).sum(-1)
         if self._memory is None:
             self._memory = SampleMemory(self.capacity, logits.shape[-1], self.timeliness, self.uncertainty)
@@ -87,7 +87,7 @@ class RoTTA(ViewMethod):
         if not kept:
             return
         call = Call.gather([item.sample for item in kept])
-        ages = torch.tensor([item.age / self.capacity for item in kept])
+        ages = torch.tensor([item.age / self.capacity for item in kept], dtype=torch.float32)
         with self._robust.moving():
             target = self.logits(self._teach(call))
             with torch.enable_grad():

@@ -78,22 +78,18 @@ class SAR(EntropyMethod):
 
     def _second_loss(self, call: Call, output: Any) -> float | None:
         """Leave the gradients at the worst point; return the loss there, if any prediction is reliable there too."""
-        reliable = self._reliable(self.predictions(output))
+        reliable = self.weights(call, self.predictions(output)) > 0
         if not self.coupled:
             rows = reliable.any(-1).nonzero().squeeze(-1)
             call, reliable = call.take(rows), reliable[rows]
         with torch.enable_grad():
             logits = self.predictions(call())
-            entropy = softmax_entropy(logits)
-            reliable = reliable & (entropy < entropy_margin(self.e_margin, logits.shape[-1]))
+            reliable = reliable & (self.weights(call, logits.detach()) > 0)
             if not bool(reliable.any()):
                 return None
-            loss = entropy[reliable].mean()
+            loss = softmax_entropy(logits[reliable]).mean()
             loss.backward()
         return float(loss)
-
-    def _reliable(self, logits: Tensor) -> Tensor:
-        return softmax_entropy(logits) < entropy_margin(self.e_margin, logits.shape[-1])
 
     @torch.no_grad()
     def _climb(self) -> list[tuple[nn.Parameter, Tensor]]:

@@ -14,6 +14,7 @@ from lightning_peft.capture.evaluation import Call
 from lightning_peft.network.batches import separable, take
 from lightning_peft_plugins.test_time._shared.costs import Costs, Way, candidates
 from lightning_peft_plugins.test_time._shared.descent import DescentMethod
+from lightning_peft_plugins.test_time._shared.padding import attention_mask
 from lightning_peft_plugins.test_time._shared.walks import Walk, Walker
 from lightning_peft_plugins.test_time._shared.ways import Ways
 from lightning_peft_plugins.test_time._shared.window import Window
@@ -119,7 +120,7 @@ class EntropyMethod(DescentMethod):
     def adapt_start(self, run: Run) -> None:
         super().adapt_start(run)
         self._choices: list[Way] | None = None
-        self._ways = Ways(Walker(self.predictions, self._weights, list(self.parameters.values()), self.coupled))
+        self._ways = Ways(Walker(self.predictions, self.weights, list(self.parameters.values()), self.coupled))
 
     def release(self) -> None:
         if self._ways is not None:
@@ -178,11 +179,12 @@ class EntropyMethod(DescentMethod):
         self._loss = self._loss.to(walk.loss.device) + walk.loss
         self._chosen.append(walk.chosen)
 
-    def _weights(self, call: Call, logits: Tensor) -> Tensor:
+    def weights(self, call: Call, logits: Tensor) -> Tensor:
+        """Weigh every prediction of a call as :meth:`weigh` does; padding and what is not finite count nothing."""
         entropy = softmax_entropy(logits)
         weights = self.weigh(call, logits, entropy)
-        mask = call.kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.shape == weights.shape:  # padding is no prediction
+        mask = attention_mask(call)
+        if mask is not None and mask.shape == weights.shape:  # padding is no prediction
             weights = weights * mask
         return torch.where(entropy.isfinite(), weights, 0.0)  # a prediction that is NaN teaches nothing
 

@@ -87,7 +87,9 @@ class RandomViews:
         deviation, mean = torch.std_mean(x, dim=(2, 3), keepdim=True)
         contrast = 1 + self.contrast * self._uniform(images, 1, 1, 1)
         brightness = self.contrast * self._uniform(images, 1, 1, 1) * deviation
-        noise = torch.randn(images.shape, generator=self._generator).to(images.device) * self.noise * deviation
+        # Lightning's true half precisions change the default dtype, and half random numbers are coarse.
+        grain = torch.randn(images.shape, generator=self._generator, dtype=torch.float32).to(images.device)
+        noise = grain * self.noise * deviation
         return ((x - mean) * contrast + mean + brightness + noise).to(images.dtype)
 
     def _move(self, x: Tensor) -> Tensor:
@@ -101,4 +103,4 @@ class RandomViews:
         return torch.nn.functional.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
     def _uniform(self, x: Tensor, *shape: int) -> Tensor:
-        return (torch.rand(len(x), *shape, generator=self._generator) * 2 - 1).to(x.device)
+        return (torch.rand(len(x), *shape, generator=self._generator, dtype=torch.float32) * 2 - 1).to(x.device)

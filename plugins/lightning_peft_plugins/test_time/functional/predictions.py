@@ -125,7 +125,7 @@ def shuffle_patches(images: Tensor, patches: int = 4, generator: torch.Generator
     size = (rows * patches, columns * patches)
     x = images if size == (height, width) else torch.nn.functional.interpolate(images, size, mode="bilinear")
     tiles = x.reshape(batch, channels, patches, rows, patches, columns).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    order = torch.rand(batch, patches * patches, generator=generator).argsort(-1).to(images.device)
+    order = torch.rand(batch, patches * patches, generator=generator, dtype=torch.float32).argsort(-1).to(images.device)
     tiles = tiles[torch.arange(batch, device=images.device)[:, None], order]
     x = tiles.unflatten(1, (patches, patches)).permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, *size)
     return x if size == (height, width) else torch.nn.functional.interpolate(x, (height, width), mode="bilinear")
