@@ -79,7 +79,7 @@ class SAR(EntropyMethod):
     def _second_loss(self, call: Call, output: Any) -> float | None:
         """Leave the gradients at the worst point; return the loss there, if any prediction is reliable there too."""
         reliable = self.weights(call, self.predictions(output)) > 0
-        if not self.coupled:
+        if self.independent(call):
             rows = reliable.any(-1).nonzero().squeeze(-1)
             call, reliable = call.take(rows), reliable[rows]
         with torch.enable_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -14,6 +16,7 @@ from lightning_peft.capture.evaluation import Call
 from lightning_peft.network.batches import separable, take
 from lightning_peft_plugins.test_time._shared.costs import Costs, Way, candidates
 from lightning_peft_plugins.test_time._shared.descent import DescentMethod
+from lightning_peft_plugins.test_time._shared.independence import Comparison, compare_parts
 from lightning_peft_plugins.test_time._shared.padding import attention_mask
 from lightning_peft_plugins.test_time._shared.walks import Walk, Walker
 from lightning_peft_plugins.test_time._shared.ways import Ways
@@ -22,6 +25,7 @@ from lightning_peft_plugins.test_time._shared.workers import fits
 from lightning_peft_plugins.test_time.functional.predictions import softmax_entropy
 
 Backward: TypeAlias = Literal["auto", "whole", "chunks", "second-pass"]
+_log = logging.getLogger(__name__)
 BACKWARDS = ("auto", "whole", "chunks", "second-pass")
 
 
@@ -34,9 +38,11 @@ class EntropyMethod(DescentMethod):
     chosen. Where samples do not depend on each other (no batch statistics) there are cheaper ways to the same update:
     ``"chunks"`` runs the batch in small parts and walks back only through parts with a chosen sample, several parts at a time,
     each on one core, where that is safe (see :func:`~lightning_peft_plugins.test_time._shared.workers.fits`);
-    ``"second-pass"`` predicts without a graph and runs the chosen samples again with one. ``"auto"`` times the ways on the
-    first batches, with several sizes of chunks, and takes what is cheapest for the share of samples chosen of late; what it
-    learnt holds for later evaluations of a network of the same shape. With batch statistics all this is ``"whole"``.
+    ``"second-pass"`` predicts without a graph and runs the chosen samples again with one. Before either, parts of a batch are
+    compared with the whole, once; where they differ by more than rounding, ``"auto"`` takes batches whole and the others are
+    refused. ``"auto"`` times the ways on the first batches, with several sizes of chunks, and takes what is cheapest for the
+    share of samples chosen of late; what it learnt holds for later evaluations of a network of the same shape. With BatchNorm
+    on batch statistics all this is ``"whole"``.
 
     Args:
         backward: ``"whole"``, ``"chunks"``, ``"second-pass"`` or ``"auto"``.
@@ -98,10 +104,10 @@ class EntropyMethod(DescentMethod):
         crowd = self._window.extend(call)
         if self._window.take_turn():
             output = super().update(crowd)
-        elif self.coupled:
-            output = crowd()
-        else:
+        elif self.independent(crowd):
             return call()
+        else:
+            output = crowd()
         return take(output, crowd.size, slice(crowd.size - call.size, None))
 
     def forget(self) -> None:
@@ -120,7 +126,8 @@ class EntropyMethod(DescentMethod):
     def adapt_start(self, run: Run) -> None:
         super().adapt_start(run)
         self._choices: list[Way] | None = None
-        self._ways = Ways(Walker(self.predictions, self.weights, list(self.parameters.values()), self.coupled))
+        self._comparison: Comparison | None = None
+        self._ways = Ways(Walker(self.predictions, self.weights, list(self.parameters.values()), self.independent))
 
     def release(self) -> None:
         if self._ways is not None:
@@ -146,10 +153,30 @@ class EntropyMethod(DescentMethod):
         self.note(selected=count / call.size, loss=loss)
         return output, count
 
+    def independent(self, call: Call) -> bool:
+        """Whether the samples of a call may be run in parts: measured once, on the first batch that can tell."""
+        if self.coupled or call.size == 1:
+            return False
+        if self._comparison is None:
+            assert self.run is not None
+            found = compare_parts(call, self.predictions, self.run.network)
+            if math.isnan(found.difference):
+                return False
+            self._comparison = found
+            if not found.independent:
+                self._say_coupled(found)
+        return self._comparison.independent
+
+    def _say_coupled(self, found: Comparison) -> None:
+        if self.backward in ("chunks", "second-pass"):
+            raise MisconfigurationException(
+                f'{self.name}: backward="{self.backward}" runs a batch in parts, but its samples cannot be run apart: '
+                f'{found.reason}. Take backward="auto", which runs such batches whole.'
+            )
+        _log.info("%s takes batches whole, because their samples depend on each other: %s.", self.name, found.reason)
+
     def _way(self, call: Call) -> Way:
-        if self.coupled:
-            return Way("whole")
-        if call.size == 1:
+        if self.backward == "whole" or not self.independent(call):
             return Way("whole")
         if self._choices is None:
             self._choices = self._find_choices(call)
@@ -157,8 +184,8 @@ class EntropyMethod(DescentMethod):
 
     def _find_choices(self, call: Call) -> list[Way]:
         """What ``backward`` asks for, as far as it can be had; several ways are to be timed."""
-        if self.backward in ("whole", "second-pass"):
-            return [Way(self.backward)]
+        if self.backward == "second-pass":
+            return [Way("second-pass")]
         threads = torch.get_num_threads() if self.weighs_in_threads and fits(call) else 1
         if self.backward != "auto":
             return [Way("workers" if threads > 1 else "chunks", self.chunk_size or 1)]
