@@ -11,6 +11,7 @@ from lightning_peft import Run
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.network.logits import with_logits
 from lightning_peft.network.targets import TargetSpec
+from lightning_peft_plugins.test_time._shared.finite_samples import finite_rows
 from lightning_peft_plugins.test_time._shared.views import ViewMethod
 from lightning_peft_plugins.test_time.functional.predictions import symmetric_cross_entropy
 
@@ -66,16 +67,21 @@ class CoTTA(ViewMethod):
             output = call()
             logits = self.logits(output)
         target = self._target(call)
+        rows = finite_rows(logits.detach()) & finite_rows(target)
+        if not bool(rows.any()):
+            return with_logits(output, target)
         with torch.enable_grad():
-            loss = symmetric_cross_entropy(logits, target, 0.5 if self.symmetric else 0.0).mean()
+            if not bool(rows.all()):  # backwards, 0 times NaN is NaN
+                logits = self.logits(call.take(rows.nonzero().squeeze(-1))())
+            loss = symmetric_cross_entropy(logits, target[rows], 0.5 if self.symmetric else 0.0).mean()
         loss.backward()
         self.note(selected=1.0, loss=float(loss))
-        self.step(call.size)
+        self.step(len(logits))
         self._follow()
         return with_logits(output, target)
 
     def _target(self, call: Call) -> Tensor:
-        confidence = self._predict(call, self.source).softmax(-1).amax(-1).mean()
+        confidence = self._predict(call, self.source).softmax(-1).amax(-1).nanmean()
         if float(confidence) >= self.threshold:
             return self._predict(call, self.teacher)
         total = self._predict(call.with_inputs(self.augment), self.teacher)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from lightning_peft.capture.evaluation import Call
 from lightning_peft.network.logits import with_logits
 from lightning_peft_plugins.test_time._rotta.sample_memory import SampleMemory
 from lightning_peft_plugins.test_time._shared.batch_statistics import RobustStatistics, batch_norms
+from lightning_peft_plugins.test_time._shared.finite_samples import finite_rows
 from lightning_peft_plugins.test_time._shared.views import ViewMethod
 from lightning_peft_plugins.test_time.functional.predictions import symmetric_cross_entropy
 
@@ -75,6 +77,8 @@ class RoTTA(ViewMethod):
         if self._memory is None:
             self._memory = SampleMemory(self.capacity, logits.shape[-1], self.timeliness, self.uncertainty)
         for index, (label, uncertainty) in enumerate(zip(p.argmax(-1).tolist(), unsure.tolist(), strict=True)):
+            if not math.isfinite(uncertainty):
+                continue
             self._memory.add(label, call.take(slice(index, index + 1)), uncertainty)
             self._count += 1
             if self._count % self.every == 0:
@@ -92,6 +96,10 @@ class RoTTA(ViewMethod):
             target = self.logits(self._teach(call))
             with torch.enable_grad():
                 logits = self.logits(call.with_inputs(self.augment)())
+        finite = finite_rows(logits.detach()) & finite_rows(target)
+        if not bool(finite.all()):  # what the network makes nothing of any more would spoil every update to come
+            self._memory.keep(finite.tolist())
+            return
         with torch.enable_grad():
             weights = (-ages).sigmoid().to(logits.device)
             loss = (symmetric_cross_entropy(logits, target, alpha=0.0) * weights).mean()

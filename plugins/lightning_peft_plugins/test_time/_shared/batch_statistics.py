@@ -133,8 +133,7 @@ class BlendStatistics(SourceStatistics):
         batch_variance, batch_mean = torch.var_mean(x.detach().to(mean.dtype), over, correction=1)
         blend = torch.lerp(base[0], batch_mean, self._weight), torch.lerp(base[1], batch_variance, self._weight)
         if self._accumulate:
-            layer.running_mean.copy_(blend[0])
-            layer.running_var.copy_(blend[1])
+            _move(layer, *blend)
         return blend
 
     def restore(self) -> None:
@@ -186,9 +185,7 @@ class RobustStatistics(SourceStatistics):
         batch_variance, batch_mean = torch.var_mean(x.to(layer.running_mean.dtype), over, correction=0)
         mean = (1 - self._momentum) * layer.running_mean + self._momentum * batch_mean
         variance = (1 - self._momentum) * layer.running_var + self._momentum * batch_variance
-        with torch.no_grad():
-            layer.running_mean.copy_(mean)
-            layer.running_var.copy_(variance)
+        _move(layer, mean, variance)
         shape = [1, -1] + [1] * (x.ndim - 2)
         scale = (variance + layer.eps).rsqrt()
         scale = scale if layer.weight is None else scale * layer.weight
@@ -203,6 +200,16 @@ class RobustStatistics(SourceStatistics):
         for shim in self._shims:
             shim.remove()
         self._shims = []
+
+
+@torch.no_grad()
+def _move(layer: BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    """Write a layer's running statistics, but for channels that are not finite, which would stay so for good."""
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    finite = mean.isfinite() & variance.isfinite()
+    layer.running_mean.copy_(torch.where(finite, mean, layer.running_mean))
+    layer.running_var.copy_(torch.where(finite, variance, layer.running_var))
 
 
 def _same(x: Tensor) -> Tensor:

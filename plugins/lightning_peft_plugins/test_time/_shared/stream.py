@@ -13,6 +13,7 @@ from lightning_peft.attach.averaging import swapped_in
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.network.logits import as_logits
 from lightning_peft.network.targets import TargetSpec
+from lightning_peft_plugins.test_time._shared.finite_samples import without_spoilt_samples
 
 Reset: TypeAlias = "Literal['never', 'dataloader', 'batch'] | int"
 
@@ -89,7 +90,7 @@ class StreamMethod(Method):
             self.to_source()
         self._place = place
         before = self.updates
-        output = self.update(call)
+        output = without_spoilt_samples(call, self.update, self.logits)
         if type(self.reset) is int and self.updates // self.reset > before // self.reset:
             self.to_source()
         return output
