@@ -30,8 +30,8 @@ class BatchNormAdapt(StreamMethod):
             16 in the paper on robustness (Schneider et al., 2020).
         momentum: Keep what was blended and blend the next batch into it, as an exponential moving average; the weight of the
             batch is ``momentum``.
-        kwargs: Arguments of :class:`~lightning_peft_plugins.test_time._shared.stream.StreamMethod`; ``keep=True`` with a
-            momentum leaves the averaged statistics in the module.
+        kwargs: Arguments of :class:`~lightning_peft_plugins.test_time._shared.stream.StreamMethod`; ``keep=True``
+            leaves the last statistics in the module.
 
     Raises:
         MisconfigurationException: More than one of the three is given, or one out of range.
@@ -70,9 +70,9 @@ class BatchNormAdapt(StreamMethod):
         super().adapt_start(run)
         layers = self._layers(run)
         if self.weight == 1.0 and not self.accumulate:
-            self._statistics = UseBatchStatistics(layers)
+            self._statistics = UseBatchStatistics(layers, self.kept)
         else:
-            self._statistics = BlendStatistics(layers, self.weight, self.accumulate)
+            self._statistics = BlendStatistics(layers, self.weight, self.accumulate, self.kept)
 
     def _layers(self, run: Run) -> list[BatchNorm]:
         everything = batch_norms(run.network).values()
@@ -93,7 +93,8 @@ class BatchNormAdapt(StreamMethod):
 
     def update(self, call: Call) -> Any:
         self.updates += 1
-        return call()
+        with self.predicting():
+            return call()
 
     def to_source(self) -> None:
         if isinstance(self._statistics, BlendStatistics):

@@ -56,6 +56,7 @@ class CoTTA(ViewMethod):
         super().__init__(lr=lr, targets=targets, **kwargs)
         self.teacher_momentum, self.restore, self.threshold = teacher_momentum, restore, threshold
         self.views, self.symmetric, self.seed = views, symmetric, seed
+        self.teacher: dict[str, Tensor] = {}
 
     def adapt_start(self, run: Run) -> None:
         prefix = f"{run.network_name}." if run.network_name else ""
@@ -66,7 +67,9 @@ class CoTTA(ViewMethod):
         with torch.enable_grad():
             output = call()
             logits = self.logits(output)
-        target = self._target(call)
+        sure = self._source_is_sure(call)
+        with self.predicting():
+            target = self._target(call, sure)
         rows = finite_rows(logits.detach()) & finite_rows(target)
         if not bool(rows.any()):
             return with_logits(output, target)
@@ -80,9 +83,12 @@ class CoTTA(ViewMethod):
         self._follow()
         return with_logits(output, target)
 
-    def _target(self, call: Call) -> Tensor:
+    def _source_is_sure(self, call: Call) -> bool:
         confidence = self._predict(call, self.source).softmax(-1).amax(-1).nanmean()
-        if float(confidence) >= self.threshold:
+        return float(confidence) >= self.threshold
+
+    def _target(self, call: Call, sure: bool) -> Tensor:
+        if sure:
             return self._predict(call, self.teacher)
         total = self._predict(call.with_inputs(self.augment), self.teacher)
         for _ in range(self.views - 1):
@@ -107,6 +113,12 @@ class CoTTA(ViewMethod):
         self.teacher = {name: value.clone() for name, value in self.source.items()}
         self._generator = torch.Generator().manual_seed(self.seed)
         super().forget()
+
+    @torch.no_grad()
+    def leave(self) -> None:
+        super().leave()
+        for name, value in self.teacher.items():
+            self.parameters[name].copy_(value)
 
     def release(self) -> None:
         super().release()

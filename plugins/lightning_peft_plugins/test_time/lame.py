@@ -51,6 +51,10 @@ class LAME(StreamMethod):
         super().__init__(**kwargs)
         if affinity not in ("knn", "rbf", "linear"):
             raise MisconfigurationException(f'affinity={affinity!r} is not "knn", "rbf" or "linear".')
+        if self.keep:
+            raise MisconfigurationException(
+                f"{self.name} adjusts predictions and leaves the network as it is: there is nothing to keep. Leave keep out."
+            )
         if self.targets is not None or self.exclude is not None:
             raise MisconfigurationException(
                 f"{self.name} moves nothing in the network, so there are no layers to choose. Leave targets= and exclude= out; "

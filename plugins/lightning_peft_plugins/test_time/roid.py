@@ -56,7 +56,8 @@ class ROID(ViewMethod):
 
     def descend(self, call: Call) -> Any:
         with torch.enable_grad():
-            output = call()
+            with self.predicting():
+                output = call()
             logits = self.logits(output)
         finite = finite_rows(logits.detach())
         if not bool(finite.any()):

@@ -122,6 +122,13 @@ class RoTTA(ViewMethod):
             state = {**dict(self._network.named_parameters()), **dict(self._network.named_buffers())}
             self.teacher = {name: value.detach().clone() for name, value in state.items()}
 
+    @torch.no_grad()
+    def leave(self) -> None:
+        super().leave()
+        state = {**dict(self._network.named_parameters()), **dict(self._network.named_buffers())}
+        for name, value in self.teacher.items():
+            state[name].copy_(value)
+
     def release(self) -> None:
         super().release()
         self._robust.restore()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.capture.shim import Shim
+from lightning_peft_plugins.test_time._shared.kept_statistics import KeptStatistics
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -33,10 +34,12 @@ class UseBatchStatistics:
 
     Args:
         layers: The layers.
+        kept: Is shown the statistics of every call.
     """
 
-    def __init__(self, layers: Iterable[BatchNorm]) -> None:
-        self._shims = [Shim(layer, "forward", partial(_of_the_batch, layer), traced=False).install() for layer in layers]
+    def __init__(self, layers: Iterable[BatchNorm], kept: KeptStatistics | None = None) -> None:
+        handlers = {layer: partial(_of_the_batch, layer, kept or KeptStatistics()) for layer in layers}
+        self._shims = [Shim(layer, "forward", handler, traced=False).install() for layer, handler in handlers.items()]
 
     def restore(self) -> None:
         """Let the layers answer for themselves."""
@@ -45,8 +48,14 @@ class UseBatchStatistics:
         self._shims = []
 
 
-def _of_the_batch(layer: BatchNorm, inner: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    twin = _twin(layer, layer.running_mean, layer.running_var) if has_one_value(x) else _twin(layer, None, None)
+def _of_the_batch(
+    layer: BatchNorm, kept: KeptStatistics, inner: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    if has_one_value(x):
+        twin = _twin(layer, layer.running_mean, layer.running_var)
+    else:
+        twin = _twin(layer, None, None)
+        kept.see_batch(layer, x)
     output: Tensor = twin.forward(x, *args, **kwargs)
     return output
 
@@ -99,9 +108,13 @@ class BlendStatistics(SourceStatistics):
         layers: The layers, in evaluation mode when they are called.
         weight: Weight of the batch, in [0, 1].
         accumulate: Keep what was blended as the base of the next batch.
+        kept: Is shown the blend of every call.
     """
 
-    def __init__(self, layers: Iterable[BatchNorm], weight: float, accumulate: bool = False) -> None:
+    def __init__(
+        self, layers: Iterable[BatchNorm], weight: float, accumulate: bool = False, kept: KeptStatistics | None = None
+    ) -> None:
+        self._kept = kept or KeptStatistics()
         self._weight = weight
         self._accumulate = accumulate
         super().__init__(layers)
@@ -132,6 +145,7 @@ class BlendStatistics(SourceStatistics):
         over = [0, *range(2, x.ndim)]
         batch_variance, batch_mean = torch.var_mean(x.detach().to(mean.dtype), over, correction=1)
         blend = torch.lerp(base[0], batch_mean, self._weight), torch.lerp(base[1], batch_variance, self._weight)
+        self._kept.see(layer, x.numel() // x.shape[1], *blend)
         if self._accumulate:
             _move(layer, *blend)
         return blend

@@ -104,7 +104,7 @@ class DescentMethod(StreamMethod):
             parameter.grad = None
         self.source = {name: p.detach().clone() for name, p in self.parameters.items()}
         layers = list(batch_norms(run.network).values()) if self.statistics == "batch" else []
-        self._batch_statistics = UseBatchStatistics(layers)
+        self._batch_statistics = UseBatchStatistics(layers, self.kept)
         self.coupled = bool(layers)
         self.new_optimizer()
         self._warned = False

@@ -107,7 +107,8 @@ class EntropyMethod(DescentMethod):
         elif self.independent(crowd):
             return call()
         else:
-            output = crowd()
+            with self.predicting():
+                output = crowd()
         return take(output, crowd.size, slice(crowd.size - call.size, None))
 
     def forget(self) -> None:
@@ -127,7 +128,8 @@ class EntropyMethod(DescentMethod):
         super().adapt_start(run)
         self._choices: list[Way] | None = None
         self._comparison: Comparison | None = None
-        self._ways = Ways(Walker(self.predictions, self.weights, list(self.parameters.values()), self.independent))
+        parameters = list(self.parameters.values())
+        self._ways = Ways(Walker(self.predictions, self.weights, parameters, self.independent, self.predicting))
 
     def release(self) -> None:
         if self._ways is not None:

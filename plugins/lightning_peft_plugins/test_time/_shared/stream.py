@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeAlias
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -14,6 +15,7 @@ from lightning_peft.capture.evaluation import Call
 from lightning_peft.network.logits import as_logits
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft_plugins.test_time._shared.finite_samples import without_spoilt_samples
+from lightning_peft_plugins.test_time._shared.kept_statistics import KeptStatistics
 
 Reset: TypeAlias = "Literal['never', 'dataloader', 'batch'] | int"
 
@@ -29,7 +31,8 @@ class StreamMethod(Method):
     Args:
         reset: When to return to the source: ``"never"``, at every new ``"dataloader"``, before every ``"batch"``, or after so
             many updates.
-        keep: Leave the module adapted when the evaluation ends.
+        keep: Leave the module adapted when the evaluation ends, so that it predicts on its own as it did last: BatchNorm layers
+            are left the statistics of the last batch, methods with a teacher leave that.
         targets: Layers to act on.
         exclude: Layers to leave alone.
         network: Qualified name of the network when the module has several candidates.
@@ -57,6 +60,7 @@ class StreamMethod(Method):
             )
         self.reset, self.keep = reset, keep
         self._adapting = False
+        self.kept = KeptStatistics()
         self._batch: dict[str, float] = {}
 
     def update(self, call: Call) -> Any:
@@ -79,6 +83,7 @@ class StreamMethod(Method):
                 "keep=True would adapt the average and lose it. Leave keep=True out, or use trainer.test, which swaps nothing."
             )
         self.updates = 0
+        self.kept = KeptStatistics()
         self._place: tuple[int, int] | None = None
         self._batch = {}
 
@@ -100,12 +105,25 @@ class StreamMethod(Method):
         if not self._adapting:
             return
         self._adapting = False
-        if not self.keep:
+        if self.keep:
+            self.leave()
+        else:
             self.to_source()
         self.release()
 
+    def leave(self) -> None:
+        """Make the module one that predicts, without the method, as it did last; called for ``keep=True``.
+
+        The statistics that BatchNorm layers predicted with are left in any case.
+        """
+        self.kept.leave()
+
     def release(self) -> None:
         """Let go of the module; subclasses undo here what is no adaptation."""
+
+    def predicting(self) -> AbstractContextManager[None]:
+        """Round a pass whose output is the prediction: a module that is kept normalises as in the last one."""
+        return self.kept.predicting() if self.keep else nullcontext()
 
     def logits(self, output: Any) -> Tensor:
         """Read logits (samples, ..., classes) out of an output.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,17 +39,20 @@ class Walker:
         weigh: Weighs the predictions of a call, given their logits: shape (samples, positions), 0 for those that do not count.
         parameters: What gradients are wanted for.
         independent: Whether the samples of a call can be run apart from each other.
+        predicting: What a pass whose output is the prediction runs in.
     """
 
     predict: Callable[[Any], Tensor]
     weigh: Callable[[Call, Tensor], Tensor]
     parameters: Sequence[nn.Parameter]
     independent: Callable[[Call], bool]
+    predicting: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def there_and_back(self, call: Call) -> tuple[Any, Walk | None]:
         """Run a call with a graph and walk back if a prediction counts; returns the output without the graph."""
         with torch.enable_grad():
-            output = call()
+            with self.predicting():
+                output = call()
             logits = self.predict(output)
         weights = self.weigh(call, logits.detach())
         if not bool(logits.isfinite().all()) and self.independent(call):
