@@ -56,6 +56,11 @@ def finite_rows(logits: Tensor) -> Tensor:
     return logits.isfinite().flatten(1).all(-1)
 
 
+def sound_rows(call: Call) -> Tensor:
+    """Indices of the samples whose floating point inputs are finite."""
+    return torch.tensor(sorted({*range(call.size)} - {*_suspects(call).tolist()}), dtype=torch.int64)
+
+
 def _suspects(call: Call) -> Tensor:
     tensors = [t for t in tensors_of((call.args, call.kwargs)) if t.ndim and t.is_floating_point() and len(t) == call.size]
     if not tensors:
