@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_peft import Run
 from lightning_peft.capture.evaluation import Call
+from lightning_peft.network.called_with import call_with
 from lightning_peft.network.logits import with_logits
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft_plugins.test_time._shared.finite_samples import finite_rows
@@ -30,7 +32,8 @@ class CoTTA(ViewMethod):
         views: Number of views.
         symmetric: Loss in both directions (ImageNet) instead of one (CIFAR).
         seed: Seed of the restoration.
-        targets: Layers whose parameters move; ``None`` is the whole module.
+        targets: Layers whose parameters move; ``None`` is the weights and biases of the whole module, as in the official code:
+            no class token, no embedding of positions.
         kwargs: Arguments of :class:`~lightning_peft_plugins.test_time._shared.views.ViewMethod`.
 
     Example:
@@ -57,6 +60,12 @@ class CoTTA(ViewMethod):
         self.teacher_momentum, self.restore, self.threshold = teacher_momentum, restore, threshold
         self.views, self.symmetric, self.seed = views, symmetric, seed
         self.teacher: dict[str, Tensor] = {}
+
+    def claims(self, module: nn.Module) -> Iterable[str]:
+        found = list(super().claims(module))
+        if self.targets is not None:
+            return found
+        return [name for name in found if name.rpartition(".")[2] in ("weight", "bias")] or found
 
     def adapt_start(self, run: Run) -> None:
         prefix = f"{run.network_name}." if run.network_name else ""
@@ -98,7 +107,7 @@ class CoTTA(ViewMethod):
     def _predict(self, call: Call, weights: dict[str, Tensor]) -> Tensor:
         assert self.run is not None
         named = {self._inner_name(name): value for name, value in weights.items()}
-        return self.logits(torch.func.functional_call(self.run.network, named, call.args, call.kwargs))
+        return self.logits(call_with(self.run.network, named, call.args, call.kwargs))
 
     @torch.no_grad()
     def _follow(self) -> None:

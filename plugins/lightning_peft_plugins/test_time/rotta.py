@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_peft import Run
 from lightning_peft.arguments import positive
 from lightning_peft.capture.evaluation import Call
+from lightning_peft.network.called_with import call_with
 from lightning_peft.network.logits import with_logits
 from lightning_peft_plugins.test_time._rotta.sample_memory import SampleMemory
 from lightning_peft_plugins.test_time._shared.batch_statistics import RobustStatistics, batch_norms
@@ -111,7 +112,7 @@ class RoTTA(ViewMethod):
                 self.teacher[name].lerp_(parameter, self.teacher_momentum)
 
     def _teach(self, call: Call) -> Any:
-        return torch.func.functional_call(self._network, self.teacher, call.args, call.kwargs)
+        return call_with(self._network, self.teacher, call.args, call.kwargs)
 
     def forget(self) -> None:
         self._memory: SampleMemory | None = None

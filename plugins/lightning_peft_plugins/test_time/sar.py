@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.capture.evaluation import Call
+from lightning_peft.network.resolve import resolve_network
 from lightning_peft_plugins.test_time._shared.entropy import EntropyMethod
 from lightning_peft_plugins.test_time.functional.predictions import entropy_margin, softmax_entropy
 
-# What the official code leaves alone: the last stage of a ResNet, the last blocks of a ViT-B, and the last norm.
-TOP = re.compile(r"(^|\.)layer4\.|(^|\.)blocks\.(9|1[01])\.|(^|\.)norm(\.|$)")
+# What the official code leaves alone: the last stage of a ResNet, the last blocks of a ViT-B, and the last norm of a ViT.
+TOP = re.compile(r"layer4|blocks\.(9|10|11)|norm\.|^norm$")
 
 
 class SAR(EntropyMethod):
@@ -58,7 +59,9 @@ class SAR(EntropyMethod):
         found = super().select(module)
         if self.exclude is not None:
             return found
-        return {name: layer for name, layer in found.items() if not TOP.search(name)} or found
+        network = resolve_network(module, self.network)[0] if self.run is None else self.run.network_name
+        own_names = {name: name.removeprefix(f"{network}.") for name in found}  # what the network calls them
+        return {name: layer for name, layer in found.items() if not TOP.search(own_names[name])} or found
 
     def weigh(self, call: Call, logits: Tensor, entropy: Tensor) -> Tensor:
         return (entropy < entropy_margin(self.e_margin, logits.shape[-1])).to(entropy.dtype)

@@ -126,6 +126,24 @@ def test_a_layer_may_be_used_twice(name):
     assert not torch.equal(found[-1], plain[-1])
 
 
+class TwoNames(Twice):
+    """Holds the layer it uses twice under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.again = self.norm
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_layer_may_have_two_names(name):
+    net = TwoNames()
+    held = dict(net.named_parameters())
+    found = run(net, METHODS[name](), loaders=stream(2, size=6))
+    assert all(held[key] is value for key, value in net.named_parameters()), "a tensor of the module was replaced"
+    assert net.again.weight is net.norm.weight
+    close(found, run(Twice(), METHODS[name](), loaders=stream(2, size=6)), 1e-6)
+
+
 def test_scores_of_a_last_batch_of_one_sample():
     estimator = FisherEstimator(samples=9)
     trainer(callbacks=[estimator]).validate(Trained(flat_net()), uneven(), verbose=False)

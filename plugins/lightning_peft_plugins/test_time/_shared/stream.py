@@ -29,8 +29,8 @@ class StreamMethod(Method):
     Subclasses write :meth:`update` and :meth:`to_source`.
 
     Args:
-        reset: When to return to the source: ``"never"``, at every new ``"dataloader"``, before every ``"batch"``, or after so
-            many updates.
+        reset: When to return to the source: ``"never"``, at every new ``"dataloader"``, before every ``"batch"``, or before the
+            batch that follows so many updates.
         keep: Leave the module adapted when the evaluation ends, so that it predicts on its own as it did last: BatchNorm layers
             are left the statistics of the last batch, methods with a teacher leave that.
         targets: Layers to act on.
@@ -82,7 +82,7 @@ class StreamMethod(Method):
                 f"{type(averaging[0]).__name__} has put its average into the module for this validation, so {self.name} with "
                 "keep=True would adapt the average and lose it. Leave keep=True out, or use trainer.test, which swaps nothing."
             )
-        self.updates = 0
+        self.updates = self.batches = self._counted = 0
         self.kept = KeptStatistics()
         self._place: tuple[int, int] | None = None
         self._batch = {}
@@ -91,14 +91,20 @@ class StreamMethod(Method):
         """Answer a call of the network: return to the source when it is time, then adapt and predict."""
         place = (call.dataloader_idx, call.batch_idx)
         new_loader = self._place is not None and self._place[0] != place[0]
-        if (self.reset == "dataloader" and new_loader) or (self.reset == "batch" and self._place not in (None, place)):
+        new_batch = self._place not in (None, place)
+        if (self.reset == "dataloader" and new_loader) or (self.reset == "batch" and new_batch) or (new_batch and self._due()):
             self.to_source()
+            self._counted = self.count()
+        self.batches += self._place != place
         self._place = place
-        before = self.updates
-        output = without_spoilt_samples(call, self.update, self.logits)
-        if type(self.reset) is int and self.updates // self.reset > before // self.reset:
-            self.to_source()
-        return output
+        return without_spoilt_samples(call, self.update, self.logits)
+
+    def count(self) -> int:
+        """What a number given as ``reset`` counts."""
+        return self.updates
+
+    def _due(self) -> bool:
+        return type(self.reset) is int and self.count() - self._counted >= self.reset
 
     def finish(self, run: Run) -> None:
         """Give the module back as it was, or adapted."""
