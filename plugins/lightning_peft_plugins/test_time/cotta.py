@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from lightning_peft import Run
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.network.called_with import call_with
-from lightning_peft.network.logits import with_logits
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft_plugins.test_time._shared.finite_samples import finite_rows
+from lightning_peft_plugins.test_time._shared.padding import attention_mask
 from lightning_peft_plugins.test_time._shared.views import ViewMethod
 from lightning_peft_plugins.test_time.functional.predictions import symmetric_cross_entropy
 
@@ -76,21 +76,26 @@ class CoTTA(ViewMethod):
         with torch.enable_grad():
             output = call()
             logits = self.logits(output)
+        self.aligned(call, logits)
         sure = self._source_is_sure(call)
         with self.predicting():
             target = self._target(call, sure)
         rows = finite_rows(logits.detach()) & finite_rows(target)
         if not bool(rows.any()):
-            return with_logits(output, target)
+            return self.with_logits(output, target)
         with torch.enable_grad():
-            if not bool(rows.all()):  # backwards, 0 times NaN is NaN
+            if not bool(rows.all()) and len(rows) == call.size:  # backwards, 0 times NaN is NaN
                 logits = self.logits(call.take(rows.nonzero().squeeze(-1))())
-            loss = symmetric_cross_entropy(logits, target[rows], 0.5 if self.symmetric else 0.0).mean()
+            losses = symmetric_cross_entropy(logits, target[rows], 0.5 if self.symmetric else 0.0)
+            mask = attention_mask(call)
+            if mask is not None and mask.numel() == target[..., 0].numel():  # padding is no prediction
+                losses = losses[mask.reshape(target.shape[:-1])[rows] > 0]
+            loss = losses.mean()
         loss.backward()
         self.note(selected=1.0, loss=float(loss))
         self.step(len(logits))
         self._follow()
-        return with_logits(output, target)
+        return self.with_logits(output, target)
 
     def _source_is_sure(self, call: Call) -> bool:
         confidence = self._predict(call, self.source).softmax(-1).amax(-1).nanmean()

@@ -86,7 +86,11 @@ class MEMO(ViewMethod):
         crowd = call.take(torch.zeros(self.views, dtype=torch.int64)).with_inputs(self.augment)
         with torch.enable_grad():
             output = crowd()
-            loss = marginal_entropy(self.logits(output))
+            logits = self.logits(output)
+            self.aligned(crowd, logits)
+            if len(logits) != crowd.size:
+                self.one_a_sample(logits, crowd.size, "it takes the mean prediction over views of a sample")
+            loss = marginal_entropy(logits).mean()
         loss.backward()
         self.note(selected=1.0, loss=float(loss))
         self.step(1)

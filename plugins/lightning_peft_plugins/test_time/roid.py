@@ -59,6 +59,7 @@ class ROID(ViewMethod):
             with self.predicting():
                 output = call()
             logits = self.logits(output)
+        self.one_a_sample(logits, call.size, "it weighs samples and corrects the prior of their classes")
         finite = finite_rows(logits.detach())
         if not bool(finite.any()):
             return output

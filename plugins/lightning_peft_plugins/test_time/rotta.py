@@ -73,6 +73,7 @@ class RoTTA(ViewMethod):
     def descend(self, call: Call) -> Any:
         output = self._teach(call)
         logits = self.logits(output)
+        self.one_a_sample(logits, call.size, "its memory holds samples by their class")
         p = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))  # 1e-6 is nothing beside a half
         unsure = -(p * (p + 1e-6).log()).sum(-1)
         if self._memory is None:

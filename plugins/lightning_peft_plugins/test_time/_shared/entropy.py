@@ -49,7 +49,6 @@ class EntropyMethod(DescentMethod):
         chunk_size: Samples in a chunk; ``None`` tries several if ``backward="auto"``, and is 1 otherwise.
         window: For streams that come one by one: adapt to the last so many samples, each time that so many new ones have come.
             In between, BatchNorm layers on batch statistics take them from the window.
-        class_dim: Dimension of the classes in the logits: -1, or 1 for segmentation maps.
         kwargs: Arguments of :class:`~lightning_peft_plugins.test_time._shared.descent.DescentMethod`.
 
     Attributes:
@@ -60,16 +59,14 @@ class EntropyMethod(DescentMethod):
 
     weighs_in_threads = False
 
-    def __init__(
-        self, *, backward: Backward = "auto", chunk_size: int | None = None, window: int = 0, class_dim: int = -1, **kwargs: Any
-    ) -> None:
+    def __init__(self, *, backward: Backward = "auto", chunk_size: int | None = None, window: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         one_of("backward", backward, BACKWARDS)
         if chunk_size is not None:
             positive("chunk_size", chunk_size)
         if window < 0:
             raise MisconfigurationException(f"window={window!r} is negative; 0 means that batches are taken as they come.")
-        self.backward, self.chunk_size, self.class_dim = backward, chunk_size, class_dim
+        self.backward, self.chunk_size = backward, chunk_size
         self._window = Window(window) if window else None
         self._costs = Costs([])
         self._costs_hold_for: Any = None
@@ -152,7 +149,8 @@ class EntropyMethod(DescentMethod):
             torch._foreach_mul_([p.grad for p in self.parameters.values() if p.grad is not None], 1.0 / count)
         if way.name == "whole" and any(way.chunk_size for way in self._costs.ways) and not separable(output, call.size):
             self._costs.ways = [way for way in self._costs.ways if not way.chunk_size]
-        self.note(selected=count / call.size, loss=loss)
+        predicted = self.predictions(output)
+        self.note(selected=count / max(1, predicted.shape[0] * predicted.shape[1]), loss=loss)
         return output, count
 
     def independent(self, call: Call) -> bool:
@@ -213,12 +211,11 @@ class EntropyMethod(DescentMethod):
         entropy = softmax_entropy(logits)
         weights = self.weigh(call, logits, entropy)
         mask = attention_mask(call)
-        if mask is not None and mask.shape == weights.shape:  # padding is no prediction
-            weights = weights * mask
+        if mask is not None and mask.numel() == weights.numel():  # padding is no prediction, also where tokens are rows
+            weights = weights * mask.reshape(weights.shape)
         return torch.where(entropy.isfinite(), weights, 0.0)  # a prediction that is NaN teaches nothing
 
     def predictions(self, output: Any) -> Tensor:
         """Read logits of shape (samples, positions, classes) out of an output."""
         logits = self.logits(output)
-        logits = logits.movedim(self.class_dim, -1)
         return logits.flatten(1, -2) if logits.ndim > 2 else logits[:, None]

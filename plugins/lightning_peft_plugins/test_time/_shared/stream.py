@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.attach.averaging import swapped_in
 from lightning_peft.capture.evaluation import Call
-from lightning_peft.network.logits import as_logits
+from lightning_peft.network.logits import as_logits, with_logits
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft_plugins.test_time._shared.finite_samples import without_spoilt_samples
 from lightning_peft_plugins.test_time._shared.kept_statistics import KeptStatistics
@@ -33,6 +33,8 @@ class StreamMethod(Method):
             batch that follows so many updates.
         keep: Leave the module adapted when the evaluation ends, so that it predicts on its own as it did last: BatchNorm layers
             are left the statistics of the last batch, methods with a teacher leave that.
+        class_dim: Dimension of the classes in the logits; ``None``: the last, and from four dimensions on (maps of predictions)
+            dimension 1.
         targets: Layers to act on.
         exclude: Layers to leave alone.
         network: Qualified name of the network when the module has several candidates.
@@ -48,6 +50,7 @@ class StreamMethod(Method):
         *,
         reset: Reset = "never",
         keep: bool = False,
+        class_dim: int | None = None,
         targets: TargetSpec | None = None,
         exclude: TargetSpec | None = None,
         network: str | None = None,
@@ -58,7 +61,7 @@ class StreamMethod(Method):
             raise MisconfigurationException(
                 f'reset={reset!r} is not "never", "dataloader", "batch" or a positive number of updates.'
             )
-        self.reset, self.keep = reset, keep
+        self.reset, self.keep, self.class_dim = reset, keep, class_dim
         self._adapting = False
         self.kept = KeptStatistics()
         self._batch: dict[str, float] = {}
@@ -137,13 +140,33 @@ class StreamMethod(Method):
         Raises:
             MisconfigurationException: There are none, or only one class, whose entropy is always 0.
         """
-        logits = as_logits(output)
+        found = as_logits(output)
+        logits = found.movedim(self._class_dim(found), -1) if found.ndim > 2 else found
         if logits.ndim < 2 or logits.shape[-1] < 2:
             raise MisconfigurationException(
-                f"{self.name} needs logits of shape (samples, classes) with at least two classes, got {tuple(logits.shape)}. "
+                f"{self.name} needs logits of shape (samples, classes) with at least two classes, got {tuple(found.shape)}. "
                 "A single sigmoid output has no class distribution to take the entropy of; return two logits."
             )
         return logits
+
+    def with_logits(self, output: Any, logits: Tensor) -> Any:
+        """Put logits as :meth:`logits` reads them into an output, in the network's own order of dimensions."""
+        return with_logits(output, logits.movedim(-1, self._class_dim(logits)) if logits.ndim > 2 else logits)
+
+    def one_a_sample(self, logits: Tensor, size: int, why: str) -> None:
+        """Refuse anything but one prediction a sample.
+
+        Raises:
+            MisconfigurationException: There are several, or rows that are no samples.
+        """
+        if logits.ndim != 2 or len(logits) != size:
+            raise MisconfigurationException(
+                f"{self.name} needs one prediction a sample, because {why}; of {size} samples it was given logits of shape "
+                f"{tuple(logits.shape)}, classes last. Take Tent or ETA for predictions of tokens or pixels."
+            )
+
+    def _class_dim(self, logits: Tensor) -> int:
+        return self.class_dim if self.class_dim is not None else 1 if logits.ndim > 3 else -1
 
     def note(self, **values: float) -> None:
         """Say what happened to a batch, for the log."""

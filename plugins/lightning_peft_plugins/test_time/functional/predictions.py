@@ -29,10 +29,10 @@ def marginal_entropy(logits: Tensor) -> Tensor:
     """Entropy of the mean of predictions over the views of one sample (MEMO, Zhang et al., 2022, eq. 3).
 
     Args:
-        logits: Shape ``(views, classes)``.
+        logits: Shape ``(views, ..., classes)``.
 
     Returns:
-        A scalar, differentiable; the plain entropy for one view.
+        Shape ``(...)``, differentiable: a scalar for one prediction a view; the plain entropy for one view.
 
     Example:
         >>> marginal_entropy(torch.tensor([[10.0, -10.0], [-10.0, 10.0]]))
@@ -40,7 +40,7 @@ def marginal_entropy(logits: Tensor) -> Tensor:
     """
     log_p = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     mean = log_p.logsumexp(0) - math.log(len(log_p))
-    return -(mean.exp() * mean.clamp(min=torch.finfo(mean.dtype).min)).sum()
+    return -(mean.exp() * mean.clamp(min=torch.finfo(mean.dtype).min)).sum(-1)
 
 
 def entropy_margin(margin: float, classes: int) -> float:
