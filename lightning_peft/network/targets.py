@@ -59,7 +59,8 @@ def select(model: nn.Module, targets: TargetSpec, exclude: TargetSpec | None = N
     Args:
         model: Module to search, itself included (its own name is ``""``).
         targets: What to find, see the module docstring. Entries of a list unite.
-        exclude: What to leave out, same grammar and the keywords ``first``, ``head``, ``depthwise``, ``embedding``.
+        exclude: What to leave out with everything in it, same grammar and the keywords ``first``, ``head``, ``depthwise``,
+            ``embedding``.
 
     Returns:
         Fully qualified name to module, in module order. A module registered under several names appears once, under
@@ -80,7 +81,7 @@ def select(model: nn.Module, targets: TargetSpec, exclude: TargetSpec | None = N
     if not _entries(targets):
         raise MisconfigurationException('`targets` is empty. Name at least one, for example "all-linear".')
     chosen = {module for entry in _entries(targets) for module in _match(model, names, entry, must=True)}
-    dropped = {module for entry in _entries(exclude) for module in _match_excluded(model, names, entry)}
+    dropped = excluded(model, exclude)
     found = {aliases[0]: module for module, aliases in names.items() if module in chosen and module not in dropped}
     if not found:
         raise MisconfigurationException(
@@ -88,6 +89,22 @@ def select(model: nn.Module, targets: TargetSpec, exclude: TargetSpec | None = N
             f"({', '.join(names[m][0] or '(the model)' for m in list(chosen)[:5])}). Narrow the one or widen the other."
         )
     return found
+
+
+def excluded(model: nn.Module, exclude: TargetSpec | None) -> set[nn.Module]:
+    """Find the modules that ``exclude`` leaves out: those it matches and everything in them.
+
+    Raises:
+        MisconfigurationException: A name, regex, type or group in ``exclude`` matches nothing.
+
+    Example:
+        >>> net = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 2))
+        >>> len(excluded(net, "0")), len(excluded(net, None))
+        (3, 0)
+    """
+    names = _names(model)
+    matched = {module for entry in _entries(exclude) for module in _match_excluded(model, names, entry)}
+    return {part for module in matched for part in module.modules()}
 
 
 def explicitly_named(model: nn.Module, targets: TargetSpec | None) -> set[nn.Module]:

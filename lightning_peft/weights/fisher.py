@@ -15,11 +15,12 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_peft.arguments import one_of
 from lightning_peft.network.batches import batch_size, plain, take, tensors_of
+from lightning_peft.network.called_with import call_with
 from lightning_peft.network.labels import LABEL_KEYS
 from lightning_peft.network.logits import as_logits
 
@@ -137,7 +138,7 @@ class _Scorer(nn.Module):
         # copies, so that running statistics move in the copy only
         buffers = {name: buffer.clone() for name, buffer in self.statistics.items()}
         state = {**self.fixed, **buffers, **{f"model.{name}": value for name, value in values.items()}}
-        logits = functional_call(self, state, (batch,))
+        logits = call_with(self, state, (batch,), {})
         return F.log_softmax(logits, dim=-1, dtype=_at_least_float32(logits))
 
     def classes(self, log_p: Tensor, batch: Any) -> Tensor:

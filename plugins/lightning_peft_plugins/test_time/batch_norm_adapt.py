@@ -10,7 +10,13 @@ from torch import nn
 
 from lightning_peft import Run
 from lightning_peft.capture.evaluation import Call
-from lightning_peft_plugins.test_time._shared.batch_statistics import BlendStatistics, UseBatchStatistics, batch_norms
+from lightning_peft.network.targets import excluded
+from lightning_peft_plugins.test_time._shared.batch_statistics import (
+    BatchNorm,
+    BlendStatistics,
+    UseBatchStatistics,
+    batch_norms,
+)
 from lightning_peft_plugins.test_time._shared.stream import StreamMethod
 
 
@@ -24,8 +30,8 @@ class BatchNormAdapt(StreamMethod):
             16 in the paper on robustness (Schneider et al., 2020).
         momentum: Keep what was blended and blend the next batch into it, as an exponential moving average; the weight of the
             batch is ``momentum``.
-        kwargs: Arguments of :class:`~lightning_peft_plugins.test_time._shared.stream.StreamMethod`; ``keep=True`` with a
-            momentum leaves the averaged statistics in the module.
+        kwargs: Arguments of :class:`~lightning_peft_plugins.test_time._shared.stream.StreamMethod`; ``keep=True``
+            leaves the last statistics in the module.
 
     Raises:
         MisconfigurationException: More than one of the three is given, or one out of range.
@@ -62,20 +68,33 @@ class BatchNormAdapt(StreamMethod):
 
     def adapt_start(self, run: Run) -> None:
         super().adapt_start(run)
-        layers = batch_norms(run.network).values()
-        if not layers:
+        layers = self._layers(run)
+        if self.weight == 1.0 and not self.accumulate:
+            self._statistics = UseBatchStatistics(layers, self.kept)
+        else:
+            self._statistics = BlendStatistics(layers, self.weight, self.accumulate, self.kept)
+
+    def _layers(self, run: Run) -> list[BatchNorm]:
+        everything = batch_norms(run.network).values()
+        if not everything:
             raise MisconfigurationException(
                 f"{self.name}: {type(run.network).__name__} has no BatchNorm layer with running statistics. Tent or EATA adapt "
                 "other norm layers."
             )
-        if self.weight == 1.0 and not self.accumulate:
-            self._statistics = UseBatchStatistics(layers)
-        else:
-            self._statistics = BlendStatistics(layers, self.weight, self.accumulate)
+        chosen = None if self.targets is None else set(self.select(run.module).values())
+        spared = excluded(run.module, self.exclude)
+        layers = [layer for layer in everything if layer not in spared and (chosen is None or layer in chosen)]
+        if not layers:
+            raise MisconfigurationException(
+                f"{self.name}: targets={self.targets!r} with exclude={self.exclude!r} names none of the {len(everything)} "
+                'BatchNorm layers of the network. Leave both out for all of them, or name some: targets="re:<their names>".'
+            )
+        return layers
 
     def update(self, call: Call) -> Any:
         self.updates += 1
-        return call()
+        with self.predicting():
+            return call()
 
     def to_source(self) -> None:
         if isinstance(self._statistics, BlendStatistics):

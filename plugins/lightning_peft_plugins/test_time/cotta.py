@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_peft import Run
 from lightning_peft.capture.evaluation import Call
-from lightning_peft.network.logits import with_logits
+from lightning_peft.network.called_with import call_with
 from lightning_peft.network.targets import TargetSpec
+from lightning_peft_plugins.test_time._shared.finite_samples import finite_rows
+from lightning_peft_plugins.test_time._shared.padding import attention_mask
 from lightning_peft_plugins.test_time._shared.views import ViewMethod
 from lightning_peft_plugins.test_time.functional.predictions import symmetric_cross_entropy
 
@@ -29,7 +32,8 @@ class CoTTA(ViewMethod):
         views: Number of views.
         symmetric: Loss in both directions (ImageNet) instead of one (CIFAR).
         seed: Seed of the restoration.
-        targets: Layers whose parameters move; ``None`` is the whole module.
+        targets: Layers whose parameters move; ``None`` is the weights and biases of the whole module, as in the official code:
+            no class token, no embedding of positions.
         kwargs: Arguments of :class:`~lightning_peft_plugins.test_time._shared.views.ViewMethod`.
 
     Example:
@@ -55,6 +59,13 @@ class CoTTA(ViewMethod):
         super().__init__(lr=lr, targets=targets, **kwargs)
         self.teacher_momentum, self.restore, self.threshold = teacher_momentum, restore, threshold
         self.views, self.symmetric, self.seed = views, symmetric, seed
+        self.teacher: dict[str, Tensor] = {}
+
+    def claims(self, module: nn.Module) -> Iterable[str]:
+        found = list(super().claims(module))
+        if self.targets is not None:
+            return found
+        return [name for name in found if name.rpartition(".")[2] in ("weight", "bias")] or found
 
     def adapt_start(self, run: Run) -> None:
         prefix = f"{run.network_name}." if run.network_name else ""
@@ -65,18 +76,33 @@ class CoTTA(ViewMethod):
         with torch.enable_grad():
             output = call()
             logits = self.logits(output)
-        target = self._target(call)
+        self.aligned(call, logits)
+        sure = self._source_is_sure(call)
+        with self.predicting():
+            target = self._target(call, sure)
+        rows = finite_rows(logits.detach()) & finite_rows(target)
+        if not bool(rows.any()):
+            return self.with_logits(output, target)
         with torch.enable_grad():
-            loss = symmetric_cross_entropy(logits, target, 0.5 if self.symmetric else 0.0).mean()
+            if not bool(rows.all()) and len(rows) == call.size:  # backwards, 0 times NaN is NaN
+                logits = self.logits(call.take(rows.nonzero().squeeze(-1))())
+            losses = symmetric_cross_entropy(logits, target[rows], 0.5 if self.symmetric else 0.0)
+            mask = attention_mask(call)
+            if mask is not None and mask.numel() == target[..., 0].numel():  # padding is no prediction
+                losses = losses[mask.reshape(target.shape[:-1])[rows] > 0]
+            loss = losses.mean()
         loss.backward()
         self.note(selected=1.0, loss=float(loss))
-        self.step(call.size)
+        self.step(len(logits))
         self._follow()
-        return with_logits(output, target)
+        return self.with_logits(output, target)
 
-    def _target(self, call: Call) -> Tensor:
-        confidence = self._predict(call, self.source).softmax(-1).amax(-1).mean()
-        if float(confidence) >= self.threshold:
+    def _source_is_sure(self, call: Call) -> bool:
+        confidence = self._predict(call, self.source).softmax(-1).amax(-1).nanmean()
+        return float(confidence) >= self.threshold
+
+    def _target(self, call: Call, sure: bool) -> Tensor:
+        if sure:
             return self._predict(call, self.teacher)
         total = self._predict(call.with_inputs(self.augment), self.teacher)
         for _ in range(self.views - 1):
@@ -86,19 +112,27 @@ class CoTTA(ViewMethod):
     def _predict(self, call: Call, weights: dict[str, Tensor]) -> Tensor:
         assert self.run is not None
         named = {self._inner_name(name): value for name, value in weights.items()}
-        return self.logits(torch.func.functional_call(self.run.network, named, call.args, call.kwargs))
+        return self.logits(call_with(self.run.network, named, call.args, call.kwargs))
 
     @torch.no_grad()
     def _follow(self) -> None:
         for name, parameter in self.parameters.items():
             self.teacher[name].lerp_(parameter, 1 - self.teacher_momentum)
-            back = torch.rand(parameter.shape, generator=self._generator).to(parameter.device) < self.restore
+            # Half random numbers, which the true half precisions give, are too coarse for a small probability.
+            drawn = torch.rand(parameter.shape, generator=self._generator, dtype=torch.float32)
+            back = drawn.to(parameter.device) < self.restore
             parameter.copy_(torch.where(back, self.source[name], parameter))
 
     def forget(self) -> None:
         self.teacher = {name: value.clone() for name, value in self.source.items()}
         self._generator = torch.Generator().manual_seed(self.seed)
         super().forget()
+
+    @torch.no_grad()
+    def leave(self) -> None:
+        super().leave()
+        for name, value in self.teacher.items():
+            self.parameters[name].copy_(value)
 
     def release(self) -> None:
         super().release()

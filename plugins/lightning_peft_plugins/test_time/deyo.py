@@ -56,6 +56,8 @@ class DeYO(EntropyMethod):
         self.e_threshold, self.e_margin, self.drop, self.patches, self.seed = e_threshold, e_margin, drop, patches, seed
 
     def weigh(self, call: Call, logits: Tensor, entropy: Tensor) -> Tensor:
+        if logits.shape[1] != 1 or len(logits) != call.size:
+            self.one_a_sample(logits, call.size, "shuffled patches say nothing of single pixels")
         classes = logits.shape[-1]
         rows = (entropy < entropy_margin(self.e_threshold, classes)).any(-1).nonzero().squeeze(-1)
         weights = torch.zeros_like(entropy)

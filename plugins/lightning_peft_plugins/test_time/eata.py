@@ -23,8 +23,9 @@ class EATA(ETA):
 
     Args:
         fisher_alpha: Strength of the penalty; 0 is ETA. 2000 on ImageNet, 1 on CIFAR-10.
-        fisher: Clean data in the distribution of the training, as a dataloader (labels are not read); or scores by qualified
-            parameter name; or ``None`` to take those of a :class:`FisherEstimator` among the Trainer's callbacks.
+        fisher: Clean data in the distribution of the training, as a dataloader whose batches the module's step takes (labels
+            are not read); or scores by qualified parameter name; or ``None`` to take those of a :class:`FisherEstimator` among
+            the Trainer's callbacks.
         fisher_samples: Samples of the dataloader that are scored.
         fisher_convention: As in :func:`lightning_peft.functional.diagonal_fisher`.
         kwargs: Arguments of :class:`ETA`.

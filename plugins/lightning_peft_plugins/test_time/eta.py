@@ -64,10 +64,10 @@ class ETA(EntropyMethod):
 
 
 class RDumb(ETA):
-    """ETA that returns to the source every 1000 updates, whatever happens: a baseline that long streams need to beat.
+    """ETA that returns to the source every 1000 batches, whatever happens: a baseline that long streams need to beat.
 
     Args:
-        reset: When to return to the source.
+        reset: When to return to the source: a number of batches, whether or not they brought an update, or as with others.
         kwargs: Arguments of :class:`ETA`.
 
     Example:
@@ -79,3 +79,6 @@ class RDumb(ETA):
 
     def __init__(self, *, reset: Any = 1000, **kwargs: Any) -> None:
         super().__init__(reset=reset, **kwargs)
+
+    def count(self) -> int:
+        return self.batches

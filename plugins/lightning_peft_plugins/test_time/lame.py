@@ -12,6 +12,7 @@ from lightning_peft import Run
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.network.layers import heads
 from lightning_peft.network.logits import with_logits
+from lightning_peft_plugins.test_time._shared.finite_samples import finite_rows
 from lightning_peft_plugins.test_time._shared.stream import StreamMethod
 from lightning_peft_plugins.test_time.functional.lame import Affinity, affinity_matrix, laplacian_adjust
 
@@ -50,6 +51,15 @@ class LAME(StreamMethod):
         super().__init__(**kwargs)
         if affinity not in ("knn", "rbf", "linear"):
             raise MisconfigurationException(f'affinity={affinity!r} is not "knn", "rbf" or "linear".')
+        if self.keep:
+            raise MisconfigurationException(
+                f"{self.name} adjusts predictions and leaves the network as it is: there is nothing to keep. Leave keep out."
+            )
+        if self.targets is not None or self.exclude is not None:
+            raise MisconfigurationException(
+                f"{self.name} moves nothing in the network, so there are no layers to choose. Leave targets= and exclude= out; "
+                "features= names the submodule whose input is compared."
+            )
         self.affinity, self.neighbours, self.steps_per_batch, self.symmetric = affinity, neighbours, steps, symmetric
         self.features_of = features
 
@@ -82,11 +92,16 @@ class LAME(StreamMethod):
             )
         self.updates += 1
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        weights = affinity_matrix(seen[-1].to(dtype), self.affinity, self.neighbours)
+        rows = finite_rows(logits) & finite_rows(seen[-1])
+        if not bool(rows.any()):
+            return output
+        weights = affinity_matrix(seen[-1][rows].to(dtype), self.affinity, self.neighbours)
         if self.symmetric:
             weights = (weights + weights.T) / 2
-        log_p = (logits.softmax(-1, dtype=dtype) + 1e-10).log()
-        return with_logits(output, laplacian_adjust(log_p, weights, self.steps_per_batch).to(logits.dtype))
+        log_p = (logits[rows].softmax(-1, dtype=dtype) + 1e-10).log()
+        adjusted = logits.clone()
+        adjusted[rows] = laplacian_adjust(log_p, weights, self.steps_per_batch).to(logits.dtype)
+        return with_logits(output, adjusted)
 
     def to_source(self) -> None:
         """There is nothing to return from."""

@@ -55,6 +55,11 @@ class MEMO(ViewMethod):
                 f"MEMO takes views > 0 (got {views!r}), prior >= 0 or None (got {prior!r}), and statistics='source' (got "
                 f"{statistics!r}): a sample has no batch, its views are blended into the source's statistics by prior."
             )
+        if self.keep and episodic:
+            raise MisconfigurationException(
+                "MEMO(keep=True) has nothing to keep, because it returns to the source after every sample. Pass episodic=False "
+                "beside it, or leave keep=True out."
+            )
         self.views, self.prior, self.episodic = views, prior, episodic
         self._blend: BlendStatistics | None = None
 
@@ -62,7 +67,7 @@ class MEMO(ViewMethod):
         super().adapt_start(run)
         layers = list(batch_norms(run.network).values())
         if self.prior is not None and layers:
-            self._blend = BlendStatistics(layers, 1.0 / (self.prior + 1.0))
+            self._blend = BlendStatistics(layers, 1.0 / (self.prior + 1.0), kept=self.kept)
 
     def update(self, call: Call) -> Any:
         outputs = []
@@ -70,7 +75,8 @@ class MEMO(ViewMethod):
             sample = call.take(slice(index, index + 1))
             for _ in range(self.steps_per_batch):
                 self.descend(sample)
-            outputs.append(detached(sample()))
+            with self.predicting():
+                outputs.append(detached(sample()))
             if self.episodic:
                 self.put_back()
                 self.new_optimizer()
@@ -80,7 +86,11 @@ class MEMO(ViewMethod):
         crowd = call.take(torch.zeros(self.views, dtype=torch.int64)).with_inputs(self.augment)
         with torch.enable_grad():
             output = crowd()
-            loss = marginal_entropy(self.logits(output))
+            logits = self.logits(output)
+            self.aligned(crowd, logits)
+            if len(logits) != crowd.size:
+                self.one_a_sample(logits, crowd.size, "it takes the mean prediction over views of a sample")
+            loss = marginal_entropy(logits).mean()
         loss.backward()
         self.note(selected=1.0, loss=float(loss))
         self.step(1)
@@ -89,6 +99,5 @@ class MEMO(ViewMethod):
     def release(self) -> None:
         super().release()
         if self._blend is not None:
-            self._blend.reset()
             self._blend.restore()
             self._blend = None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.network.logits import with_logits
+from lightning_peft_plugins.test_time._shared.finite_samples import finite_rows
 from lightning_peft_plugins.test_time._shared.views import ViewMethod
 from lightning_peft_plugins.test_time.functional.predictions import softmax_entropy, symmetric_cross_entropy
 from lightning_peft_plugins.test_time.functional.roid import prior_corrected, soft_likelihood_ratio
@@ -55,9 +56,15 @@ class ROID(ViewMethod):
 
     def descend(self, call: Call) -> Any:
         with torch.enable_grad():
-            output = call()
+            with self.predicting():
+                output = call()
             logits = self.logits(output)
-        weights = self._weights(logits.detach())
+        self.one_a_sample(logits, call.size, "it weighs samples and corrects the prior of their classes")
+        finite = finite_rows(logits.detach())
+        if not bool(finite.any()):
+            return output
+        weights = torch.zeros(len(logits), dtype=torch.float32, device=logits.device)
+        weights[finite] = self._weights(logits.detach()[finite]).float()
         chosen = weights > 0
         rows = chosen.nonzero().squeeze(-1)
         if len(rows):
@@ -71,10 +78,14 @@ class ROID(ViewMethod):
         self.note(selected=len(rows) / call.size, loss=float(loss) if len(rows) else 0.0)
         self.step(len(rows))
         self._towards_source()
-        return with_logits(output, prior_corrected(logits.detach())) if self.prior_correction else output
+        if not self.prior_correction:
+            return output
+        corrected = logits.detach().clone()
+        corrected[finite] = prior_corrected(corrected[finite])
+        return with_logits(output, corrected)
 
     def _weights(self, logits: Tensor) -> Tensor:
-        p = logits.softmax(-1)
+        p = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         if self._average is None:
             self._average = torch.full_like(p[0], 1 / p.shape[-1])
         diversity = _spread(1 - torch.nn.functional.cosine_similarity(self._average[None], p, dim=-1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 from lightning_peft import Run
 from lightning_peft.arguments import positive
 from lightning_peft.capture.evaluation import Call
+from lightning_peft.network.called_with import call_with
 from lightning_peft.network.logits import with_logits
 from lightning_peft_plugins.test_time._rotta.sample_memory import SampleMemory
 from lightning_peft_plugins.test_time._shared.batch_statistics import RobustStatistics, batch_norms
+from lightning_peft_plugins.test_time._shared.finite_samples import finite_rows
 from lightning_peft_plugins.test_time._shared.views import ViewMethod
 from lightning_peft_plugins.test_time.functional.predictions import symmetric_cross_entropy
 
@@ -70,11 +73,14 @@ class RoTTA(ViewMethod):
     def descend(self, call: Call) -> Any:
         output = self._teach(call)
         logits = self.logits(output)
-        p = logits.softmax(-1)
+        self.one_a_sample(logits, call.size, "its memory holds samples by their class")
+        p = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))  # 1e-6 is nothing beside a half
         unsure = -(p * (p + 1e-6).log()).sum(-1)
         if self._memory is None:
             self._memory = SampleMemory(self.capacity, logits.shape[-1], self.timeliness, self.uncertainty)
         for index, (label, uncertainty) in enumerate(zip(p.argmax(-1).tolist(), unsure.tolist(), strict=True)):
+            if not math.isfinite(uncertainty):
+                continue
             self._memory.add(label, call.take(slice(index, index + 1)), uncertainty)
             self._count += 1
             if self._count % self.every == 0:
@@ -87,11 +93,15 @@ class RoTTA(ViewMethod):
         if not kept:
             return
         call = Call.gather([item.sample for item in kept])
-        ages = torch.tensor([item.age / self.capacity for item in kept])
+        ages = torch.tensor([item.age / self.capacity for item in kept], dtype=torch.float32)
         with self._robust.moving():
             target = self.logits(self._teach(call))
             with torch.enable_grad():
                 logits = self.logits(call.with_inputs(self.augment)())
+        finite = finite_rows(logits.detach()) & finite_rows(target)
+        if not bool(finite.all()):  # what the network makes nothing of any more would spoil every update to come
+            self._memory.keep(finite.tolist())
+            return
         with torch.enable_grad():
             weights = (-ages).sigmoid().to(logits.device)
             loss = (symmetric_cross_entropy(logits, target, alpha=0.0) * weights).mean()
@@ -103,7 +113,7 @@ class RoTTA(ViewMethod):
                 self.teacher[name].lerp_(parameter, self.teacher_momentum)
 
     def _teach(self, call: Call) -> Any:
-        return torch.func.functional_call(self._network, self.teacher, call.args, call.kwargs)
+        return call_with(self._network, self.teacher, call.args, call.kwargs)
 
     def forget(self) -> None:
         self._memory: SampleMemory | None = None
@@ -113,6 +123,13 @@ class RoTTA(ViewMethod):
         if self.parameters:
             state = {**dict(self._network.named_parameters()), **dict(self._network.named_buffers())}
             self.teacher = {name: value.detach().clone() for name, value in state.items()}
+
+    @torch.no_grad()
+    def leave(self) -> None:
+        super().leave()
+        state = {**dict(self._network.named_parameters()), **dict(self._network.named_buffers())}
+        for name, value in self.teacher.items():
+            state[name].copy_(value)
 
     def release(self) -> None:
         super().release()

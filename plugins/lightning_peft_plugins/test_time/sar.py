@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.capture.evaluation import Call
+from lightning_peft.network.resolve import resolve_network
 from lightning_peft_plugins.test_time._shared.entropy import EntropyMethod
 from lightning_peft_plugins.test_time.functional.predictions import entropy_margin, softmax_entropy
 
-# What the official code leaves alone: the last stage of a ResNet, the last blocks of a ViT-B, and the last norm.
-TOP = re.compile(r"(^|\.)layer4\.|(^|\.)blocks\.(9|1[01])\.|(^|\.)norm(\.|$)")
+# What the official code leaves alone: the last stage of a ResNet, the last blocks of a ViT-B, and the last norm of a ViT.
+TOP = re.compile(r"layer4|blocks\.(9|10|11)|norm\.|^norm$")
 
 
 class SAR(EntropyMethod):
@@ -58,7 +59,9 @@ class SAR(EntropyMethod):
         found = super().select(module)
         if self.exclude is not None:
             return found
-        return {name: layer for name, layer in found.items() if not TOP.search(name)} or found
+        network = resolve_network(module, self.network)[0] if self.run is None else self.run.network_name
+        own_names = {name: name.removeprefix(f"{network}.") for name in found}  # what the network calls them
+        return {name: layer for name, layer in found.items() if not TOP.search(own_names[name])} or found
 
     def weigh(self, call: Call, logits: Tensor, entropy: Tensor) -> Tensor:
         return (entropy < entropy_margin(self.e_margin, logits.shape[-1])).to(entropy.dtype)
@@ -78,22 +81,18 @@ class SAR(EntropyMethod):
 
     def _second_loss(self, call: Call, output: Any) -> float | None:
         """Leave the gradients at the worst point; return the loss there, if any prediction is reliable there too."""
-        reliable = self._reliable(self.predictions(output))
-        if not self.coupled:
+        reliable = self.weights(call, self.predictions(output)) > 0
+        if self.independent(call):
             rows = reliable.any(-1).nonzero().squeeze(-1)
             call, reliable = call.take(rows), reliable[rows]
         with torch.enable_grad():
             logits = self.predictions(call())
-            entropy = softmax_entropy(logits)
-            reliable = reliable & (entropy < entropy_margin(self.e_margin, logits.shape[-1]))
+            reliable = reliable & (self.weights(call, logits.detach()) > 0)
             if not bool(reliable.any()):
                 return None
-            loss = entropy[reliable].mean()
+            loss = softmax_entropy(logits[reliable]).mean()
             loss.backward()
         return float(loss)
-
-    def _reliable(self, logits: Tensor) -> Tensor:
-        return softmax_entropy(logits) < entropy_margin(self.e_margin, logits.shape[-1])
 
     @torch.no_grad()
     def _climb(self) -> list[tuple[nn.Parameter, Tensor]]:

@@ -53,6 +53,11 @@ class SampleMemory:
         for kept in self.kept():
             kept.age += 1
 
+    def keep(self, which: list[bool]) -> None:
+        """Drop samples of :meth:`kept` that are marked ``False``."""
+        marks = iter(which)
+        self._classes = [[kept for kept in group if next(marks)] for group in self._classes]
+
     def _score(self, age: int, uncertainty: float) -> float:
         return self.timeliness / (1 + math.exp(-age / self.capacity)) + self.uncertainty * uncertainty / math.log(self.classes)
 

@@ -16,7 +16,7 @@ from lightning_peft import Run
 from lightning_peft.arguments import one_of
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.network.layers import parameter_names
-from lightning_peft.network.targets import TargetSpec
+from lightning_peft.network.targets import TargetSpec, excluded
 from lightning_peft_plugins.test_time._shared.batch_statistics import UseBatchStatistics, batch_norms
 from lightning_peft_plugins.test_time._shared.stream import StreamMethod
 
@@ -39,7 +39,7 @@ class DescentMethod(StreamMethod):
             ones. Networks without BatchNorm do not care.
         sync: ``"mean"`` averages gradients over the samples of all ranks, so that all ranks stay one model; with ``"none"``
             each rank adapts to its own share of the data.
-        targets: Layers whose parameters move; ``None`` is the whole module.
+        targets: Layers whose parameters move; ``None`` is the whole module without ``exclude``.
         kwargs: Arguments of :class:`~lightning_peft_plugins.test_time._shared.stream.StreamMethod`.
     """
 
@@ -84,9 +84,15 @@ class DescentMethod(StreamMethod):
     # The life of a stream.
 
     def claims(self, module: nn.Module) -> Iterable[str]:
-        if self.targets is None:
-            return [name for name, _ in module.named_parameters()]
-        return parameter_names(self.select(module))
+        if self.targets is not None:
+            return parameter_names(self.select(module))
+        spared = {id(p) for part in excluded(module, self.exclude) for p in part.parameters()}
+        found = [name for name, p in module.named_parameters() if id(p) not in spared]
+        if not found:
+            raise MisconfigurationException(
+                f"{self.name}: exclude={self.exclude!r} leaves no parameter to adapt. Exclude less, or take the method out."
+            )
+        return found
 
     def adapt_start(self, run: Run) -> None:
         super().adapt_start(run)
@@ -98,7 +104,7 @@ class DescentMethod(StreamMethod):
             parameter.grad = None
         self.source = {name: p.detach().clone() for name, p in self.parameters.items()}
         layers = list(batch_norms(run.network).values()) if self.statistics == "batch" else []
-        self._batch_statistics = UseBatchStatistics(layers)
+        self._batch_statistics = UseBatchStatistics(layers, self.kept)
         self.coupled = bool(layers)
         self.new_optimizer()
         self._warned = False
@@ -162,7 +168,7 @@ class DescentMethod(StreamMethod):
         """With ``sync="mean"`` the mean of a number over the ranks that have one, so that all of them decide alike."""
         if self.sync == "none" or self.run is None or self.run.trainer.world_size == 1:
             return value
-        pair = torch.tensor([value or 0.0, float(value is not None)], device=self.run.module.device)
+        pair = torch.tensor([value or 0.0, float(value is not None)], device=self.run.module.device, dtype=torch.float32)
         torch.distributed.all_reduce(pair)
         return float(pair[0] / pair[1]) if pair[1] else None
 
@@ -215,7 +221,7 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
 def average_over_ranks(parameters: Sequence[nn.Parameter], samples: int) -> int:
     """Turn each rank's mean gradient over its samples into the mean over all ranks' samples; return how many those are."""
     parts = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).float() * samples for p in parameters]
-    flat = torch.cat([*parts, torch.tensor([float(samples)], device=parameters[0].device)])
+    flat = torch.cat([*parts, torch.tensor([float(samples)], device=parameters[0].device, dtype=torch.float32)])
     torch.distributed.all_reduce(flat)
     total = round(float(flat[-1]))
     for p, part in zip(parameters, flat[:-1].split([p.numel() for p in parameters]), strict=True):

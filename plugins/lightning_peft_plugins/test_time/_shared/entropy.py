@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -14,6 +16,8 @@ from lightning_peft.capture.evaluation import Call
 from lightning_peft.network.batches import separable, take
 from lightning_peft_plugins.test_time._shared.costs import Costs, Way, candidates
 from lightning_peft_plugins.test_time._shared.descent import DescentMethod
+from lightning_peft_plugins.test_time._shared.independence import Comparison, compare_parts
+from lightning_peft_plugins.test_time._shared.padding import attention_mask
 from lightning_peft_plugins.test_time._shared.walks import Walk, Walker
 from lightning_peft_plugins.test_time._shared.ways import Ways
 from lightning_peft_plugins.test_time._shared.window import Window
@@ -21,6 +25,7 @@ from lightning_peft_plugins.test_time._shared.workers import fits
 from lightning_peft_plugins.test_time.functional.predictions import softmax_entropy
 
 Backward: TypeAlias = Literal["auto", "whole", "chunks", "second-pass"]
+_log = logging.getLogger(__name__)
 BACKWARDS = ("auto", "whole", "chunks", "second-pass")
 
 
@@ -33,16 +38,17 @@ class EntropyMethod(DescentMethod):
     chosen. Where samples do not depend on each other (no batch statistics) there are cheaper ways to the same update:
     ``"chunks"`` runs the batch in small parts and walks back only through parts with a chosen sample, several parts at a time,
     each on one core, where that is safe (see :func:`~lightning_peft_plugins.test_time._shared.workers.fits`);
-    ``"second-pass"`` predicts without a graph and runs the chosen samples again with one. ``"auto"`` times the ways on the
-    first batches, with several sizes of chunks, and takes what is cheapest for the share of samples chosen of late; what it
-    learnt holds for later evaluations of a network of the same shape. With batch statistics all this is ``"whole"``.
+    ``"second-pass"`` predicts without a graph and runs the chosen samples again with one. Before either, parts of a batch are
+    compared with the whole, once; where they differ by more than rounding, ``"auto"`` takes batches whole and the others are
+    refused. ``"auto"`` times the ways on the first batches, with several sizes of chunks, and takes what is cheapest for the
+    share of samples chosen of late; what it learnt holds for later evaluations of a network of the same shape. With BatchNorm
+    on batch statistics all this is ``"whole"``.
 
     Args:
         backward: ``"whole"``, ``"chunks"``, ``"second-pass"`` or ``"auto"``.
         chunk_size: Samples in a chunk; ``None`` tries several if ``backward="auto"``, and is 1 otherwise.
         window: For streams that come one by one: adapt to the last so many samples, each time that so many new ones have come.
             In between, BatchNorm layers on batch statistics take them from the window.
-        class_dim: Dimension of the classes in the logits: -1, or 1 for segmentation maps.
         kwargs: Arguments of :class:`~lightning_peft_plugins.test_time._shared.descent.DescentMethod`.
 
     Attributes:
@@ -53,16 +59,14 @@ class EntropyMethod(DescentMethod):
 
     weighs_in_threads = False
 
-    def __init__(
-        self, *, backward: Backward = "auto", chunk_size: int | None = None, window: int = 0, class_dim: int = -1, **kwargs: Any
-    ) -> None:
+    def __init__(self, *, backward: Backward = "auto", chunk_size: int | None = None, window: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         one_of("backward", backward, BACKWARDS)
         if chunk_size is not None:
             positive("chunk_size", chunk_size)
         if window < 0:
             raise MisconfigurationException(f"window={window!r} is negative; 0 means that batches are taken as they come.")
-        self.backward, self.chunk_size, self.class_dim = backward, chunk_size, class_dim
+        self.backward, self.chunk_size = backward, chunk_size
         self._window = Window(window) if window else None
         self._costs = Costs([])
         self._costs_hold_for: Any = None
@@ -97,10 +101,11 @@ class EntropyMethod(DescentMethod):
         crowd = self._window.extend(call)
         if self._window.take_turn():
             output = super().update(crowd)
-        elif self.coupled:
-            output = crowd()
-        else:
+        elif self.independent(crowd):
             return call()
+        else:
+            with self.predicting():
+                output = crowd()
         return take(output, crowd.size, slice(crowd.size - call.size, None))
 
     def forget(self) -> None:
@@ -119,7 +124,9 @@ class EntropyMethod(DescentMethod):
     def adapt_start(self, run: Run) -> None:
         super().adapt_start(run)
         self._choices: list[Way] | None = None
-        self._ways = Ways(Walker(self.predictions, self._weights, list(self.parameters.values()), self.coupled))
+        self._comparison: Comparison | None = None
+        parameters = list(self.parameters.values())
+        self._ways = Ways(Walker(self.predictions, self.weights, parameters, self.independent, self.predicting))
 
     def release(self) -> None:
         if self._ways is not None:
@@ -142,13 +149,34 @@ class EntropyMethod(DescentMethod):
             torch._foreach_mul_([p.grad for p in self.parameters.values() if p.grad is not None], 1.0 / count)
         if way.name == "whole" and any(way.chunk_size for way in self._costs.ways) and not separable(output, call.size):
             self._costs.ways = [way for way in self._costs.ways if not way.chunk_size]
-        self.note(selected=count / call.size, loss=loss)
+        predicted = self.predictions(output)
+        self.note(selected=count / max(1, predicted.shape[0] * predicted.shape[1]), loss=loss)
         return output, count
 
+    def independent(self, call: Call) -> bool:
+        """Whether the samples of a call may be run in parts: measured once, on the first batch that can tell."""
+        if self.coupled or call.size == 1:
+            return False
+        if self._comparison is None:
+            assert self.run is not None
+            found = compare_parts(call, self.predictions, self.run.network)
+            if math.isnan(found.difference):
+                return False
+            self._comparison = found
+            if not found.independent:
+                self._say_coupled(found)
+        return self._comparison.independent
+
+    def _say_coupled(self, found: Comparison) -> None:
+        if self.backward in ("chunks", "second-pass"):
+            raise MisconfigurationException(
+                f'{self.name}: backward="{self.backward}" runs a batch in parts, but its samples cannot be run apart: '
+                f'{found.reason}. Take backward="auto", which runs such batches whole.'
+            )
+        _log.info("%s takes batches whole, because their samples depend on each other: %s.", self.name, found.reason)
+
     def _way(self, call: Call) -> Way:
-        if self.coupled:
-            return Way("whole")
-        if call.size == 1:
+        if self.backward == "whole" or not self.independent(call):
             return Way("whole")
         if self._choices is None:
             self._choices = self._find_choices(call)
@@ -156,8 +184,8 @@ class EntropyMethod(DescentMethod):
 
     def _find_choices(self, call: Call) -> list[Way]:
         """What ``backward`` asks for, as far as it can be had; several ways are to be timed."""
-        if self.backward in ("whole", "second-pass"):
-            return [Way(self.backward)]
+        if self.backward == "second-pass":
+            return [Way("second-pass")]
         threads = torch.get_num_threads() if self.weighs_in_threads and fits(call) else 1
         if self.backward != "auto":
             return [Way("workers" if threads > 1 else "chunks", self.chunk_size or 1)]
@@ -178,16 +206,16 @@ class EntropyMethod(DescentMethod):
         self._loss = self._loss.to(walk.loss.device) + walk.loss
         self._chosen.append(walk.chosen)
 
-    def _weights(self, call: Call, logits: Tensor) -> Tensor:
+    def weights(self, call: Call, logits: Tensor) -> Tensor:
+        """Weigh every prediction of a call as :meth:`weigh` does; padding and what is not finite count nothing."""
         entropy = softmax_entropy(logits)
         weights = self.weigh(call, logits, entropy)
-        mask = call.kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.shape == weights.shape:  # padding is no prediction
-            weights = weights * mask
+        mask = attention_mask(call)
+        if mask is not None and mask.numel() == weights.numel():  # padding is no prediction, also where tokens are rows
+            weights = weights * mask.reshape(weights.shape)
         return torch.where(entropy.isfinite(), weights, 0.0)  # a prediction that is NaN teaches nothing
 
     def predictions(self, output: Any) -> Tensor:
         """Read logits of shape (samples, positions, classes) out of an output."""
         logits = self.logits(output)
-        logits = logits.movedim(self.class_dim, -1)
         return logits.flatten(1, -2) if logits.ndim > 2 else logits[:, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeAlias
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -11,8 +12,10 @@ from torch import Tensor
 from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.attach.averaging import swapped_in
 from lightning_peft.capture.evaluation import Call
-from lightning_peft.network.logits import as_logits
+from lightning_peft.network.logits import as_logits, with_logits
 from lightning_peft.network.targets import TargetSpec
+from lightning_peft_plugins.test_time._shared.finite_samples import without_spoilt_samples
+from lightning_peft_plugins.test_time._shared.kept_statistics import KeptStatistics
 
 Reset: TypeAlias = "Literal['never', 'dataloader', 'batch'] | int"
 
@@ -26,9 +29,12 @@ class StreamMethod(Method):
     Subclasses write :meth:`update` and :meth:`to_source`.
 
     Args:
-        reset: When to return to the source: ``"never"``, at every new ``"dataloader"``, before every ``"batch"``, or after so
-            many updates.
-        keep: Leave the module adapted when the evaluation ends.
+        reset: When to return to the source: ``"never"``, at every new ``"dataloader"``, before every ``"batch"``, or before the
+            batch that follows so many updates.
+        keep: Leave the module adapted when the evaluation ends, so that it predicts on its own as it did last: BatchNorm layers
+            are left the statistics of the last batch, methods with a teacher leave that.
+        class_dim: Dimension of the classes in the logits; ``None``: the last, and from four dimensions on (maps of predictions)
+            dimension 1.
         targets: Layers to act on.
         exclude: Layers to leave alone.
         network: Qualified name of the network when the module has several candidates.
@@ -44,6 +50,7 @@ class StreamMethod(Method):
         *,
         reset: Reset = "never",
         keep: bool = False,
+        class_dim: int | None = None,
         targets: TargetSpec | None = None,
         exclude: TargetSpec | None = None,
         network: str | None = None,
@@ -54,8 +61,9 @@ class StreamMethod(Method):
             raise MisconfigurationException(
                 f'reset={reset!r} is not "never", "dataloader", "batch" or a positive number of updates.'
             )
-        self.reset, self.keep = reset, keep
+        self.reset, self.keep, self.class_dim = reset, keep, class_dim
         self._adapting = False
+        self.kept = KeptStatistics()
         self._batch: dict[str, float] = {}
 
     def update(self, call: Call) -> Any:
@@ -77,7 +85,8 @@ class StreamMethod(Method):
                 f"{type(averaging[0]).__name__} has put its average into the module for this validation, so {self.name} with "
                 "keep=True would adapt the average and lose it. Leave keep=True out, or use trainer.test, which swaps nothing."
             )
-        self.updates = 0
+        self.updates = self.batches = self._counted = 0
+        self.kept = KeptStatistics()
         self._place: tuple[int, int] | None = None
         self._batch = {}
 
@@ -85,26 +94,45 @@ class StreamMethod(Method):
         """Answer a call of the network: return to the source when it is time, then adapt and predict."""
         place = (call.dataloader_idx, call.batch_idx)
         new_loader = self._place is not None and self._place[0] != place[0]
-        if (self.reset == "dataloader" and new_loader) or (self.reset == "batch" and self._place not in (None, place)):
+        new_batch = self._place not in (None, place)
+        if (self.reset == "dataloader" and new_loader) or (self.reset == "batch" and new_batch) or (new_batch and self._due()):
             self.to_source()
+            self._counted = self.count()
+        self.batches += self._place != place
         self._place = place
-        before = self.updates
-        output = self.update(call)
-        if type(self.reset) is int and self.updates // self.reset > before // self.reset:
-            self.to_source()
-        return output
+        return without_spoilt_samples(call, self.update, self.logits)
+
+    def count(self) -> int:
+        """What a number given as ``reset`` counts."""
+        return self.updates
+
+    def _due(self) -> bool:
+        return type(self.reset) is int and self.count() - self._counted >= self.reset
 
     def finish(self, run: Run) -> None:
         """Give the module back as it was, or adapted."""
         if not self._adapting:
             return
         self._adapting = False
-        if not self.keep:
+        if self.keep:
+            self.leave()
+        else:
             self.to_source()
         self.release()
 
+    def leave(self) -> None:
+        """Make the module one that predicts, without the method, as it did last; called for ``keep=True``.
+
+        The statistics that BatchNorm layers predicted with are left in any case.
+        """
+        self.kept.leave()
+
     def release(self) -> None:
         """Let go of the module; subclasses undo here what is no adaptation."""
+
+    def predicting(self) -> AbstractContextManager[None]:
+        """Round a pass whose output is the prediction: a module that is kept normalises as in the last one."""
+        return self.kept.predicting() if self.keep else nullcontext()
 
     def logits(self, output: Any) -> Tensor:
         """Read logits (samples, ..., classes) out of an output.
@@ -112,13 +140,33 @@ class StreamMethod(Method):
         Raises:
             MisconfigurationException: There are none, or only one class, whose entropy is always 0.
         """
-        logits = as_logits(output)
+        found = as_logits(output)
+        logits = found.movedim(self._class_dim(found), -1) if found.ndim > 2 else found
         if logits.ndim < 2 or logits.shape[-1] < 2:
             raise MisconfigurationException(
-                f"{self.name} needs logits of shape (samples, classes) with at least two classes, got {tuple(logits.shape)}. "
+                f"{self.name} needs logits of shape (samples, classes) with at least two classes, got {tuple(found.shape)}. "
                 "A single sigmoid output has no class distribution to take the entropy of; return two logits."
             )
         return logits
+
+    def with_logits(self, output: Any, logits: Tensor) -> Any:
+        """Put logits as :meth:`logits` reads them into an output, in the network's own order of dimensions."""
+        return with_logits(output, logits.movedim(-1, self._class_dim(logits)) if logits.ndim > 2 else logits)
+
+    def one_a_sample(self, logits: Tensor, size: int, why: str) -> None:
+        """Refuse anything but one prediction a sample.
+
+        Raises:
+            MisconfigurationException: There are several, or rows that are no samples.
+        """
+        if logits.ndim != 2 or len(logits) != size:
+            raise MisconfigurationException(
+                f"{self.name} needs one prediction a sample, because {why}; of {size} samples it was given logits of shape "
+                f"{tuple(logits.shape)}, classes last. Take Tent or ETA for predictions of tokens or pixels."
+            )
+
+    def _class_dim(self, logits: Tensor) -> int:
+        return self.class_dim if self.class_dim is not None else 1 if logits.ndim > 3 else -1
 
     def note(self, **values: float) -> None:
         """Say what happened to a batch, for the log."""

@@ -10,6 +10,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_peft.capture.evaluation import Call
+from lightning_peft.network.batches import tensors_of
 from lightning_peft_plugins.test_time._shared.descent import DescentMethod
 
 
@@ -25,6 +27,20 @@ class ViewMethod(DescentMethod):
         super().__init__(**kwargs)
         self._views = RandomViews()
         self.augment = augment or self._views
+
+    def aligned(self, call: Call, logits: Tensor) -> None:
+        """Refuse to compare predictions of positions over views that move them.
+
+        Raises:
+            MisconfigurationException: The default views turn and shift images of which every pixel is predicted.
+        """
+        changed = any(tensor.is_floating_point() for tensor in tensors_of((call.args, call.kwargs)))
+        if logits.ndim > 2 and changed and self.augment is self._views:
+            raise MisconfigurationException(
+                f"{self.name} compares predictions over views that are turned and shifted, but this network predicts positions "
+                f"(logits {tuple(logits.shape)}, classes last), which do not line up then. Pass augment=<a change that moves "
+                "no position, such as noise or contrast>, or take Tent or ETA."
+            )
 
     def forget(self) -> None:
         self._views.restart()
@@ -87,7 +103,9 @@ class RandomViews:
         deviation, mean = torch.std_mean(x, dim=(2, 3), keepdim=True)
         contrast = 1 + self.contrast * self._uniform(images, 1, 1, 1)
         brightness = self.contrast * self._uniform(images, 1, 1, 1) * deviation
-        noise = torch.randn(images.shape, generator=self._generator).to(images.device) * self.noise * deviation
+        # Lightning's true half precisions change the default dtype, and half random numbers are coarse.
+        grain = torch.randn(images.shape, generator=self._generator, dtype=torch.float32).to(images.device)
+        noise = grain * self.noise * deviation
         return ((x - mean) * contrast + mean + brightness + noise).to(images.dtype)
 
     def _move(self, x: Tensor) -> Tensor:
@@ -101,4 +119,4 @@ class RandomViews:
         return torch.nn.functional.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
     def _uniform(self, x: Tensor, *shape: int) -> Tensor:
-        return (torch.rand(len(x), *shape, generator=self._generator) * 2 - 1).to(x.device)
+        return (torch.rand(len(x), *shape, generator=self._generator, dtype=torch.float32) * 2 - 1).to(x.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,21 +38,24 @@ class Walker:
         predict: Reads logits of shape (samples, positions, classes) out of an output.
         weigh: Weighs the predictions of a call, given their logits: shape (samples, positions), 0 for those that do not count.
         parameters: What gradients are wanted for.
-        coupled: Whether samples of a call depend on each other.
+        independent: Whether the samples of a call can be run apart from each other.
+        predicting: What a pass whose output is the prediction runs in.
     """
 
     predict: Callable[[Any], Tensor]
     weigh: Callable[[Call, Tensor], Tensor]
     parameters: Sequence[nn.Parameter]
-    coupled: bool
+    independent: Callable[[Call], bool]
+    predicting: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def there_and_back(self, call: Call) -> tuple[Any, Walk | None]:
         """Run a call with a graph and walk back if a prediction counts; returns the output without the graph."""
         with torch.enable_grad():
-            output = call()
+            with self.predicting():
+                output = call()
             logits = self.predict(output)
         weights = self.weigh(call, logits.detach())
-        if not self.coupled and not bool(logits.isfinite().all()):
+        if not bool(logits.isfinite().all()) and self.independent(call):
             return detached(output), self.again(call, weights)  # backwards, 0 times NaN is NaN
         return detached(output), self._back(logits, weights)
 

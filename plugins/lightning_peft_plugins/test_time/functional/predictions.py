@@ -29,10 +29,10 @@ def marginal_entropy(logits: Tensor) -> Tensor:
     """Entropy of the mean of predictions over the views of one sample (MEMO, Zhang et al., 2022, eq. 3).
 
     Args:
-        logits: Shape ``(views, classes)``.
+        logits: Shape ``(views, ..., classes)``.
 
     Returns:
-        A scalar, differentiable; the plain entropy for one view.
+        Shape ``(...)``, differentiable: a scalar for one prediction a view; the plain entropy for one view.
 
     Example:
         >>> marginal_entropy(torch.tensor([[10.0, -10.0], [-10.0, 10.0]]))
@@ -40,7 +40,7 @@ def marginal_entropy(logits: Tensor) -> Tensor:
     """
     log_p = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     mean = log_p.logsumexp(0) - math.log(len(log_p))
-    return -(mean.exp() * mean.clamp(min=torch.finfo(mean.dtype).min)).sum()
+    return -(mean.exp() * mean.clamp(min=torch.finfo(mean.dtype).min)).sum(-1)
 
 
 def entropy_margin(margin: float, classes: int) -> float:
@@ -103,7 +103,7 @@ def prediction_drop(logits: Tensor, destroyed: Tensor) -> Tensor:
 def shuffle_patches(images: Tensor, patches: int = 4, generator: torch.Generator | None = None) -> Tensor:
     """Shuffle an image's ``patches x patches`` tiles, for each image on its own (DeYO).
 
-    Sides that do not divide are resized to the next multiple below and back.
+    Sides that do not divide are resized to the next multiple below, with antialiasing, and back.
 
     Args:
         images: Shape ``(batch, channels, height, width)``.
@@ -123,12 +123,16 @@ def shuffle_patches(images: Tensor, patches: int = 4, generator: torch.Generator
     if rows == 0 or columns == 0:
         raise ValueError(f"images of {height} x {width} have no {patches} x {patches} patches")
     size = (rows * patches, columns * patches)
-    x = images if size == (height, width) else torch.nn.functional.interpolate(images, size, mode="bilinear")
+    x = images if size == (height, width) else _resize(images, size)
     tiles = x.reshape(batch, channels, patches, rows, patches, columns).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    order = torch.rand(batch, patches * patches, generator=generator).argsort(-1).to(images.device)
+    order = torch.rand(batch, patches * patches, generator=generator, dtype=torch.float32).argsort(-1).to(images.device)
     tiles = tiles[torch.arange(batch, device=images.device)[:, None], order]
     x = tiles.unflatten(1, (patches, patches)).permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, *size)
-    return x if size == (height, width) else torch.nn.functional.interpolate(x, (height, width), mode="bilinear")
+    return x if size == (height, width) else _resize(x, (height, width))
+
+
+def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    return torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
 
 
 def symmetric_cross_entropy(logits: Tensor, target: Tensor, alpha: float = 0.5) -> Tensor:

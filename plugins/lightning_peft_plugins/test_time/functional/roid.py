@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -16,11 +17,10 @@ def soft_likelihood_ratio(logits: Tensor, clip: float = 0.99) -> Tensor:
         Shape ``(batch,)``.
 
     Example:
-        >>> import torch
         >>> soft_likelihood_ratio(torch.tensor([[0.0, 0.0]])).abs() < 1e-4
         tensor([True])
     """
-    p = logits.softmax(-1).clamp(max=clip)
+    p = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).clamp(max=clip)
     return -(p * (p / (1 - p) + 1e-5).log()).sum(-1)
 
 
@@ -34,10 +34,9 @@ def prior_corrected(logits: Tensor) -> Tensor:
         Same shape.
 
     Example:
-        >>> import torch
         >>> prior_corrected(torch.tensor([[2.0, 0.0]])).round(decimals=3)
         tensor([[1.2330, 0.0000]])
     """
-    prior = logits.softmax(-1).mean(0)
+    prior = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).mean(0)
     smooth = max(1 / logits.shape[0], 1 / logits.shape[1]) / prior.max()
-    return logits * (prior + smooth) / (1 + smooth * logits.shape[1])
+    return (logits * (prior + smooth) / (1 + smooth * logits.shape[1])).to(logits.dtype)
