@@ -98,6 +98,17 @@ class CrossStage(nn.Module):
         return self.head(self.last(torch.cat((self.blocks(self.one(maps)), self.other(maps)), 1)).mean((2, 3)))
 
 
+class WithInput(nn.Module):
+    """What a layer made of an image, beside the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.last, self.head = conv(3, 8), conv(11, 10), nn.Linear(10, 5)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.last(torch.cat([inputs, self.stem(inputs)], 1)).mean((2, 3)))
+
+
 def densenet() -> nn.Module:
     models = pytest.importorskip("torchvision").models
     return models.DenseNet(growth_rate=8, block_config=(2, 3), num_init_features=8, num_classes=5)
@@ -204,6 +215,7 @@ CONCATENATED: dict[str, tuple[Any, Tensor]] = {
     "c2f": (C2f, IMAGES),
     "cspnet": (CrossStage, IMAGES),
     "densenet": (densenet, IMAGES),
+    "with input": (WithInput, IMAGES),
 }
 RECURRENT: dict[str, tuple[Any, Tensor]] = {
     "lstm": (lambda: Recurrent(nn.LSTM), IMAGES),

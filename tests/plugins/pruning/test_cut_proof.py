@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from structured_networks import IMAGES, NETWORKS, RECURRENT, Moved, build, channels
+from structured_networks import CONCATENATED, IMAGES, NETWORKS, RECURRENT, Moved, build, channels
 from torch import Tensor, nn
 
 from lightning_peft import StructuredPruning
@@ -33,7 +33,7 @@ def turned(group: Coupled) -> Coupled:
     return replace(group, places=places)
 
 
-@pytest.mark.parametrize("name", [*NETWORKS, "unet", "cspnet", "densenet"])
+@pytest.mark.parametrize("name", [*NETWORKS, *CONCATENATED])
 def test_nothing_is_left_whole_that_the_graph_gets_right(name: str) -> None:
     network, inputs = build(name)
     assert set(channels(network, inputs).whole.values()) == {"they are what the network returns"}
@@ -58,6 +58,17 @@ def test_concatenated_parts_go_one_by_one() -> None:
     read = {name: [p.units.tolist() for p in group.places if p.tensor == "after.0.weight"] for name, group in groups.items()}
     assert read["up"] == [[*range(6), *[-1] * 8]]
     assert read["outer.0"] == [[*[-1] * 6, *range(8)]]
+    group = next(group for group in channels(*build("with input")).groups if group.name == "stem.0")
+    assert next(p.units.tolist() for p in group.places if p.tensor == "last.0.weight") == [*[-1] * 3, *range(8)]
+
+
+def test_halves_lose_alike() -> None:
+    groups = channels(*build("c2f")).groups
+    group = next(group for group in groups if any(place.tensor == "first.0.weight" and place.written for place in group.places))
+    assert group.units == 8
+    places = {(place.tensor, place.dim): place.units.tolist() for place in group.places}
+    assert places["first.0.weight", 0] == [*range(8)] * 2
+    assert places["last.0.weight", 1] == [*range(8)] * 4  # both halves, and the sums of the second with each block
 
 
 @pytest.mark.parametrize("wrong", [[0], [2], [0, 1], [1, 3], [0, 2, 3]])

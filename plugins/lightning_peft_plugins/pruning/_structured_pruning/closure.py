@@ -63,6 +63,7 @@ class Closure:
                 if not mapped:
                     continue  # another part of a concatenation
                 fresh = self._new(dependency.target, dependency.handler, mapped)
+                fresh += self._new(dependency.target, dependency.handler, _beside(fresh, dependency.target))
                 if fresh:
                     stack.append((dependency.target, dependency.handler, fresh))
         found = [self._find(channel) for channel in range(outputs)]
@@ -109,6 +110,12 @@ class Closure:
         units = torch.full((size,), -1)
         units[torch.tensor(list(place.roots))] = self.units[torch.tensor(list(place.roots.values()))]
         return units
+
+
+def _beside(indices: list[Index], node: Any) -> list[Index]:
+    """What lies at the same place in the other pieces of a split into equal ones, which must stay equal: one unit."""
+    size, total = getattr(node, "pieces", None) or (1, 0)
+    return [Index(other, index.root_idx) for index in indices for other in range(index.idx % size, total, size)]
 
 
 def _mapped(indices: list[Any], mappings: Sequence[Any]) -> list[Any]:

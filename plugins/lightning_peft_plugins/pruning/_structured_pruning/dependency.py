@@ -18,6 +18,7 @@ from lightning_peft_plugins.pruning._structured_pruning.closure import Closure, 
 from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled, UnitCount, UnitPlace
 from lightning_peft_plugins.pruning._structured_pruning.example import leaves
 from lightning_peft_plugins.pruning._structured_pruning.network_copy import NetworkCopy
+from lightning_peft_plugins.pruning._structured_pruning.pieces import map_pieces
 
 _Item: TypeAlias = tuple[Closure, Reached]
 RETURNED = "they are what the network returns"
@@ -80,6 +81,7 @@ def channel_groups(
             f"Torch-Pruning cannot trace {twin.name}: {type(error).__name__}: {error}. Name a part of the module with "
             'network="<name>".'
         ) from error
+    map_pieces(tp, graph)
     reader = _Reader(tp, graph, twin, attended)
     reader.check_reached(excused)
     groups, whole = [], {}
