@@ -59,12 +59,19 @@ def _may_write(module: nn.Module, edit: Recorded, path: str, key: str, old: Any,
     start = f"{path}." if path else ""
     sized = any(other.startswith(start) for name, entry in edit["tensors"].items() for other in (name, *entry.get("tied", ())))
     if not sized and path not in edit.get("norms", {}):  # a norm without weights notes a size too
-        return False
+        return edit["op"] == "slice" and not isinstance(module.get_submodule(path), LightningModule) and _is_cut(edit, old, new)
     exact = isinstance(module.get_submodule(path), LightningModule)  # where a number can mean anything
     if edit["op"] == "slice":
         pairs = zip(*(value if isinstance(value, list) else [value] for value in (old, new)), strict=True)
         return not exact and all(0 < b <= a for a, b in pairs)
     return _explained(edit, old, new, exact=exact)
+
+
+def _is_cut(edit: Recorded, old: Any, new: Any) -> bool:
+    """Whether numbers go from and to the sizes of dimensions that are cut, as those of a norm without weights do."""
+    cuts = {size for entry in edit["tensors"].values() for size in zip(entry["from"], entry["to"], strict=True)}
+    pairs = zip(*(value if isinstance(value, list) else [value] for value in (old, new)), strict=True)
+    return all(pair in cuts for pair in pairs)
 
 
 def _is_small(old: object, new: object) -> bool:

@@ -32,7 +32,7 @@ def page(found: dict[tuple[str, str], tuple[str, str]]) -> str:
             "",
             *wrap(
                 f"Miniatures of {len(STYLES)} kinds of LightningModule (`tests/pairs/project_styles.py`), each trained for two "
-                "epochs with every method, at its defaults as far as a training that short allows, with a validation loader and "
+                "epochs with every method, at its defaults as far as a training that short allows, a validation loader and "
                 f"the sanity check; what adapts is tested afterwards. **{counts[WORKS]} of {len(found)} work (+), "
                 f"{counts[REJECTED]} are rejected in words (-), {counts[BREAKS]} break (!)**; a test repeats it. Rejected are "
                 "mostly methods that do not fit: test-time methods without class logits, growth without a list of blocks, "
