@@ -12,6 +12,7 @@ from lightning_peft import Run
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.network.called_with import call_with
 from lightning_peft.network.targets import TargetSpec
+from lightning_peft_plugins.test_time._shared.descent import fine_copy
 from lightning_peft_plugins.test_time._shared.finite_samples import finite_rows
 from lightning_peft_plugins.test_time._shared.padding import attention_mask
 from lightning_peft_plugins.test_time._shared.views import ViewMethod
@@ -111,20 +112,20 @@ class CoTTA(ViewMethod):
 
     def _predict(self, call: Call, weights: dict[str, Tensor]) -> Tensor:
         assert self.run is not None
-        named = {self._inner_name(name): value for name, value in weights.items()}
+        named = {self._inner_name(name): value.to(self.source[name].dtype) for name, value in weights.items()}
         return self.logits(call_with(self.run.network, named, call.args, call.kwargs))
 
     @torch.no_grad()
     def _follow(self) -> None:
         for name, parameter in self.parameters.items():
-            self.teacher[name].lerp_(parameter, 1 - self.teacher_momentum)
+            self.teacher[name].lerp_(parameter.to(self.teacher[name].dtype), 1 - self.teacher_momentum)
             # Half random numbers, which the true half precisions give, are too coarse for a small probability.
             drawn = torch.rand(parameter.shape, generator=self._generator, dtype=torch.float32)
             back = drawn.to(parameter.device) < self.restore
             parameter.copy_(torch.where(back, self.source[name], parameter))
 
     def forget(self) -> None:
-        self.teacher = {name: value.clone() for name, value in self.source.items()}
+        self.teacher = fine_copy(self.source)
         self._generator = torch.Generator().manual_seed(self.seed)
         super().forget()
 

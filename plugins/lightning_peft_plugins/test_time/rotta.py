@@ -15,6 +15,7 @@ from lightning_peft.network.called_with import call_with
 from lightning_peft.network.logits import with_logits
 from lightning_peft_plugins.test_time._rotta.sample_memory import SampleMemory
 from lightning_peft_plugins.test_time._shared.batch_statistics import RobustStatistics, batch_norms
+from lightning_peft_plugins.test_time._shared.descent import fine_copy
 from lightning_peft_plugins.test_time._shared.finite_samples import finite_rows
 from lightning_peft_plugins.test_time._shared.views import ViewMethod
 from lightning_peft_plugins.test_time.functional.predictions import symmetric_cross_entropy
@@ -110,10 +111,13 @@ class RoTTA(ViewMethod):
         self.step(len(kept))
         with torch.no_grad():
             for name, parameter in self._network.named_parameters():
-                self.teacher[name].lerp_(parameter, self.teacher_momentum)
+                teacher = self.teacher[name]
+                teacher.lerp_(parameter.to(teacher.dtype), self.teacher_momentum)
 
     def _teach(self, call: Call) -> Any:
-        return call_with(self._network, self.teacher, call.args, call.kwargs)
+        own = dict(self._network.named_parameters())
+        state = {name: value.to(own[name].dtype) if name in own else value for name, value in self.teacher.items()}
+        return call_with(self._network, state, call.args, call.kwargs)
 
     def forget(self) -> None:
         self._memory: SampleMemory | None = None
@@ -121,8 +125,8 @@ class RoTTA(ViewMethod):
         self._robust.reset()
         super().forget()
         if self.parameters:
-            state = {**dict(self._network.named_parameters()), **dict(self._network.named_buffers())}
-            self.teacher = {name: value.detach().clone() for name, value in state.items()}
+            buffers = {name: value.detach().clone() for name, value in self._network.named_buffers()}  # these move in place
+            self.teacher = {**fine_copy(dict(self._network.named_parameters())), **buffers}
 
     @torch.no_grad()
     def leave(self) -> None:

@@ -11,7 +11,7 @@ from test_outputs import Language, bert, tokens
 from test_stream import every_method
 from tta_toys import NETS, Classifier, batch_norm_net, close, layer_norm_net, run, stream
 
-from lightning_peft import LAME, MEMO, SAR, BatchNormAdapt, CoTTA, Tent
+from lightning_peft import LAME, MEMO, SAR, BatchNormAdapt, CoTTA, RoTTA, Tent
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.testing.modules import trainer
 from lightning_peft_plugins.test_time._shared.padding import attention_mask
@@ -84,6 +84,33 @@ def test_bf16_true(make, kind):
     assert half.predictions[-1].dtype == torch.bfloat16
     error = (plain.predictions[0].softmax(-1) - half.predictions[0].float().softmax(-1)).abs().mean()
     assert error < 0.05, f"probabilities of the first batch differ by {error:.3g} on average"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **o: CoTTA(lr=0.02, views=1, threshold=0.0, restore=0.0, teacher_momentum=0.999, **o),
+        lambda **o: RoTTA(lr=0.01, every=6, capacity=12, teacher_momentum=0.001, augment=lambda x: x, **o),
+    ],
+    ids=["CoTTA", "RoTTA"],
+)
+def test_a_slow_teacher_moves_in_half_precision_too(make):
+    moved = []
+    for precision in ("32-true", "bf16-true"):
+        net, method = layer_norm_net(), make()
+        teachers = []
+        release = method.release
+        method.release = lambda method=method, release=release, teachers=teachers: (
+            teachers.append({name: value.float().clone() for name, value in method.teacher.items()}),
+            release(),
+        )
+        method.to_source = lambda: None
+        trainer(callbacks=[method], precision=precision).test(Half(net), stream(6), verbose=False)
+        source = dict(layer_norm_net().to(torch.bfloat16 if precision == "bf16-true" else torch.float32).named_parameters())
+        pairs = [(source[name.removeprefix("net.")].detach().float(), value) for name, value in teachers[0].items()]
+        moved.append(sum(float((value - before).norm()) for before, value in pairs))
+    assert moved[0] > 0
+    assert 0.5 < moved[1] / moved[0] < 2, moved
 
 
 def test_random_numbers_are_those_of_float32_whatever_the_default():
