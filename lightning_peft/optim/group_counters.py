@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -89,7 +90,7 @@ def _new(optimizer: Optimizer, group: Mapping[str, Any]) -> Optimizer | None:
 def _step(optimizer: Optimizer) -> bool:
     """Take a few steps; say whether they could be taken."""
     (weight,) = optimizer.param_groups[0]["params"]
-    with torch.random.fork_rng(devices=[]), contextlib.suppress(Exception), warnings.catch_warnings():
+    with isolate_rng(include_cuda=False), contextlib.suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for step in range(_STEPS):
             weight.grad = torch.linspace(0.5, 1.5 + step, 16).reshape(4, 4)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_peft.network.plain_class import plain_class
@@ -29,7 +30,7 @@ def class_twin(network: nn.Module, config: Any, *, buffers: bool = False) -> nn.
         buffers: Whether buffers shall have values; parameters never do.
     """
     where = _buffers_only() if buffers else torch.device("meta")
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _quiet(), where:
+    with isolate_rng(include_cuda=False), warnings.catch_warnings(), _quiet(), where:
         warnings.simplefilter("ignore")
         try:
             twin = plain_class(network)(fresh(config))

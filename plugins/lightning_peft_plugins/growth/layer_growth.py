@@ -18,12 +18,14 @@ from lightning_peft.structure.edits import Change, EditRequest
 from lightning_peft.structure.forms import Form, whole
 from lightning_peft.structure.journal import journal_of
 from lightning_peft.structure.width_map import WidthMap
+from lightning_peft_plugins.growth._layer_growth.depth_operators import new_places
 from lightning_peft_plugins.growth._layer_growth.growth_plan import GrowthPlan
 from lightning_peft_plugins.growth._layer_growth.ligo_growth import LearntOperator
 from lightning_peft_plugins.growth._layer_growth.masking import Masks
 from lightning_peft_plugins.growth._layer_growth.msg import mask_at
 from lightning_peft_plugins.growth._layer_growth.new_blocks import new_blocks
 from lightning_peft_plugins.growth._layer_growth.operators import OPERATORS
+from lightning_peft_plugins.growth._layer_growth.promise import Promise
 from lightning_peft_plugins.growth._layer_growth.sizes import To, read_sizes
 from lightning_peft_plugins.growth._shared.timed import TimedMethod
 
@@ -137,6 +139,7 @@ class LayerGrowth(TimedMethod):
         self.seed, self.grow_time = seed, grow_time
         self.operator_steps, self.operator_lr = operator_steps, operator_lr
         self._masks: list[Masks] = []
+        self._promise: Promise | None = None
         self._parts = 0
 
     def first_edit(self, module: LightningModule) -> EditRequest | None:
@@ -203,9 +206,21 @@ class LayerGrowth(TimedMethod):
         return found if found and self.run is not None and self.run.started else None
 
     def structure_changed(self, module: LightningModule, change: Change) -> None:
-        """Put the mask of a masked growth on what is new."""
-        if self.operator.masked and change.edit.get("by") == self.name:
-            self._masks.append(Masks.install(module, change.edit))
+        """Put the mask of a masked growth on what is new, and watch whether blocks with zeroed outputs pass on their input."""
+        edit = change.edit
+        if edit.get("by") != self.name:
+            return
+        if self.operator.masked:
+            self._masks.append(Masks.install(module, edit))
+        if edit["op"] == "blocks" and edit.get("zeroed"):
+            self._forget_promise()
+            names = [f"{edit['path']}.{place}" for place in new_places(edit["sources"])]
+            self._promise = Promise({name: module.get_submodule(name) for name in names}, self.plan.kind)
+
+    def _forget_promise(self) -> None:
+        if self._promise is not None:
+            self._promise.remove()
+        self._promise = None
 
     def _mask_again(self, module: LightningModule) -> None:
         """Put the mask of the last growth back, in another run."""
@@ -222,7 +237,10 @@ class LayerGrowth(TimedMethod):
             self._mask_again(run.module)
 
     def after_step(self, run: Run) -> None:
-        """Open the mask of the last growth a little."""
+        """Open the mask of the last growth a little; after the first step, say whether the operator did what it promises."""
+        if self._promise is not None:
+            self._promise.judge()
+            self._promise = None
         if self._masks and self.changed_at is not None:
             for mask in self._masks:
                 mask.set(mask_at(self.steps - self.changed_at, self.grow_time))
@@ -237,6 +255,7 @@ class LayerGrowth(TimedMethod):
                 "behind computes as with 1; evaluate its last checkpoint, or shorten grow_time."
             )
         self._unmask()
+        self._forget_promise()
 
     def _unmask(self) -> None:
         for mask in self._masks:

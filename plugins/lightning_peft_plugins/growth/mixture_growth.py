@@ -19,6 +19,7 @@ from lightning_peft.network.resolve import resolve_network
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft.weights.maps import MappedTensor, mapped_tensors
 from lightning_peft_plugins.growth._mixture_growth.halves import head_layers, inner_layers
+from lightning_peft_plugins.growth._mixture_growth.leak import check_apart
 from lightning_peft_plugins.growth._shared.timed import TimedMethod
 from lightning_peft_plugins.growth.functional.mixture import (
     CROSS_RULES,
@@ -94,7 +95,8 @@ class MixtureGrowth(TimedMethod):
         name: Name in logs and checkpoints.
 
     Raises:
-        MisconfigurationException: A layer computes its two halves from one another, or cannot be halved.
+        MisconfigurationException: A layer computes its two halves from one another, or cannot be halved; or, at the first step,
+            the members turn out to meet.
 
     Example:
         >>> MixtureGrowth(at="epoch:400")
@@ -126,6 +128,7 @@ class MixtureGrowth(TimedMethod):
         self.stem, self.head = stem, head
         self._turns: dict[str, Any] = {"on": False, "offset": 0}
         self._shims: list[Shim] = []
+        self._apart = False
 
     def select(self, module: nn.Module) -> dict[str, nn.Module]:
         """Return the layers between stem and head."""
@@ -167,8 +170,12 @@ class MixtureGrowth(TimedMethod):
         """In training, let the head see of each sample what its member made of it."""
         # A network can be trained in evaluation mode; activation checkpointing repeats its calls in the backward pass.
         trains = layer.training or (self.run is not None and self.run.in_step) or torch._C._current_graph_task_id() != -1
+        dim = -1 if isinstance(layer, nn.Linear) else 1
         if self._turns["on"] and trains:
-            features = of_its_member(features, -1 if isinstance(layer, nn.Linear) else 1, self._turns["offset"])
+            if not self._apart and self.run is not None and self.run.in_step and not torch.compiler.is_compiling():
+                self._apart = True
+                check_apart(features, dim, {mapped.name: mapped.stored for mapped, _ in self._maps(self.run.module)})
+            features = of_its_member(features, dim, self._turns["offset"])
         return inner(features)
 
     @torch.no_grad()

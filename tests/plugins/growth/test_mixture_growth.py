@@ -293,6 +293,39 @@ def test_networks_that_are_refused(layers: list[nn.Module], reason: str) -> None
         inner_layers(nn.Sequential(*layers))
 
 
+@pytest.mark.parametrize("kind", ["concatenated", "shuffled", "apart"])
+def test_members_that_meet_are_refused_at_the_first_step(kind: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.b = nn.Linear(FEATURES, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.mix = nn.Linear(16 if kind == "concatenated" else 8, 8)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            x = self.stem(inputs).relu()
+            x = torch.cat([self.a(x), self.b(x)], -1) if kind == "concatenated" else self.a(x) + self.b(x)
+            if kind == "shuffled":
+                x = x.reshape(len(x), 2, 4).transpose(1, 2).reshape(len(x), 8)
+            return self.head(self.mix(x.relu()).relu())
+
+    class Style(Plain):
+        def build(self) -> None:
+            self.net = Net()
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.net(inputs)
+
+    def run() -> None:
+        grow([MixtureGrowth(at="step:2", network="net")], style=Style)
+
+    if kind == "apart":
+        run()
+        return
+    with pytest.raises(MisconfigurationException, match=r"not two members side by side.*depends on the other half of net"):
+        run()
+
+
 def test_layers_that_fit() -> None:
     layers = [nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1), nn.Linear(4, 5)]
     assert list(inner_layers(nn.Sequential(*layers))) == ["3"]
