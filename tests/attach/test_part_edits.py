@@ -32,7 +32,7 @@ def sliced(net, prefix=""):
     tensors = {"0.weight": entry([16, 16], {0: kept}), "0.bias": entry([16], {0: kept}), "2.weight": entry([16, 16], {1: kept})}
     return {
         "op": "slice",
-        "path": prefix,
+        "path": prefix.removesuffix("."),
         "tensors": {f"{prefix}{name}": value for name, value in tensors.items()},
         "attributes": {f"{prefix}0": {"out_features": [16, 4]}, f"{prefix}2": {"in_features": [16, 4]}},
     }
