@@ -107,6 +107,17 @@ def test_saturated_probabilities_do_not_hide_a_wrong_column() -> None:
     assert names(Saturated("not"), IMAGES) == {"stem.0", "moved", "reader"}
 
 
+def test_a_layer_in_two_places_comes_out_of_a_proof_as_it_was() -> None:
+    network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    network.insert(3, network[2])
+    inputs = torch.randn(2, 4)
+    proof = CutProof(network, "", record((inputs,), {}))
+    before = {name: value.clone() for name, value in proof.whole.state_dict().items()}
+    assert proof.failing(channels(network, inputs).groups) == {}
+    assert proof.whole[2].weight is proof.whole[3].weight
+    assert all(torch.equal(value, before[name]) for name, value in proof.whole.state_dict().items())
+
+
 def test_sizes_written_into_a_forward_that_divide_half_of_the_channels_are_found_out() -> None:
     class Fixed(nn.Module):
         def __init__(self) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_peft.network.layers import is_linear
@@ -131,10 +130,14 @@ class CutProof:
                     stays = ~torch.isin(number.units, units)
                     kept[number.path] = kept.get(number.path, stays) & stays
         hooks = [parts[path].register_forward_hook(_narrowed(cut.get_submodule(path), stays)) for path, stays in kept.items()]
+        own = {name: tensors[name].data for name in values if isinstance(tensors[name], nn.Parameter)}
         try:
-            own = {name: value for name, value in values.items() if isinstance(tensors[name], nn.Parameter)}
-            return self._output(lambda *args, **kwargs: functional_call(self.whole, own, args, kwargs), self.whole)
+            for name in own:  # in place, because a layer in two places has one tensor
+                tensors[name].data = values[name].data
+            return self._output(self.whole, self.whole)
         finally:
+            for name, value in own.items():
+                tensors[name].data = value
             for hook in hooks:
                 hook.remove()
 
