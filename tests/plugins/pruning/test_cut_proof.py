@@ -81,13 +81,13 @@ def test_wrong_groups_are_found_among_right_ones(wrong: Sequence[int]) -> None:
     assert list(failing) == [groups[at].name for at in wrong]
 
 
-def test_right_groups_cost_two_calls_of_the_network_beside_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_right_groups_cost_two_calls_of_the_network_for_each_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     network, inputs = build("vgg")
     groups, proof = channels(network, inputs).groups, CutProof(network, "", record((inputs,), {}))
     call, calls = proof._output, []
     monkeypatch.setattr(proof, "_output", lambda *called: calls.append(called) or call(*called))
     assert proof.failing(groups) == {}
-    assert len(calls) == 2
+    assert len(calls) == 6
 
 
 def test_weights_that_hide_a_wrong_column_do_not_help_it() -> None:
@@ -105,6 +105,30 @@ def test_saturated_probabilities_do_not_hide_a_wrong_column() -> None:
 
     assert names(Saturated("flip"), IMAGES) == {"stem.0", "reader"}
     assert names(Saturated("not"), IMAGES) == {"stem.0", "moved", "reader"}
+
+
+def test_a_layer_in_two_places_comes_out_of_a_proof_as_it_was() -> None:
+    network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    network.insert(3, network[2])
+    inputs = torch.randn(2, 4)
+    proof = CutProof(network, "", record((inputs,), {}))
+    before = {name: value.clone() for name, value in proof.whole.state_dict().items()}
+    assert proof.failing(channels(network, inputs).groups) == {}
+    assert proof.whole[2].weight is proof.whole[3].weight
+    assert all(torch.equal(value, before[name]) for name, value in proof.whole.state_dict().items())
+
+
+def test_sizes_written_into_a_forward_that_divide_half_of_the_channels_are_found_out() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 6), nn.Linear(6, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            maps = self.first(inputs)
+            return self.head(self.second(maps.mean((2, 3)).view(-1, 4, maps.shape[1] // 4).flatten(1)).relu())
+
+    assert names(Fixed(), IMAGES) == {"second"}
 
 
 def test_what_an_activation_makes_of_zero_does_not_matter() -> None:

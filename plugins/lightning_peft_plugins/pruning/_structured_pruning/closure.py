@@ -114,7 +114,11 @@ class Closure:
 
 def _beside(indices: list[Index], node: Any) -> list[Index]:
     """What lies at the same place in the other pieces of a split into equal ones, which must stay equal: one unit."""
-    size, total = getattr(node, "pieces", None) or (1, 0)
+    if getattr(node, "pieces", None) is None:
+        return []
+    size, total = node.pieces
+    if any(index.idx >= total for index in indices):
+        raise OverflowError
     return [Index(other, index.root_idx) for index in indices for other in range(index.idx % size, total, size)]
 
 

@@ -35,6 +35,9 @@ def map_pieces(tp: ModuleType, graph: Any) -> None:
 
 
 def _map_concatenation(tp: ModuleType, graph: Any, node: Any) -> None:
+    dim = getattr(node.grad_fn, "_saved_dim", 1)
+    if dim != 1 and dim < tp.dependency.constants.MAX_VALID_DIM:
+        return  # along another dimension; what follows is slow where steps of a recurrent layer are concatenated
     offsets = _part_offsets(node.grad_fn, [parameter for parameter, _ in graph.unwrapped_parameters])
     read = tp.dependency.shape_infer.infer_in_channels_recursively(graph, node, [0])
     if offsets is None or len(offsets) != len(node.inputs) or read not in (None, _size(node.grad_fn, 0)):
