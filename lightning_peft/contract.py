@@ -308,7 +308,7 @@ class Contract:
     # What an author calls.
 
     @property
-    def given(self) -> Mapping[str, Any]:
+    def given_arguments(self) -> Mapping[str, Any]:
         """The constructor arguments its user gave."""
         return {}
 

@@ -50,7 +50,7 @@ class Method(Contract, Callback):
         return self
 
     @property
-    def given(self) -> Mapping[str, Any]:
+    def given_arguments(self) -> Mapping[str, Any]:
         return self._origin.given
 
     def state_dict(self) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def _warn_of_little(method: Contract, claims: Sequence[str], module: nn.Module) 
     """Warn when a method that was not told layer by layer where to act reaches next to nothing of the network."""
     if method.lane not in (Lane.REPARAM, Lane.MASK) or not claims:
         return
-    if "exclude" in method.given or explicitly_named(module, method.targets):
+    if "exclude" in method.given_arguments or explicitly_named(module, method.targets):
         return
     share = share_of(module, claims)
     if share < _LITTLE:

@@ -37,7 +37,10 @@ def call_with(module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any,
     for name, tensor in named.items():
         others.setdefault(id(tensor), []).append(name)
     every = dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
-    replaced = {slot: tensor for name, tensor in tensors.items() for slot in others[id(every[name])]}
+    # Tensors of layer parts are not among those of a module that is no whole one; they have one name.
+    replaced = {
+        slot: tensor for name, tensor in tensors.items() for slot in (others[id(every[name])] if name in every else [name])
+    }
     return functional_call(module, replaced, args, kwargs, tie_weights=False)
 
 

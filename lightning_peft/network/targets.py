@@ -32,7 +32,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import NoReturn, TypeAlias, TypeVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Size, nn
+from torch import Size, Tensor, nn
 from torch.nn.utils import parametrize
 from torchmetrics import Metric, MetricCollection
 
@@ -251,9 +251,14 @@ def holding_weights(model: nn.Module, targets: TargetSpec, found: Mapping[str, n
     names = _names(model)
     for entry in _entries(targets):
         matched = _match(model, names, entry, must=True)
-        if not any("weight" in own_parameters(module) for module in matched):
+        if not any(map(_has_weight, matched)):
             _no_weight(names[matched[0]][0], matched[0], entry)
-    return {name: module for name, module in found.items() if "weight" in own_parameters(module)}
+    return {name: module for name, module in found.items() if _has_weight(module)}
+
+
+def _has_weight(module: nn.Module) -> bool:
+    """Whether there is a weight, be it one that a hook computes."""
+    return "weight" in own_parameters(module) or isinstance(vars(module).get("weight"), Tensor)
 
 
 def _no_weight(name: str, module: nn.Module, entry: str | type[nn.Module]) -> NoReturn:

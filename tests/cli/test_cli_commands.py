@@ -35,8 +35,11 @@ def test_show_prints_arguments_and_card(cli) -> None:
 
 def test_an_argument_means_what_the_nearest_class_says() -> None:
     told = {item["name"]: item["meaning"] for item in listing.show_method("RDumb").data["arguments"]}
-    assert told["reset"] == "When to return to the source.", "its own words; the class above has longer ones"
-    assert told["targets"] == "Layers whose parameters move; `None` is the whole module.", "three classes above"
+    own = "When to return to the source: a number of batches, whether or not they brought an update, or as with others."
+    assert told["reset"] == own, "the class above has others"
+    assert told["targets"] == "Layers whose parameters move; `None` is the whole module without `exclude`.", (
+        "three classes above"
+    )
 
 
 def test_show_includes_a_card_packaged_beside_the_module(cli, tmp_path, monkeypatch) -> None:

@@ -61,7 +61,7 @@ class PSKD(Method):
 
     Example:
         >>> PSKD(alpha=0.8)
-        PSKD(alpha=0.8, sample_index='auto', memory='auto', dtype='float32', teacher='memory', reduction='mean')
+        PSKD(alpha=0.8, sample_index='auto', memory='auto', dtype='float32', teacher='memory', reduction='mean', check='on')
     """
 
     lane = Lane.LOSS

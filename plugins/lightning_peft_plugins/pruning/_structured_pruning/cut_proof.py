@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_peft.network.layers import is_linear
 from lightning_peft.structure import edits
 from lightning_peft.structure.depth import copied
+from lightning_peft.weights.detach import detach_maps
 from lightning_peft.weights.maps import plain_tensors, split_name
 from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled, cut_edit
 from lightning_peft_plugins.pruning._structured_pruning.dependency import RETURNED
@@ -196,6 +197,7 @@ class _Seen:
 def _twin(network: nn.Module, dtype: torch.dtype, drawn: bool) -> nn.Module:
     """A copy, with random weights if asked; on the CPU where the device has no numbers of that size."""
     whole = copied(network, masked=True).eval().requires_grad_(False)
+    detach_maps(whole, "live")  # layer parts follow their layer's cut in ways of their own
     if any(tensor.device.type == "mps" for tensor in plain_tensors(whole).values()):
         whole = whole.to("cpu")
     whole = whole.to(dtype)
