@@ -1,15 +1,21 @@
-"""No method breaks in any kind of project: it works, or is rejected in words that say what to do."""
+"""No method breaks in any kind of project: it works, or is rejected in words."""
 
 from __future__ import annotations
 
 import pytest
-from project_outcomes import BREAKS, METHODS, outcome
+from project_outcomes import BREAKS, outcome
 from project_styles import STYLES
+
+# One or two of each mechanism; `make compatibility` tries all methods.
+TRIED = [
+    *("CoTTA", "FTWT", "FisherEstimator", "GBLM", "LAME", "LayerGrowth", "MixtureGrowth", "NMSparsity", "PERP", "PSKD"),
+    *("RoTTA", "SAR", "StructuredPruning", "TrainedRankPruning", "WeightCompander"),
+]
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_every_method_works_or_is_rejected_in_words(style: str) -> None:
-    found = {method: outcome(style, method) for method in METHODS}
+def test_methods_work_or_are_rejected_in_words(style: str) -> None:
+    found = {method: outcome(style, method) for method in TRIED}
     broken = {method: words for method, (what, words) in found.items() if what == BREAKS}
     assert not broken
     assert any(what == "works" for what, _ in found.values()), "a miniature that nothing works on shows nothing"

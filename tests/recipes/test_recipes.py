@@ -18,8 +18,8 @@ RECIPES = sorted(packaged())
 SHORT = {
     "quickstart": ["--data.image_size", "64", "--data.subset", "64", "--data.batch_size", "16"],
     "language/nm_minilm_reviews": [
-        *("--data.max_length", "24", "--data.batch_size", "8"),
-        *("--data.train_size", "32", "--data.val_size", "16", "--data.test_size", "16"),
+        *("--data.max_length", "16", "--data.batch_size", "8", "--trainer.max_epochs", "2"),
+        *("--data.train_size", "24", "--data.val_size", "8", "--data.test_size", "8"),
     ],
     "vision/eata_cifar10": ["--data.val_size", "20", "--data.test_size", "20", "--data.batch_size", "10"],
     "vision/eata_cifar10_vit": [

@@ -43,11 +43,12 @@ def test_the_proximal_operator_is_a_minimum(norms: torch.Tensor, k: int, strengt
         return float((values - norms).square().sum() / 2 + strength * group_envelope(values.abs(), k))
 
     best = norms * group_envelope_scale(norms, k, strength)
+    lowest = objective(best)
     generator = torch.Generator().manual_seed(k)
     for size in (1e-3, 1e-1, 1.0):
-        for _ in range(10):
+        for _ in range(5):
             other = (best + size * torch.randn(len(norms), generator=generator, dtype=torch.float64)).clamp(min=0)
-            assert objective(best) <= objective(other) + 1e-9
+            assert lowest <= objective(other) + 1e-9
 
 
 @given(NORMS)
