@@ -108,13 +108,16 @@ def resolve(methods: Sequence[Contract], module: nn.Module, network: str) -> Pla
     check_order(methods, claims)
     _check_structure(methods)
     _check_ties(methods, claims, module)
-    for method in methods:
-        _warn_of_little(method, claims[method.name], module)
+    on_weights = [method for method in methods if method.lane in (Lane.REPARAM, Lane.MASK) and claims[method.name]]
+    shares = {method.name: share_of(module, claims[method.name]) for method in on_weights}
+    for method in on_weights:
+        if shares[method.name] < _LITTLE:
+            _warn_of_little(method, shares[method.name], len(claims[method.name]), module)
     rows = tuple(
         PlanRow(
             method.lane,
             method.name,
-            _what(method, module, claims[method.name]),
+            _what(method, module, shares.get(method.name)),
             tuple(sorted(resource.value for resource in method.reads_now())),
             tuple(sorted(resource.value for resource in method.writes_now())),
         )
@@ -123,41 +126,36 @@ def resolve(methods: Sequence[Contract], module: nn.Module, network: str) -> Pla
     return Plan(network, sum(parameter.numel() for parameter in module.parameters()), rows)
 
 
-def _what(method: Contract, module: nn.Module, claims: Sequence[str]) -> str:
+def _what(method: Contract, module: nn.Module, share: float | None) -> str:
     described = method.describe(module)
-    if method.lane in (Lane.REPARAM, Lane.MASK) and claims:
-        described += f", {_share(method, module, claims)}"
+    if share is not None:
+        described += f", {_share(method, module, share)}"
     parts = [described]
     if spared := method.left_alone(module):
         parts.append(f"leaves {len(spared)} frozen alone ({_some(spared)})")
     return "; ".join(filter(None, parts))
 
 
-def _share(method: Contract, module: nn.Module, claims: Sequence[str]) -> str:
+def _share(method: Contract, module: nn.Module, share: float) -> str:
     """Say how much of the network a method acts on, and which weights it passes by because no layer holds them."""
-    share = share_of(module, claims)
     said = f"{share:.0%} of the parameters" if share >= 0.005 else f"{share:.1%} of the parameters"
     unreached = loose_matrices(module) if method.lane == Lane.MASK else []
     return said + (f", not {_some(unreached)}" if unreached else "")
 
 
-def _warn_of_little(method: Contract, claims: Sequence[str], module: nn.Module) -> None:
+def _warn_of_little(method: Contract, share: float, tensors: int, module: nn.Module) -> None:
     """Warn when a method that was not told layer by layer where to act reaches next to nothing of the network."""
-    if method.lane not in (Lane.REPARAM, Lane.MASK) or not claims:
-        return
     if "exclude" in method.given_arguments or explicitly_named(module, method.targets):
         return
-    share = share_of(module, claims)
-    if share < _LITTLE:
-        others = loose_matrices(module)
-        warnings.warn(
-            f"{method.name} acts on {share:.1%} of the parameters: targets={method.targets!r} without "
-            f"exclude={method.exclude!r} selects {len(claims)} tensor{'s' if len(claims) > 1 else ''}"
-            + (f", and out of reach are {_some(others)}. " if others else ". ")
-            + 'Choose other targets=, such as "all-weights", or name the layers that are meant.',
-            UserWarning,
-            stacklevel=2,
-        )
+    others = loose_matrices(module)
+    warnings.warn(
+        f"{method.name} acts on {share:.1%} of the parameters: targets={method.targets!r} without "
+        f"exclude={method.exclude!r} selects {tensors} tensor{'s' if tensors > 1 else ''}"
+        + (f", and out of reach are {_some(others)}. " if others else ". ")
+        + 'Choose other targets=, such as "all-weights", or name the layers that are meant.',
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def share_of(module: nn.Module, claims: Iterable[str]) -> float:

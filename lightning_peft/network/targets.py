@@ -248,6 +248,8 @@ def holding_weights(model: nn.Module, targets: TargetSpec, found: Mapping[str, n
         >>> list(holding_weights(net, "re:0", select(net, "re:0")))
         ['0.0']
     """
+    if all(map(_has_weight, found.values())):
+        return dict(found)
     names = _names(model)
     for entry in _entries(targets):
         matched = _match(model, names, entry, must=True)
