@@ -24,7 +24,7 @@ quickstart: $(VENV)/.test
 # One thread a worker: two workers fill two cores, and more threads would fight. A class stays on one worker (loadscope),
 # because the tests of a method share their reference training.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -23,10 +23,7 @@ callback_connector._load_external_callbacks = functools.cache(callback_connector
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with files that hold slow tests: at the end of a run one worker would wait for the other's.
-
-    Distributed by scope, that takes ``--no-loadscope-reorder``, as ``make test`` says it: the largest files would go first.
-    """
+    """Begin with files that hold slow tests: at the end of a run one worker would wait for the other's."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
