@@ -22,12 +22,6 @@ hypothesis.settings.load_profile("no deadline")
 callback_connector._load_external_callbacks = functools.cache(callback_connector._load_external_callbacks)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with files that hold slow tests: at the end of a run one worker would wait for the other's."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
-
-
 @pytest.fixture(autouse=True, scope="session")
 def _quiet_single_thread():
     torch.set_num_threads(1)

@@ -36,7 +36,7 @@ class _ReachedError(BaseException):
     """The network was called: what a step does with its output is of no interest. No ``except Exception`` stops it."""
 
 
-class NetworkCalls:
+class FirstCall:
     """Records what a network is called with while it is open; calls made within such a call are not its own.
 
     Args:
@@ -118,7 +118,7 @@ def step_calls(
     Raises:
         MisconfigurationException: No step takes the batches, or the one that does calls no network.
     """
-    calls, chosen = NetworkCalls(network, name), list(steps)
+    calls, chosen = FirstCall(network, name), list(steps)
     random = RandomState()
     with random.again():
         iterator = iter(batches)  # draws a seed
@@ -149,7 +149,7 @@ def own_steps(module: LightningModule, names: Iterable[StepName]) -> list[StepNa
     return [name for name in names if is_overridden(name, module, own(LightningModule, module))]
 
 
-def _run(trainer: Any, module: LightningModule, step: StepName, batch: Any, index: int, calls: NetworkCalls) -> None:
+def _run(trainer: Any, module: LightningModule, step: StepName, batch: Any, index: int, calls: FirstCall) -> None:
     with _as_in(trainer, module, step), silent(module), metrics_kept(module), RandomState().again(), torch.no_grad():
         batch = trainer.precision_plugin.convert_input(batch)
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)

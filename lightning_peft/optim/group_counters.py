@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_peft.optim.schedulers import is_learning_rate
+from lightning_peft.optim.trial import new_optimizer
 from lightning_peft.optim.wrapped import innermost
 
 _MEMBERS = ("params", "param_names")
@@ -32,14 +32,14 @@ def reset_counters(optimizer: Optimizer) -> None:
         optimizer: The optimizer; its groups are changed in place.
 
     Example:
-        >>> sgd = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+        >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
         >>> reset_counters(sgd)
         >>> sgd.param_groups[0]["lr"]
         0.1
     """
     optimizer = innermost(optimizer)
     for group in optimizer.param_groups:
-        fresh = _new(optimizer, group)
+        fresh = new_optimizer(optimizer, group)
         before = {} if fresh is None else _plain(fresh.param_groups[0])
         numbers = {} if fresh is None else _numbers(fresh)
         of_all: Any = {} if fresh is None else fresh.state  # some keep entries there under names, beside those of parameters
@@ -71,20 +71,6 @@ def _reset_named(optimizer: Optimizer, group: dict[str, Any], before: Mapping[st
 
 def _numbers(optimizer: Optimizer) -> dict[str, int | float]:
     return {key: value for key, value in vars(optimizer).items() if type(value) in (int, float) and not key.startswith("_")}
-
-
-def _new(optimizer: Optimizer, group: Mapping[str, Any]) -> Optimizer | None:
-    """A new optimizer of the same class and hyperparameters over one small weight; ``None`` when it takes more to make one."""
-    given = {**optimizer.defaults, "lr": group.get("lr", optimizer.defaults.get("lr"))}
-    accepted = inspect.signature(type(optimizer).__init__).parameters
-    settings = {key: copy.deepcopy(value) for key, value in given.items() if key in accepted}
-    weight = nn.Parameter(torch.linspace(-1, 1, 16).reshape(4, 4))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return type(optimizer)([weight], **settings)
-        except Exception:  # a constructor may want anything
-            return None
 
 
 def _step(optimizer: Optimizer) -> bool:

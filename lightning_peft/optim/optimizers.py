@@ -42,25 +42,6 @@ def trained_by(*optimizers: Optimizer) -> set[nn.Parameter]:
     return {parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def decays_by_gradient(optimizer: Optimizer) -> bool:
-    """Whether the weight decay of an optimizer is a term of the gradient, as in SGD, and not a step of its own, as in AdamW.
-
-    It is asked: with the gradient that such a term cancels, a new optimizer of its class leaves a parameter where it is.
-
-    Example:
-        >>> weights = [nn.Parameter(torch.ones(2, 2))]
-        >>> [decays_by_gradient(make(weights, lr=0.1)) for make in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)]
-        [True, True, False]
-    """
-    optimizer = innermost(optimizer)
-    settings = {key: value for key, value in optimizer.param_groups[0].items() if key not in ("params", "param_names")}
-    parameter = nn.Parameter(torch.ones(2, 2))
-    twin = type(optimizer)([{**settings, "params": [parameter], "weight_decay": 0.5}], lr=0.1)  # type: ignore[call-arg]
-    parameter.grad = torch.full((2, 2), -0.5)
-    twin.step()
-    return bool((parameter == 1).all())
-
-
 def named_groups(module: nn.Module, optimizer: Optimizer) -> list[list[str]]:
     """Names of the parameters in each group of ``optimizer``, in order.
 

@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.arguments import one_of, positive
 from lightning_peft.network.targets import TargetSpec
-from lightning_peft.optim.optimizers import decays_by_gradient
+from lightning_peft.optim.trial import decays_by_gradient
 from lightning_peft.optim.wrapped import innermost
 from lightning_peft.weights.maps import mapped_tensors, maps_of
-from lightning_peft_plugins.regularizers._weight_compander.maps import FLOOR, CompanderMap, FittedCompanderMap
+from lightning_peft_plugins.regularizers._weight_compander.maps import FLOOR, ArctanMap, CompanderMap, FittedCompanderMap
 from lightning_peft_plugins.regularizers.functional.compander import PUBLISHED, weight_decay_gradient
 
 
@@ -184,9 +184,9 @@ class WeightCompander(Method):
     def after_step(self, run: Run) -> None:
         """Keep learned scales above zero."""
         if self._fit is None and self.learnable:
-            for _, compander in maps_of(run.module, CompanderMap, type(self).__name__):
-                for scale in compander.parameters():
-                    scale.clamp_(min=FLOOR)
+            maps = maps_of(run.module, CompanderMap, type(self).__name__)
+            if scales := [scale for _, compander in maps for scale in compander.parameters()]:
+                torch._foreach_clamp_min_(scales, FLOOR)
 
     @torch.no_grad()
     def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
@@ -194,7 +194,6 @@ class WeightCompander(Method):
         if self.fixed:
             return dict(zip("ab", self.fixed, strict=True))
         names = set(self._mapped)
-        kinds = (CompanderMap, FittedCompanderMap)
-        maps = [m for t in mapped_tensors(run.module) if t.name in names for m in t.maps if isinstance(m, kinds)]
+        maps = [m for t in mapped_tensors(run.module) if t.name in names for m in t.maps if isinstance(m, ArctanMap)]
         scales = [m.scales(torch.float32) for m in maps]
         return {key: torch.stack([pair[place] for pair in scales]).mean() for place, key in enumerate("ab")}

@@ -18,7 +18,7 @@ from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.capture.once_more import RandomState
 from lightning_peft.capture.shim import Shim
-from lightning_peft.capture.step_calls import NetworkCalls, StepName, own_steps, step_calls
+from lightning_peft.capture.step_calls import FirstCall, StepName, own_steps, step_calls
 from lightning_peft.network.layers import parameter_names
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft.structure.forms import Form, fields, tensors_like
@@ -101,7 +101,7 @@ class FisherEstimator(Method):
         run = self.run
         assert run is not None
         self._unwatch()
-        calls = NetworkCalls(run.network, run.network_name)
+        calls = FirstCall(run.network, run.network_name)
         with calls.open(leave=False):
             output = inner(*args, **kwargs)
         self._check(calls.first(self._step))

@@ -17,7 +17,24 @@ FLOOR = 1e-3  # of learned scales: one that reaches zero has no function
 _NEAR = 0.999  # share of the bound up to which a weight has a stored value worth having
 
 
-class CompanderMap(WeightMap):
+class ArctanMap(WeightMap):
+    """The map ``w = a arctan(v / b)``; subclasses say where ``a`` and ``b`` come from."""
+
+    lane = Lane.REPARAM
+    optimizer_overrides = {"weight_decay": 0.0}
+
+    def scales(self, dtype: torch.dtype) -> tuple[Tensor | float, Tensor | float]:
+        """Return ``a`` and ``b``, positive: 0-dim tensors of at least single precision, or numbers."""
+        raise NotImplementedError
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return compand(weight, *self.scales(weight.dtype))
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.config().items())
+
+
+class CompanderMap(ArctanMap):
     """The map ``w = a arctan(v / b)`` on the weights of one layer, with the scales of the paper.
 
     A plain weight that comes in (when the map is attached, when the layer is reset, when the weights of an ordinary module are
@@ -32,8 +49,6 @@ class CompanderMap(WeightMap):
     """
 
     kind = "weight_compander"
-    lane = Lane.REPARAM
-    optimizer_overrides = {"weight_decay": 0.0}
     a: nn.Parameter
     b: nn.Parameter
 
@@ -54,9 +69,6 @@ class CompanderMap(WeightMap):
             return self.first
         dtype = torch.promote_types(dtype, torch.float32)
         return self.a.to(dtype), self.b.to(dtype)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return compand(weight, *self.scales(weight.dtype))
 
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -85,11 +97,8 @@ class CompanderMap(WeightMap):
         """Whether the scale of weights is not where it began."""
         return self.learnable and not math.isclose(self.a.item(), self.first[0], rel_tol=1e-2)
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.config().items())
 
-
-class FittedCompanderMap(WeightMap):
+class FittedCompanderMap(ArctanMap):
     """The map ``w = a arctan(v / b)`` on the weights of one layer, with ``log a`` and ``log b`` fitted to them; ours.
 
     A plain weight that comes in sets both scales anew by
@@ -103,8 +112,6 @@ class FittedCompanderMap(WeightMap):
     """
 
     kind = "compander"
-    lane = Lane.REPARAM
-    optimizer_overrides = {"weight_decay": 0.0}
     log_a: Tensor
     log_b: Tensor
 
@@ -132,9 +139,6 @@ class FittedCompanderMap(WeightMap):
         dtype = torch.promote_types(dtype, torch.float32)
         return self.log_a.to(dtype).exp(), self.log_b.to(dtype).exp()
 
-    def forward(self, weight: Tensor) -> Tensor:
-        return compand(weight, *self.scales(weight.dtype))
-
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Fit the scales to a plain weight and return its stored value.
@@ -145,6 +149,3 @@ class FittedCompanderMap(WeightMap):
         for scale, value in zip((self.log_a, self.log_b), compander_scales(weight, self.headroom, self.slope), strict=True):
             scale.data = torch.full((), value, dtype=scale.dtype, device=weight.device)
         return compand_inverse(weight, *self.scales(weight.dtype))
-
-    def extra_repr(self) -> str:
-        return f"headroom={self.headroom}, slope={self.slope}, learnable={self.learnable}"
