@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from warm_python import python
 
 from lightning_peft.cli.authors.kinds.table import KINDS
 from lightning_peft.cli.authors.new import LONGEST_NAME
@@ -58,8 +59,7 @@ class Walk:
     def python(self, *arguments: str) -> str:
         path = os.pathsep.join(map(str, (self.site, self.root, self.root / "plugins", self.root / "recipes")))
         kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-        environment = {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, *arguments], cwd=self.root, env=environment, capture_output=True, text=True)
+        done = python(*arguments, cwd=self.root, env={**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
         return done.stdout
 
@@ -74,7 +74,8 @@ class Walk:
 
     def test(self, *names: str) -> int:
         """Run tests and return how many passed."""
-        output = self.python("-m", "pytest", "-p", "no:cacheprovider", *names)
+        already = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"  # a plugin of another package
+        output = self.python("-m", "pytest", "-p", "no:cacheprovider", "-W", already, *names)
         passed = re.search(r"(\d+) passed", output.strip().splitlines()[-1])
         assert passed is not None, output
         return int(passed[1])

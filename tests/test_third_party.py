@@ -4,10 +4,10 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm_python import python
 
 PLUGIN = Path(__file__).parent / "fixtures" / "third_party_plugin"
 
@@ -40,11 +40,11 @@ print(json.dumps({
 """
 
 
-def python(*arguments: str, path: Path | None = None, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, path: Path | None = None, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     if path is not None:
         environment["PYTHONPATH"] = str(path)
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+    return python(*arguments, cwd=cwd, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +53,13 @@ def installed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("third_party")
     shutil.copytree(PLUGIN, folder / "source")
     pip = ["-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
-    done = python(*pip, "--target", str(folder / "site"), str(folder / "source"), cwd=folder)
+    done = run(*pip, "--target", str(folder / "site"), str(folder / "source"), cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "site"
 
 
 def test_a_user_composes_it(installed: Path, tmp_path: Path) -> None:
-    done = python("-c", TRAINING, path=installed, cwd=tmp_path)
+    done = run("-c", TRAINING, path=installed, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["before"] == [], "imported before anybody asked for it"
@@ -74,7 +74,7 @@ def test_a_user_composes_it(installed: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_line_lists_it(installed: Path, tmp_path: Path) -> None:
-    done = python("-m", "lightning_peft.cli.main", "list", "--json", path=installed, cwd=tmp_path)
+    done = run("-m", "lightning_peft.cli.main", "list", "--json", path=installed, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "peft-flooding" in done.stdout
     assert '"Flooding"' in done.stdout

@@ -11,21 +11,20 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from lightning_peft.testing.processes import start_process
+
 _PORT_TAKEN = ("address already in use", "eaddrinuse")
-# What a rank imports first takes ten times as long as most of what it then does.
-_PRELOADED = ["torch", "lightning.pytorch", "pytest", "lightning_peft.testing"]
 
 
 def run_ddp(
@@ -83,17 +82,12 @@ def _launch(
         "WORLD_SIZE": str(processes),
         "NODE_RANK": "0",
     }
-    context: Any = multiprocessing.get_context("forkserver" if _forks() and not fresh else "spawn")
-    if _forks() and not fresh:
-        context.set_forkserver_preload(_PRELOADED)
     started: list[BaseProcess] = []
     try:
         for rank in range(processes):
             Path(folder, f"{rank}.log").touch()
             environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            started.append(context.Process(target=_run_rank, args=(function, str(folder), environment)))
-            with _no_main():
-                started[-1].start()
+            started.append(start_process(_run_rank, function, str(folder), environment, fresh=fresh))
         deadline = time.monotonic() + timeout
         # One rank that failed leaves the others waiting for it: no need to wait with them.
         while any(p.exitcode is None for p in started) and not any(p.exitcode for p in started) and time.monotonic() < deadline:
@@ -104,21 +98,6 @@ def _launch(
         for process in started:
             _end(process)
     return [process.exitcode for process in started]
-
-
-@contextlib.contextmanager
-def _no_main() -> Iterator[None]:
-    """Keep multiprocessing from running the script that asks for ranks once more in each of them."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
-def _forks() -> bool:
-    return "forkserver" in multiprocessing.get_all_start_methods()
 
 
 def _tell_stacks(started: list[BaseProcess]) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 from hub_toys import each_step, methods, same_batch_again
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from warm_python import python
 
 from lightning_peft.testing.callbacks import FailAt, PlannedError
 from lightning_peft.testing.modules import Manual, Plain, loader
@@ -114,7 +113,7 @@ fit(here.methods(), after=[Kill(), here.each_step({folder!r})], data=here.same_b
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 def test_kill_9_then_last(tmp_path):
     script = KILLED.format(home=str(Path(__file__).parent), folder=str(tmp_path))
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=False)
+    result = python("-c", script)
     assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
     full = fit(methods(), data=same_batch_again(), max_epochs=2)
     resumed = fit(methods(), seed=5, after=[each_step(tmp_path)], data=same_batch_again(), max_epochs=2, resume="last")

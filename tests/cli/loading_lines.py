@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from warm_python import python
 
 CODE = """
 import json, sys, torch
@@ -25,5 +24,6 @@ def loaded(tmp_path: Path, *made: Mapping[str, Any]) -> list[dict[str, torch.Ten
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     lines = json.dumps([data["loading"] for data in made])
-    subprocess.run([sys.executable, "-W", "ignore", "-c", CODE, lines], check=True, cwd=elsewhere)
+    done = python("-W", "ignore", "-c", CODE, lines, cwd=elsewhere)
+    assert done.returncode == 0, done.stderr
     return [torch.load(elsewhere / f"{number}.pt", weights_only=True) for number in range(len(made))]

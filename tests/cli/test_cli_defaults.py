@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from loading_lines import loaded
+from warm_python import python
 
 from lightning_peft.cli.folders import held
 
@@ -204,7 +203,6 @@ def test_a_recipe_of_another_folder_finds_the_classes_beside_it(tmp_path) -> Non
     (project / "beside_me.py").write_text((Path(__file__).parent / "cli_toys.py").read_text())
     text = "trainer: {accelerator: cpu}\nmodel: {class_path: beside_me.ToyModule}\ndata: {class_path: beside_me.ToyData}\n"
     (project / "mine.yaml").write_text(text)
-    command = [sys.executable, "-m", "lightning_peft.cli.main", "run", str(project / "mine.yaml"), "--check", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=elsewhere)
+    done = python("-m", "lightning_peft.cli.main", "run", str(project / "mine.yaml"), "--check", "--json", cwd=elsewhere)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["loads"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from cli_toys import ToyModule
 from lightning.pytorch.cli import LightningCLI
+from warm_python import python
 
 FILES = {"report.html", "report.md", "report.json", "model.ckpt", "baked.ckpt", "curves.png", "losses.png", "reliability.png"}
 
@@ -62,13 +62,13 @@ def test_the_baseline_is_the_recipe_without_its_methods_only(cli, toy, tmp_path)
 def test_a_killed_run_resumes_bit_exactly_and_skips_what_is_finished(cli, toy, tmp_path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     cli("run", toy, "--out", whole)
-    command = [sys.executable, "-m", "lightning_peft.cli.main", "run", str(toy), "--out", str(killed), "--json"]
+    command = ["-m", "lightning_peft.cli.main", "run", str(toy), "--out", str(killed), "--json"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    died = subprocess.run(command, env={**environment, "TOY_KILL_AT": "7"}, capture_output=True, cwd=tmp_path)
+    died = python(*command, env={**environment, "TOY_KILL_AT": "7"}, cwd=tmp_path)
     assert died.returncode == -9
     assert not (killed / "composed" / "trial.json").exists()
     before = (killed / "dense" / "trial.json").stat().st_mtime_ns
-    resumed = subprocess.run([*command, "--resume"], env=environment, capture_output=True, cwd=tmp_path, text=True)
+    resumed = python(*command, "--resume", env=environment, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     data = json.loads(resumed.stdout)
     assert (killed / "dense" / "trial.json").stat().st_mtime_ns == before

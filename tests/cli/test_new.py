@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from warm_python import python
 
 from lightning_peft.cli.authors.checkout import Checkout
 from lightning_peft.cli.authors.kinds.table import KINDS
@@ -51,9 +51,9 @@ def test_packages_of_every_kind_pass_their_tests(cli, tmp_path) -> None:
         assert cli("new", named(kind), "--kind", kind)[0] == 0
     folders = [tmp_path / f"peft_{snake_case(named(kind))}" for kind in KINDS]
     chosen = " or ".join((*OF_THE_CONTRACT, "formula", "merged", "functional"))
-    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--doctest-modules", *map(str, folders)]
+    run = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--doctest-modules", *map(str, folders)]
     environment = {"PYTHONPATH": ":".join([*map(str, folders), *sys.path]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*run, "-k", chosen], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = python(*run, "-k", chosen, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert int(passed[1]) > len(KINDS) * (2 + len(OF_THE_CONTRACT)), "formula, doctest and contract of every kind"

@@ -66,15 +66,17 @@ def train(sizes: list[int], devices: int, folder: str) -> list[dict[str, Any]]:
         run.fit(module, DataLoader(Points(size), batch_size=4 // devices, **order))
         assert method.memory is not None
         weights = {name: weight.clone() for name, weight in module.state_dict().items()}
-        results.append({"weights": weights, **method.memory.state()})
+        results.append({"weights": weights, "hash": hash("a word"), **method.memory.state()})
     return results
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path) -> None:
+def test_two_processes_equal_one(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
     # 18 samples are dealt evenly; of 17 the sampler deals one twice.
     arguments = {"sizes": [18, 17], "devices": 2, "folder": str(tmp_path)}
     first, second = run_ddp(f"{__file__}:train", arguments, fresh=True)
+    assert first[0]["hash"] != second[0]["hash"], "each rank orders its sets in its own way"
     [single] = train([18], 1, str(tmp_path))
     assert torch.allclose(first[0]["probabilities"], single["probabilities"], atol=1e-6)
     for name, weight in single["weights"].items():

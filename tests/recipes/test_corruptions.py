@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from warm_python import python
 
 from lightning_peft.assets import Asset
 from lightning_peft_recipes import corruptions
@@ -104,8 +104,8 @@ def test_another_process_makes_the_same_images(library):
         "import json, sys; sys.path.insert(0, sys.argv[1]); from test_corruptions import pictures, corrupt, digest;"
         "print(json.dumps([digest(corrupt(pictures(2), shift, 5)) for shift in json.loads(sys.argv[2])]))"
     )
-    command = [sys.executable, "-c", code, str(__file__).rsplit("/", 1)[0], json.dumps(shifts)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    said = python("-c", code, str(__file__).rsplit("/", 1)[0], json.dumps(shifts))
+    assert said.returncode == 0, said.stderr
     assert json.loads(said.stdout) == [digest(corrupt(pictures(2), shift, 5)) for shift in shifts]
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from growth_toys import Deep, blocks, grow
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.optim import lr_scheduler as schedules
+from warm_python import python
 
 from lightning_peft import LayerGrowth, NMSparsity, WeightCompander
 from lightning_peft.testing.callbacks import FailAt, PlannedError, every_epoch
@@ -153,7 +152,7 @@ def test_killed_in_the_middle_of_an_edit(tmp_path: Path) -> None:
     code = f"from growth_toys import train_killed; train_killed({str(tmp_path)!r}, at=6)"
     here = Path(__file__).parent
     alike = os.environ | {"OMP_NUM_THREADS": "1"}  # sums of as many threads as in this process
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=here, env=alike)
+    done = python("-c", code, cwd=here, env=alike)
     assert done.returncode == -9, done.stderr[-2000:]
     assert [path.name for path in tmp_path.iterdir()] == ["epoch=0.ckpt"]
     resumed = grow([LayerGrowth(at="step:6", start=2)], seed=3, resume=tmp_path / "epoch=0.ckpt")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import builtins
 import copy
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from structured_training import prune, twice
 from torch import nn
+from warm_python import python
 
 import lightning_peft
 from lightning_peft import PSKD, BlockPruning, MaskedPruning, NMSparsity, StructuredPruning, WeightCompander
@@ -96,7 +95,7 @@ def test_half_of_the_parameters_are_gone_and_a_plain_module_is_left(tmp_path: Pa
 
 def test_killed_in_the_middle_of_a_cut(tmp_path: Path) -> None:
     code = f"from structured_training import train_killed; train_killed({str(tmp_path)!r}, at=6)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent)
+    done = python("-c", code, cwd=Path(__file__).parent)
     assert done.returncode == -9, done.stderr[-2000:]
     assert [path.name for path in tmp_path.iterdir()] == ["epoch=0.ckpt"]
     resumed = prune([twice("taylor")], seed=3, resume=tmp_path / "epoch=0.ckpt")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from warm_python import start
 
 from lightning_peft_plugins.pruning._ftwt.skipping import compiled, native
 
@@ -120,8 +121,10 @@ def test_libraries_of_others_are_not_loaded(cache: Path) -> None:
 def test_processes_build_at_once(cache: Path) -> None:
     load = "from lightning_peft_plugins.pruning._ftwt.skipping import native"
     script = f"{load}; assert native.kernels() is not None, native.missing()"
-    running = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(3)]
-    assert [process.wait() for process in running] == [0, 0, 0]
+    running = [start("-c", script) for _ in range(3)]
+    for process in running:
+        process.join()
+    assert [process.exitcode for process in running] == [0, 0, 0]
     assert 1 <= len(list(cache.iterdir())) <= 3
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
