@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from warm_python import python
 
 import lightning_peft
 from lightning_peft import registry
@@ -14,9 +15,9 @@ STUB = Path(lightning_peft.__file__).with_suffix(".pyi")
 HEAVY = ("timm", "transformers", "matplotlib", "pandas", "pyarrow", "peft", "pytest", "PIL")
 
 
-def fresh(script):
-    """Run a script in a new interpreter and return what it printed."""
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=False)
+def fresh(script, run=python):
+    """Run a script in a process that has not imported this library, and return what it printed."""
+    result = run("-c", script)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout.strip()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -31,6 +31,13 @@ TORCH = [
     for name, cls in inspect.getmembers(torch.optim, inspect.isclass)
     if issubclass(cls, Optimizer) and name not in ("Optimizer", "LBFGS", "SparseAdam")
 ]
+
+
+@pytest.fixture(autouse=True)
+def _uncompiled() -> Iterator[None]:
+    """Kron compiles its own functions, which takes half a minute and has nothing to do with its state."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def timm_names() -> list[str]:
