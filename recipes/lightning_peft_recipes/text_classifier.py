@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_peft.assets import open_member
+from lightning_peft.assets import derived, open_member
 from lightning_peft_recipes.assets import MINILM
 from lightning_peft_recipes.classification import Classifier
 
@@ -78,7 +79,11 @@ def packaged_minilm(num_classes: int) -> PreTrainedModel:
 
     settings = json.loads(open_member(MINILM, f"{FOLDER}/config.json").read())
     model = AutoModelForSequenceClassification.from_config(BertConfig.from_dict(settings, num_labels=num_classes))
-    stored = safetensors.torch.load(open_member(MINILM, f"{FOLDER}/model.safetensors").getvalue())
+    stored = safetensors.torch.load_file(derived(MINILM, "model.safetensors", _unpack))
     stored.pop("embeddings.position_ids", None)  # a buffer that newer versions no longer store
     model.base_model.load_state_dict(stored)
     return model
+
+
+def _unpack(path: Path) -> None:
+    path.write_bytes(open_member(MINILM, f"{FOLDER}/{path.name}").getvalue())
