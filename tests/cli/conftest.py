@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from quick_plots import draw_quickly
 
 TOY = """\
 # recipe: {summary: "A toy, for tests",
@@ -30,6 +31,7 @@ data:
 def _quiet(tmp_path, monkeypatch):
     """Run in an empty folder, with one thread, and leave Lightning's log level and seeds in the environment alone."""
     monkeypatch.chdir(tmp_path)
+    draw_quickly(monkeypatch)
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # whatever a command sets is taken back
         monkeypatch.setenv(name, "0")
     threads = torch.get_num_threads()

@@ -6,6 +6,7 @@ import markdown
 import pytest
 import reader
 import torch
+from quick_plots import draw_quickly
 
 # Blocks with a title are files; tests/test_contributing.py writes and runs them.
 WITH_CODE = {
@@ -24,6 +25,7 @@ def run(page: str, block: markdown.Block, names: dict[str, object]) -> None:
 @pytest.fixture
 def names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    draw_quickly(monkeypatch)
     return reader.names(tmp_path)
 
 

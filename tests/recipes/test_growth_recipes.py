@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning import seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from quick_plots import draw_quickly
 from recipe_helpers import needs, quick_trainer
 
 from lightning_peft import plan
@@ -41,6 +42,11 @@ GROWTH = {
         ],
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def _quick_plots(monkeypatch):
+    draw_quickly(monkeypatch)
 
 
 @pytest.fixture
