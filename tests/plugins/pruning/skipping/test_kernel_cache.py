@@ -20,9 +20,20 @@ COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler is on the path")
 
 
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the compiler as one that takes no time to optimise: what is built here is not timed."""
+    folder = tmp_path_factory.mktemp("hasty")
+    for name in ("cc", "gcc", "clang") if COMPILER else ():
+        (folder / name).write_text(f'#!/bin/sh\nexec "{COMPILER}" "$@" -O0\n')
+        (folder / name).chmod(0o755)
+    return folder
+
+
 @pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hasty: Path) -> Iterator[Path]:
     """An empty cache, and a process that has not looked for kernels yet."""
+    monkeypatch.setenv("PATH", str(hasty), prepend=os.pathsep)
     monkeypatch.setenv("LIGHTNING_PEFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("CC", raising=False)
     native._built.cache_clear()
