@@ -89,13 +89,17 @@ class Ended(StatefulDataLoader[Any]):
         return found
 
 
+@pytest.fixture(autouse=True)
+def _ended() -> Iterator[None]:
+    """End what is left when the test is over: comparing what fits would save makes iterators too."""
+    yield
+    for iterator in Ended.begun:
+        if isinstance(iterator, _StatefulMultiProcessingDataLoaderIter):
+            iterator._shutdown_workers()
+
+
 def trained(methods: list[Method], **settings: Any) -> Fit:
-    try:
-        return fit(methods, max_epochs=3, **settings)
-    finally:
-        for iterator in Ended.begun:
-            if isinstance(iterator, _StatefulMultiProcessingDataLoaderIter):
-                iterator._shutdown_workers()
+    return fit(methods, max_epochs=3, **settings)
 
 
 def shuffled(seed: int, **options: Any) -> Ended:
