@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.structure.coupled.example import record
 from lightning_peft_plugins.pruning._structured_pruning.channels import Channels
-from lightning_peft_plugins.pruning._structured_pruning.example import record
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 IDS = torch.tensor([[1, 5, 3, 8, 2, 2], [9, 4, 4, 1, 7, 6]])

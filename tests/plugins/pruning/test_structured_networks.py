@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_peft.structure import edits
+from lightning_peft.structure.coupled.units import Coupled
 from lightning_peft_plugins.pruning._structured_pruning.budget import Limits
 from lightning_peft_plugins.pruning._structured_pruning.channels import Baseline
-from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled, cut_edit
+from lightning_peft_plugins.pruning._structured_pruning.coupled import cut_edit
 
 torch_pruning = pytest.importorskip("torch_pruning")
 

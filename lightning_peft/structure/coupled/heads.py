@@ -1,7 +1,6 @@
 """Attention heads as groups of units: which rows and columns of which layers a head is.
 
-Names only propose here: whether a head can leave is proven with every other cut
-(:class:`~lightning_peft_plugins.pruning._structured_pruning.cut_proof.CutProof`).
+Names only propose here: whoever acts on a head proves it first (:mod:`lightning_peft.structure.coupled.drawn_network`).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.network.layers import is_linear, is_norm, own_parameters
-from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled, UnitCount, UnitPlace
+from lightning_peft.structure.coupled.units import Coupled, UnitCount, UnitPlace
 
 _FUSED = (("qkv", "proj"), ("c_attn", "c_proj"))
 _SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
@@ -93,7 +92,7 @@ def _width(part: Any, side: int) -> int:
     return _sizes(part)[side] if isinstance(part, nn.Module) and is_linear(part) else 0
 
 
-def _linear(path: str, part: nn.Module, side: int, units: Tensor) -> _Layers:
+def _linear(path: str, part: Any, side: int, units: Tensor) -> _Layers:
     """The linear layers in a part that have all of its outputs (0) or inputs (1)."""
     return [
         (f"{path}.{name}".rstrip("."), layer, units)
