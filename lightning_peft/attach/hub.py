@@ -26,6 +26,7 @@ from lightning_peft.attach.neighbours import check_neighbours
 from lightning_peft.attach.new_blocks import NewBlocks
 from lightning_peft.attach.optimizer_wraps import wrap_optimizers
 from lightning_peft.attach.plan import network_of, resolve
+from lightning_peft.attach.reordering import reorder_training
 from lightning_peft.attach.saving import CheckpointHooks
 from lightning_peft.attach.step_gradients import StepGradients
 from lightning_peft.attach.step_rates import StepRates
@@ -334,6 +335,9 @@ class Hub:
                         self.run.trainer, self.run.module, self.methods, growth, self._trained, self.run.schedules
                     )
                     self._new_blocks.added(change)
+        for method in self.methods:
+            if (orders := method.next_order(self.run)) is not None:
+                reorder_training(self.run.trainer, self.run.module, orders)
 
     def end_epoch(self) -> None:
         """Tell every method that an epoch is over."""
