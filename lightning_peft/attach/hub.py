@@ -22,6 +22,7 @@ from lightning_peft.attach.lasting import leave_hooks
 from lightning_peft.attach.loader_state import restore_loader
 from lightning_peft.attach.map_groups import MapGroups
 from lightning_peft.attach.method_lives import MethodLives
+from lightning_peft.attach.missing_blocks import MissingBlocks
 from lightning_peft.attach.neighbours import check_neighbours
 from lightning_peft.attach.new_blocks import NewBlocks
 from lightning_peft.attach.optimizer_wraps import wrap_optimizers
@@ -197,6 +198,9 @@ class Hub:
                 averaging.rebuild(self.run.trainer, module)
             self._terms = StepTerms(self.run, self.methods, lambda: self.active)
             self._shadow(module, "training_step", self._terms.training_step)
+            if any(Resource.STRUCTURE in method.writes_now() for method in self.methods):
+                for step in ("training_step", "validation_step"):  # the sanity check comes first
+                    self._shadow(module, step, MissingBlocks(module).step)
             self._gradients = StepGradients(self.run, self.methods, self._terms, lambda: self.active)
             self._shims += [shim.install() for shim in self._gradients.shims()]
             self._shadow(module, "on_fit_start", self._fit_start)
