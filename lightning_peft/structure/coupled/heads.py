@@ -39,6 +39,16 @@ def attention_heads(network: nn.Module) -> Iterator[Coupled]:
             yield found
 
 
+def whole_heads(network: nn.Module) -> dict[str, str]:
+    """Why attentions keep all of their heads, by name: those whose class cannot be built with fewer."""
+    kinds = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.MultiheadAttention)}
+    return {
+        name: f"the {layer.num_heads} heads of {layer.head_dim} of an nn.MultiheadAttention must make up the {layer.embed_dim} "
+        "numbers it reads and returns, so no head can leave alone"
+        for name, layer in kinds.items()
+    }
+
+
 def _fused(path: str, layer: nn.Module, names: tuple[str, str]) -> Coupled | None:
     heads = getattr(layer, "num_heads", None)
     parts = [getattr(layer, name, None) for name in names]
@@ -121,7 +131,11 @@ def _group(
             numbers.append(UnitCount(path, attribute, one))
         elif attribute in counts and type(value) is int and value and value % heads == 0:
             numbers.append(UnitCount(path, attribute, torch.arange(heads).repeat_interleave(value // heads)))
-    places += [UnitPlace(f"{path}.{name}".removeprefix("."), dim, torch.arange(heads)) for name, dim in _tables(layer, heads)]
+    for name, dim in _tables(layer, heads):
+        table = f"{path}.{name}".removeprefix(".")
+        places.append(UnitPlace(table, dim, torch.arange(heads)))
+        if isinstance(layer.get_submodule(name.rpartition(".")[0]), nn.Embedding):
+            numbers.append(UnitCount(table.rpartition(".")[0], "embedding_dim", torch.arange(heads)))
     return Coupled(path, "heads", heads, places, numbers)
 
 

@@ -11,7 +11,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_peft.structure.coupled.dependency import HEADS, RETURNED, channel_groups, layers_of, tied_outside
-from lightning_peft.structure.coupled.heads import attention_heads
+from lightning_peft.structure.coupled.head_stacks import stacked_heads
+from lightning_peft.structure.coupled.heads import attention_heads, whole_heads
 from lightning_peft.structure.coupled.units import Coupled
 from lightning_peft.structure.edits import Edit
 from lightning_peft.weights.maps import split_name
@@ -76,12 +77,14 @@ class Channels:
         self._costs: dict[tuple[int, ...], float] = {}
         self.twin = CountedCopy(network, path, example)
         prefix = f"{path}." if path else ""
-        heads = list(attention_heads(self.twin.module))
+        heads = stacked_heads(self.twin.module, attention_heads(self.twin.module))
         groups: list[Coupled] = list(heads) if "heads" in kinds else []
         whole: dict[str, str] = {}
         if "channels" in kinds:
             channels, whole = channel_groups(self.twin, layers_of(heads), {name.removeprefix(prefix) for name in excused})
             groups = channels + groups
+        if "heads" in kinds:
+            whole |= {name: why for name, why in whole_heads(self.twin.module).items() if name not in whole}
         self.whole = {n: why for n, why in whole.items() if why != HEADS and (allowed is None or prefix + n in allowed)}
         groups = [group for group in groups if self._allowed(group, allowed) and self._own(group)]
         self.failed = dict(failed or {})
