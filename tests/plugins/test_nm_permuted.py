@@ -181,6 +181,23 @@ def test_the_plan_says_what_is_kept_without() -> None:
     assert f"channels to be permuted: {share:.1%} of the magnitude kept without" in str(plan(module, [permuted()]))
 
 
+def test_a_network_that_cannot_be_followed_is_masked_as_it_is() -> None:
+    class Choosy(nn.Sequential):
+        def forward(self, inputs: Tensor) -> Tensor:
+            if len(inputs) == 1:  # what it is called with beside the training
+                raise ValueError("one sample")
+            return super().forward(inputs)
+
+    class Batches(Wide):
+        def build(self) -> None:
+            super().build()
+            self.model = Choosy(*self.model)
+
+    with pytest.warns(UserWarning, match=r"leaves all channels in their order\. .*ValueError: one sample"):
+        module = fit([permuted()], style=Batches, max_epochs=1).module
+    assert is_nm(module.model[2].weight, 2, 4)
+
+
 def test_a_network_that_was_not_called_is_named() -> None:
     class Beside(Wide):
         def build(self) -> None:

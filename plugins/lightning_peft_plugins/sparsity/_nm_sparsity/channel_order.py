@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
@@ -102,18 +103,22 @@ def channel_order(
         wrong = failing(groups, _Proof(network, twin.name, example).fault)
         groups = [group for group in groups if group.name not in wrong]
         left |= {prefix + name: why for name, why in wrong.items()}
-    with Progress(transient=True) as bar:
+    console = Console(stderr=True)  # of its own: Lightning's progress bar may be live on the common one
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         chosen = {}
-        for group in bar.track(groups, description="channel orders") if len(groups) > 1 else groups:
+        for group in bar.track(groups, description="channel orders"):
             named = group.under(path)
             order = _search(named, sparse, escapes)
             if _gain(module, named, order, sparse) > 0:
                 chosen[group.name] = (named, order)
     orders = group_orders(module, chosen)
-    total = sum(weight.total() for weight in sparse.values()) or 1.0
-    before = sum(weight.kept() for weight in sparse.values()) / total
-    kept = sum(weight.kept(orders.get(name)) for name, weight in sparse.items()) / total
-    return ChannelOrder(orders, before, kept, len(chosen), left)
+    new = [Sparse(reordered(weight.weight, orders.get(name, {})), *weight[1:]) for name, weight in sparse.items()]
+    return ChannelOrder(orders, kept_share(sparse.values()), kept_share(new), len(chosen), left)
+
+
+def kept_share(weights: Collection[Sparse]) -> float:
+    """Share of the magnitude of weights that their patterns keep."""
+    return sum(weight.kept() for weight in weights) / (sum(weight.total() for weight in weights) or 1.0)
 
 
 def _reads(group: Coupled, name: str, weight: Sparse) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,7 +15,7 @@ from lightning_peft.structure.coupled.dependency import torch_pruning
 from lightning_peft.structure.coupled.example import example_form
 from lightning_peft.structure.forms import Form, list_of, maybe, number
 from lightning_peft.structure.reorder import Orders
-from lightning_peft_plugins.sparsity._nm_sparsity.channel_order import Sparse, channel_order
+from lightning_peft_plugins.sparsity._nm_sparsity.channel_order import Sparse, channel_order, kept_share
 
 STATE_FORM: Mapping[str, Form] = {"example": maybe(example_form), "kept": list_of(number(0.0), 0, 2)}
 
@@ -72,16 +72,21 @@ class Permutation:
             frozen: Whether a parameter is to stay as it is.
 
         Raises:
-            MisconfigurationException: The network was not called, cannot be called on its own or cannot be traced.
+            MisconfigurationException: The network was not called.
         """
         if self._call.example is None:
             raise MisconfigurationException(
                 f"The network {run.network_name or '(the module itself)'!r} was not called in training before step {run.step}, "
                 'so its channels cannot be followed. Name the submodule your training_step calls with network="<name>".'
             )
-        found = channel_order(
-            run.module, run.network_name, run.network, self._call.example, sparse, escapes=self._escapes, frozen=frozen
-        )
+        try:
+            found = channel_order(
+                run.module, run.network_name, run.network, self._call.example, sparse, escapes=self._escapes, frozen=frozen
+            )
+        except MisconfigurationException as reason:  # the masks do without
+            rank_zero_warn(f"{name} leaves all channels in their order. {reason}")
+            self.kept = [kept_share(sparse.values())] * 2
+            return {}
         self.kept = [found.before, found.kept]
         rank_zero_info(
             f"lightning_peft: {name} permuted the channels of {found.groups} groups: the pattern keeps {found.kept:.2%} of the "
@@ -93,12 +98,11 @@ class Permutation:
             rank_zero_warn(f"{name} leaves the channels of some layers in their order. {some}{more}.")
         return found.orders
 
-    def describe(self, sparse: Sequence[Sparse]) -> str:
+    def describe(self, sparse: Collection[Sparse]) -> str:
         """Say how much the pattern keeps without it, and with it once that is known."""
         if self.kept:
             return f"channels permuted: {self.kept[1]:.1%} of the magnitude kept, {self.kept[0]:.1%} without"
-        kept, total = sum(weight.kept() for weight in sparse), sum(weight.total() for weight in sparse)
-        return f"channels to be permuted: {kept / max(total, 1e-12):.1%} of the magnitude kept without"
+        return f"channels to be permuted: {kept_share(sparse):.1%} of the magnitude kept without"
 
     def state(self) -> dict[str, Any]:
         """The call that was seen, and what was found; nothing where it is not wanted."""
