@@ -198,6 +198,29 @@ def test_a_network_that_cannot_be_followed_is_masked_as_it_is() -> None:
     assert is_nm(module.model[2].weight, 2, 4)
 
 
+def test_a_layer_that_takes_no_part_is_named_with_a_cure_that_works() -> None:
+    class Idle(nn.Sequential):
+        def __init__(self, *layers: nn.Module) -> None:
+            super().__init__(*layers)
+            self.idle = nn.Linear(8, 8)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            for layer in [*self][:-1]:
+                inputs = layer(inputs)
+            return inputs
+
+    class Beside(Wide):
+        def build(self) -> None:
+            super().build()
+            self.model = Idle(*self.model)
+
+    with pytest.warns(UserWarning, match=r"idle did not contribute .* exclude=\['idle'\]"):
+        fit([permuted()], style=Beside, max_epochs=1)
+    method = permuted(exclude=["model.idle", "first", "head"])
+    fit([method], style=Beside, max_epochs=1)
+    assert method.permutation.kept[1] > method.permutation.kept[0]
+
+
 def test_a_network_that_was_not_called_is_named() -> None:
     class Beside(Wide):
         def build(self) -> None:

@@ -15,7 +15,7 @@ from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.arguments import one_of
 from lightning_peft.compose.schedule import parse_point
 from lightning_peft.network.nm_layers import input_dim, inputs, output_dim, outputs, wide_layers
-from lightning_peft.network.targets import SENSITIVE, TargetSpec, by_layer
+from lightning_peft.network.targets import SENSITIVE, TargetSpec, by_layer, explicitly_named
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form, fields, list_of, whole
@@ -219,7 +219,13 @@ class NMSparsity(Method):
             for mapped, nm_map in maps_of(run.module, NMMap, type(self).__name__)
         }
         self._begins = True
-        return self.permutation.orders(run, sparse, self.name, self.is_frozen)
+        return self.permutation.orders(run, sparse, self.name, self.is_frozen, self._excused(run.module))
+
+    def _excused(self, module: nn.Module) -> set[str]:
+        """Layers that ``exclude`` names one by one, which need not take part in a call of the network."""
+        entries = [self.exclude] if isinstance(self.exclude, (str, type)) else self.exclude or ()
+        named = explicitly_named(module, [entry for entry in entries if entry not in SENSITIVE])
+        return {name for name, layer in module.named_modules() if layer in named}
 
     def batch_start(self, run: Run, batch: Any) -> None:
         """Begin with the masks once the channels are permuted."""

@@ -21,7 +21,7 @@ from lightning_peft.structure.reorder import fixed_by, group_orders, reorder, re
 from lightning_peft.weights.maps import plain_tensors, split_name
 from lightning_peft.weights.nm_permutation import kept_magnitude, nm_permutation
 
-_MOVED = "the network does not compute the same with them in another order, because the forward moves or mixes them"
+_MOVED = "the network does not compute the same with them in another order, because the forward moves, mixes or returns them"
 
 
 class Sparse(NamedTuple):

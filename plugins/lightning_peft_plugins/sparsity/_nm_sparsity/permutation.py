@@ -62,7 +62,14 @@ class Permutation:
         """Stop waiting."""
         self._call.stop()
 
-    def orders(self, run: Run, sparse: Mapping[str, Sparse], name: str, frozen: Callable[[Tensor], bool]) -> Orders:
+    def orders(
+        self,
+        run: Run,
+        sparse: Mapping[str, Sparse],
+        name: str,
+        frozen: Callable[[Tensor], bool],
+        excused: Collection[str] = (),
+    ) -> Orders:
         """Search.
 
         Args:
@@ -70,6 +77,7 @@ class Permutation:
             sparse: The weights that will be N:M, by name in the module.
             name: Who asks, for the log.
             frozen: Whether a parameter is to stay as it is.
+            excused: Qualified names of layers that need not take part in a call of the network.
 
         Raises:
             MisconfigurationException: The network was not called.
@@ -81,7 +89,14 @@ class Permutation:
             )
         try:
             found = channel_order(
-                run.module, run.network_name, run.network, self._call.example, sparse, escapes=self._escapes, frozen=frozen
+                run.module,
+                run.network_name,
+                run.network,
+                self._call.example,
+                sparse,
+                escapes=self._escapes,
+                frozen=frozen,
+                excused=excused,
             )
         except MisconfigurationException as reason:  # the masks do without
             rank_zero_warn(f"{name} leaves all channels in their order. {reason}")
