@@ -221,6 +221,11 @@ def test_a_layer_that_takes_no_part_is_named_with_a_cure_that_works() -> None:
     assert method.permutation.kept[1] > method.permutation.kept[0]
 
 
+def test_a_fit_that_ends_before_it_says_so() -> None:
+    with pytest.warns(UserWarning, match="ended after .* before the batch after step 1, with which channels are permuted"):
+        fit([permuted()], style=Wide, max_steps=1, expected=())
+
+
 def test_a_network_that_was_not_called_is_named() -> None:
     class Beside(Wide):
         def build(self) -> None:

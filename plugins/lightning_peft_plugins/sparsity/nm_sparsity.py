@@ -232,7 +232,7 @@ class NMSparsity(Method):
         if self._begins:
             self._begins = False
             self._enter_phase()
-            self._refresh(run.module, fresh_only=True)
+            self._refresh(run.module, fresh_only=False)
 
     @torch.no_grad()
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
@@ -271,6 +271,8 @@ class NMSparsity(Method):
         line = self.timeline
         if line is not None and self.steps < line.dense_end:
             yield f"masks began at step {line.dense_end}, so its weights are dense"
+        elif line is not None and self.permutation.waits:
+            yield f"the batch after step {self.steps}, with which channels are permuted and masks begin, so it is dense"
         elif line is not None and self.steps < line.sparse_end and self.recipe.startswith(("mdgf", "sdgf")):
             yield f"masks took their final form at step {line.sparse_end}"
 
