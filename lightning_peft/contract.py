@@ -27,6 +27,7 @@ from lightning_peft.structure.edit_types import PutEdit
 from lightning_peft.structure.edits import Change, EditRequest
 from lightning_peft.structure.forms import Form
 from lightning_peft.structure.put import put_edit
+from lightning_peft.structure.reorder import Orders
 from lightning_peft.structure.replacement import Replacement
 from lightning_peft.weights.layer_part import LayerPart
 from lightning_peft.weights.maps import WeightMap, attach_map, attached_map
@@ -188,6 +189,14 @@ class Contract:
         """Ask for a change of structure; only methods of lane ``STRUCTURE`` are asked, before a step, until all say ``None``.
 
         Never within an accumulation window, and not while a tuner runs its trial fit.
+        """
+        return None
+
+    def next_order(self, run: Run) -> Orders | None:
+        """Ask for another order of coupled channels that leaves what the network computes as it is; asked after edits.
+
+        Weights, optimizer states, averages and held masks follow. No name or shape changes, so checkpoints stay what they
+        are. :meth:`batch_start` comes next. Declare ``Resource.STRUCTURE`` in :meth:`writes_now`: others may count channels.
         """
         return None
 

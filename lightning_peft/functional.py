@@ -22,11 +22,14 @@ _HOMES = {
     "gradient": "weights.importance",
     "is_nm": "weights.nm",
     "magnitude": "weights.importance",
+    "kept_magnitude": "weights.nm_permutation",
     "nm_mask": "weights.nm",
+    "nm_permutation": "weights.nm_permutation",
     "nm_violations": "weights.nm",
     "ste_prune": "weights.nm_prune",
     "stepwise_frames": "weights.nm_pattern",
     "taylor": "weights.importance",
+    "transposable_nm_mask": "weights.nm_transposable",
     "truncate": "weights.low_rank",
 }
 

@@ -22,10 +22,12 @@ from lightning_peft.attach.lasting import leave_hooks
 from lightning_peft.attach.loader_state import restore_loader
 from lightning_peft.attach.map_groups import MapGroups
 from lightning_peft.attach.method_lives import MethodLives
+from lightning_peft.attach.missing_blocks import MissingBlocks
 from lightning_peft.attach.neighbours import check_neighbours
 from lightning_peft.attach.new_blocks import NewBlocks
 from lightning_peft.attach.optimizer_wraps import wrap_optimizers
 from lightning_peft.attach.plan import network_of, resolve
+from lightning_peft.attach.reordering import reorder_training
 from lightning_peft.attach.saving import CheckpointHooks
 from lightning_peft.attach.step_gradients import StepGradients
 from lightning_peft.attach.step_rates import StepRates
@@ -196,6 +198,9 @@ class Hub:
                 averaging.rebuild(self.run.trainer, module)
             self._terms = StepTerms(self.run, self.methods, lambda: self.active)
             self._shadow(module, "training_step", self._terms.training_step)
+            if any(Resource.STRUCTURE in method.writes_now() for method in self.methods):
+                for step in ("training_step", "validation_step"):  # the sanity check comes first
+                    self._shadow(module, step, MissingBlocks(module).step)
             self._gradients = StepGradients(self.run, self.methods, self._terms, lambda: self.active)
             self._shims += [shim.install() for shim in self._gradients.shims()]
             self._shadow(module, "on_fit_start", self._fit_start)
@@ -334,6 +339,9 @@ class Hub:
                         self.run.trainer, self.run.module, self.methods, growth, self._trained, self.run.schedules
                     )
                     self._new_blocks.added(change)
+        for method in self.methods:
+            if (orders := method.next_order(self.run)) is not None:
+                reorder_training(self.run.trainer, self.run.module, orders)
 
     def end_epoch(self) -> None:
         """Tell every method that an epoch is over."""

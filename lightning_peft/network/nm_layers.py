@@ -45,6 +45,19 @@ def input_dim(module: nn.Module) -> int:
     )
 
 
+def output_dim(module: nn.Module, m: int) -> int | None:
+    """Dimension of ``module.weight`` that runs over the outputs, along which the backward pass sums.
+
+    ``None`` where groups of ``m`` outputs would belong to several groups of a convolution, which sum on their own.
+
+    Example:
+        >>> output_dim(nn.Linear(8, 4), 4), output_dim(nn.Conv2d(8, 8, 1, groups=4), 4)
+        (0, None)
+    """
+    groups = getattr(module, "groups", 1)
+    return None if groups > 1 and (outputs(module) // groups) % m else 1 - input_dim(module)
+
+
 def inputs(module: nn.Module) -> int:
     """Size of that dimension.
 
@@ -55,6 +68,18 @@ def inputs(module: nn.Module) -> int:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.shape[input_dim(module)]
+
+
+def outputs(module: nn.Module) -> int:
+    """Size of the dimension of a layer's weight that runs over the outputs.
+
+    Example:
+        >>> outputs(nn.Linear(8, 4))
+        4
+    """
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[1 - input_dim(module)]
 
 
 def wide_layers(

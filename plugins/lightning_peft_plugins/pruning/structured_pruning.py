@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 
 from lightning_peft import Lane, Method, Resource, Run, Schedule
 from lightning_peft.arguments import one_of
-from lightning_peft.capture.shim import Shim
-from lightning_peft.capture.tap import forward_attribute, step_compiler
+from lightning_peft.attach.first_call import FirstCall
 from lightning_peft.compose.schedule import Shape, parse_point
 from lightning_peft.network.layers import is_norm, own_parameters
 from lightning_peft.network.targets import TargetSpec, select
+from lightning_peft.structure.coupled.dependency import torch_pruning
+from lightning_peft.structure.coupled.example import example_form
 from lightning_peft.structure.edits import Change, Edit, EditRequest
 from lightning_peft.structure.forms import Form, dict_of, fields, maybe, number, text, whole
 from lightning_peft.weights.choose import check_scores
@@ -29,8 +30,6 @@ from lightning_peft_plugins.pruning._shared.scores import SCORES
 from lightning_peft_plugins.pruning._shared.timeline import PruningTimeline
 from lightning_peft_plugins.pruning._structured_pruning.budget import Limits, StructuredScope
 from lightning_peft_plugins.pruning._structured_pruning.channels import Baseline, Channels, Counted
-from lightning_peft_plugins.pruning._structured_pruning.dependency import torch_pruning
-from lightning_peft_plugins.pruning._structured_pruning.example import example_form, record
 
 # By name, the score of single weights that is summed over a unit.
 GROUP_SCORES = {"magnitude": "energy", "l1": "magnitude", "taylor": "taylor", "gradient": "gradient", "fisher": "fisher"}
@@ -120,8 +119,7 @@ class StructuredPruning(Method):
         self.every = parse_point(every)
         self.timeline: PruningTimeline | None = None
         self.recorder = LayerRecorder(self.score.reads, self._records, self.in_training_step)
-        self._shim: Shim | None = None
-        self._example: dict[str, Any] | None = None
+        self._call = FirstCall(self.in_training_step)
         self._baseline: Baseline | None = None
         self._failed: dict[str, str] = {}
         self._cut_at: int | None = None
@@ -139,19 +137,7 @@ class StructuredPruning(Method):
         torch_pruning()  # its absence must show before the training, not at the first cut
         self.timeline = PruningTimeline.of_cuts(self.schedule, self.every, run, watched=bool(self.score.reads))
         self._allowed(run)
-        if self._example is None:
-            compiler = step_compiler(run.module)
-            self._shim = Shim(
-                run.network, forward_attribute(run.network), self._recorder(run), traced=False, compiler=compiler
-            ).install()
-
-    def _recorder(self, run: Run) -> Any:
-        def see(inner: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._example is None and self.in_training_step():
-                self._example = record(args, kwargs)
-            return inner(*args, **kwargs)
-
-        return see
+        self._call.wait(run)
 
     def left_alone(self, module: nn.Module) -> list[str]:
         """Name the layers whose outputs stay because their weights are frozen."""
@@ -181,13 +167,11 @@ class StructuredPruning(Method):
         # cut. Tracing needs the shapes of one call of the network in training, so nothing happens before there was one. The
         # first trace then comes at once, long before a cut is due, because all shares are of the cost of the whole network,
         # and an amount that cannot be reached must stop the fit at its beginning, not in its middle.
-        if self._shim is not None and self._example is not None:
-            self._shim.remove()
-            self._shim = None
+        self._call.settle()
         if self.timeline is None or self._cut_at == self.steps:
             return None
         due = self.timeline.due(self.steps)
-        if self._example is None:
+        if self._call.example is None:
             if due:
                 raise MisconfigurationException(
                     f"The network {run.network_name or '(the module itself)'!r} was not called in training before step "
@@ -200,7 +184,7 @@ class StructuredPruning(Method):
             run.module,
             run.network_name,
             run.network,
-            self._example,
+            self._call.example,
             self.what,
             self._allowed(run),
             self.of,
@@ -262,9 +246,7 @@ class StructuredPruning(Method):
 
     def finish(self, run: Run) -> None:
         """Stop waiting for a call."""
-        if self._shim is not None:
-            self._shim.remove()
-            self._shim = None
+        self._call.stop()
 
     def describe(self, module: nn.Module) -> str:
         """Name what goes by what, and when."""
@@ -279,7 +261,7 @@ class StructuredPruning(Method):
     def state(self) -> dict[str, Any]:
         """How the network is called, what it was at first, what of it cannot be cut, and what was seen since the last cut."""
         return {
-            "example": self._example,
+            "example": self._call.example,
             "baseline": None if self._baseline is None else asdict(self._baseline),
             "failed": self._failed,
             "cut_at": self._cut_at,
@@ -299,7 +281,7 @@ class StructuredPruning(Method):
         return lambda value, place: fields(forms if isinstance(value, dict) and "failed" not in value else proven)(value, place)
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._example, self._cut_at, self._cost = state["example"], state["cut_at"], state["cost"]
+        self._call.example, self._cut_at, self._cost = state["example"], state["cut_at"], state["cost"]
         self._failed = dict(state.get("failed", {}))
         self._baseline = None if state["baseline"] is None else Baseline(**state["baseline"])
         self.recorder.load_state(state["seen"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -14,17 +14,20 @@ from torch.optim import Optimizer
 from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.arguments import one_of
 from lightning_peft.compose.schedule import parse_point
-from lightning_peft.network.nm_layers import input_dim, inputs, wide_layers
-from lightning_peft.network.targets import SENSITIVE, TargetSpec, by_layer
+from lightning_peft.network.nm_layers import input_dim, inputs, output_dim, outputs, wide_layers
+from lightning_peft.network.targets import SENSITIVE, TargetSpec, by_layer, explicitly_named
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form, fields, list_of, whole
+from lightning_peft.structure.reorder import Orders
 from lightning_peft.weights.maps import maps_of
 from lightning_peft.weights.nm_pattern import parse_pattern
 from lightning_peft.weights.nm_prune import pruned_values
 from lightning_peft.weights.penalties import add_penalty
+from lightning_peft_plugins.sparsity._nm_sparsity.channel_order import Sparse
 from lightning_peft_plugins.sparsity._nm_sparsity.nm_map import HeldNMMap, MaskRule, NMMap
 from lightning_peft_plugins.sparsity._nm_sparsity.nm_schedule import NEVER, RECIPES, PhaseTimeline, Recipe, needs_end, phase_at
+from lightning_peft_plugins.sparsity._nm_sparsity.permutation import STATE_FORM, Permutation
 
 
 class NMSparsity(Method):
@@ -53,12 +56,20 @@ class NMSparsity(Method):
         sr_lambda: Pull of SR-STE.
         decay: Decay per step of the MDGF recipes; ``"auto"`` scales the official end point to the length of the training.
         refresh: Choose masks anew every so many optimizer steps; ``one-shot`` never does.
+        transposable: Keep N of every M weights along the outputs too, so that the backward pass also multiplies with an N:M
+            matrix (Hubara et al., NeurIPS 2021).
+        permute: Put channels into an order in which the pattern keeps more magnitude, once, when the masks begin (Pool & Yu,
+            NeurIPS 2021). The network computes what it did before. Needs Torch-Pruning
+            (``pip install lightning-peft[prune]``) and one dense step at least, in which the network's call is seen.
+        permute_escapes: Random swaps with which the search goes on after it came to its end, per group of channels.
         validate: What validations see: the network as it is ``"trained"``, or with the target pattern, as it would be
             ``"baked"``, so that ``ModelCheckpoint(monitor=)`` and ``EarlyStopping`` compare what is shipped.
+        network: Qualified name of the network when the module has several candidates; for ``permute`` alone.
         name: Name in logs and checkpoints.
 
     Raises:
-        MisconfigurationException: Impossible pattern or recipe, targets that match nothing or are narrower than M.
+        MisconfigurationException: Impossible pattern or recipe, targets that match nothing or are narrower than M; ``permute``
+            without Torch-Pruning, or with an optimizer whose state cannot follow.
 
     Example:
         >>> NMSparsity("2:4", recipe="sr-ste", targets="pointwise", fine_tune="20%")
@@ -89,10 +100,14 @@ class NMSparsity(Method):
         sr_lambda: float = 2e-4,
         decay: float | str = "auto",
         refresh: int = 1,
+        transposable: bool = False,
+        permute: bool = False,
+        permute_escapes: int = 10,
         validate: Literal["trained", "baked"] = "trained",
+        network: str | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(targets=targets, exclude=exclude or None, name=name)
+        super().__init__(targets=targets, exclude=exclude or None, network=network, name=name)
         one_of("recipe", recipe, RECIPES)
         one_of("grad_mode", grad_mode, ("ste", "masked"))
         one_of("validate", validate, ("trained", "baked"))
@@ -103,6 +118,13 @@ class NMSparsity(Method):
             raise MisconfigurationException(f"refresh={refresh} must be at least 1 optimizer step.")
         if sr_lambda < 0:
             raise MisconfigurationException(f"sr_lambda={sr_lambda} would push pruned weights away from zero; use 0 or more.")
+        if transposable and permute:
+            raise MisconfigurationException(
+                "permute=True looks for the order that keeps most along the inputs alone, not along both sides. "
+                "Leave out permute= or transposable=."
+            )
+        self.transposable = transposable
+        self.permutation = Permutation(permute, permute_escapes, self.in_training_step)
         self.pattern = parse_pattern(pattern)
         self.patterns = {target: parse_pattern(text) for target, text in (patterns or {}).items()}
         self.recipe = recipe
@@ -113,6 +135,7 @@ class NMSparsity(Method):
         self.coefficient = None if decay == "auto" else float(decay)
         self.refresh = refresh
         self.timeline: PhaseTimeline | None = None
+        self._begins = False
         self._rules: dict[tuple[int, int], MaskRule] = {}
 
     @property
@@ -140,6 +163,11 @@ class NMSparsity(Method):
         if (2, 4) in patterns.values():
             text += f" ({_on_tensor_cores({name: layers[name] for name, pattern in patterns.items() if pattern == (2, 4)})})"
         ragged = [name for name, layer in layers.items() if inputs(layer) % patterns[name][1]]
+        if self.transposable:
+            text += f", along both sides{_one_side(layers, patterns)}"
+        if self.permutation.wanted:
+            found = (Sparse(cast(Tensor, layer.weight), *patterns[name], input_dim(layer)) for name, layer in layers.items())
+            text += f", {self.permutation.describe([*found])}"
         return text + (f" ({len(ragged)} with a dense remainder: {', '.join(ragged[:3])})" if ragged else "")
 
     def attach(self, module: LightningModule) -> None:
@@ -149,13 +177,17 @@ class NMSparsity(Method):
             rule = self._rules.setdefault((n, m), MaskRule(n, m))
             kind = HeldNMMap if self.holds_masks else NMMap
             masked = self.grad_mode == "masked" or self.recipe == "one-shot"
-            self.map_weight(module, f"{name}.weight", kind(n, m, input_dim(layers[name]), masked, rule))
+            across = output_dim(layers[name], m) if self.transposable else None
+            self.map_weight(module, f"{name}.weight", kind(n, m, input_dim(layers[name]), masked, rule, across))
         self._enter_phase()
 
     def start(self, run: Run) -> None:
         """Fix the phases of this training; masks that a checkpoint had in their final form stay so in a longer one."""
         before = self.timeline
         dense_end = run.place(self.dense, "dense=")
+        if self.permutation.wanted:  # which needs a call of the network
+            dense_end = max(1, dense_end)
+            self.permutation.start(run)
         if self.fine_tune.amount or needs_end(self.recipe, self.coefficient):
             self.timeline = PhaseTimeline(dense_end, self._sparse_end(run), run.total_steps)
         else:
@@ -170,8 +202,37 @@ class NMSparsity(Method):
         targets = [(n, m, phase_at(self.steps, timeline, self.recipe, n, m, self.coefficient)) for n, m in self._rules]
         return all((phase.n, phase.m, phase.decay) == (n, m, 0.0) for n, m, phase in targets)
 
+    def reads_now(self) -> frozenset[Resource]:
+        return self.reads | ({Resource.INPUTS} if self.permutation.wanted else set())
+
     def writes_now(self) -> frozenset[Resource]:
-        return self.writes | ({Resource.GRADIENT} if self.sr_lambda else set())
+        own = self.writes | ({Resource.GRADIENT} if self.sr_lambda else set())
+        return own | ({Resource.STRUCTURE} if self.permutation.wanted else set())
+
+    def next_order(self, run: Run) -> Orders | None:
+        """Permute channels when the dense phase is over."""
+        self.permutation.settle()
+        if not self.permutation.waits or self.timeline is None or self.steps < self.timeline.dense_end:
+            return None
+        sparse = {
+            mapped.name: Sparse(mapped.entering(nm_map), nm_map.n, nm_map.m, nm_map.dim)
+            for mapped, nm_map in maps_of(run.module, NMMap, type(self).__name__)
+        }
+        self._begins = True
+        return self.permutation.orders(run, sparse, self.name, self.is_frozen, self._excused(run.module))
+
+    def _excused(self, module: nn.Module) -> set[str]:
+        """Layers that ``exclude`` names one by one, which need not take part in a call of the network."""
+        entries = [self.exclude] if isinstance(self.exclude, (str, type)) else self.exclude or ()
+        named = explicitly_named(module, [entry for entry in entries if entry not in SENSITIVE])
+        return {name for name, layer in module.named_modules() if layer in named}
+
+    def batch_start(self, run: Run, batch: Any) -> None:
+        """Begin with the masks once the channels are permuted."""
+        if self._begins:
+            self._begins = False
+            self._enter_phase()
+            self._refresh(run.module, fresh_only=False)
 
     @torch.no_grad()
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
@@ -210,11 +271,13 @@ class NMSparsity(Method):
         line = self.timeline
         if line is not None and self.steps < line.dense_end:
             yield f"masks began at step {line.dense_end}, so its weights are dense"
+        elif line is not None and self.permutation.waits:
+            yield f"the batch after step {self.steps}, with which channels are permuted and masks begin, so it is dense"
         elif line is not None and self.steps < line.sparse_end and self.recipe.startswith(("mdgf", "sdgf")):
             yield f"masks took their final form at step {line.sparse_end}"
 
     def _enter_phase(self) -> None:
-        if self.timeline is None:
+        if self.timeline is None or self.permutation.waits:
             return
         for (n, m), rule in self._rules.items():
             phase = phase_at(self.steps, self.timeline, self.recipe, n, m, self.coefficient)
@@ -225,6 +288,10 @@ class NMSparsity(Method):
         for mapped, held in maps_of(module, HeldNMMap, type(self).__name__):
             if not held.rule.dense and not (fresh_only and held.holds(mapped.stored)):
                 held.refresh(mapped.entering(held))
+
+    def finish(self, run: Run) -> None:
+        """Stop waiting for a call."""
+        self.permutation.stop()
 
     @torch.no_grad()
     def metrics(self, run: Run) -> dict[str, Tensor | float]:
@@ -238,14 +305,18 @@ class NMSparsity(Method):
         return {"density": kept / max(total, 1), "decay": float(rule.decay)}
 
     def state(self) -> dict[str, Any]:
-        """The phases, so that an evaluation of a checkpoint sees what training saw."""
+        """The phases, so that an evaluation of a checkpoint sees what training saw; how far the permutation is."""
         line = self.timeline
-        return {"timeline": [] if line is None else [line.dense_end, line.sparse_end, line.total]}
+        phases = {"timeline": [] if line is None else [line.dense_end, line.sparse_end, line.total]}
+        return phases | self.permutation.state()
 
     def state_form(self, tensors: Mapping[str, Tensor] | None) -> Form:
-        return fields({"timeline": _timeline_form})
+        forms = {"timeline": _timeline_form}
+        permuted = forms | STATE_FORM
+        return lambda value, place: fields(permuted if isinstance(value, dict) and "kept" in value else forms)(value, place)
 
     def load_state(self, state: dict[str, Any]) -> None:
+        self.permutation.load_state(state)
         if state["timeline"]:
             self.timeline = PhaseTimeline(*(int(step) for step in state["timeline"]))
         self._enter_phase()
@@ -260,6 +331,12 @@ def _on_tensor_cores(layers: Mapping[str, nn.Module]) -> str:
         return "all fit sparse tensor cores"
     some = ", ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
     return f"{len(layers) - len(reasons)} fit sparse tensor cores; not {some}{', ...' if len(reasons) > 3 else ''}"
+
+
+def _one_side(layers: Mapping[str, nn.Module], patterns: Mapping[str, tuple[int, int]]) -> str:
+    """Name layers whose outputs do not fill blocks."""
+    found = [name for name, layer in layers.items() if output_dim(layer, m := patterns[name][1]) is None or outputs(layer) % m]
+    return f" (not all outputs of {', '.join(found[:3])}{', ...' if len(found) > 3 else ''})" if found else ""
 
 
 def _timeline_form(value: Any, place: str) -> str | None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.structure.coupled.example import record
 from lightning_peft_plugins.pruning._structured_pruning.channels import Channels
-from lightning_peft_plugins.pruning._structured_pruning.example import record
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 IDS = torch.tensor([[1, 5, 3, 8, 2, 2], [9, 4, 4, 1, 7, 6]])
@@ -177,6 +177,19 @@ def t5() -> nn.Module:
     return transformers.T5EncoderModel(transformers.T5Config(**sizes))
 
 
+class BothWays(nn.Module):
+    """T5 that reads and writes the same tokens: attention of the encoder, of the decoder, and of one to the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        transformers = pytest.importorskip("transformers")
+        sizes = {"d_model": 12, "d_kv": 4, "num_heads": 3, "num_layers": 2, "d_ff": 20, "vocab_size": 11}
+        self.t5 = transformers.T5Model(transformers.T5Config(**sizes, use_cache=False, decoder_start_token_id=0))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.t5(input_ids=ids, decoder_input_ids=ids).last_hidden_state
+
+
 def swin() -> nn.Module:
     models = pytest.importorskip("timm.models")
     sizes = {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (2, 2), "num_heads": (2, 4)}
@@ -208,8 +221,10 @@ ATTENTION: dict[str, tuple[Any, Tensor]] = {
     "one key": (one_key, IDS),
     "swin": (swin, IMAGES),
     "adapted vit": (adapted_vit, IMAGES),
+    "t5": (t5, IDS),
+    "t5 decoder": (BothWays, IDS),
 }
-UNKNOWN_ATTENTION: dict[str, tuple[Any, Tensor]] = {"t5": (t5, IDS), "one operator": (OneOperator, IMAGES)}
+UNKNOWN_ATTENTION: dict[str, tuple[Any, Tensor]] = {"one operator": (OneOperator, IMAGES)}
 CONCATENATED: dict[str, tuple[Any, Tensor]] = {
     "unet": (UNet, IMAGES),
     "c2f": (C2f, IMAGES),

@@ -13,12 +13,12 @@ from structured_networks import CONCATENATED, IMAGES, NETWORKS, RECURRENT, Moved
 from torch import Tensor, nn
 
 from lightning_peft import StructuredPruning
+from lightning_peft.structure.coupled.example import example_form, record
+from lightning_peft.structure.coupled.units import Coupled
 from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import Conv
 from lightning_peft.testing.runs import assert_same, fit
-from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled
 from lightning_peft_plugins.pruning._structured_pruning.cut_proof import CutProof
-from lightning_peft_plugins.pruning._structured_pruning.example import example_form, record
 
 pytest.importorskip("torch_pruning")
 
@@ -84,8 +84,8 @@ def test_wrong_groups_are_found_among_right_ones(wrong: Sequence[int]) -> None:
 def test_right_groups_cost_two_calls_of_the_network_for_each_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     network, inputs = build("vgg")
     groups, proof = channels(network, inputs).groups, CutProof(network, "", record((inputs,), {}))
-    call, calls = proof._output, []
-    monkeypatch.setattr(proof, "_output", lambda *called: calls.append(called) or call(*called))
+    call, calls = proof.drawn.output, []
+    monkeypatch.setattr(proof.drawn, "output", lambda *called: calls.append(called) or call(*called))
     assert proof.failing(groups) == {}
     assert len(calls) == 6
 

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_peft.structure import edits
+from lightning_peft.structure.coupled.units import Coupled
 from lightning_peft_plugins.pruning._structured_pruning.budget import Limits
 from lightning_peft_plugins.pruning._structured_pruning.channels import Baseline
-from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled, cut_edit
+from lightning_peft_plugins.pruning._structured_pruning.coupled import cut_edit
 
 torch_pruning = pytest.importorskip("torch_pruning")
 
@@ -254,9 +255,20 @@ def test_low_rank_pairs_and_position_tables_lose_their_heads() -> None:
 
 
 def test_attention_that_cannot_be_cut_stays_and_the_rest_goes() -> None:
-    found = channels(*build("t5"))
-    assert [group.name for group in found.groups] == [f"encoder.block.{at}.layer.1.DenseReluDense.wi" for at in (0, 1)]
-    assert set(found.whole) >= {f"encoder.block.{at}.layer.0.SelfAttention" for at in (0, 1)}  # they share one table
     found = channels(*build("one operator"))
     assert [group.name for group in found.groups] == ["up"]
     assert "attention is a MultiheadAttention" in found.whole["down"]
+    assert "the 3 heads of 4 of an nn.MultiheadAttention must make up the 12 numbers" in found.whole["attention"]
+    with pytest.raises(MisconfigurationException, match=r"Nothing .* in heads\. attention: the 3 heads of 4"):
+        channels(*build("one operator"), kinds=("heads",))
+
+
+def test_heads_whose_layers_share_a_table_leave_all_of_them() -> None:
+    transformers = pytest.importorskip("transformers")
+    network, inputs = build("t5")
+    heads = [group for group in channels(network, inputs).groups if group.kind == "heads"]
+    assert [(group.name, group.units) for group in heads] == [("encoder.block.0.layer.0.SelfAttention", 3)]
+    edits.apply(network, cut_edit(network, "", [(heads[0], torch.tensor([1]))]))
+    small = transformers.T5EncoderModel(transformers.T5Config(**{**network.config.to_dict(), "num_heads": 2}))
+    small.load_state_dict(network.state_dict())  # what the class builds with one head less
+    assert torch.equal(output(small.eval(), inputs), output(network.eval(), inputs))

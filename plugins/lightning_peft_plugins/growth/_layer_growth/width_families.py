@@ -1,7 +1,8 @@
 """Width maps of known networks, chosen by class name: no model library is imported.
 
-``find_width_map`` knows timm's ``VisionTransformer`` and the Llama, BERT and GPT-2 families of transformers. Rotary embeddings
-turn pairs of coordinates within a head, so ``head_dim`` never changes: attention grows by whole heads.
+``find_width_map`` knows timm's ``VisionTransformer`` and the Llama, Mistral, Qwen2, BERT, RoBERTa, ViT and GPT-2 families of
+transformers. Rotary embeddings turn pairs of coordinates within a head, so ``head_dim`` never changes: attention grows by whole
+heads. Gemma is not among them: it multiplies embeddings by the root of the width, and its output layer shares them.
 """
 
 from __future__ import annotations
@@ -57,18 +58,19 @@ def vision_transformer(network: Any) -> WidthMap:
 
 
 def llama(network: Any) -> WidthMap:
-    """``transformers`` Llama with any head on top: RMSNorm, grouped queries, gated MLP, embeddings tied or not.
+    """``transformers`` Llama, Mistral or Qwen2, with any head: RMSNorm, grouped queries, gated MLP, embeddings tied or not.
 
     Query heads are counted within the group of their key-value head: more key-value heads and larger groups both keep old query
-    heads with their old keys.
+    heads with their old keys. A configuration that notes no size of heads (Qwen2) builds heads that span the width.
     """
     config = network.config
+    head_dim = getattr(config, "head_dim", None)
     return WidthMap(
         sizes={
             "width": config.hidden_size,
             "kv_heads": config.num_key_value_heads,
             "groups": config.num_attention_heads // config.num_key_value_heads,
-            "head_dim": config.head_dim,
+            "head_dim": head_dim or config.hidden_size // config.num_attention_heads,
             "ffn": config.intermediate_size,
         },
         layers={
@@ -96,12 +98,12 @@ def llama(network: Any) -> WidthMap:
             "intermediate_size": "ffn",
         },
         eps_config="rms_norm_eps",
-        demand="divide",
+        demand="divide" if head_dim else "span",
     )
 
 
 def bert(network: Any) -> WidthMap:
-    """``transformers`` BERT with any of its heads; post-LN, so its normalisations write the stream. No cross-attention."""
+    """``transformers`` BERT or RoBERTa, any of their heads; post-LN: normalisations write the stream. No cross-attention."""
     config = network.config
     return WidthMap(
         sizes={
@@ -123,11 +125,46 @@ def bert(network: Any) -> WidthMap:
             "cls.predictions.transform.LayerNorm": Norm(before="cls.predictions.decoder"),
             "cls.predictions.decoder": Layer(input="width"),
             "cls.seq_relationship": Layer(input="width"),
+            "lm_head.dense": Layer("width", "width"),
+            "lm_head.layer_norm": Norm(before="lm_head.decoder"),
+            "lm_head.decoder": Layer(input="width"),
+            "classifier.dense": Layer("width", "width"),
+            "classifier.out_proj": Layer(input="width"),
             "*LayerNorm": Norm(post=True),
             **_HEADS,
         },
-        tensors={"cls.predictions.bias": None},
+        tensors={"cls.predictions.bias": None, "lm_head.bias": None},
         attributes={"*.attention.self": {"num_attention_heads": "heads", "all_head_size": "heads head_dim"}},
+        config={"hidden_size": "width", "num_attention_heads": "heads", "intermediate_size": "ffn"},
+        eps_config="layer_norm_eps",
+        demand="span",
+    )
+
+
+def hugging_face_vit(network: Any) -> WidthMap:
+    """``transformers`` ViT, with or without a classifier: pre-LN, one layer each for queries, keys and values."""
+    config = network.config
+    return WidthMap(
+        sizes={
+            "width": config.hidden_size,
+            "heads": config.num_attention_heads,
+            "head_dim": config.hidden_size // config.num_attention_heads,
+            "ffn": config.intermediate_size,
+        },
+        layers={
+            "*embeddings.patch_embeddings.projection": Layer(output="width"),
+            "*layers.*.layernorm_*": Norm(),
+            "*layers.*.attention.[qkv]_proj": Layer("width", "heads head_dim"),
+            "*layers.*.attention.o_proj": Layer("heads head_dim", "width"),
+            "*layers.*.mlp.fc1": Layer("width", "ffn"),
+            "*layers.*.mlp.fc2": Layer("ffn", "width"),
+            "*layernorm": Norm(),
+            "classifier": Layer(input="width"),
+        },
+        tensors=dict.fromkeys(
+            ("*embeddings.cls_token", "*embeddings.mask_token", "*embeddings.position_embeddings"), ("", "", "width")
+        ),
+        attributes={"*layers.*.attention": {"num_attention_heads": "heads"}},
         config={"hidden_size": "width", "num_attention_heads": "heads", "intermediate_size": "ffn"},
         eps_config="layer_norm_eps",
         demand="span",
@@ -171,7 +208,11 @@ def gpt2(network: Any) -> WidthMap:
 FAMILIES: dict[str, Callable[[Any], WidthMap]] = {
     "VisionTransformer": vision_transformer,
     "LlamaPreTrainedModel": llama,
+    "MistralPreTrainedModel": llama,
+    "Qwen2PreTrainedModel": llama,
     "BertPreTrainedModel": bert,
+    "RobertaPreTrainedModel": bert,
+    "ViTPreTrainedModel": hugging_face_vit,
     "GPT2PreTrainedModel": gpt2,
 }
 

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled
+from lightning_peft.structure.coupled.units import Coupled
 
 StructuredScope = Literal["global", "layer"]
 

@@ -10,14 +10,16 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_peft.structure.coupled.dependency import HEADS, RETURNED, channel_groups, layers_of, tied_outside
+from lightning_peft.structure.coupled.head_stacks import stacked_heads
+from lightning_peft.structure.coupled.heads import attention_heads, whole_heads
+from lightning_peft.structure.coupled.units import Coupled
 from lightning_peft.structure.edits import Edit
-from lightning_peft.weights.maps import plain_tensors, split_name
+from lightning_peft.weights.maps import split_name
 from lightning_peft_plugins.pruning._structured_pruning.budget import Limits, StructuredScope, search, selections
-from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled, cut_edit, scores
+from lightning_peft_plugins.pruning._structured_pruning.coupled import cut_edit, scores
 from lightning_peft_plugins.pruning._structured_pruning.cut_proof import CutProof
-from lightning_peft_plugins.pruning._structured_pruning.dependency import HEADS, RETURNED, channel_groups, layers_of
-from lightning_peft_plugins.pruning._structured_pruning.heads import attention_heads
-from lightning_peft_plugins.pruning._structured_pruning.network_copy import NetworkCopy
+from lightning_peft_plugins.pruning._structured_pruning.network_copy import CountedCopy
 
 _MOST_REASONS = 5
 Counted = Literal["params", "flops", "channels"]
@@ -73,14 +75,16 @@ class Channels:
     ) -> None:
         self.module, self.path, self.counted = module, path, counted
         self._costs: dict[tuple[int, ...], float] = {}
-        self.twin = NetworkCopy(network, path, example)
+        self.twin = CountedCopy(network, path, example)
         prefix = f"{path}." if path else ""
-        heads = list(attention_heads(self.twin.module))
+        heads = stacked_heads(self.twin.module, attention_heads(self.twin.module))
         groups: list[Coupled] = list(heads) if "heads" in kinds else []
         whole: dict[str, str] = {}
         if "channels" in kinds:
             channels, whole = channel_groups(self.twin, layers_of(heads), {name.removeprefix(prefix) for name in excused})
             groups = channels + groups
+        if "heads" in kinds:
+            whole |= {name: why for name, why in whole_heads(self.twin.module).items() if name not in whole}
         self.whole = {n: why for n, why in whole.items() if why != HEADS and (allowed is None or prefix + n in allowed)}
         groups = [group for group in groups if self._allowed(group, allowed) and self._own(group)]
         self.failed = dict(failed or {})
@@ -116,18 +120,10 @@ class Channels:
 
     def _own(self, group: Coupled) -> bool:
         """Whether no layer outside the network shares a tensor of the group."""
-        tensors = plain_tensors(self.module)
-        prefix = f"{self.path}." if self.path else ""
-        shared = {id(tensors[prefix + place.tensor]): prefix + place.tensor for place in group.places}
-        for name, tensor in tensors.items():
-            inside = not prefix or name.startswith(prefix)
-            if inside or id(tensor) not in shared:
-                continue
-            owners = (self.module.get_submodule(split_name(other)[0]) for other in (name, shared[id(tensor)]))
-            if len({id(owner) for owner in owners}) > 1:
-                self.whole[group.name] = f"{shared[id(tensor)]} is tied to {name}, outside of the network"
-                return False
-        return True
+        reason = tied_outside(self.module, self.path, group)
+        if reason is not None:
+            self.whole[group.name] = reason
+        return reason is None
 
     @property
     def units(self) -> dict[str, int]:

@@ -11,6 +11,7 @@ from lightning_peft import Lane, WeightMap
 from lightning_peft.weights.held import HeldMask
 from lightning_peft.weights.nm import is_nm, nm_mask
 from lightning_peft.weights.nm_prune import ste_prune
+from lightning_peft.weights.nm_transposable import transposable_nm_mask
 
 
 class MaskRule:
@@ -42,6 +43,7 @@ class NMMap(WeightMap):
         n: Weights kept.
         m: Group size.
         dim: Input dimension of the weight.
+        across: Output dimension, for a mask that is N:M along both; ``None`` for one along the inputs alone.
         masked_grad: Whether pruned weights receive the decayed gradient only, instead of the full one (STE).
         rule: What is in force at the moment; a map on its own (baking from a file) is binary N:M.
     """
@@ -56,9 +58,10 @@ class NMMap(WeightMap):
         dim: int,
         masked_grad: bool = False,
         rule: MaskRule | None = None,
+        across: int | None = None,
     ) -> None:
         super().__init__()
-        self.n, self.m, self.dim = n, m, dim
+        self.n, self.m, self.dim, self.across = n, m, dim, across
         self.masked_grad = masked_grad
         if rule is None:
             rule = MaskRule(n, m)
@@ -66,11 +69,18 @@ class NMMap(WeightMap):
         self.rule = rule
 
     def config(self) -> dict[str, Any]:
-        return {"n": self.n, "m": self.m, "dim": self.dim}
+        sides = {"dim": self.dim} if self.across is None else {"dim": self.dim, "across": self.across}
+        return {"n": self.n, "m": self.m, **sides}
 
     def mask(self, weight: Tensor) -> Tensor:
         """Return the mask in force for a weight."""
-        return nm_mask(weight.detach(), self.rule.n, self.rule.m, self.dim)
+        return self.chosen(weight.detach(), self.rule.n, self.rule.m)
+
+    def chosen(self, weight: Tensor, n: int, m: int) -> Tensor:
+        """Choose a mask of a pattern."""
+        if self.across is None:
+            return nm_mask(weight, n, m, self.dim)
+        return transposable_nm_mask(weight, n, m, self.dim, self.across)
 
     def forward(self, weight: Tensor) -> Tensor:
         rule = self.rule
@@ -81,10 +91,10 @@ class NMMap(WeightMap):
 
     def bake(self, weight: Tensor) -> Tensor:
         """Apply the target pattern, whatever the phase."""
-        return torch.where(nm_mask(weight, self.n, self.m, self.dim), weight, 0.0)
+        return torch.where(self.chosen(weight, self.n, self.m), weight, 0.0)
 
     def extra_repr(self) -> str:
-        return f"{self.n}:{self.m}, dim={self.dim}"
+        return f"{self.n}:{self.m}, dim={self.dim}" + ("" if self.across is None else f", across={self.across}")
 
 
 class HeldNMMap(HeldMask, NMMap):
@@ -95,12 +105,20 @@ class HeldNMMap(HeldMask, NMMap):
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> None:
         """Choose the mask anew."""
-        self.hold(nm_mask(weight, self.rule.n, self.rule.m, self.dim))
+        self.hold(self.chosen(weight, self.rule.n, self.rule.m))
 
     def mask(self, weight: Tensor) -> Tensor:
         return self.held if self.holds(weight) else super().mask(weight)
 
     def bake(self, weight: Tensor) -> Tensor:
         """Apply the mask for good where it has the target pattern; on the way there it is wider."""
-        target = self.holds(weight) and is_nm(self.held.to(weight.dtype), self.n, self.m, self.dim)
+        target = self.holds(weight) and self._has_target_pattern()
         return super().bake(weight) if target else NMMap.bake(self, weight)
+
+    def _has_target_pattern(self) -> bool:
+        held = self.held.to(torch.float32)
+        along = is_nm(held, self.n, self.m, self.dim)
+        if not along or self.across is None:
+            return along
+        whole = held.narrow(self.dim, 0, held.shape[self.dim] // self.m * self.m)  # what fills no group is dense
+        return is_nm(whole, self.n, self.m, self.across)

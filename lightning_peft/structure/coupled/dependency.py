@@ -13,12 +13,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_peft.network.layers import is_linear, own_parameters
-from lightning_peft.weights.maps import split_name
-from lightning_peft_plugins.pruning._structured_pruning.closure import Closure, Reached
-from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled, UnitCount, UnitPlace
-from lightning_peft_plugins.pruning._structured_pruning.example import leaves
-from lightning_peft_plugins.pruning._structured_pruning.network_copy import NetworkCopy
-from lightning_peft_plugins.pruning._structured_pruning.pieces import map_pieces
+from lightning_peft.structure.coupled.closure import Closure, Reached
+from lightning_peft.structure.coupled.example import leaves
+from lightning_peft.structure.coupled.network_copy import NetworkCopy
+from lightning_peft.structure.coupled.pieces import map_pieces
+from lightning_peft.structure.coupled.units import Coupled, UnitCount, UnitPlace
+from lightning_peft.weights.maps import plain_tensors, split_name
 
 _Item: TypeAlias = tuple[Closure, Reached]
 RETURNED = "they are what the network returns"
@@ -36,20 +36,20 @@ def torch_pruning() -> ModuleType:
         import torch_pruning as found
     except ImportError as error:
         raise MisconfigurationException(
-            "StructuredPruning finds out which channels belong together with Torch-Pruning, which is not installed. Install "
-            "it with: pip install lightning-peft[prune]"
+            "Which channels belong together is found out with Torch-Pruning, which is not installed. Install it with: pip "
+            "install lightning-peft[prune]"
         ) from error
     return found  # type: ignore[no-any-return]
 
 
-class UncuttableError(Exception):
-    """Why a group stays whole."""
+class InseparableError(Exception):
+    """Why the channels of a group cannot be told apart, or stand alone."""
 
 
 def channel_groups(
     twin: NetworkCopy, attended: Collection[str] = (), excused: Collection[str] = ()
 ) -> tuple[list[Coupled], dict[str, str]]:
-    """Find the groups of channels that can be cut.
+    """Find the groups of channels that belong together, and so can be cut or ordered together.
 
     Args:
         twin: The network.
@@ -88,7 +88,7 @@ def channel_groups(
     for name, closure in reader.closures():
         try:
             groups.append(reader.read(name, closure))
-        except UncuttableError as reason:
+        except InseparableError as reason:
             whole[name] = str(reason)
         except OverflowError:
             whole[name] = "the graph loses track of which channel is which on their way to the next layer"
@@ -181,7 +181,7 @@ class _Reader:
         """Turn what depends on the outputs of a layer into a group.
 
         Raises:
-            UncuttableError: It holds something that cannot be cut unit by unit.
+            InseparableError: It holds something that cannot be taken unit by unit.
             OverflowError: The graph's indices do not fit.
         """
         if closure is None:
@@ -191,7 +191,7 @@ class _Reader:
         for place in closure:
             node, outputs = place.node, self.graph.is_out_channel_pruning_fn(place.handler)
             if node.type == self.tp.ops.OPTYPE.OUTPUT or (outputs and not node.outputs):
-                raise UncuttableError(RETURNED)
+                raise InseparableError(RETURNED)
             module = node.module
             if isinstance(module, nn.Parameter):
                 more = self._parameter(module, int(node.pruning_dim), (closure, place))
@@ -204,7 +204,7 @@ class _Reader:
         self._check_ties(places)
         count = int(closure.units.max()) + 1
         if count < 2:
-            raise UncuttableError("they depend on one another")
+            raise InseparableError("they depend on one another")
         return Coupled(name, "channels", count, _merged(places), _counted(numbers))
 
     def _parameter(self, parameter: nn.Parameter, dim: int, item: _Item) -> tuple[list[UnitPlace], list[UnitCount]]:
@@ -219,7 +219,7 @@ class _Reader:
     def _layer(self, layer: Any, outputs: bool, item: _Item) -> tuple[list[UnitPlace], list[UnitCount]]:
         name = self.names[layer]
         if f"{name}:{'out' if outputs else 'in'}" in self.attended:
-            raise UncuttableError(HEADS)
+            raise InseparableError(HEADS)
         if isinstance(layer, nn.modules.conv._ConvNd):
             return self._conv(name, layer, outputs, item)
         if isinstance(layer, nn.Linear):
@@ -241,12 +241,12 @@ class _Reader:
             units = _units(layer.num_parameters, item)
             one = layer.num_parameters == 1
             return ([], []) if one else ([UnitPlace(f"{name}.weight", 0, units)], [UnitCount(name, "num_parameters", units)])
-        raise UncuttableError(f"{name} is a {type(layer).__name__}, whose channels cannot be removed one by one")
+        raise InseparableError(f"{name} is a {type(layer).__name__}, whose channels cannot be removed one by one")
 
     def _conv(self, name: str, layer: Any, outputs: bool, item: _Item) -> tuple[list[UnitPlace], list[UnitCount]]:
         if layer.groups > 1:
             if not layer.groups == layer.in_channels == layer.out_channels:
-                raise UncuttableError(f"{name} is a convolution in {layer.groups} groups, which must stay of one size")
+                raise InseparableError(f"{name} is a convolution in {layer.groups} groups, which must stay of one size")
             units = _units(layer.out_channels, item)
             return _weighted(name, layer, 0, True, ["out_channels", "in_channels", "groups"], units)
         units = _units(layer.out_channels if outputs else layer.in_channels, item)
@@ -267,7 +267,7 @@ class _Reader:
             for alias in self.aliases.get(id(parameter), [tensor]):
                 same = self.network.get_submodule(split_name(alias)[0]) is self.network.get_submodule(split_name(tensor)[0])
                 if not same and ((alias, dim) not in held or not torch.equal(held[alias, dim], units)):
-                    raise UncuttableError(f"{tensor} is tied to {alias}, which does not lose the same channels")
+                    raise InseparableError(f"{tensor} is tied to {alias}, which does not lose the same channels")
 
 
 def _weighted(
@@ -296,7 +296,7 @@ def _merged(places: list[UnitPlace]) -> list[UnitPlace]:
     for place in places:
         first = found.setdefault((place.tensor, place.dim), place)
         if not torch.equal(first.units, place.units):
-            raise UncuttableError(f"channels of {place.tensor} depend on one another")
+            raise InseparableError(f"channels of {place.tensor} depend on one another")
     return list(found.values())
 
 
@@ -304,6 +304,26 @@ def layers_of(groups: Iterable[Coupled]) -> set[str]:
     """``"layer:out"`` and ``"layer:in"`` for the layers of groups of heads."""
     places = (place for group in groups for place in group.places if place.scored)
     return {f"{split_name(place.tensor)[0]}:{'out' if place.written else 'in'}" for place in places}
+
+
+def tied_outside(module: nn.Module, path: str, group: Coupled) -> str | None:
+    """Say which layer outside the network shares a tensor of a group of it; ``None`` when none does.
+
+    Args:
+        module: The module that holds the network.
+        path: Qualified name of the network in it.
+        group: The group, by names in the network.
+    """
+    tensors = plain_tensors(module)
+    prefix = f"{path}." if path else ""
+    shared = {id(tensors[prefix + place.tensor]): prefix + place.tensor for place in group.places}
+    for name, tensor in tensors.items():
+        if not prefix or name.startswith(prefix) or id(tensor) not in shared:
+            continue
+        owners = (module.get_submodule(split_name(other)[0]) for other in (name, shared[id(tensor)]))
+        if len({id(owner) for owner in owners}) > 1:
+            return f"{shared[id(tensor)]} is tied to {name}, outside of the network"
+    return None
 
 
 def _map_one_by_one(tp: ModuleType, graph: Any) -> None:

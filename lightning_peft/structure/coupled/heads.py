@@ -1,7 +1,6 @@
 """Attention heads as groups of units: which rows and columns of which layers a head is.
 
-Names only propose here: whether a head can leave is proven with every other cut
-(:class:`~lightning_peft_plugins.pruning._structured_pruning.cut_proof.CutProof`).
+Names only propose here: whoever acts on a head proves it first (:mod:`lightning_peft.structure.coupled.drawn_network`).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.network.layers import is_linear, is_norm, own_parameters
-from lightning_peft_plugins.pruning._structured_pruning.coupled import Coupled, UnitCount, UnitPlace
+from lightning_peft.structure.coupled.units import Coupled, UnitCount, UnitPlace
 
 _FUSED = (("qkv", "proj"), ("c_attn", "c_proj"))
 _SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
@@ -38,6 +37,16 @@ def attention_heads(network: nn.Module) -> Iterator[Coupled]:
         found = next(filter(None, (_fused(path, layer, names) for names in _FUSED)), None) or _separate(path, layer, network)
         if found is not None and found.units > 1:
             yield found
+
+
+def whole_heads(network: nn.Module) -> dict[str, str]:
+    """Why attentions keep all of their heads, by name: those whose class cannot be built with fewer."""
+    kinds = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.MultiheadAttention)}
+    return {
+        name: f"the {layer.num_heads} heads of {layer.head_dim} of an nn.MultiheadAttention must make up the {layer.embed_dim} "
+        "numbers it reads and returns, so no head can leave alone"
+        for name, layer in kinds.items()
+    }
 
 
 def _fused(path: str, layer: nn.Module, names: tuple[str, str]) -> Coupled | None:
@@ -93,7 +102,7 @@ def _width(part: Any, side: int) -> int:
     return _sizes(part)[side] if isinstance(part, nn.Module) and is_linear(part) else 0
 
 
-def _linear(path: str, part: nn.Module, side: int, units: Tensor) -> _Layers:
+def _linear(path: str, part: Any, side: int, units: Tensor) -> _Layers:
     """The linear layers in a part that have all of its outputs (0) or inputs (1)."""
     return [
         (f"{path}.{name}".rstrip("."), layer, units)
@@ -122,7 +131,11 @@ def _group(
             numbers.append(UnitCount(path, attribute, one))
         elif attribute in counts and type(value) is int and value and value % heads == 0:
             numbers.append(UnitCount(path, attribute, torch.arange(heads).repeat_interleave(value // heads)))
-    places += [UnitPlace(f"{path}.{name}".removeprefix("."), dim, torch.arange(heads)) for name, dim in _tables(layer, heads)]
+    for name, dim in _tables(layer, heads):
+        table = f"{path}.{name}".removeprefix(".")
+        places.append(UnitPlace(table, dim, torch.arange(heads)))
+        if isinstance(layer.get_submodule(name.rpartition(".")[0]), nn.Embedding):
+            numbers.append(UnitCount(table.rpartition(".")[0], "embedding_dim", torch.arange(heads)))
     return Coupled(path, "heads", heads, places, numbers)
 
 

@@ -1,0 +1,60 @@
+"""A forward that counts to a fixed number is told which list got shorter, and runs once it loops over the list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_peft import BlockPruning, LayerGrowth, Method
+from lightning_peft.testing.modules import Plain
+from lightning_peft.testing.runs import fit
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs + 0.1 * self.linear(inputs).relu()
+
+
+class Looping(Plain):
+    def build(self) -> None:
+        self.layers, self.head = nn.ModuleList(Block() for _ in range(6)), nn.Linear(16, 3)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        for block in self.layers:
+            inputs = block(inputs)
+        return self.head(inputs)
+
+
+class Counting(Looping):
+    def logits(self, inputs: Tensor) -> Tensor:
+        for i in range(6):
+            inputs = self.layers[i](inputs)
+        return self.head(inputs)
+
+
+@pytest.mark.parametrize("sanity", [0, 1])
+@pytest.mark.parametrize(
+    "method", [lambda: LayerGrowth(at=6, start=2), lambda: BlockPruning(2, start=2)], ids=["growth", "pruning"]
+)
+def test_the_list_and_the_cure_are_named(method: Callable[[], Method], sanity: int) -> None:
+    with pytest.raises(MisconfigurationException, match=r"^layers has [24] blocks now, of 6.*for block in self\.layers:`\.$"):
+        fit([method()], style=Counting, max_epochs=2, num_sanity_val_steps=sanity)
+    module = fit([method()], style=Looping, max_epochs=2, num_sanity_val_steps=sanity).module
+    assert "validation_step" not in vars(module)
+
+
+def test_other_index_errors_stay_what_they_are() -> None:
+    class Broken(Looping):
+        def logits(self, inputs: Tensor) -> Tensor:
+            return super().logits(inputs) + torch.zeros(3)[[3]]
+
+    with pytest.raises(IndexError, match="out of bounds"):
+        fit([LayerGrowth(at=6, start=2)], style=Broken, max_epochs=1)
