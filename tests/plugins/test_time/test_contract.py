@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -106,6 +107,7 @@ class Block(nn.Module):
         return tokens + self.linear(nn.functional.scaled_dot_product_attention(x, x, x))
 
 
+@pytest.mark.skipif(find_spec("cma") is None, reason="the extra `evolution` is not installed")
 class TestTokens(AdaptationTester):
     methods = [partial(FOA, source=picture_loader(8, seed=9), population=4)]
     styles = (TokenPictures, BatchNormPictures)

@@ -20,13 +20,18 @@ from lightning_peft_plugins.test_time._foa.token_path import TokenPath
 from lightning_peft_plugins.test_time._shared.classifier import Classifier
 
 pytest.importorskip("cma")
+pytest.importorskip("timm")
 
 
 def hugging_face_net():
-    from transformers import ViTConfig, ViTForImageClassification
-
+    transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    return filled(ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=4, **sizes)).double(), 0.4)
+    return filled(
+        transformers.ViTForImageClassification(
+            transformers.ViTConfig(image_size=8, patch_size=4, num_labels=4, **sizes)
+        ).double(),
+        0.4,
+    )
 
 
 def path_of(net, x):

@@ -41,7 +41,7 @@ def projector(width, hidden):
 
 
 def test_foa(monkeypatch):
-    cma = pytest.importorskip("cma")
+    cma, _ = pytest.importorskip("cma"), pytest.importorskip("timm")
     assert RECORDED["FOA"]["cma"] == cma.__version__, "run the official code with this version of cma, and record it anew"
     method = FOA(source=loader(12, side=8, phase=1.0))
     start = FOA.to_source
