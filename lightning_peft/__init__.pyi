@@ -46,17 +46,22 @@ from lightning_peft_plugins.regularizers.pskd import PSKD as PSKD
 from lightning_peft_plugins.regularizers.weight_compander import WeightCompander as WeightCompander
 from lightning_peft_plugins.sparsity.nm_sparsity import NMSparsity as NMSparsity
 from lightning_peft_plugins.test_time.batch_norm_adapt import BatchNormAdapt as BatchNormAdapt
+from lightning_peft_plugins.test_time.cmf import CMF as CMF
 from lightning_peft_plugins.test_time.cotta import CoTTA as CoTTA
 from lightning_peft_plugins.test_time.deyo import DeYO as DeYO
 from lightning_peft_plugins.test_time.eata import EATA as EATA
 from lightning_peft_plugins.test_time.eta import ETA as ETA
 from lightning_peft_plugins.test_time.eta import RDumb as RDumb
 from lightning_peft_plugins.test_time.fisher_estimator import FisherEstimator as FisherEstimator
+from lightning_peft_plugins.test_time.foa import FOA as FOA
 from lightning_peft_plugins.test_time.lame import LAME as LAME
 from lightning_peft_plugins.test_time.memo import MEMO as MEMO
+from lightning_peft_plugins.test_time.rmt import RMT as RMT
 from lightning_peft_plugins.test_time.roid import ROID as ROID
 from lightning_peft_plugins.test_time.rotta import RoTTA as RoTTA
 from lightning_peft_plugins.test_time.sar import SAR as SAR
+from lightning_peft_plugins.test_time.self_supervised_adapt import SelfSupervisedAdapt as SelfSupervisedAdapt
+from lightning_peft_plugins.test_time.t3a import T3A as T3A
 from lightning_peft_plugins.test_time.tent import Tent as Tent
 
 __version__: str

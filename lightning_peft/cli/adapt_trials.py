@@ -22,7 +22,7 @@ from lightning_peft.report.adaptation import SOURCE, error
 from lightning_peft.shifts.data import CLEAN, Part, ShiftedData, data_digest
 from lightning_peft.shifts.loader import labels_in, stream_loader
 from lightning_peft.shifts.record import EpisodeRecord, StreamRecorder
-from lightning_peft.shifts.streams import Episode, episodes, rising_and_falling
+from lightning_peft.shifts.streams import BY_LABEL, Episode, episodes, rising_and_falling
 
 
 class Trials:
@@ -92,9 +92,9 @@ class Trials:
         self._sets |= {part: self.data.shifted(part.shift, part.severity) for part in needed}
         self._digests = {part: data_digest(samples) for part, samples in self._sets.items()}
         labels_in(self._template, Subset(self._sets[CLEAN], range(1)))  # refuses data without labels before anything is run
-        # Reading labels makes every sample of a set. Only one protocol orders by them; to the others a set's size is enough.
+        # Reading labels makes every sample of a set. Few protocols order by them; to the others a set's size is enough.
         self._labels: dict[Part, Sized] = {**self._sets}  # type: ignore[dict-item]
-        if "correlated" in protocols:
+        if any(protocol in BY_LABEL for protocol in protocols):
             self._labels |= {part: labels_in(self._template, self._sets[part]) for part in self.parts}
 
     def _one(

@@ -80,7 +80,7 @@ def _method(entry: registry.MethodEntry) -> dict[str, Any]:
 
 def _method_rows(methods: list[dict[str, Any]]) -> RichTable:
     """One row a method below the heading of its family; methods of other packages stand below the name of theirs."""
-    table = RichTable(box=None, show_header=False, pad_edge=False, padding=(0, 1))
+    table = RichTable(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))  # 19 + 1 + 60 columns
     table.add_column(no_wrap=True)
     table.add_column()
     groups: dict[str, list[dict[str, Any]]] = {}

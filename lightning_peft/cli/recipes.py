@@ -17,6 +17,7 @@ EXTRAS = {
     "vision": ("timm", "pyarrow", "PIL", "h5py"),
     "language": ("transformers", "pyarrow", "pandas"),
     "corruptions": ("imagecorruptions",),
+    "evolution": ("cma",),
     "report": ("matplotlib",),
     "interop": ("peft", "safetensors"),
     "prune": ("torch_pruning",),

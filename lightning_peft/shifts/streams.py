@@ -19,8 +19,12 @@ PROTOCOLS = {
     "mixed": "the samples of all shifts shuffled together",
     "gradual": "every shift rises from severity 1 and falls again, all in turn",
     "correlated": "as continual, with labels that come in runs",
+    "mixed_correlated": "as mixed, with labels that come in runs",
 }
 """Protocols by name, each in a few words."""
+
+BY_LABEL = ("correlated", "mixed_correlated")
+"""Protocols that order samples by their labels."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,11 @@ def episodes(
             all protocols see equally many samples; CoTTA's shows the whole set at each.
         parts: The shifted test sets, in order.
         labels: Class indices of each test set used, the clean one and the lower severities of ``"gradual"`` included. Only
-            ``"correlated"`` looks at them, at those of ``parts``; else anything as long will do, such as the test set itself.
+            those of :data:`BY_LABEL` look at them, at those of ``parts``; else anything as long will do, such as the test set
+            itself.
         seed: Seed of the order; two calls with one seed give one order.
         clean: Clean samples at the end; ``None`` for all, 0 for none.
-        concentration: Of ``"correlated"``: parameter of the Dirichlet distribution by which each class is dealt out over time.
+        concentration: Of :data:`BY_LABEL`: parameter of the Dirichlet distribution by which each class is dealt out over time.
 
     Raises:
         MisconfigurationException: Unknown protocol, or no part.
@@ -89,7 +94,7 @@ def episodes(
         for part, many in stages:
             shares = torch.randperm(len(labels[part]), generator=draw).tensor_split(len(many))
             segments += [_rows(used.index(stage), share) for stage, share in zip(many, shares, strict=True)]
-        return [_closed("all", used, segments, end)]
+        return [closed("all", used, segments, end)]
     whole = []
     for part in parts:
         if protocol == "correlated":
@@ -98,12 +103,17 @@ def episodes(
             order = torch.randperm(len(labels[part]), generator=draw)
         whole.append(order)
     if protocol == "reset":
-        return [_closed(str(part), (part,), [_rows(0, order)], end) for part, order in zip(parts, whole, strict=True)]
+        return [closed(str(part), (part,), [_rows(0, order)], end) for part, order in zip(parts, whole, strict=True)]
     segments = [_rows(index, order) for index, order in enumerate(whole)]
-    if protocol == "mixed":
+    if protocol in ("mixed", "mixed_correlated"):
         together = torch.cat(segments)
-        segments = [together[torch.randperm(len(together), generator=draw)]]
-    return [_closed("all", tuple(parts), segments, end)]
+        if protocol == "mixed":
+            order = torch.randperm(len(together), generator=draw)
+        else:
+            found = [torch.as_tensor(labels[part])[order] for part, order in zip(parts, whole, strict=True)]
+            order = correlated(torch.cat(found), concentration, draw)
+        segments = [together[order]]
+    return [closed("all", tuple(parts), segments, end)]
 
 
 def check_protocol(protocol: str) -> None:
@@ -161,7 +171,8 @@ def _rows(part: int, samples: Tensor) -> Tensor:
     return torch.stack([torch.full_like(samples, part), samples], 1)
 
 
-def _closed(name: str, parts: tuple[Part, ...], segments: Sequence[Tensor], end: Tensor) -> Episode:
+def closed(name: str, parts: tuple[Part, ...], segments: Sequence[Tensor], end: Tensor) -> Episode:
+    """An episode of some segments that ends in clean samples, if there are any."""
     if not len(end):
         return Episode(name, parts, tuple(segments))
     return Episode(name, (*parts, CLEAN), (*segments, _rows(len(parts), end)))

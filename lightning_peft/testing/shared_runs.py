@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -48,10 +49,9 @@ class SharedRuns:
     def pytest_generate_tests(self, metafunc: Any) -> None:
         """Run each test for every configuration, or for the first one alone, and some of them for every module style."""
         if "factory" in metafunc.fixturenames:
-            ids = [repr(factory())[:60] for factory in self.methods]
-            metafunc.parametrize("factory", list(self.methods), ids=ids)
+            metafunc.parametrize("factory", list(self.methods), ids=[_shown(factory) for factory in self.methods])
         if "lead" in metafunc.fixturenames:
-            metafunc.parametrize("lead", self.methods[:1], ids=[repr(self.methods[0]())[:60]])
+            metafunc.parametrize("lead", self.methods[:1], ids=[_shown(self.methods[0])])
         if "style" in metafunc.fixturenames:
             metafunc.parametrize("style", self.styles, ids=[style.__name__ for style in self.styles])
 
@@ -127,3 +127,8 @@ class SharedRuns:
 def probe_of(run: Fit) -> Probe:
     """The probe among the callbacks of a training."""
     return next(callback for callback in run.trainer.callbacks if isinstance(callback, Probe))  # type: ignore[attr-defined]
+
+
+def _shown(factory: Factory) -> str:
+    """A name for a configuration: the same in every process, so without the addresses of objects among the arguments."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(factory()))[:60]

@@ -93,11 +93,33 @@ class ImageDataModule(LightningDataModule):
             MisconfigurationException: The optional package is missing, or an argument is out of range.
         """
         images, labels = self._splits["test"].tensors
-        subset = f"{self.test_name()}-{images.shape[-1]}px-test-{len(images)}"
-        corrupted = cached_corruption(
+        return TensorDataset(self._corrupted(images, self._test_subset(), shift, severity), labels)
+
+    def shifted_twice(self, shift: str, severity: int, second: str, second_severity: int) -> TensorDataset:
+        """The test images under a corruption, and another on top of it, in the same order; generated once.
+
+        Args:
+            shift: A corruption.
+            severity: 1 to 5.
+            second: A corruption.
+            second_severity: 1 to 5.
+
+        Raises:
+            MisconfigurationException: The optional package is missing, or an argument is out of range.
+        """
+        images, labels = self._splits["test"].tensors
+        once = self._corrupted(images, self._test_subset(), shift, severity)
+        subset = f"{self._test_subset()}-{shift}-{severity}"
+        return TensorDataset(self._corrupted(once, subset, second, second_severity), labels)
+
+    def _test_subset(self) -> str:
+        images = self._splits["test"].tensors[0]
+        return f"{self.test_name()}-{images.shape[-1]}px-test-{len(images)}"
+
+    def _corrupted(self, images: Tensor, subset: str, shift: str, severity: int) -> Tensor:
+        return cached_corruption(
             self.asset, subset, images, shift, severity, seed=self.corruption_seed, indices=self._test_indices
         )
-        return TensorDataset(corrupted, labels)
 
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Batch]:
         data = self._splits[split]

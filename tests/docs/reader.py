@@ -89,6 +89,25 @@ class Indexed(Dataset[dict[str, Any]]):
         return {"image": image, "label": label, "index": index}
 
 
+class Changing:
+    """Data under two shifts, also at once."""
+
+    def __init__(self) -> None:
+        self.clean = TensorDataset(torch.randn(16, 3, SIZE, SIZE), torch.arange(16) % CLASSES)
+
+    def shifts(self) -> dict[str, tuple[int, ...]]:
+        return dict.fromkeys(("fog", "snow"), (1, 2, 3, 4, 5))
+
+    def shifted(self, shift: str, severity: int) -> TensorDataset:
+        return TensorDataset(self.clean.tensors[0] / severity, self.clean.tensors[1])
+
+    def shifted_twice(self, shift: str, severity: int, second: str, second_severity: int) -> TensorDataset:
+        return self.shifted(second, severity * second_severity)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.clean, batch_size=16)
+
+
 class ShortTrainer(Trainer):
     """For pages that do not import Trainer: at most 10 epochs, and nothing printed."""
 

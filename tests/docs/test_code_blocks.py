@@ -34,6 +34,7 @@ def names(tmp_path, monkeypatch):
 def test_the_code_of_a_page_runs(page: str, names) -> None:
     if page == "docs/shifts.md":
         pytest.importorskip("imagecorruptions", reason="the extra `corruptions` is not installed")
+        names["data"] = reader.Changing()
         names["images"] = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     for block in WITH_CODE[page]:
         run(page, block, names)

@@ -26,10 +26,12 @@ CLASSES, STEPS = 4, 4
 CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "BatchNormAdapt": peft.BatchNormAdapt,
     "BlockPruning": lambda: peft.BlockPruning(1, start=2),
+    "CMF": lambda: peft.CMF(lr=0.1),
     "CoTTA": lambda: peft.CoTTA(views=2, threshold=1.0),
     "DeYO": lambda: peft.DeYO(lr=0.1, e_threshold=2.0, drop=-1.0),
     "EATA": lambda: peft.EATA(lr=0.1, fisher_alpha=0.0, e_margin=2.0, d_margin=2.0),
     "ETA": lambda: peft.ETA(lr=0.1, e_margin=2.0, d_margin=2.0),
+    "FOA": lambda: peft.FOA(source=batches(3), population=3),
     "FTWT": lambda: peft.FTWT(0.8, tokens="sample"),
     "FisherEstimator": peft.FisherEstimator,
     "GBLM": lambda: peft.GBLM(0.5, exclude=()),
@@ -45,17 +47,21 @@ CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "PERP": lambda: peft.PERP(exclude=()),
     "PSKD": peft.PSKD,
     "RDumb": lambda: peft.RDumb(lr=0.1, e_margin=2.0, d_margin=2.0),
+    "RMT": lambda: peft.RMT(lr=0.1, source=batches(3), warm_up=4),
     "ROID": lambda: peft.ROID(lr=0.1),
     "RoTTA": lambda: peft.RoTTA(lr=0.1, capacity=4, every=4),
     "SAP": lambda: peft.SAP(exclude=(), start=2, end=3, every=1),
     "SAR": lambda: peft.SAR(lr=0.1, e_margin=2.0),
+    "SelfSupervisedAdapt": lambda: peft.SelfSupervisedAdapt(sharpness, lr=0.1),
     "StageSharing": lambda: peft.StageSharing([2, 2], at="step:2"),
     "StructuredPruning": lambda: peft.StructuredPruning(0.4, start=2),
+    "T3A": peft.T3A,
     "Tent": lambda: peft.Tent(lr=0.1),
     "TrainedRankPruning": lambda: peft.TrainedRankPruning(0.5, period=2, exclude=()),
     "Wanda": lambda: peft.Wanda(0.5, exclude=()),
     "WeightCompander": peft.WeightCompander,
 }
+ELSEWHERE = {"FOA": "shows no such way"}  # methods for networks of another kind, and how this one is refused
 PAIRS = list(itertools.combinations(CONFIGURATIONS, 2))
 
 
@@ -108,6 +114,11 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def sharpness(module: LightningModule, batch: Any) -> Tensor:
+    """A loss that needs no label."""
+    return -module(batch[0]).softmax(-1).square().mean()
 
 
 @cache

@@ -9,7 +9,7 @@ from project_styles import STYLES
 # One or two of each mechanism; `make compatibility` tries all methods.
 TRIED = [
     *("CoTTA", "FTWT", "FisherEstimator", "GBLM", "LAME", "LayerGrowth", "MixtureGrowth", "NMSparsity", "PERP", "PSKD"),
-    *("RoTTA", "SAR", "StructuredPruning", "TrainedRankPruning", "WeightCompander"),
+    *("RoTTA", "SAR", "SelfSupervisedAdapt", "StructuredPruning", "TrainedRankPruning", "WeightCompander"),
 ]
 
 

@@ -139,6 +139,9 @@ def test_shifted_groceries_are_the_test_photos_in_their_order(monkeypatch):
     shifted = data.shifted("contrast", 5)
     assert torch.equal(shifted.tensors[0], corrupt(clean, "contrast", 5))
     assert torch.equal(shifted.tensors[1], labels)
+    twice = data.shifted_twice("contrast", 5, "brightness", 2)
+    assert torch.equal(twice.tensors[0], corrupt(shifted.tensors[0], "brightness", 2))
+    assert not torch.equal(twice.tensors[0], data.shifted("brightness", 2).tensors[0]), "kept under a name of its own"
     images, _ = next(iter(torch.utils.data.DataLoader(shifted, batch_size=5, collate_fn=loader.collate_fn)))
     assert (images.shape, images.dtype) == ((5, 3, 64, 64), torch.float32)
     more = GroceriesDataModule(image_size=64, test_size=20)

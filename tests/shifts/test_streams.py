@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_peft.shifts import PROTOCOLS, Part, episodes, stream_loader
 from lightning_peft.shifts.data import CLEAN, choose_parts
 from lightning_peft.shifts.loader import labels_in
-from lightning_peft.shifts.streams import correlated
+from lightning_peft.shifts.streams import BY_LABEL, correlated
 
 FOG, RAIN = Part("fog", 3), Part("rain", 0)
 
@@ -46,8 +46,8 @@ def test_a_seed_makes_a_stream(protocol) -> None:
     assert [episode.digest() for episode in first] != [episode.digest() for episode in other]
 
 
-@pytest.mark.parametrize("protocol", sorted(set(PROTOCOLS) - {"correlated"}))
-def test_only_one_protocol_looks_at_labels(protocol) -> None:
+@pytest.mark.parametrize("protocol", sorted(set(PROTOCOLS) - {*BY_LABEL}))
+def test_other_protocols_do_not_look_at_labels(protocol) -> None:
     sizes = {part: range(len(found)) for part, found in labels().items()}
     streams = [episodes(protocol, [FOG, RAIN], known, seed=1) for known in (labels(), sizes)]
     assert [episode.digest() for episode in streams[0]] == [episode.digest() for episode in streams[1]]

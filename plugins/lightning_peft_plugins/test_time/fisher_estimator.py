@@ -18,13 +18,14 @@ from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.capture.once_more import RandomState
 from lightning_peft.capture.shim import Shim
-from lightning_peft.capture.step_calls import FirstCall, StepName, own_steps, step_calls
+from lightning_peft.capture.step_calls import FirstCall, StepName, step_calls
 from lightning_peft.network.layers import parameter_names
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft.structure.forms import Form, fields, tensors_like
 from lightning_peft.weights.fisher import diagonal_fisher
 from lightning_peft_plugins.test_time._shared.batch_statistics import UseBatchStatistics, batch_norms
 from lightning_peft_plugins.test_time._shared.finite_samples import sound_rows
+from lightning_peft_plugins.test_time._shared.source_calls import source_calls
 
 Convention = Literal["batch", "sample", "expected"]
 
@@ -194,16 +195,7 @@ def network_fisher(
     Returns:
         Qualified name to scores of the parameter's shape.
     """
-    steps: dict[Any, StepName] = {
-        TrainerFn.TESTING: "test_step",
-        TrainerFn.VALIDATING: "validation_step",
-        TrainerFn.PREDICTING: "predict_step",
-    }
-    first = steps[run.trainer.state.fn]
-    others: list[StepName] = [step for step in ("validation_step", "test_step") if step != first]
-    chosen = [first, *own_steps(run.module, others)]
-    calls = step_calls(run.trainer, run.module, run.network, run.network_name, batches, chosen)
-    return call_fisher(run, names, calls, samples, convention, statistics)
+    return call_fisher(run, names, source_calls(run, batches), samples, convention, statistics)
 
 
 def call_fisher(

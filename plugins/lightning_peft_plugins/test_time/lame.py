@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 
 from lightning_peft import Run
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.network.layers import heads
 from lightning_peft.network.logits import with_logits
+from lightning_peft_plugins.test_time._shared.classifier import with_input
 from lightning_peft_plugins.test_time._shared.finite_samples import finite_rows
 from lightning_peft_plugins.test_time._shared.stream import StreamMethod
 from lightning_peft_plugins.test_time.functional.lame import Affinity, affinity_matrix, laplacian_adjust
@@ -55,11 +55,7 @@ class LAME(StreamMethod):
             raise MisconfigurationException(
                 f"{self.name} adjusts predictions and leaves the network as it is: there is nothing to keep. Leave keep out."
             )
-        if self.targets is not None or self.exclude is not None:
-            raise MisconfigurationException(
-                f"{self.name} moves nothing in the network, so there are no layers to choose. Leave targets= and exclude= out; "
-                "features= names the submodule whose input is compared."
-            )
+        self.no_layers_to_choose("features= names the submodule whose input is compared")
         self.affinity, self.neighbours, self.steps_per_batch, self.symmetric = affinity, neighbours, steps, symmetric
         self.features_of = features
 
@@ -77,25 +73,20 @@ class LAME(StreamMethod):
         self._head = found[0]
 
     def update(self, call: Call) -> Any:
-        seen: list[Tensor] = []
-        hook = self._head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        try:
-            output = call()
-        finally:
-            hook.remove()
+        output, features = with_input(self._head, call)
         logits = self.logits(output)
-        if logits.ndim != 2 or not seen or len(seen[-1]) != len(logits):
+        if logits.ndim != 2 or features is None or len(features) != len(logits):
             raise MisconfigurationException(
                 f"{self.name} needs one prediction and one feature vector a sample, got logits {tuple(logits.shape)} and "
-                f"features {tuple(seen[-1].shape) if seen else 'of no call'}. Name the submodule whose input they are: "
-                'features="<name>".'
+                f"features {'of no call' if features is None else tuple(features.shape)}. Name the submodule whose input they "
+                'are: features="<name>".'
             )
         self.updates += 1
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        rows = finite_rows(logits) & finite_rows(seen[-1])
+        rows = finite_rows(logits) & finite_rows(features)
         if not bool(rows.any()):
             return output
-        weights = affinity_matrix(seen[-1][rows].to(dtype), self.affinity, self.neighbours)
+        weights = affinity_matrix(features[rows].to(dtype), self.affinity, self.neighbours)
         if self.symmetric:
             weights = (weights + weights.T) / 2
         log_p = (logits[rows].softmax(-1, dtype=dtype) + 1e-10).log()

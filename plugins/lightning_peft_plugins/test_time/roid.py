@@ -63,8 +63,8 @@ class ROID(ViewMethod):
         finite = finite_rows(logits.detach())
         if not bool(finite.any()):
             return output
-        weights = torch.zeros(len(logits), dtype=torch.float32, device=logits.device)
-        weights[finite] = self._weights(logits.detach()[finite]).float()
+        weights = torch.zeros(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+        weights[finite] = self._weights(logits.detach()[finite])
         chosen = weights > 0
         rows = chosen.nonzero().squeeze(-1)
         if len(rows):
@@ -77,7 +77,7 @@ class ROID(ViewMethod):
             loss.backward()
         self.note(selected=len(rows) / call.size, loss=float(loss) if len(rows) else 0.0)
         self.step(len(rows))
-        self._towards_source()
+        self.ensemble()
         if not self.prior_correction:
             return output
         corrected = logits.detach().clone()
@@ -95,7 +95,8 @@ class ROID(ViewMethod):
         return torch.where((diversity < diversity.mean()) | weights.isnan(), 0.0, weights)
 
     @torch.no_grad()
-    def _towards_source(self) -> None:
+    def ensemble(self) -> None:
+        """Mix the parameters with others after a step."""
         for name, parameter in self.parameters.items():
             parameter.lerp_(self.source[name], 1 - self.source_momentum)
 

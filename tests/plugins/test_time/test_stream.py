@@ -24,7 +24,23 @@ from tta_toys import (
     stream,
 )
 
-from lightning_peft import EATA, ETA, MEMO, ROID, SAR, BatchNormAdapt, CoTTA, DeYO, FisherEstimator, RDumb, RoTTA, Tent
+from lightning_peft import (
+    CMF,
+    EATA,
+    ETA,
+    MEMO,
+    RMT,
+    ROID,
+    SAR,
+    T3A,
+    BatchNormAdapt,
+    CoTTA,
+    DeYO,
+    FisherEstimator,
+    RDumb,
+    RoTTA,
+    Tent,
+)
 from lightning_peft.attach.plan import ConflictError
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.testing.ddp import run_ddp
@@ -43,6 +59,9 @@ METHODS = {
     "RoTTA": lambda **o: RoTTA(lr=0.05, capacity=12, every=6, teacher_momentum=0.5, **o),
     "MEMO": lambda **o: MEMO(lr=0.05, views=2, episodic=False, **o),
     "ROID": lambda **o: ROID(lr=0.05, **o),
+    "CMF": lambda **o: CMF(lr=0.05, noise=20.0, **o),
+    "RMT": lambda **o: RMT(lr=0.05, source=stream(2, seed=9), warm_up=12, teacher_momentum=0.5, **o),
+    "T3A": lambda **o: T3A(per_class=4, **o),
     "BatchNormAdapt": lambda **o: BatchNormAdapt(momentum=0.3, **o),
 }
 every_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)

@@ -18,6 +18,7 @@ from lightning_peft.capture.evaluation import Call
 from lightning_peft.network.layers import parameter_names
 from lightning_peft.network.targets import TargetSpec, excluded
 from lightning_peft_plugins.test_time._shared.batch_statistics import UseBatchStatistics, batch_norms
+from lightning_peft_plugins.test_time._shared.fine_parameters import FineParameters
 from lightning_peft_plugins.test_time._shared.stream import StreamMethod
 
 
@@ -27,7 +28,8 @@ class DescentMethod(StreamMethod):
     The parameters that move are those of the layers ``targets`` selects; for the duration nothing else requires a gradient. At
     a reset they and the optimizer's state are as at the start, bit for bit.
 
-    Subclasses write :meth:`descend`, and :meth:`forget` when they remember more than the parameters.
+    Subclasses write :meth:`descend`, and :meth:`forget` when they remember more than the parameters. Parameters of their own
+    that are to move too they put into ``beside``, before they call :meth:`new_optimizer`.
 
     Args:
         lr: Learning rate.
@@ -68,9 +70,11 @@ class DescentMethod(StreamMethod):
             self._optimizer_kwargs.setdefault("momentum", momentum)
         self.parameters: dict[str, nn.Parameter] = {}
         self.source: dict[str, Tensor] = {}
+        self.beside: list[nn.Parameter] = []
         self.optimizer: Optimizer | None = None
         self._held: list[tuple[nn.Parameter, bool, Tensor | None]] = []
         self._batch_statistics = UseBatchStatistics(())
+        self._fine = FineParameters(())
 
     # What an author overrides.
 
@@ -112,8 +116,9 @@ class DescentMethod(StreamMethod):
 
     def new_optimizer(self) -> None:
         """Begin with an optimizer that has no state."""
+        self._fine = FineParameters(self.moving())
         try:
-            self.optimizer = self._optimizer_class(list(self.parameters.values()), **self._optimizer_kwargs)
+            self.optimizer = self._optimizer_class(self._fine.stepped_on, **self._optimizer_kwargs)
         except TypeError as error:
             raise MisconfigurationException(
                 f"{self.name}: {self._optimizer_class.__name__} does not take these arguments ({error}). Put what it takes "
@@ -138,7 +143,8 @@ class DescentMethod(StreamMethod):
             parameter.requires_grad_(required)
             # Lightning moves a module to the CPU before it calls teardown, and gradients held here do not move with it.
             parameter.grad = None if gradient is None else gradient.to(parameter.device, parameter.dtype)
-        self.parameters, self.source, self._held, self.optimizer = {}, {}, [], None
+        self.parameters, self.source, self.beside, self._held, self.optimizer = {}, {}, [], [], None
+        self._fine = FineParameters(())
 
     # What subclasses call.
 
@@ -153,12 +159,14 @@ class DescentMethod(StreamMethod):
 
         Without a sample nothing moves, momentum included. Gradients that are NaN or infinite are dropped, with one warning.
         """
-        parameters = list(self.parameters.values())
+        parameters = self.moving()
         if self.sync == "mean" and self.run is not None and self.run.trainer.world_size > 1:
             samples = average_over_ranks(parameters, samples)
         if samples > 0 and self.optimizer is not None:
             if all_finite([p.grad for p in parameters if p.grad is not None]):
+                self._fine.take_gradients()
                 self.optimizer.step()
+                self._fine.give_values()
                 self.updates += 1
             else:
                 self._warn_once()
@@ -174,8 +182,12 @@ class DescentMethod(StreamMethod):
 
     def drop_gradients(self) -> None:
         """Clear the gradients of what moves."""
-        for parameter in self.parameters.values():
+        for parameter in self.moving():
             parameter.grad = None
+
+    def moving(self) -> list[nn.Parameter]:
+        """What the optimizer moves: parameters of the module, and those of the method's own."""
+        return [*self.parameters.values(), *self.beside]
 
     def _warn_once(self) -> None:
         if not self._warned:

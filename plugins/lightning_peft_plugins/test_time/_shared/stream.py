@@ -165,6 +165,21 @@ class StreamMethod(Method):
                 f"{tuple(logits.shape)}, classes last. Take Tent or ETA for predictions of tokens or pixels."
             )
 
+    def no_layers_to_choose(self, instead: str) -> None:
+        """Refuse ``targets`` and ``exclude`` for a method that moves no layer.
+
+        Args:
+            instead: What to give, to end a sentence with.
+
+        Raises:
+            MisconfigurationException: One of them was given.
+        """
+        if self.targets is not None or self.exclude is not None:
+            raise MisconfigurationException(
+                f"{self.name} moves nothing in the network, so there are no layers to choose. Leave targets= and exclude= out; "
+                f"{instead}."
+            )
+
     def _class_dim(self, logits: Tensor) -> int:
         return self.class_dim if self.class_dim is not None else 1 if logits.ndim > 3 else -1
 
