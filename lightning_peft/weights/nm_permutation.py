@@ -12,9 +12,8 @@ from torch import Tensor
 
 from lightning_peft.weights.nm_pattern import check_pattern
 
-_WHOLE_WINDOWS = (
-    4  # up to this M, all ways to share the columns of two stripes are tried (35 at M = 4); above, all swaps of two
-)
+# Up to this M all ways to share the columns of two stripes are tried (35 at M = 4); above, all swaps of two.
+_WHOLE_WINDOWS = 4
 _CHUNK = 2**15  # windows times rows looked at together, so that they stay in the processor's cache
 _LEAST = 1e-6  # of what a window keeps; less is rounding
 
