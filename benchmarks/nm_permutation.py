@@ -15,6 +15,7 @@ import builtins
 import os
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,24 +23,48 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_peft.network.targets import SENSITIVE, select
+from lightning_peft.structure.coupled.example import record
+from lightning_peft.structure.reorder import reorder
 from lightning_peft.weights.nm_permutation import kept_magnitude, nm_permutation
+from lightning_peft_plugins.sparsity._nm_sparsity.channel_order import Sparse, channel_order
 from lightning_peft_recipes.image_classifier import load_packaged
-from lightning_peft_recipes.text_classifier import packaged_minilm
 
 Search = Callable[[Tensor], Tensor]
-LITE0 = ("blocks.1.1.conv_pw", "blocks.2.1.conv_pwl", "blocks.4.1.conv_pw", "conv_head")
+LITE0 = ("blocks.1.1.conv_pw", "blocks.2.1.conv_pwl", "blocks.4.1.conv_pw")
 
 
 def matrices() -> Iterator[tuple[str, Tensor]]:
-    """Weights of EfficientNet-Lite0 and MiniLM, one row for each output."""
-    image = timm.create_model("tf_efficientnet_lite0", num_classes=10)
-    load_packaged(image, "tf_efficientnet_lite0")
+    """Weights of EfficientNet-Lite0, one row for each output."""
+    network = lite0()
     for name in LITE0:
-        yield f"EfficientNet-Lite0 {name}", image.get_submodule(name).weight.detach().flatten(1)
-    text = packaged_minilm(2)
-    yield "MiniLM layer 0 query", text.base_model.encoder.layer[0].attention.self.query.weight.detach()
+        yield f"EfficientNet-Lite0 {name}", network.get_submodule(name).weight.detach().flatten(1)
+
+
+def lite0() -> nn.Module:
+    network = timm.create_model("tf_efficientnet_lite0", num_classes=10).eval()
+    load_packaged(network, "tf_efficientnet_lite0")
+    return network
+
+
+def whole() -> str:
+    """What `NMSparsity(permute=True)` does to a whole network, without random swaps."""
+    network, images = lite0(), torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    layers = {name: part for name, part in select(network, "all-conv", SENSITIVE).items() if part.weight.shape[1] >= 4}
+    sparse = {f"{name}.weight": Sparse(part.weight.detach(), 2, 4, 1) for name, part in layers.items()}
+    with torch.no_grad():
+        before, begin = network(images), time.process_time()
+        found = channel_order(network, "", network, record((images,), {}), sparse, escapes=0)
+        seconds = time.process_time() - begin
+        reorder(network, found.orders)
+        moved = float((network(images) - before).abs().max() / before.abs().max())
+    return (
+        f"All {len(layers)} convolutions of EfficientNet-Lite0 that NMSparsity takes, coupled channels together, without "
+        f"random swaps: {100 * found.before:.2f} % kept as it is, {100 * found.kept:.2f} % with the channels of {found.groups} "
+        f"groups permuted; outputs move by {moved:.1e} of the largest; {seconds:.0f} s, the proofs included (`--whole`)."
+    )
 
 
 def apex(folder: Path, escapes: int) -> Search:
@@ -65,10 +90,16 @@ def apex(folder: Path, escapes: int) -> Search:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--apex", type=Path, required=True, help="folder that holds permutation_search_kernels")
+    parser.add_argument("--apex", type=Path, help="folder that holds permutation_search_kernels")
+    parser.add_argument("--whole", action="store_true", help="permute a whole network instead, and append a paragraph")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    if given.whole:
+        print(text := whole())
+        if given.output is not None:
+            given.output.write_text(given.output.read_text() + "\n" + "\n".join(textwrap.wrap(text, 120)) + "\n")
+        return
     ways: dict[str, Search] = {
         "apex": apex(given.apex, 0),
         "apex, 100 escapes (its default)": apex(given.apex, 100),
