@@ -14,6 +14,7 @@ from lightning_peft import NMSparsity, bake, plan
 from lightning_peft.attach import hub
 from lightning_peft.functional import is_nm, nm_mask
 from lightning_peft.structure.coupled.example import record
+from lightning_peft.testing import MethodTester
 from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import Plain
 from lightning_peft.testing.runs import assert_same, fit
@@ -235,3 +236,8 @@ def test_a_network_that_was_not_called_is_named() -> None:
     with pytest.raises(MisconfigurationException, match=r"'other' was not called .* network="):
         fit([permuted(network="other")], style=Beside, max_epochs=1)
     fit([permuted(network="model")], style=Beside, max_epochs=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*leaves (all channels|the channels of some layers) in their order")
+class TestPermuted(MethodTester):
+    methods = [lambda: NMSparsity("2:4", recipe="sr-ste", permute=True, permute_escapes=2, exclude=())]
