@@ -32,7 +32,7 @@ CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "EATA": lambda: peft.EATA(lr=0.1, fisher_alpha=0.0, e_margin=2.0, d_margin=2.0),
     "ETA": lambda: peft.ETA(lr=0.1, e_margin=2.0, d_margin=2.0),
     "FOA": lambda: peft.FOA(source=batches(3), population=3),
-    "FTWT": lambda: peft.FTWT(0.8, tokens="sample"),
+    "FTWT": lambda: peft.FTWT(0.5, tokens="sample", lr_scale=100.0),
     "FisherEstimator": peft.FisherEstimator,
     "GBLM": lambda: peft.GBLM(0.5, exclude=()),
     "GroupEnvelope": lambda: peft.GroupEnvelope(0.5, exclude=(), end=3),
