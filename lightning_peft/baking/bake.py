@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import sys
 from collections.abc import Callable, Mapping
@@ -72,8 +73,9 @@ def baked(checkpoint: Mapping[str, Any], base: Mapping[str, Tensor] | None = Non
     section = files.read(checkpoint)
     kept = {key: checkpoint[key] for key in checkpoint if _is_kept(key)}
     state = dict(checkpoint["state_dict"])
+    versioned = functools.partial(plain_state.with_versions, state=checkpoint["state_dict"])
     if section is None:
-        return {**kept, "state_dict": state}
+        return {**kept, "state_dict": versioned(state)}
     done = [{key: value for key, value in record.items() if key != "maps"} for record in section["methods"]]
     if section["version"] < plain_state.PLAIN:  # an average of theirs has masks as they stood when averaging began
         state |= plain_state.masks_of(checkpoint.get("current_model_state", {}), section["weights"])
@@ -83,7 +85,7 @@ def baked(checkpoint: Mapping[str, Any], base: Mapping[str, Tensor] | None = Non
     history = {"version": section["version"], "methods": done, "weights": {}}
     if edits := journal.read(section):
         history["journal"] = journal.write(edits)
-    return {**kept, "state_dict": files.bake_state_dict(state, section), files.KEY: history}
+    return {**kept, "state_dict": versioned(files.bake_state_dict(state, section)), files.KEY: history}
 
 
 def _as_saved(checkpoint: Mapping[str, Any], base: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
@@ -96,7 +98,8 @@ def _as_saved(checkpoint: Mapping[str, Any], base: Mapping[str, Tensor] | None =
         )
     state = dict(partial.filled(checkpoint["state_dict"], section, base))
     plain_state.refuse_edited(plain_state.edited(state, section))
-    return {**{key: checkpoint[key] for key in checkpoint if _is_kept(key)}, "state_dict": state}
+    kept = {key: checkpoint[key] for key in checkpoint if _is_kept(key)}
+    return {**kept, "state_dict": plain_state.with_versions(state, checkpoint["state_dict"])}
 
 
 def _is_kept(key: str) -> bool:
@@ -162,7 +165,7 @@ def load_from_checkpoint(
     left_out = bool(section and section.get("base"))
     form = _as_saved if attached else baked
     checkpoint = _without_tensors(found) if left_out else form(found)
-    filled = dict(checkpoint["state_dict"])
+    filled = plain_state.with_versions(checkpoint["state_dict"], checkpoint["state_dict"])
     edits = journal.read(section)
     if edits or left_out:
         cls = _claim_class(cls, checkpoint)
@@ -172,7 +175,7 @@ def load_from_checkpoint(
 
     def fill(own: Mapping[str, Tensor]) -> dict[str, Any]:
         filled.update(form(found, own)["state_dict"])
-        return dict(filled)
+        return plain_state.with_versions(filled, found["state_dict"])
 
     built = _replaying(cls, edits, fill if left_out else None) if edits or left_out else cls
     with harmless_objects():

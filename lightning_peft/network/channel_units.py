@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from lightning_peft.network.graph import traced_parts
 from lightning_peft.network.layers import is_conv, is_weight
+from lightning_peft.network.nm_layers import input_dim
 
 Activation: TypeAlias = Callable[[Tensor], Tensor]
 """A function that a unit's channels go through; it can be copied and pickled, and changes nothing in place."""
@@ -103,7 +104,7 @@ class _Walk:
     def follow(self, node: fx.Node) -> None:
         """Walk while each channel is treated on its own and read by one operation."""
         layer = self._part.get_submodule(str(node.target))
-        self._channels = int(_weight(layer).shape[0])
+        self._channels = int(_weight(layer).shape[1 - input_dim(layer)])
         self._convolution = is_conv(layer)
         self._path.append((str(node.target), layer, None))
         per_channel = 1
@@ -130,7 +131,7 @@ class _Walk:
         layer = self._once(node)
         if layer is None or not is_weight(layer) or getattr(layer, "groups", 1) != 1 or not hasattr(layer, "bias"):
             return False
-        inputs = int(_weight(layer).shape[1])
+        inputs = int(_weight(layer).shape[input_dim(layer)])
         if is_conv(layer) != self._convolution:
             return per_channel == 0 and inputs % self._channels == 0
         return per_channel == 1 and inputs == self._channels

@@ -83,7 +83,7 @@ def split(state: Mapping[str, Any], seen: Mapping[str, Tensor]) -> tuple[dict[st
             beside[key] = value
         else:
             plain[key] = value
-    return _like(plain, state, prefixes), beside
+    return with_versions(plain, state, prefixes), beside
 
 
 def stored_beside(plain: Mapping[str, Any], trained: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -100,8 +100,15 @@ def stored_beside(plain: Mapping[str, Any], trained: Mapping[str, Mapping[str, A
     return beside
 
 
-def _like(made: OrderedDict[str, Any], state: Mapping[str, Any], prefixes: tuple[str, ...]) -> dict[str, Any]:
-    """Hand on the versions of modules that a state dict carries, without those of weight maps."""
+def with_versions(made: Mapping[str, Any], state: Mapping[str, Any], prefixes: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Hand on the versions of modules that a state dict carries and some classes ask for (``_metadata``).
+
+    Args:
+        made: Tensors by name.
+        state: The state dict that they come from.
+        prefixes: Beginnings of the names of modules that are none of an ordinary module, those of weight maps.
+    """
+    made = OrderedDict(made)
     if (versions := getattr(state, "_metadata", None)) is not None:
         kept = ((key, value) for key, value in versions.items() if not (prefixes and f"{key}.".startswith(prefixes)))
         made._metadata = OrderedDict(kept)  # type: ignore[attr-defined]
@@ -212,7 +219,7 @@ def joined(state: Mapping[str, Any], section: Mapping[str, Any] | None, leave: C
             raise CheckpointError(f"The checkpoint holds {key}, but lists no weight map that it belongs to.")
         if not (left and key.startswith(left)):
             made[key] = value
-    return _like(made, state, ())
+    return with_versions(made, state)
 
 
 def check_map_states(state: Mapping[str, Any], module: nn.Module) -> None:

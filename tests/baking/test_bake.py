@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import lightning_peft
-from lightning_peft import bake, bake_checkpoint, load_from_checkpoint
+from lightning_peft import LayerGrowth, bake, bake_checkpoint, load_from_checkpoint
 from lightning_peft.baking.bake import baked, read_checkpoint
 from lightning_peft.testing.callbacks import every_epoch
-from lightning_peft.testing.modules import STYLES, Plain, loader
+from lightning_peft.testing.modules import STYLES, Plain, deepened, loader
 from lightning_peft.testing.runs import fit
 from lightning_peft.testing.toys import ToyEntropy, ToyScale, ToyThreshold
 from lightning_peft.testing.trace import difference
@@ -43,6 +43,31 @@ def test_baking_twice_changes_nothing():
     module = fit(methods()).module
     weights = copy.deepcopy(module.state_dict())
     assert difference(dict(weights), dict(bake(bake(module)).state_dict())) is None
+
+
+class Versioned(nn.Linear):
+    """Reads a file only when that says which version of the class wrote it, as MNASNet of torchvision does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        assert local_metadata.get("version") == 2
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+class WithVersions(Plain):
+    def build(self):
+        super().build()
+        self.model[0] = Versioned(16, 16)
+
+
+@pytest.mark.parametrize("made", [methods, lambda: [LayerGrowth(at="step:2", start=2)], list], ids=["maps", "structure", "no method"])
+def test_files_say_which_version_of_a_class_wrote_them(made, tmp_path):
+    run = fit(made(), style=deepened(WithVersions), after=[every_epoch(tmp_path)])
+    path = bake_checkpoint(tmp_path / "epoch=0.ckpt", tmp_path / "baked.ckpt")
+    for file in (tmp_path / "epoch=0.ckpt", path):
+        loaded = load_from_checkpoint(type(run.module), file)
+        assert difference(dict(run.module.state_dict()), dict(loaded.state_dict())) is None
 
 
 @pytest.mark.parametrize("style", STYLES, ids=lambda style: style.__name__)

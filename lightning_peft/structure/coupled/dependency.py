@@ -70,7 +70,7 @@ def channel_groups(
             graph.build_dependency(
                 twin.module,
                 {},
-                forward_fn=lambda network, _: twin.call(),
+                forward_fn=lambda network, _: _computed(twin.call()),
                 customized_pruners=_transposed(tp, twin.module),
                 verbose=False,
             )
@@ -94,6 +94,11 @@ def channel_groups(
             whole[name] = "the graph loses track of which channel is which on their way to the next layer"
     place = {name: order for order, name in enumerate(reader.names.values())}
     return sorted(groups, key=lambda group: place[group.name]), whole
+
+
+def _computed(output: Any) -> list[Tensor]:
+    """The tensors that a network computed; beside them a cache of keys and values is one that Torch-Pruning cannot open."""
+    return [value for value in leaves(output) if isinstance(value, Tensor) and value.grad_fn is not None]
 
 
 class _Reader:

@@ -19,12 +19,13 @@ from lightning_peft.arguments import one_of, positive
 from lightning_peft.compose.schedule import parse_point
 from lightning_peft.network.channel_units import ChannelUnit, channel_units
 from lightning_peft.network.layers import is_conv
+from lightning_peft.network.nm_layers import input_dim
 from lightning_peft.network.resolve import resolve_network
 from lightning_peft.network.targets import TargetSpec, by_layer, select
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.weights.parts import placed_parts
 from lightning_peft_plugins.pruning._ftwt.channel_gate import ChannelGate, GateCut, Prediction
-from lightning_peft_plugins.pruning._ftwt.skipping.costs import LayerCosts, share_of_cost
+from lightning_peft_plugins.pruning._ftwt.skipping.costs import LayerCosts, by_sample, share_of_cost
 from lightning_peft_plugins.pruning._ftwt.skipping.deploy import Deployed, deploy
 from lightning_peft_plugins.pruning._ftwt.skipping.predictor import NORMALISE, Normalise
 from lightning_peft_plugins.pruning._ftwt.trained_predictors import trained_predictors
@@ -149,8 +150,9 @@ class FTWT(Method):
         for name, unit in units.items():
             producer = network.get_submodule(unit.producer)
             weight: Tensor = producer.weight  # type: ignore[assignment]
+            read = weight.shape[input_dim(producer)]
             settings: tuple[Any, ...] = (self.normalise, self.tokens == "each", masses[name], self.criterion)
-            gate = ChannelGate(weight.shape[1], unit.channels, *settings, joint=not self.decoupled)
+            gate = ChannelGate(read, unit.channels, *settings, joint=not self.decoupled)
             gate.lr_scale = self.lr_scale
             placed = self.put_part(module, name, gate.to(weight.device))
             placed.place(producer, network.get_submodule(unit.gate), unit.activations)
@@ -195,8 +197,9 @@ class FTWT(Method):
                 )
             if not step.repeated:
                 self._last[name] = Prediction(calls[-1].logits.detach(), calls[-1].target)
-            losses = [binary_cross_entropy_with_logits(*_floats(call), reduction="none") for call in calls]
-            terms.append(torch.stack([loss.sum(-1).mean() for loss in losses]).mean())
+            losses = [binary_cross_entropy_with_logits(*_floats(call), reduction="none").sum(-1) for call in calls]
+            # An expert that no token was sent to has nothing to learn from; a mean of nothing would be NaN.
+            terms.append(torch.stack([loss.mean() if loss.numel() else loss.sum() for loss in losses]).mean())
         if first:
             self._costs.close()
             self._announce(step.run)
@@ -218,10 +221,8 @@ class FTWT(Method):
         share = {}
         for name, last in self._last.items():
             mask = last.target if field == "target" else last.logits > 0
-            share[name.removeprefix(prefix)] = (
-                mask.float().flatten(1, -2).mean((1, 2)) if mask.ndim > 2 else mask.float().mean(1)
-            )
-        return share
+            share[name.removeprefix(prefix)] = mask.float().flatten(1, -2).mean((1, 2)) if mask.ndim > 2 else mask.float().mean(1)
+        return by_sample(share)
 
     def _share_of_cost(self, run: Run, field: Literal["logits", "target"]) -> float:
         units = list(self.units(run.module).values())
@@ -253,7 +254,7 @@ class FTWT(Method):
         if not self._last:
             return {}
         shares = self._shares(run, "logits")
-        agree = [((last.logits > 0) == last.target).float().mean() for last in self._last.values()]
+        agree = [((last.logits > 0) == last.target).float().mean() for last in self._last.values() if last.target.numel()]
         found = {
             "active": torch.stack([share.mean() for share in shares.values()]).mean(),
             "agreement": torch.stack(agree).mean(),
@@ -292,7 +293,7 @@ class FTWT(Method):
             The network, and what it costs and takes against the dense one.
 
         Raises:
-            MisconfigurationException: No trained predictors are at hand.
+            MisconfigurationException: No trained predictors are at hand, or the network does not run on ``inputs`` alone.
         """
         prefix, network = resolve_network(module, self.network)
         prefix = f"{prefix}." if prefix else ""
@@ -305,8 +306,31 @@ class FTWT(Method):
                 "on the module that was trained, before its weights change again, or pass checkpoint=."
             )
         predictors = {name.removeprefix(prefix): states[name] for name in units}
+        _check_call(network, inputs)
         settings = {"tokens": self.tokens == "each", "calibrate": calibrate, "exact": exact}
         return deploy(network, list(units.values()), predictors, inputs, **settings)
+
+
+def _check_call(network: nn.Module, inputs: Tensor) -> None:
+    """Refuse a network that does not run on one tensor, in its own words.
+
+    Raises:
+        MisconfigurationException: It fails on the first input.
+    """
+    tensor = next(network.parameters())
+    was = network.training
+    try:
+        with torch.no_grad():
+            network.eval()(inputs[:1].to(tensor.device))
+    except Exception as error:
+        raise MisconfigurationException(
+            f"deploy() calls {type(network).__name__} with inputs alone, and with these it fails: {type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}. Pass a tensor of what its first argument takes. A network "
+            "that needs several arguments can be put into one that needs one: train a module whose forward makes the others, "
+            'and name it with network="<name>".'
+        ) from error
+    finally:
+        network.train(was)
 
 
 def _floats(call: Prediction) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ coefficients by kind of tensor (``"blocks.*.mlp.fc1.weight"``) for a depth edit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -151,18 +151,22 @@ def _check(loss: Tensor, step: int) -> None:
         raise MisconfigurationException(f"The loss is {float(loss.detach())} at step {step} of LiGO. Lower its learning rate.")
 
 
-def _rests(names: Sequence[str], edit: Edit) -> list[str]:
-    """Names of a block's tensors within the block."""
-    start = f"{edit['path']}.0."
-    return [name.removeprefix(start) for name in dict.fromkeys(names) if name.startswith(start)]
+def _rests(names: Iterable[str], edit: Edit) -> list[str]:
+    """Names, within a block, of the tensors that every old block has: what one of them alone has goes with its copies."""
+    known = dict.fromkeys(names)
+    starts = [f"{edit['path']}.{place}." for place in range(edit["from"])]
+    rests = (name.removeprefix(starts[0]) for name in known if name.startswith(starts[0]))
+    return [rest for rest in rests if all(start + rest in known for start in starts)]
 
 
 def _mixed(values: Values, edit: Edit, coefficients: Mapping[str, Tensor]) -> dict[str, Tensor]:
     path, new = edit["path"], {}
-    for rest in _rests(list(values), edit):
+    for rest in _rests(values, edit):
         layers = [values[f"{path}.{place}.{rest}"] for place in range(edit["from"])]
         rows = coefficients.get(f"{path}.*.{rest}")
+        alike = len({layer.shape for layer in layers}) == 1
         for place, source in enumerate(edit["sources"]):
-            mixed = layers[source] if rows is None else torch.tensordot(rows[place].to(layers[0]), torch.stack(layers), 1)
+            mixes = rows is not None and alike
+            mixed = torch.tensordot(rows[place].to(layers[0]), torch.stack(layers), 1) if mixes else layers[source]
             new[f"{path}.{place}.{rest}"] = mixed
     return new

@@ -81,3 +81,26 @@ def share_of_cost(costs: Mapping[str, int], units: Sequence[ChannelUnit], shares
     dense = sum(costs.values())
     saved = [costs.get(name, 0) * (1.0 - factor) for name, factor in factors.items()]
     return 1.0 - torch.stack(saved).sum(0) / max(dense, 1)
+
+
+def by_sample(shares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Bring shares of units that see samples in other numbers, as layers that get tokens one by one, to one for each sample.
+
+    Args:
+        shares: Share of active channels by unit, shape ``(rows,)``; rows of a sample follow one another.
+
+    Returns:
+        Shape ``(samples,)`` each, where the unit with fewest rows counts the samples; a unit that saw none did nothing.
+
+    Example:
+        >>> by_sample({"conv": torch.tensor([1.0, 0.5]), "tokens": torch.tensor([0.0, 1.0, 1.0, 1.0])})
+        {'conv': tensor([1.0000, 0.5000]), 'tokens': tensor([0.5000, 1.0000])}
+    """
+    samples = min((len(share) for share in shares.values() if len(share)), default=0)
+
+    def brought(share: Tensor) -> Tensor:
+        if len(share) and len(share) % samples == 0:
+            return share if len(share) == samples else share.reshape(samples, -1).mean(1)
+        return (share.mean() if len(share) else share.new_zeros(())).expand(samples)
+
+    return {name: brought(share) for name, share in shares.items()}

@@ -13,11 +13,12 @@ from torch.nn.utils import parametrize
 
 from lightning_peft.measure.flop_count import FlopCount
 from lightning_peft.network.channel_units import ChannelUnit, channel_units
+from lightning_peft.network.layers import is_linear, own_parameters
 from lightning_peft.weights.detach import detach_maps
 from lightning_peft_plugins.pruning._ftwt.skipping.build import build, lay_out, producer_of
 from lightning_peft_plugins.pruning._ftwt.skipping.calibrate import calibrate_layers
 from lightning_peft_plugins.pruning._ftwt.skipping.clock import Paired, paired_times
-from lightning_peft_plugins.pruning._ftwt.skipping.fold import fold_norms
+from lightning_peft_plugins.pruning._ftwt.skipping.fold import fold_norms, set_layer
 from lightning_peft_plugins.pruning._ftwt.skipping.layers import SelectiveLayer
 from lightning_peft_plugins.pruning._ftwt.skipping.native import missing
 from lightning_peft_plugins.pruning._ftwt.skipping.predictor import ChannelPredictor
@@ -109,6 +110,7 @@ def deploy(
     dense = copy.deepcopy(network).eval().to(memory_format=torch.contiguous_format)
     detach_maps(dense, "baked")
     _bake_parametrizations(dense)
+    _untranspose(dense)
     fold_norms(dense, channel_units(dense))
     predictors = {name: copy.deepcopy(predictor).to(device).eval() for name, predictor in predictors.items()}
     reference = masked_outputs(dense, units, predictors, tokens, inputs)
@@ -164,6 +166,20 @@ def _bake_parametrizations(network: nn.Module) -> None:
         layer.__class__ = type(type(layer).__name__, type(layer).__bases__, namespace)
         for name in list(layer.parametrizations):  # type: ignore[arg-type]
             parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
+
+
+def _untranspose(network: nn.Module) -> None:
+    """Put torch's linear layers in the place of those whose weight is transposed (transformers' ``Conv1D``)."""
+    for name, layer in list(network.named_modules()):
+        if not is_linear(layer) or isinstance(layer, nn.Linear):
+            continue
+        own = own_parameters(layer)
+        weight, bias = own["weight"], own.get("bias")
+        linear = nn.Linear(*weight.shape, bias=bias is not None, device="meta").train(layer.training)
+        linear.weight = nn.Parameter(weight.detach().t().contiguous(), requires_grad=weight.requires_grad)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        set_layer(network, name, linear)
 
 
 def _flops(network: nn.Module, samples: Sequence[Tensor]) -> float:
