@@ -144,7 +144,7 @@ def same(what: str, found: Tensor, expected: Tensor, tolerance: float = _CLOSE) 
         raise WrongError(f"{what}: outputs differ by {apart:.2%}")
 
 
-def train(family: Family, method: Method) -> tuple[Holder, Watch, Trainer, list[str]]:
+def train(family: Family, *methods: Method) -> tuple[Holder, Watch, Trainer, list[str]]:
     """Train for four steps.
 
     Returns:
@@ -152,7 +152,7 @@ def train(family: Family, method: Method) -> tuple[Holder, Watch, Trainer, list[
     """
     torch.manual_seed(0)
     module, watch = Holder(family), Watch(family)
-    runner = trainer(callbacks=[watch, method], max_epochs=2)
+    runner = trainer(callbacks=[watch, *methods], max_epochs=2)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         runner.fit(module, loader(family))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import traceback
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from pairs import CONFIGURATIONS
 from project_styles import STYLES
+from verdicts import Verdict, WrongError, verdict
 
 import lightning_peft as peft
 from lightning_peft import Lane, Method
@@ -47,28 +45,12 @@ SHORT: dict[str, Callable[[Any], Method]] = {
 }
 METHODS = {name: SHORT.get(name, lambda _, name=name: getattr(peft, name)()) for name in sorted(CONFIGURATIONS)}
 
-WORKS, REJECTED, BREAKS = "works", "rejected", "breaks"
 
-
-def outcome(style: str, method: str) -> tuple[str, str]:
-    """Train a project with a method, with a validation loader and the sanity check; what adapts is tested afterwards.
-
-    Returns:
-        One of :data:`WORKS`, :data:`REJECTED`, :data:`BREAKS`, and the words of what was raised.
-    """
+def outcome(style: str, method: str) -> Verdict:
+    """Train a project with a method, with a validation loader and the sanity check; what adapts is tested afterwards."""
     torch.manual_seed(0)
     module = STYLES[style]()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            _run(module, METHODS[method])
-    except MisconfigurationException as error:
-        ours = any("lightning_peft" in frame.filename for frame in traceback.extract_tb(error.__traceback__)[-2:])
-        return (REJECTED if ours else BREAKS), str(error)
-    except Exception as error:
-        return BREAKS, f"{type(error).__name__}: {error}"
-    broken = [name for name, value in module.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
-    return (BREAKS, f"not finite: {', '.join(broken)}") if broken else (WORKS, "")
+    return verdict(lambda: _run(module, METHODS[method]))
 
 
 def _run(module: Any, make: Callable[[Any], Method]) -> None:
@@ -78,3 +60,6 @@ def _run(module: Any, make: Callable[[Any], Method]) -> None:
     if method.lane == Lane.ADAPT:
         runner: Trainer = trainer(callbacks=[method])
         runner.test(module, module.data(), verbose=False)
+    state = module.state_dict()
+    if broken := [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise WrongError(f"not finite: {', '.join(broken)}")

@@ -8,23 +8,23 @@ from pathlib import Path
 from textwrap import wrap
 
 import torch
-from project_outcomes import BREAKS, METHODS, REJECTED, WORKS, outcome
+from project_outcomes import METHODS, outcome
 from project_styles import STYLES
+from verdicts import BREAKS, REJECTED, SIGNS, WORKS, Verdict, shortened
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility" / "projects.md"
-SIGNS = {WORKS: "+", REJECTED: "-", BREAKS: "!"}
 
 
-def page(found: dict[tuple[str, str], tuple[str, str]]) -> str:
+def page(found: dict[tuple[str, str], Verdict]) -> str:
     """Return the page for the outcome of every style and method."""
-    counts = Counter(what for what, _ in found.values())
+    counts = Counter(each.what for each in found.values())
     rows = [
         f"| `{style}` | {(STYLES[style].__doc__ or '').split(chr(10))[0]} | "
-        + " | ".join(SIGNS[found[style, method][0]] for method in METHODS)
+        + " | ".join(SIGNS[found[style, method].what] for method in METHODS)
         + " |"
         for style in STYLES
     ]
-    said = Counter((method, _short(words)) for (_, method), (what, words) in found.items() if what == REJECTED)
+    said = Counter((method, shortened(each.words)) for (_, method), each in found.items() if each.what == REJECTED)
     reasons = [f"| {method} | {count} | {words} |" for (method, words), count in sorted(said.items())]
     return "\n".join(
         [
@@ -54,11 +54,6 @@ def page(found: dict[tuple[str, str], tuple[str, str]]) -> str:
             "",
         ]
     )
-
-
-def _short(words: str) -> str:
-    first = words.split("\n")[0]
-    return (first if len(first) <= 120 else f"{first[:117]}...").replace("|", r"\|")
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def _wait(pipe: Any, process: Any, limit: float) -> tuple[Verdict, bool]:
     while not pipe.poll(_TICK):
         waited += _TICK
         if waited >= limit:
-            return Verdict(BREAKS, f"did not end within {limit:.0f} seconds"), False
+            return Verdict(BREAKS, f"did not end within {limit:g} seconds"), False
     try:
         return Verdict(*pipe.recv()), True
     except EOFError:

@@ -11,9 +11,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from width_networks import IMAGES, gpt2, ready, vit
 
+from lightning_peft import LayerGrowth
 from lightning_peft.structure import edits
 from lightning_peft.structure.depth import blocks_edit
 from lightning_peft.structure.width_edit import width_edit
+from lightning_peft.testing.modules import Plain
+from lightning_peft.testing.runs import fit
 from lightning_peft.weights.maps import plain_values, set_plain_values
 from lightning_peft_plugins.growth._layer_growth.ligo_training import (
     init_operator,
@@ -154,3 +157,39 @@ def test_losses_that_teach_nothing_are_refused(loss, says):
     chosen = growths(small)["width"]
     with pytest.raises(MisconfigurationException, match=says):
         learn(plain_values(small), chosen, lambda values, step: loss(values["head.weight"]), 1, 0.1)
+
+
+class Bent(torch.nn.Linear):
+    """A block with a tensor that others do not have, as the first of T5, or with another shape."""
+
+    def __init__(self, hidden):
+        super().__init__(4, 4)
+        if hidden:
+            self.own = torch.nn.Parameter(torch.ones(hidden))
+
+
+@pytest.mark.parametrize("hidden", [(3, 0, 0), (3, 2, 2), (0, 2, 2), (3, 3, 0)])
+def test_tensors_are_mixed_among_the_blocks_that_have_them_alike(hidden):
+    net = torch.nn.Module()
+    net.blocks = torch.nn.Sequential(*map(Bent, hidden))
+    edit = blocks_edit(net, "blocks", [0, 1, 2, 1, 2], check="off")
+    values = plain_values(net)
+    new = learn(values, [edit], lambda values, step: sum(value.pow(2).sum() for value in values.values()), 0, 0.1)
+    edits.apply(net, edit)
+    set_plain_values(net, new)
+    own = [getattr(block, "own", torch.ones(0)) for block in net.blocks]
+    assert [value.numel() for value in own] == [hidden[place] for place in (0, 1, 2, 1, 2)]
+    assert all(torch.allclose(value, torch.ones_like(value)) for value in own)  # mixtures of ones, in shares that sum to 1
+    assert not any(torch.equal(net.blocks[3].weight, values[f"blocks.{place}.weight"]) for place in range(3))
+
+
+def test_running_statistics_are_mixed_and_teach_nothing():
+    class Normed(Plain):
+        def build(self):
+            super().build()
+            parts = (torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.BatchNorm1d(16)) for _ in range(3))
+            self.model.insert(0, torch.nn.Sequential(*parts))
+
+    grown = fit([LayerGrowth("ligo", at="step:2", to=5, blocks="model.0", operator_steps=2)], style=Normed).module
+    assert len(grown.model[0]) == 5
+    assert all(bool((part[1].running_mean != 0).any()) for part in grown.model[0])

@@ -229,3 +229,29 @@ def test_the_cool_down_begins_with_the_step_that_is_named() -> None:
     method = FTWT(0.8, cooldown=4)
     fit([method], style=Conv, max_epochs=1)
     assert [method._is_frozen(step) for step in (3, 4, 5)] == [False, True, True]
+
+
+class Experts(Plain):
+    """Sends each sample to one of three experts, to the last of them none."""
+
+    def build(self) -> None:
+        experts = (nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(3))
+        self.model = nn.ModuleDict({"start": nn.Linear(16, 16), "experts": nn.ModuleList(experts)})
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = self.model["start"](inputs).unsqueeze(1).expand(-1, 2, -1).reshape(-1, 16)
+        places = (inputs[:, 0] > 0).long().repeat_interleave(2)
+        output = hidden.new_zeros(len(hidden), 3)
+        for place, expert in enumerate(self.model["experts"]):
+            output = output.index_put(((places == place).nonzero().flatten(),), expert(hidden[places == place]))
+        return output.view(-1, 2, 3).mean(1)
+
+
+def test_experts_that_get_some_tokens_or_none() -> None:
+    method = FTWT(0.5, tokens="sample", cooldown=None)
+    run = fit([method], style=Experts)
+    assert all(bool(value.isfinite().all()) for value in run.module.state_dict().values())
+    assert 0.0 < method.predicted < 1.0
+    metrics = {name: value for name, value in run.trainer.callback_metrics.items() if name.startswith("peft/")}
+    assert metrics
+    assert all(bool(value.isfinite()) for value in metrics.values())

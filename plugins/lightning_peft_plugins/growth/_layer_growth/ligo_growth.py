@@ -70,11 +70,13 @@ class LearntOperator:
         trainer, module = self._run.trainer, self._run.module
         batches = self._batches()
         step = _Step(module)
+        buffers = {name for name, _ in module.named_buffers()}  # running statistics follow, and teach nothing
 
         def loss_of(values: dict[str, Tensor], index: int) -> Tensor:
             batch = trainer.strategy.batch_to_device(next(batches))
             with trainer.precision_plugin.train_step_context():
-                output = functional_call(step, {f"module.{name}": value for name, value in values.items()}, (batch, index))
+                given = {f"module.{name}": value.detach() if name in buffers else value for name, value in values.items()}
+                output = functional_call(step, given, (batch, index))
             return split_output(output)
 
         return loss_of

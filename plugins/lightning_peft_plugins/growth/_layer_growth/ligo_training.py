@@ -6,7 +6,7 @@ coefficients by kind of tensor (``"blocks.*.mlp.fc1.weight"``) for a depth edit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -65,11 +65,12 @@ def init_operator(
             first = init_width(edit, generator, kind)
         else:
             rests = _rests(names, edit)
-            first = {
-                f"{edit['path']}.*.{rest}": init_coefficients(edit["sources"], edit["from"], generator, noise)
-                for rest in rests
-                if values.get(f"{edit['path']}.0.{rest}", like).is_floating_point()
-            }
+            first = {}
+            for rest in rests:
+                holders = _holders(names, values, edit, rest)
+                if len(holders) > 1 and values.get(f"{edit['path']}.{holders[0]}.{rest}", like).is_floating_point():
+                    rows = init_coefficients(edit["sources"], edit["from"], generator, noise)
+                    first[f"{edit['path']}.*.{rest}"] = rows if len(holders) == edit["from"] else _among(rows, holders)
             names += [f"{edit['path']}.{place}.{rest}" for rest in rests for place in range(len(edit["sources"]))]
         dtype = torch.promote_types(like.dtype, torch.float32)  # steps of Adam vanish in half precision
         operator.append({name: value.to(like.device, dtype) for name, value in first.items()})
@@ -152,21 +153,40 @@ def _check(loss: Tensor, step: int) -> None:
 
 
 def _rests(names: Iterable[str], edit: Edit) -> list[str]:
-    """Names, within a block, of the tensors that every old block has: what one of them alone has goes with its copies."""
-    known = dict.fromkeys(names)
-    starts = [f"{edit['path']}.{place}." for place in range(edit["from"])]
-    rests = (name.removeprefix(starts[0]) for name in known if name.startswith(starts[0]))
-    return [rest for rest in rests if all(start + rest in known for start in starts)]
+    """Names, within a block, of the tensors of old blocks."""
+    starts = tuple(f"{edit['path']}.{place}." for place in range(edit["from"]))
+    mine = (name.removeprefix(f"{edit['path']}.") for name in names if name.startswith(starts))
+    return list(dict.fromkeys(name.partition(".")[2] for name in mine))
+
+
+def _holders(names: Collection[str], values: Values, edit: Edit, rest: str) -> list[int]:
+    """Old blocks that have a tensor, in the shape that most of them have; shapes are known before the first edit."""
+    places = [place for place in range(edit["from"]) if f"{edit['path']}.{place}.{rest}" in names]
+    known = [values.get(f"{edit['path']}.{place}.{rest}") for place in places]
+    shapes = [None if value is None else value.shape for value in known]
+    usual = max(shapes, key=shapes.count)
+    return [place for place, shape in zip(places, shapes, strict=True) if shape == usual]
+
+
+def _among(rows: Tensor, holders: Sequence[int]) -> Tensor:
+    """Coefficients of those blocks alone, rows summing to 1 where there is something to mix."""
+    kept = torch.zeros_like(rows)
+    kept[:, holders] = rows[:, holders]
+    return kept / kept.sum(1, keepdim=True)
 
 
 def _mixed(values: Values, edit: Edit, coefficients: Mapping[str, Tensor]) -> dict[str, Tensor]:
     path, new = edit["path"], {}
     for rest in _rests(values, edit):
-        layers = [values[f"{path}.{place}.{rest}"] for place in range(edit["from"])]
+        layers = {at: values[name] for at in range(edit["from"]) if (name := f"{path}.{at}.{rest}") in values}
         rows = coefficients.get(f"{path}.*.{rest}")
-        alike = len({layer.shape for layer in layers}) == 1
         for place, source in enumerate(edit["sources"]):
-            mixes = rows is not None and alike
-            mixed = torch.tensordot(rows[place].to(layers[0]), torch.stack(layers), 1) if mixes else layers[source]
-            new[f"{path}.{place}.{rest}"] = mixed
+            if source not in layers:
+                continue
+            alike = [at for at, layer in layers.items() if layer.shape == layers[source].shape]
+            row = None if rows is None else rows[place, alike].to(layers[source])
+            if row is None or not bool(row.any()):  # blocks of a shape that few have are no mixtures
+                new[f"{path}.{place}.{rest}"] = layers[source]
+            else:
+                new[f"{path}.{place}.{rest}"] = torch.tensordot(row, torch.stack([layers[at] for at in alike]), 1)
     return new

@@ -309,3 +309,51 @@ def test_deploying_what_was_not_trained_is_refused() -> None:
         run.module.model[1].weight.add_(1.0)
     with pytest.raises(MisconfigurationException, match="before its weights change again"):
         method.deploy(run.module, torch.randn(1, 16))
+
+
+def test_transposed_linear_layers_skip_as_ordinary_ones_do() -> None:
+    transposed = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    ordinary = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 3))
+    twin = nn.Sequential(transposed(32, 16), nn.GELU(), transposed(3, 32))
+    for place in (0, 2):
+        twin[place].weight.data, twin[place].bias.data = ordinary[place].weight.data.T.clone(), ordinary[place].bias.data.clone()
+    assert str(channel_units(twin)) == str(channel_units(ordinary))
+    inputs, gates = torch.randn(4, 6, 16), predictors(ordinary)
+    found = [deploy(net, channel_units(net), gates, inputs, tokens=True, calibrate=False) for net in (ordinary, twin)]
+    assert torch.equal(found[0].network(inputs), found[1].network(inputs))
+    assert found[0].flops == found[1].flops
+    assert not found[1].masked
+    assert isinstance(twin[0], transposed), "the network itself stays as it is"
+
+
+class TwoArguments(nn.Module):
+    """Needs more than its first argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1))
+
+    def forward(self, images: Tensor, scale: Tensor) -> Tensor:
+        return (self.body(images) * scale.view(-1, 1, 1, 1)).mean((2, 3))
+
+
+class Scaled(Plain):
+    def build(self) -> None:
+        self.model = nn.Module()
+        self.model.inner = TwoArguments()
+        self.model.forward = self.one  # type: ignore[method-assign]
+
+    def one(self, inputs: Tensor) -> Tensor:
+        return self.model.inner(inputs.view(-1, 1, 4, 4).expand(-1, 3, -1, -1), inputs[:, 0])
+
+
+def test_a_network_of_several_arguments_is_refused_with_a_cure_that_works() -> None:
+    inputs = torch.randn(2, 16)
+    inner = FTWT(0.5, cooldown=None, network="model.inner")
+    module = fit([inner], style=Scaled).module
+    with pytest.raises(MisconfigurationException, match=r"TwoArguments with inputs alone.*missing 1 required.*one that needs one"):
+        inner.deploy(module, torch.randn(2, 3, 4, 4), calibrate=False)
+    outer = FTWT(0.5, cooldown=None, network="model")
+    module = fit([outer], style=Scaled).module
+    found = outer.deploy(module, inputs, calibrate=False)
+    assert found.network(inputs).shape == (2, 3)
