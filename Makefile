@@ -15,7 +15,8 @@ help:
 	@echo "make docs        build the documentation into site/"
 	@echo "make generate    write the stub, the tables and the pages that follow from the registered methods and their cards,"
 	@echo "               and train methods that are new with every other one, for the page on what goes together"
-	@echo "make compatibility  train miniatures of projects with every method, for the page on what works where"
+	@echo "make compatibility  try every method in kinds of projects, beside features of a Trainer and on families of networks, for"
+	@echo "               the pages on what works where; what is on record is not tried again, and it can be interrupted"
 	@echo "make clean       remove the environment and everything built"
 
 quickstart: $(VENV)/.test
@@ -40,6 +41,8 @@ generate: $(VENV)/.test
 
 compatibility: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/pairs/projects_page.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/pairs/features_page.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/pairs/networks_page.py
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

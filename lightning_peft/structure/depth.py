@@ -9,10 +9,11 @@ each position a block of its own again.
 from __future__ import annotations
 
 import copy
+import functools
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MethodType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -208,15 +209,32 @@ def _positions_back(module: nn.Module, edit: BlocksEdit, back: Sequence[int]) ->
 def copied(block: nn.Module, *, masked: bool) -> nn.Module:
     """Copy a block with its layer parts and without its weight maps; what the block is configured with stays shared.
 
+    Hooks of whoever watches the block, a profiler above all, are left out: he holds the handles of the original alone.
+
     Args:
         block: The block.
         masked: Whether its weights keep what masks have set to zero.
     """
     shared = [vars(layer)["config"] for layer in block.modules() if "config" in vars(layer)]  # transformers change it later
-    twin = copy.deepcopy(block, {id(config): config for config in shared})
+    shared += [owner for _, _, owner in _watching(block)]
+    twin = copy.deepcopy(block, {id(each): each for each in shared})
+    for hooks, key, _ in list(_watching(twin)):
+        del hooks[key]
     detach_maps(twin, "live" if masked else "unmasked", parts=False)
     _drop_plain_methods(twin)
     return twin
+
+
+def _watching(block: nn.Module) -> Iterator[tuple[dict[int, Any], int, object]]:
+    """Yield the hooks of a block that are methods of objects outside it, each with the dict that holds it and its object."""
+    parts = set(block.modules())
+    for part in parts:
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            hooks = getattr(part, name)
+            for key, hook in hooks.items():
+                method = hook.func if isinstance(hook, functools.partial) else hook
+                if isinstance(method, MethodType) and not any(method.__self__ is each for each in parts):
+                    yield hooks, key, method.__self__
 
 
 def _drop_plain_methods(block: nn.Module) -> None:

@@ -61,7 +61,9 @@ class WithVersions(Plain):
         self.model[0] = Versioned(16, 16)
 
 
-@pytest.mark.parametrize("made", [methods, lambda: [LayerGrowth(at="step:2", start=2)], list], ids=["maps", "structure", "no method"])
+@pytest.mark.parametrize(
+    "made", [methods, lambda: [LayerGrowth(at="step:2", start=2)], list], ids=["maps", "structure", "no method"]
+)
 def test_files_say_which_version_of_a_class_wrote_them(made, tmp_path):
     run = fit(made(), style=deepened(WithVersions), after=[every_epoch(tmp_path)])
     path = bake_checkpoint(tmp_path / "epoch=0.ckpt", tmp_path / "baked.ckpt")

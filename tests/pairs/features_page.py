@@ -29,9 +29,8 @@ from verdicts import BREAKS, REJECTED, SIGNS, WORKS, Verdict, general, shortened
 HERE = Path(__file__).parent
 ALONE, TOGETHER = HERE / "features.json", HERE / "feature_pairs.json"
 PAGE = HERE.parents[1] / "docs" / "compatibility" / "features.md"
-LIMIT = 60.0  # seconds
+LIMIT = 120  # seconds of a processor
 _JOINED = " + "
-_METHODS_A_ROW = 3
 
 
 def quietly(function: object, *args: object) -> Verdict:
@@ -78,7 +77,7 @@ def rows(record: Record) -> dict[str, list[str]]:
         defaults = set(combined(()).values())
         name = _JOINED.join(value for value in row.values() if value not in defaults)
         if name and name not in record.unbuilt:
-            found[name] = [methods[(_METHODS_A_ROW * number + step) % len(methods)] for step in range(_METHODS_A_ROW)]
+            found[name] = [methods[number % len(methods)]]
     return found
 
 
@@ -95,10 +94,7 @@ def cover(record: Record) -> None:
 
 def page(single: Record, pairs: Record) -> str:
     """The page for both records."""
-    works, rejected, breaks = single.counts
-    works2, rejected2, breaks2 = pairs.counts
     methods = list(CONFIGURATIONS)
-    met = set().union(*(pairs_of(combined(name.split(_JOINED))) for name in pairs.found), set())
     said = _said(single)
     broken = [
         (name, method, each.words)
@@ -111,29 +107,7 @@ def page(single: Record, pairs: Record) -> str:
         [
             "# What works beside which feature of a Trainer",
             "",
-            *wrap(
-                f"Each of {len(methods)} methods was trained beside each of {len(single.found)} features of Lightning's Trainer, "
-                "one at a time, on the small convolutional network of the pairs: lengths, precisions (16-mixed with a gradient "
-                "scaler, on the CPU), ways of optimising, validation, logging, profilers, switches, the callbacks that come with "
-                "Lightning, what follows the fit, and `pytorch_lightning`. What adapts is tested afterwards under the same "
-                f"features. **{works} of {works + rejected + breaks} work (+), {rejected} are rejected in words (-), {breaks} "
-                "break (!)**.",
-                120,
-            ),
-            "",
-            *wrap(
-                f"Then in {len(pairs.found)} combinations, with one feature of each kind, in which {len(met)} pairs of features "
-                f"meet, every pair that Lightning takes together; {_METHODS_A_ROW} methods each, in turn: **{works2} of "
-                f"{works2 + rejected2 + breaks2} work, {rejected2} are rejected in words, {breaks2} break**. "
-                f"{len(_impossible(pairs))} pairs Lightning refuses without any method.",
-                120,
-            ),
-            "",
-            *wrap(
-                "It works when the training makes as many steps as without the method, logs what was logged, ends with finite "
-                "weights, leaves nothing on the module, and either trains other weights than without the method or says why not.",
-                120,
-            ),
+            *_introduction(single, pairs),
             "",
             "| feature | kind | " + " | ".join(methods) + " |",
             "| --- | --- |" + " --- |" * len(methods),
@@ -160,6 +134,31 @@ def page(single: Record, pairs: Record) -> str:
     )
 
 
+def _introduction(single: Record, pairs: Record) -> list[str]:
+    waiting = [name for values in factors().values() for name in values if name not in single.found]
+    met: set[Pair] = set().union(*(pairs_of(combined(name.split(_JOINED))) for name in pairs.found))
+    paragraphs = [
+        f"Each of {len(CONFIGURATIONS)} methods was trained beside each of {len(single.found)} features of Lightning's "
+        "Trainer, one at a time, on the small convolutional network of the pairs: lengths, precisions (16-mixed with a gradient scaler, "
+        "on the CPU), ways of optimising, validation, logging, profilers, switches, the callbacks that come with Lightning, "
+        "what follows the fit, and `pytorch_lightning`. What adapts is tested afterwards under the same features. "
+        f"{_counted(single)}",
+        f"Not tried yet: {', '.join(waiting)}." if waiting else "",
+        f"Then in {len(pairs.found)} combinations, with one feature of each kind, in which {len(met)} pairs of features meet, "
+        f"with the methods in turn: {_counted(pairs)} {len(_impossible(pairs))} pairs Lightning refuses without any method."
+        if pairs.found
+        else "Combinations of features, in which every two of them meet, are tried by `make compatibility` too.",
+        "It works when the training makes as many steps as without the method, logs what was logged, ends with finite weights, "
+        "leaves nothing on the module, and either trains other weights than without the method or says why not.",
+    ]
+    return "\n\n".join("\n".join(wrap(each, 120)) for each in paragraphs if each).split("\n")
+
+
+def _counted(record: Record) -> str:
+    works, rejected, breaks = record.counts
+    return f"**{works} of {works + rejected + breaks} work (+), {rejected} are rejected in words (-), {breaks} break (!)**."
+
+
 def _said(record: Record) -> Counter[tuple[str, str]]:
     rejected = ((name, each) for name, cells in record.found.items() for each in cells.values() if each.what == REJECTED)
     return Counter((name, general(each.words)) for name, each in rejected)
@@ -169,6 +168,7 @@ def main() -> None:
     """Try what is asked for or missing, and write the records and the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("methods", nargs="*", metavar="METHOD", help="tried once more beside every feature")
+    parser.add_argument("--part", choices=("alone", "together"), help="what is tried now; by default both")
     parser.add_argument("--page", action="store_true", help="write the page alone")
     asked = parser.parse_args()
     if unknown := [name for name in asked.methods if name not in CONFIGURATIONS]:
@@ -183,8 +183,10 @@ def main() -> None:
                 for method in asked.methods:
                     cells.pop(method, None)
         names = [name for values in factors().values() for name in values]
-        sweep(single, {name: list(CONFIGURATIONS) for name in names}, alone, limit=LIMIT)
-        cover(pairs)
+        if asked.part != "together":
+            sweep(single, {name: list(CONFIGURATIONS) for name in names}, alone, limit=LIMIT)
+        if asked.part != "alone":
+            cover(pairs)
     PAGE.write_text(page(single, pairs))
 
 

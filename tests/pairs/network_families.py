@@ -32,7 +32,6 @@ class TooLargeError(RuntimeError):
     """A network that is not small."""
 
 
-
 @dataclass(frozen=True, eq=False)
 class Family:
     """One network of a family.
@@ -160,7 +159,9 @@ def transformers_family(model_type: str) -> Family:
             name = cls.main_input_name
             bins = getattr(config, "num_mel_bins", 16)
             spectrum = (config.max_length, bins) if hasattr(config, "frequency_stride") else (bins, 2 * POSITIONS)
-            shape = (1600,) if name == "input_values" and len(spectrum) and not hasattr(config, "frequency_stride") else spectrum
+            shape = (
+                (1600,) if name == "input_values" and len(spectrum) and not hasattr(config, "frequency_stride") else spectrum
+            )
             return {name: torch.randn(shape, generator=g)}
         ids = {"input_ids": _ids(g)}
         return ids | ({"decoder_input_ids": _ids(g)} if kind == "seq2seq" else {})
@@ -230,7 +231,25 @@ def family(name: str) -> Family:
 
 
 _ASKED = 6
-_SMALL = ("test", "femto", "atto", "pico", "nano", "xxs", "_xs", "mini", "tiny", "_t_", "10", "18", "035", "050", "small", "s0", "b0")
+_SMALL = (
+    "test",
+    "femto",
+    "atto",
+    "pico",
+    "nano",
+    "xxs",
+    "_xs",
+    "mini",
+    "tiny",
+    "_t_",
+    "10",
+    "18",
+    "035",
+    "050",
+    "small",
+    "s0",
+    "b0",
+)
 
 
 def _looks_small(name: str) -> tuple[int, int, str]:

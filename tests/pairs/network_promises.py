@@ -322,7 +322,8 @@ def structured(family: Family) -> str:
     edits = [edit for edit in journal_of(module) if edit["op"] == "slice"]
     if not edits:
         raise WrongError("nothing was cut")
-    assert watch.whole is not None and watch.cut is not None
+    assert watch.whole is not None
+    assert watch.cut is not None
     same("cut against silenced", watch.after, silenced(watch.whole, watch.cut, edits[0], watch.batch))
     loaded = resumes(family, module, runner, watch.batch)
     reloads(family, module.network, watch.batch, must=False)

@@ -13,6 +13,7 @@ import argparse
 import logging
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -22,12 +23,12 @@ import torch
 from network_families import Family, answer, family, quiet, smallest, transformers_types
 from network_promises import TRIALS, train
 from sweep import Record, sweep
-from verdicts import BREAKS, REJECTED, SIGNS, Verdict, general, shortened, verdict
+from verdicts import BREAKS, REJECTED, SIGNS, WORKS, Verdict, general, shortened, verdict
 
 LIBRARIES = ("transformers", "timm", "torchvision")
 RECORDS = {library: Path(__file__).with_name(f"networks_{library}.json") for library in LIBRARIES}
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility" / "networks.md"
-LIMIT = 300.0  # seconds
+LIMIT = 120  # seconds of a processor
 
 
 @cache
@@ -77,12 +78,13 @@ def merged() -> Record:
 
 def page(record: Record) -> str:
     """The page for a record."""
-    works, rejected, breaks = record.counts
-    kept = {name: cells for name, cells in sorted(record.found.items()) if cells}
+    kept = {name: cells for name, cells in sorted(record.found.items()) if list(cells) == list(TRIALS)}  # others are under way
+    works, rejected, breaks = Record(record.path, found=kept).counts
     numbers = Counter(name.partition("/")[0] for name in kept)
-    said = Counter((method, general(each.words)) for cells in kept.values() for method, each in cells.items() if each.what == REJECTED)
-    noted = Counter((method, general(each.words)) for cells in kept.values() for method, each in cells.items() if each.what == "works" and each.words)
-    broken = [(name, method, each.words) for name, cells in kept.items() for method, each in cells.items() if each.what == BREAKS]
+    said, noted = _said(kept, REJECTED), _said(kept, WORKS)
+    broken = [
+        (name, method, each.words) for name, cells in kept.items() for method, each in cells.items() if each.what == BREAKS
+    ]
     lines = [
         "# What works on which network",
         "",
@@ -91,8 +93,8 @@ def page(record: Record) -> str:
             f"{numbers['torchvision']} of torchvision), asked of the registries of these libraries "
             "(`tests/pairs/network_families.py`): transformers' classes in tiny configurations, of timm and torchvision the "
             "smallest network of each module, all with random weights and small inputs. Each was trained for four steps with "
-            f"every way to grow, prune, mask, skip and adapt: **{works} of {works + rejected + breaks} work (+), {rejected} are "
-            f"rejected in words (-), {breaks} break (!)**.",
+            f"every way to grow, prune, mask, skip and adapt, so far: **{works} of {works + rejected + breaks} work (+), "
+            f"{rejected} are rejected in words (-), {breaks} break (!)**.",
             120,
         ),
         "",
@@ -102,8 +104,8 @@ def page(record: Record) -> str:
             "share or 2:4; a deployed network answers as the one in training; a test-time method's first answer is that of its "
             "batch, and the module is given back. And when what comes out is saved and loaded: by the class itself "
             "(`save_pretrained` and `from_pretrained`, or a strict `load_state_dict`) where the class can express it, by "
-            "`load_from_checkpoint` where structure changed; what generates text must generate the same tokens after loading, and "
-            "with its cache as without.",
+            "`load_from_checkpoint` where structure changed; what generates text must generate the same tokens after loading, "
+            "and with its cache as without.",
             120,
         ),
         "",
@@ -143,12 +145,18 @@ def page(record: Record) -> str:
     return "\n".join(lines)
 
 
+def _said(found: Mapping[str, Mapping[str, Verdict]], what: str) -> Counter[tuple[str, str]]:
+    cells = ((method, each) for cells in found.values() for method, each in cells.items())
+    return Counter((method, general(each.words)) for method, each in cells if each.what == what and each.words)
+
+
 def main() -> None:
     """Try what is asked for or missing, and write the record and the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("families", nargs="*", metavar="FAMILY", help="library/name, to be tried once more")
     parser.add_argument("--method", choices=TRIALS, help="to be tried once more on all families")
     parser.add_argument("--library", choices=LIBRARIES, help="whose families are tried now; by default all")
+    parser.add_argument("--begun", action="store_true", help="only families that are on record")
     parser.add_argument("--page", action="store_true", help="write the page alone")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -165,8 +173,9 @@ def main() -> None:
         for cells in record.found.values():
             cells.pop(asked.method, None)
         mine = [name for name in asked.families if name.startswith(f"{library}/")]
-        wanted = mine if asked.families else [name for name in names(library) if name not in record.unbuilt]
-        sweep(record, {name: list(TRIALS) for name in wanted}, trial, limit=LIMIT)
+        if not asked.families:
+            mine = list(record.found) if asked.begun else [name for name in names(library) if name not in record.unbuilt]
+        sweep(record, {name: list(TRIALS) for name in mine}, trial, limit=LIMIT)
     PAGE.write_text(page(merged()))
 
 

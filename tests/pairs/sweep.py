@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
+import resource
+import signal
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +84,15 @@ class Record:
 Trial = Callable[[str, str], Verdict]
 
 
-def sweep(record: Record, cells: Mapping[str, Sequence[str]], trial: Trial, *, limit: float, length: int = 240) -> None:
+def sweep(
+    record: Record,
+    cells: Mapping[str, Sequence[str]],
+    trial: Trial,
+    *,
+    limit: int,
+    patience: float = 3600.0,
+    length: int = 240,
+) -> None:
     """Run the trials that are not on record, and write the record after each group.
 
     Args:
@@ -88,7 +100,8 @@ def sweep(record: Record, cells: Mapping[str, Sequence[str]], trial: Trial, *, l
         cells: The trials by group.
         trial: Runs one, in a process that was forked for its group; a verdict that says nothing but words means that the
             group cannot be tried.
-        limit: Seconds that one may take.
+        limit: Seconds of a processor that one may take; a busy machine is no fault of a trial.
+        patience: Seconds until one that takes no processor's time counts as hanging.
         length: Characters of a message that are kept.
     """
     missing = {group: [name for name in names if name not in record.found.get(group, {})] for group, names in cells.items()}
@@ -98,7 +111,7 @@ def sweep(record: Record, cells: Mapping[str, Sequence[str]], trial: Trial, *, l
         task = progress.add_task("", total=sum(map(len, missing.values())))
         for group, names in missing.items():
             progress.update(task, description=group)
-            for name, found in _in_processes(group, names, trial, limit):
+            for name, found in _in_processes(group, names, trial, limit, patience):
                 progress.update(task, advance=1)
                 words = found.words.strip().split("\n")[0][:length]
                 if not found.what:
@@ -110,19 +123,19 @@ def sweep(record: Record, cells: Mapping[str, Sequence[str]], trial: Trial, *, l
             record.write()
 
 
-def _in_processes(group: str, names: Iterable[str], trial: Trial, limit: float) -> Iterator[tuple[str, Verdict]]:
+def _in_processes(group: str, names: Iterable[str], trial: Trial, limit: int, patience: float) -> Iterator[tuple[str, Verdict]]:
     """Run a group's trials in one process, and go on in another after one that did not come back."""
     rest = list(names)
     while rest:
         context = multiprocessing.get_context("fork")
         here, there = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(there, group, list(rest), trial))
+        process = context.Process(target=_work, args=(there, group, list(rest), trial, limit))
         process.start()
         there.close()
         try:
             lives = True
             while rest and lives:
-                found, lives = _wait(here, process, limit)
+                found, lives = _wait(here, process, limit, patience)
                 yield rest.pop(0), found
         finally:
             here.close()
@@ -130,22 +143,26 @@ def _in_processes(group: str, names: Iterable[str], trial: Trial, limit: float) 
             process.join()
 
 
-def _wait(pipe: Any, process: Any, limit: float) -> tuple[Verdict, bool]:
+def _wait(pipe: Any, process: Any, limit: int, patience: float) -> tuple[Verdict, bool]:
     """Wait for a trial; the second entry says whether its process goes on."""
     waited = 0.0  # counted in ticks, so that a machine that was halted meanwhile is not taken for a trial that hangs
     while not pipe.poll(_TICK):
         waited += _TICK
-        if waited >= limit:
-            return Verdict(BREAKS, f"did not end within {limit:g} seconds"), False
+        if waited >= patience:
+            return Verdict(BREAKS, f"did not end within {patience:g} seconds"), False
     try:
         return Verdict(*pipe.recv()), True
     except EOFError:
         process.join()
+        if process.exitcode == -signal.SIGXCPU:
+            return Verdict(BREAKS, f"took more than {limit} seconds of a processor"), False
         return Verdict(BREAKS, f"ended its process with code {process.exitcode}"), False
 
 
-def _work(pipe: Any, group: str, names: Sequence[str], trial: Trial) -> None:
+def _work(pipe: Any, group: str, names: Sequence[str], trial: Trial, limit: int) -> None:
     torch.set_num_threads(1)
     for name in names:
+        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time()) + limit, hard))
         found = trial(group, name)
         pipe.send((found.what, found.words))

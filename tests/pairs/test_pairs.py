@@ -36,7 +36,9 @@ def test_alone(name: str) -> None:
     elif lane != Lane.REPORT:
         state = plain()[1].state_dict()
         trained = {key: value.to(state[key].dtype) for key, value in module.state_dict().items() if key in state}
-        assert list(trained) != list(state) or difference(dict(state), trained) is not None, "it trained the weights of a plain training"
+        assert list(trained) != list(state) or difference(dict(state), trained) is not None, (
+            "it trained the weights of a plain training"
+        )
 
 
 @pytest.mark.parametrize("names", PAIRS, ids="+".join)

@@ -21,26 +21,29 @@ def acted(group: str, name: str) -> Verdict:
         time.sleep(60)
     if name == "crashes":
         os._exit(3)
+    while name == "works on and on":
+        pass
     return Verdict(WORKS, name)
 
 
 def test_hangs_and_crashes_are_outcomes_and_the_rest_goes_on(tmp_path: Path) -> None:
     record = Record(tmp_path / "record.json", {"torch": "2"})
-    cells = {"first": ["well", "hangs", "crashes", "again"], "unbuilt": ["well"]}
-    sweep(record, cells, acted, limit=0.5)
+    cells = {"first": ["well", "hangs", "crashes", "works on and on", "again"], "unbuilt": ["well"]}
+    sweep(record, cells, acted, limit=1, patience=4.0)
     expected = {
         "well": Verdict(WORKS, "well"),
-        "hangs": Verdict(BREAKS, "did not end within 0.5 seconds"),
+        "hangs": Verdict(BREAKS, "did not end within 4 seconds"),
         "crashes": Verdict(BREAKS, "ended its process with code 3"),
+        "works on and on": Verdict(BREAKS, "took more than 1 seconds of a processor"),
         "again": Verdict(WORKS, "again"),
     }
     assert record.found == {"first": expected}
     assert record.unbuilt == {"unbuilt": "too large"}
     assert Record.read(record.path) == record
-    assert record.counts == (2, 0, 2)
+    assert record.counts == (2, 0, 3)
 
     del record.found["first"]["hangs"]
-    sweep(record, {"first": cells["first"]}, lambda group, name: Verdict(REJECTED, f"{os.getpid()}"), limit=5.0)
+    sweep(record, {"first": cells["first"]}, lambda group, name: Verdict(REJECTED, f"{os.getpid()}"), limit=5)
     assert record.found["first"]["hangs"].what == REJECTED
     assert {name: each for name, each in record.found["first"].items() if name != "hangs"} == {
         name: each for name, each in expected.items() if name != "hangs"

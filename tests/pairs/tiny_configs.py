@@ -12,7 +12,7 @@ WIDTH, HEADS, KV_HEADS, HEAD, HIDDEN, LAYERS, VOCABULARY, POSITIONS, SIDE = 32, 
 SIZES: dict[str, Any] = {
     r"vocab_size|tgt_vocab_size|src_vocab_size|n_vocab|vocab_size_per_layer_input|decoder_vocab_size": VOCABULARY,
     r"num_labels": 5,
-    r"hidden_size|d_model|n_embd|embed_dim|embedding_size|emb_dim|dim|model_dim|encoder_width|decoder_hidden_size|feat_dim": WIDTH,
+    r"hidden_size|d_model|n_embd|embed_dim|embedding_size|emb_dim|dim|model_dim|encoder_width|decoder_hidden_size": WIDTH,
     r"hidden_dim|lm_head_dim|block_dim|attention_hidden_size|lru_width|ssm_width|conv_dim|projection_dim|proj_size": WIDTH,
     r"num_hidden_layers|n_layers?|num_layers|num_blocks|(num_)?(encoder|decoder)_layers|depth": LAYERS,
     r"num_attention_heads|n_heads?|num_heads|(encoder|decoder)_attention_heads|num_query_heads|linear_num_value_heads": HEADS,

@@ -48,116 +48,115 @@ class Stream(IterableDataset[Any]):
         return iter(data())
 
 
+class Steps:
+    """What a small classifier does that is written in the way its attributes say; a module of either namespace."""
+
+    def __init__(self, **ways: str) -> None:
+        super().__init__()
+        self.network = Network()
+        self.ways = {"steps": "automatic", "logs": "values", "schedule": "", "loader": "", **ways}
+        self.batch_size, self.lr = 4, 0.1
+        self.accuracy, self.mean = MulticlassAccuracy(CLASSES), MeanMetric()
+        self.automatic_optimization = self.ways["steps"] not in ("manual", "two optimizers", "accumulating by hand")
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.network.blocks
+
+    def forward(self, images: Tensor) -> Any:
+        return self.network(images)
+
+    def _loss(self, batch: Any, prefix: str) -> Tensor:
+        logits = self(batch[0])
+        loss = F.cross_entropy(logits, batch[1])
+        if self.ways["logs"] == "metrics":
+            self.accuracy(logits, batch[1])
+            self.mean(loss.detach())
+            self.log(f"{prefix}acc", self.accuracy, on_step=False, on_epoch=True)
+            self.log(f"{prefix}loss", self.mean, on_step=True, on_epoch=True)
+        elif self.ways["logs"] == "dict":
+            self.log_dict({f"{prefix}loss": loss, f"{prefix}twice": 2 * loss}, prog_bar=True, sync_dist=True)
+        elif self.ways["logs"] == "values":
+            self.log(f"{prefix}loss", loss, prog_bar=True)
+        return loss
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        way = self.ways["steps"]
+        if way in ("manual", "two optimizers", "accumulating by hand"):
+            return self._by_hand(batch, batch_idx)
+        if way == "skips a batch" and batch_idx == 1 and self.current_epoch == 0:
+            return None
+        loss = self._loss(batch, "")
+        return {"loss": loss, "size": len(batch[0])} if way == "returns a dict" else loss
+
+    def _by_hand(self, batch: Any, batch_idx: int) -> None:
+        optimizers = self.optimizers()
+        first, *others = optimizers if isinstance(optimizers, list) else [optimizers]
+        every = 2 if self.ways["steps"] == "accumulating by hand" else 1
+        loss = apply_terms(self, self._loss(batch, ""))
+        self.manual_backward(loss / every)
+        if (batch_idx + 1) % every == 0:
+            for optimizer in (first, *others):
+                optimizer.step()
+                optimizer.zero_grad()
+            schedules = self.lr_schedulers()
+            if schedules is not None and not isinstance(schedules, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                schedules.step()
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._loss(batch, "val_")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._loss(batch, "test_")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0])  # type: ignore[no-any-return]
+
+    def _loader(self, seed: int = 0) -> Any:
+        if self.ways["loader"] == "stream" and seed == 0:
+            return DataLoader(Stream(), batch_size=self.batch_size)
+        return DataLoader(data(seed=seed), batch_size=self.batch_size, shuffle=self.ways["loader"] == "shuffled" and seed == 0)
+
+    def train_dataloader(self) -> Any:
+        return self._loader()
+
+    def val_dataloader(self) -> Any:
+        loaders = [self._loader(1), self._loader(2)]
+        return loaders if self.ways["loader"] == "two validation loaders" else loaders[0]
+
+    def test_dataloader(self) -> Any:
+        return self._loader(2)
+
+    def predict_dataloader(self) -> Any:
+        return self._loader(3)
+
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if self.ways["steps"] == "two optimizers":
+            head = list(self.network.head.parameters())
+            rest = [parameter for parameter in trained if all(parameter is not each for each in head)]
+            return [torch.optim.SGD(rest, self.lr), torch.optim.Adam(head, self.lr)], []
+        if self.ways["steps"] == "L-BFGS":
+            return torch.optim.LBFGS(trained, lr=0.01, max_iter=2)
+        kind = torch.optim.AdamW if self.ways["steps"] == "AdamW" else torch.optim.SGD
+        optimizer = kind(trained, self.lr)
+        if self.ways["schedule"] == "StepLR":
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+        if self.ways["schedule"] == "one cycle":
+            steps = int(self.trainer.estimated_stepping_batches)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps + 1, cycle_momentum=False)
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        if self.ways["schedule"] == "plateau":
+            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "loss"}}
+        return optimizer
+
+
 @cache
 def subject_class(namespace: str) -> Any:
     """The module that is trained, as a class of one of Lightning's namespaces."""
-    pl = importlib.import_module(namespace)
-
-    class Subject(pl.LightningModule):  # type: ignore[misc, name-defined]
-        """A small classifier that is written in the way its attributes say."""
-
-        def __init__(self, **ways: str) -> None:
-            super().__init__()
-            self.network = Network()
-            self.ways = {"steps": "automatic", "logs": "values", "schedule": "", "loader": "", **ways}
-            self.batch_size, self.lr = 4, 0.1
-            self.accuracy, self.mean = MulticlassAccuracy(CLASSES), MeanMetric()
-            self.automatic_optimization = self.ways["steps"] not in ("manual", "two optimizers", "accumulating by hand")
-
-        @property
-        def backbone(self) -> nn.Module:
-            return self.network.blocks
-
-        def forward(self, images: Tensor) -> Any:
-            return self.network(images)
-
-        def _loss(self, batch: Any, prefix: str) -> Tensor:
-            logits = self(batch[0])
-            loss = F.cross_entropy(logits, batch[1])
-            if self.ways["logs"] == "metrics":
-                self.accuracy(logits, batch[1])
-                self.mean(loss.detach())
-                self.log(f"{prefix}acc", self.accuracy, on_step=False, on_epoch=True)
-                self.log(f"{prefix}loss", self.mean, on_step=True, on_epoch=True)
-            elif self.ways["logs"] == "dict":
-                self.log_dict({f"{prefix}loss": loss, f"{prefix}twice": 2 * loss}, prog_bar=True, sync_dist=True)
-            elif self.ways["logs"] == "values":
-                self.log(f"{prefix}loss", loss, prog_bar=True)
-            return loss
-
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            way = self.ways["steps"]
-            if way in ("manual", "two optimizers", "accumulating by hand"):
-                return self._by_hand(batch, batch_idx)
-            if way == "skips a batch" and batch_idx == 1 and self.current_epoch == 0:
-                return None
-            loss = self._loss(batch, "")
-            return {"loss": loss, "size": len(batch[0])} if way == "returns a dict" else loss
-
-        def _by_hand(self, batch: Any, batch_idx: int) -> None:
-            optimizers = self.optimizers()
-            first, *others = optimizers if isinstance(optimizers, list) else [optimizers]
-            every = 2 if self.ways["steps"] == "accumulating by hand" else 1
-            loss = apply_terms(self, self._loss(batch, ""))
-            self.manual_backward(loss / every)
-            if (batch_idx + 1) % every == 0:
-                for optimizer in (first, *others):
-                    optimizer.step()
-                    optimizer.zero_grad()
-                schedules = self.lr_schedulers()
-                if schedules is not None and not isinstance(schedules, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                    schedules.step()
-
-        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-            self._loss(batch, "val_")
-
-        def test_step(self, batch: Any, batch_idx: int) -> None:
-            self._loss(batch, "test_")
-
-        def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return self(batch[0])  # type: ignore[no-any-return]
-
-        def _loader(self, seed: int = 0) -> Any:
-            if self.ways["loader"] == "stream" and seed == 0:
-                return DataLoader(Stream(), batch_size=self.batch_size)
-            return DataLoader(data(seed=seed), batch_size=self.batch_size, shuffle=self.ways["loader"] == "shuffled" and seed == 0)
-
-        def train_dataloader(self) -> Any:
-            return self._loader()
-
-        def val_dataloader(self) -> Any:
-            loaders = [self._loader(1), self._loader(2)]
-            return loaders if self.ways["loader"] == "two validation loaders" else loaders[0]
-
-        def test_dataloader(self) -> Any:
-            return self._loader(2)
-
-        def predict_dataloader(self) -> Any:
-            return self._loader(3)
-
-        def configure_optimizers(self) -> Any:
-            trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-            if self.ways["steps"] == "two optimizers":
-                head = list(self.network.head.parameters())
-                rest = [parameter for parameter in trained if all(parameter is not each for each in head)]
-                return [torch.optim.SGD(rest, self.lr), torch.optim.Adam(head, self.lr)], []
-            if self.ways["steps"] == "L-BFGS":
-                return torch.optim.LBFGS(trained, lr=0.01, max_iter=2)
-            kind = torch.optim.AdamW if self.ways["steps"] == "AdamW" else torch.optim.SGD
-            optimizer = kind(trained, self.lr)
-            if self.ways["schedule"] == "StepLR":
-                return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
-            if self.ways["schedule"] == "one cycle":
-                steps = int(self.trainer.estimated_stepping_batches)
-                schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps + 1, cycle_momentum=False)
-                return [optimizer], [{"scheduler": schedule, "interval": "step"}]
-            if self.ways["schedule"] == "plateau":
-                schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
-                return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "loss"}}
-            return optimizer
-
-    Subject.__module__ = __name__
-    return Subject
+    module: Any = importlib.import_module(namespace).LightningModule
+    return type("Subject", (Steps, module), {"__module__": __name__})
 
 
 def _trainer(name: str, factor: str, **settings: Any) -> Feature:
@@ -231,7 +230,9 @@ _SEVERAL = {"max_epochs": 2}
 FEATURES: tuple[Feature, ...] = (
     _trainer("max_epochs", "length", **_SEVERAL),
     _trainer("max_steps", "length", max_steps=4, max_epochs=-1),
-    Feature("stream without length", "length", lambda pl, folder: {"max_steps": 4, "max_epochs": -1}, subject={"loader": "stream"}),
+    Feature(
+        "stream without length", "length", lambda pl, folder: {"max_steps": 4, "max_epochs": -1}, subject={"loader": "stream"}
+    ),
     Feature("shuffled", "length", lambda pl, folder: dict(_SEVERAL), subject={"loader": "shuffled"}),
     Feature(
         "two validation loaders", "length", lambda pl, folder: dict(_SEVERAL), subject={"loader": "two validation loaders"}
@@ -281,7 +282,9 @@ FEATURES: tuple[Feature, ...] = (
     Feature("two loggers", "logger", _logger),
     _trainer("no profiler", "profiler"),
     Feature("simple profiler", "profiler", lambda pl, folder: {"profiler": pl.profilers.SimpleProfiler(folder, "simple")}),
-    Feature("advanced profiler", "profiler", lambda pl, folder: {"profiler": pl.profilers.AdvancedProfiler(folder, "advanced")}),
+    Feature(
+        "advanced profiler", "profiler", lambda pl, folder: {"profiler": pl.profilers.AdvancedProfiler(folder, "advanced")}
+    ),
     Feature("PyTorch profiler", "profiler", lambda pl, folder: {"profiler": pl.profilers.PyTorchProfiler(folder, "pytorch")}),
     _trainer("no switch", "switch"),
     _trainer("deterministic", "switch", deterministic=True),

@@ -221,7 +221,9 @@ class FTWT(Method):
         share = {}
         for name, last in self._last.items():
             mask = last.target if field == "target" else last.logits > 0
-            share[name.removeprefix(prefix)] = mask.float().flatten(1, -2).mean((1, 2)) if mask.ndim > 2 else mask.float().mean(1)
+            share[name.removeprefix(prefix)] = (
+                mask.float().flatten(1, -2).mean((1, 2)) if mask.ndim > 2 else mask.float().mean(1)
+            )
         return by_sample(share)
 
     def _share_of_cost(self, run: Run, field: Literal["logits", "target"]) -> float:

@@ -183,6 +183,16 @@ def test_tensors_are_mixed_among_the_blocks_that_have_them_alike(hidden):
     assert not any(torch.equal(net.blocks[3].weight, values[f"blocks.{place}.weight"]) for place in range(3))
 
 
+def test_blocks_that_have_nothing_alike_are_refused():
+    net = torch.nn.Module()
+    net.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Embedding(3, 4), torch.nn.PReLU()])
+    net.blocks[1]._parameters["other"] = net.blocks[1]._parameters.pop("weight")
+    net.blocks[2]._parameters["third"] = net.blocks[2]._parameters.pop("weight")
+    edit = blocks_edit(net, "blocks", [0, 1, 2, 1], check="off")
+    with pytest.raises(MisconfigurationException, match=r"nothing to mix.*Choose another operator"):
+        learn(plain_values(net), [edit], lambda values, step: torch.zeros(()), 1, 0.1)
+
+
 def test_running_statistics_are_mixed_and_teach_nothing():
     class Normed(Plain):
         def build(self):

@@ -68,7 +68,10 @@ def init_operator(
             first = {}
             for rest in rests:
                 holders = _holders(names, values, edit, rest)
-                if len(holders) > 1 and values.get(f"{edit['path']}.{holders[0]}.{rest}", like).is_floating_point():
+                if (
+                    len(holders) > (edit["from"] > 1)
+                    and values.get(f"{edit['path']}.{holders[0]}.{rest}", like).is_floating_point()
+                ):
                     rows = init_coefficients(edit["sources"], edit["from"], generator, noise)
                     first[f"{edit['path']}.*.{rest}"] = rows if len(holders) == edit["from"] else _among(rows, holders)
             names += [f"{edit['path']}.{place}.{rest}" for rest in rests for place in range(len(edit["sources"]))]
@@ -124,10 +127,14 @@ def train_operator(
         The operator, without a graph. Averaged copies of the network grow by the same one.
 
     Raises:
-        MisconfigurationException: The loss is not finite, or does not depend on the values.
+        MisconfigurationException: The loss is not finite, or does not depend on the values; no two blocks have a tensor alike.
     """
     operator = init_operator(values, edits, generator, kind=kind, noise=noise)
     parameters = [tensor.requires_grad_() for part in operator for tensor in part.values()]
+    if not parameters:
+        raise MisconfigurationException(
+            "LiGO has nothing to mix: no two blocks have a tensor of one name and shape. Choose another operator."
+        )
     adam = torch.optim.Adam(parameters, lr=lr)
     fixed = {name: value.detach() for name, value in values.items()}
     for step in range(steps):

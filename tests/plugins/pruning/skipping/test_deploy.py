@@ -316,7 +316,10 @@ def test_transposed_linear_layers_skip_as_ordinary_ones_do() -> None:
     ordinary = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 3))
     twin = nn.Sequential(transposed(32, 16), nn.GELU(), transposed(3, 32))
     for place in (0, 2):
-        twin[place].weight.data, twin[place].bias.data = ordinary[place].weight.data.T.clone(), ordinary[place].bias.data.clone()
+        twin[place].weight.data, twin[place].bias.data = (
+            ordinary[place].weight.data.T.clone(),
+            ordinary[place].bias.data.clone(),
+        )
     assert str(channel_units(twin)) == str(channel_units(ordinary))
     inputs, gates = torch.randn(4, 6, 16), predictors(ordinary)
     found = [deploy(net, channel_units(net), gates, inputs, tokens=True, calibrate=False) for net in (ordinary, twin)]
@@ -351,7 +354,9 @@ def test_a_network_of_several_arguments_is_refused_with_a_cure_that_works() -> N
     inputs = torch.randn(2, 16)
     inner = FTWT(0.5, cooldown=None, network="model.inner")
     module = fit([inner], style=Scaled).module
-    with pytest.raises(MisconfigurationException, match=r"TwoArguments with inputs alone.*missing 1 required.*one that needs one"):
+    with pytest.raises(
+        MisconfigurationException, match=r"TwoArguments with inputs alone.*missing 1 required.*one that needs one"
+    ):
         inner.deploy(module, torch.randn(2, 3, 4, 4), calibrate=False)
     outer = FTWT(0.5, cooldown=None, network="model")
     module = fit([outer], style=Scaled).module
