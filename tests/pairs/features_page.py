@@ -73,7 +73,9 @@ def rows(record: Record) -> dict[str, list[str]]:
     """Combinations that are to be tried, with the methods for each."""
     methods = list(CONFIGURATIONS)
     found = {}
-    for number, row in enumerate(covering(factors(), _impossible(record))):
+    table = factors()
+    table["profiler"] = [name for name in table["profiler"] if name != "PyTorch profiler"]  # twice in a process it may crash
+    for number, row in enumerate(covering(table, _impossible(record))):
         defaults = set(combined(()).values())
         name = _JOINED.join(value for value in row.values() if value not in defaults)
         if name and name not in record.unbuilt:
@@ -139,13 +141,13 @@ def _introduction(single: Record, pairs: Record) -> list[str]:
     met: set[Pair] = set().union(*(pairs_of(combined(name.split(_JOINED))) for name in pairs.found))
     paragraphs = [
         f"Each of {len(CONFIGURATIONS)} methods was trained beside each of {len(single.found)} features of Lightning's "
-        "Trainer, one at a time, on the small convolutional network of the pairs: lengths, precisions (16-mixed with a gradient scaler, "
-        "on the CPU), ways of optimising, validation, logging, profilers, switches, the callbacks that come with Lightning, "
+        "Trainer, one at a time, on the small convolutional network of the pairs: lengths, precisions (16-mixed with a "
+        "gradient scaler, on the CPU), ways of optimising, validation, logging, profilers, switches, Lightning's callbacks, "
         "what follows the fit, and `pytorch_lightning`. What adapts is tested afterwards under the same features. "
         f"{_counted(single)}",
         f"Not tried yet: {', '.join(waiting)}." if waiting else "",
-        f"Then in {len(pairs.found)} combinations, with one feature of each kind, in which {len(met)} pairs of features meet, "
-        f"with the methods in turn: {_counted(pairs)} {len(_impossible(pairs))} pairs Lightning refuses without any method."
+        f"Then in {len(pairs.found)} combinations, with one feature of each kind, in which {len(met)} pairs of features "
+        f"meet, with the methods in turn: {_counted(pairs)} Lightning alone refuses {len(_impossible(pairs))} pairs."
         if pairs.found
         else "Combinations of features, in which every two of them meet, are tried by `make compatibility` too.",
         "It works when the training makes as many steps as without the method, logs what was logged, ends with finite weights, "
