@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import nn
@@ -30,6 +32,28 @@ def check_materialised(module: nn.Module) -> None:
             )
 
 
+def named_submodule(module: nn.Module, name: str, argument: str) -> nn.Module:
+    """Return the submodule of a name that a user gave.
+
+    Args:
+        module: The user's module.
+        name: Qualified name in it.
+        argument: Argument that the name was given as.
+
+    Raises:
+        MisconfigurationException: There is none of that name; names the nearest, and the children.
+    """
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        children = ", ".join(repr(child) for child, _ in module.named_children())
+        near = difflib.get_close_matches(name, [path for path, _ in module.named_modules() if path], n=3)
+        meant = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise MisconfigurationException(
+            f"{argument}={name!r} is not a submodule of {type(module).__name__}; its children are {children or 'none'}.{meant}"
+        ) from None
+
+
 def resolve_network(module: nn.Module, name: str | None = None) -> tuple[str, nn.Module]:
     """Find the network a LightningModule trains.
 
@@ -45,13 +69,7 @@ def resolve_network(module: nn.Module, name: str | None = None) -> tuple[str, nn
         MisconfigurationException: The named submodule does not exist, or several children share the parameters.
     """
     if name is not None:
-        try:
-            return name, module.get_submodule(name)
-        except AttributeError:
-            children = ", ".join(repr(child) for child, _ in module.named_children())
-            raise MisconfigurationException(
-                f"network={name!r} is not a submodule of {type(module).__name__}; its children are {children or 'none'}."
-            ) from None
+        return name, named_submodule(module, name, "network")
     sizes = {
         child: size
         for child, sub in module.named_children()

@@ -11,6 +11,7 @@ from lightning_peft import Run
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.network.layers import heads
 from lightning_peft.network.logits import with_logits
+from lightning_peft.network.resolve import named_submodule
 from lightning_peft_plugins.test_time._shared.classifier import with_input
 from lightning_peft_plugins.test_time._shared.finite_samples import finite_rows
 from lightning_peft_plugins.test_time._shared.stream import StreamMethod
@@ -62,7 +63,7 @@ class LAME(StreamMethod):
     def adapt_start(self, run: Run) -> None:
         super().adapt_start(run)
         if self.features_of is not None:
-            self._head = run.module.get_submodule(self.features_of)
+            self._head = named_submodule(run.module, self.features_of, "features")
             return
         found = heads(list(run.network.modules()))
         if not found:

@@ -35,6 +35,8 @@ def test_a_classifier_behind_something_else_must_be_named():
     close(run(net, T3A(classifier="net.6")), run(layer_norm_net(), T3A()), 1e-6)
     with pytest.raises(MisconfigurationException, match=r"classifier='net\.0' is Flatten"):
         run(net, T3A(classifier="net.0"))
+    with pytest.raises(MisconfigurationException, match=r"classifier='net\.66' is not a submodule .* Did you mean net\.6 "):
+        run(net, T3A(classifier="net.66"))
     with pytest.raises(MisconfigurationException, match="returns 4 classes, and the classifier has 16"):
         run(net, T3A(classifier="net.1"))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_peft import Run
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.network.logits import as_logits
+from lightning_peft.network.resolve import named_submodule
 
 
 def with_input(layer: nn.Module, call: Call) -> tuple[Any, Tensor | None]:
@@ -41,7 +42,7 @@ class Classifier:
         layer: Qualified name of the layer in the user's module, for a network that makes something else of its output.
 
     Raises:
-        MisconfigurationException: The named layer is no ``nn.Linear``.
+        MisconfigurationException: The named layer does not exist or is no ``nn.Linear``.
     """
 
     def __init__(self, method: str, run: Run, layer: str | None = None) -> None:
@@ -49,7 +50,7 @@ class Classifier:
         self._named = layer is not None
         self._layer: nn.Linear | None = None
         if layer is not None:
-            found = run.module.get_submodule(layer)
+            found = named_submodule(run.module, layer, "classifier")
             if not isinstance(found, nn.Linear):
                 raise MisconfigurationException(
                     f"{method}: classifier={layer!r} is {type(found).__name__}, but the features of a linear classifier are "
