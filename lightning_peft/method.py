@@ -133,7 +133,7 @@ class Method(Contract, Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Note which batch comes; before the first, start to adapt."""
-        self._drive("begin_evaluation_batch", batch_idx, dataloader_idx)
+        self._drive("begin_evaluation_batch", batch, batch_idx, dataloader_idx)
 
     on_validation_batch_start = on_predict_batch_start = on_test_batch_start
 

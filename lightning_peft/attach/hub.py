@@ -400,11 +400,11 @@ class Hub:
                 self._finish(self._adapter)
         inner(*args)
 
-    def begin_evaluation_batch(self, batch_idx: int, dataloader_idx: int) -> None:
+    def begin_evaluation_batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         """Note the batch whose calls come; at the first one every callback has put in place what is to be evaluated."""
         self.start_evaluation()
         if self._evaluation is not None:
-            self._evaluation.place = (batch_idx, dataloader_idx)
+            self._evaluation.place = (batch_idx, dataloader_idx, batch)
 
     def log_evaluation(self) -> None:
         """Log what the adapting method says of the batch, averaged over the evaluation."""

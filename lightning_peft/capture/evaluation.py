@@ -31,6 +31,7 @@ class Call:
         kwargs: Keyword arguments, the same.
         batch_idx: Batch of the dataloader.
         dataloader_idx: Dataloader.
+        batch: The batch as the user's step was given it, whole also for calls made of parts.
     """
 
     forward: Forward
@@ -38,6 +39,7 @@ class Call:
     kwargs: dict[str, Any]
     batch_idx: int = 0
     dataloader_idx: int = 0
+    batch: Any = None
 
     def __call__(self) -> Any:
         return self.forward(*self.args, **self.kwargs)
@@ -111,7 +113,7 @@ class EvaluationShim:
     Attributes:
         active: Whether calls are answered; otherwise the network answers itself.
         passes: What went through the network while calls were answered.
-        place: Batch and dataloader the next calls belong to.
+        place: Numbers of the batch and the dataloader that the next calls belong to, and the batch.
     """
 
     def __init__(
@@ -120,7 +122,7 @@ class EvaluationShim:
         adapt: Callable[[Call], Any],
         compiler: Callable[[Forward], Forward] | None = None,
     ) -> None:
-        self.place = (0, 0)
+        self.place: tuple[int, int, Any] = (0, 0, None)
         self.active = False
         self.passes = Passes()
         self._adapt = adapt

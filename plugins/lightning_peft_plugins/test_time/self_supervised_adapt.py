@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
@@ -77,16 +77,6 @@ class SelfSupervisedAdapt(DescentMethod):
                 'keep=True out, or take reset="never".'
             )
         self.objective, self.alone = objective, alone
-        self._step_batch: Any = None
-
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Remember the batch that the module's step will be given."""
-        super().on_test_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-        self._step_batch = batch if self._adapting else None  # nothing of a validation within a fit
-
-    on_validation_batch_start = on_predict_batch_start = on_test_batch_start
 
     def adapt_start(self, run: Run) -> None:
         super().adapt_start(run)
@@ -107,7 +97,7 @@ class SelfSupervisedAdapt(DescentMethod):
                     'more than once for a batch. Take reset="batch" and a batch size of 1.'
                 )
             return call()
-        batch = apply_to_collection(self._step_batch, Tensor, plain)
+        batch = apply_to_collection(call.batch, Tensor, plain)
         if self.alone and batch_size(batch) != call.size:
             raise MisconfigurationException(
                 f'{self.name} with reset="sample" takes samples out of the batch, but of a batch of {batch_size(batch)} the '
@@ -165,10 +155,6 @@ class SelfSupervisedAdapt(DescentMethod):
         found = [t.flatten(1) if t.ndim > 1 else t[:, None] for t in tensors_of(output) if t.ndim and t.is_floating_point()]
         size = len(found[0]) if found else 0
         return torch.cat([part for part in found if len(part) == size], 1) if found else torch.zeros(0, 1)
-
-    def release(self) -> None:
-        super().release()
-        self._step_batch = None
 
 
 def _without_batch(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
