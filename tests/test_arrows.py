@@ -10,7 +10,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-from lightning.pytorch import Callback
 
 import lightning_peft
 from lightning_peft import functional, registry
@@ -193,14 +192,6 @@ def test_a_family_lists_its_methods_and_nothing_beside(family):
     folders = {path.parent.relative_to(folder).parts[0] for path in files(folder) if path.parent != folder}
     named = {f"_{name}" for name in listed}
     assert folders <= named | {"_shared", "functional"}
-
-
-def test_no_method_overrides_a_hook_of_lightning():
-    """They act through the contract: the hub decides the order in which methods come to a hook."""
-    hooks = {name for name in vars(Callback) if not name.startswith("_")}
-    for path in files(PLUGINS):
-        defined = {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
-        assert not hooks & defined, path
 
 
 def test_functions_that_plugins_offer_stand_in_a_folder_functional():

@@ -29,7 +29,7 @@ def covering(factors: Mapping[str, Sequence[str]], impossible: Collection[Pair] 
     Example:
         >>> rows = covering({"a": ["a0", "a1"], "b": ["b0", "b1"], "c": ["c0", "c1"]})
         >>> len(rows), rows[0]
-        (5, {'a': 'a0', 'b': 'b0', 'c': 'c0'})
+        (4, {'a': 'a0', 'b': 'b0', 'c': 'c0'})
     """
     impossible = set(impossible)
     names = list(factors)

@@ -130,9 +130,9 @@ def _write(root: Path, files: dict[Path, str], fill: dict[str, str], kind: Kind)
 def _with_configuration(pairs: str, name: str) -> str:
     """Put a method into the table of configurations that train in pairs, which is in alphabetical order."""
     head, begin, rest = pairs.partition("CONFIGURATIONS: dict[str, Callable[[], Method]] = {\n")
-    table, end, tail = rest.partition("}\nPAIRS")
+    table, end, tail = rest.partition("\n}\n")
     lines = sorted([*table.splitlines(), f'    "{name}": peft.{name},'])
-    return head + begin + "\n".join(lines) + "\n" + end + tail
+    return head + begin + "\n".join(lines) + end + tail
 
 
 def _outcome(written: list[Path], steps: list[str]) -> Outcome:
