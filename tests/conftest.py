@@ -17,6 +17,8 @@ collect_ignore_glob = ["conftest.py", "*/conftest.py"]
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
+gc.disable()  # until the first test: collecting tests imports much that stays
+
 # Every Trainer asks all installed packages for callbacks of theirs, which takes a tenth of a tiny training; the answer does not
 # change while tests run.
 callback_connector._load_external_callbacks = functools.cache(callback_connector._load_external_callbacks)
@@ -25,6 +27,7 @@ callback_connector._load_external_callbacks = functools.cache(callback_connector
 @pytest.fixture(autouse=True, scope="session")
 def _quiet_single_thread():
     torch.set_num_threads(1)
+    gc.enable()
     gc.set_threshold(20_000, 20, 20)  # tiny trainings make many small objects, few of them in cycles
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

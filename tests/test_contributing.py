@@ -147,6 +147,7 @@ def test_the_tests_of_the_example_pass(written) -> None:
     derived = [
         "tests/docs/test_generated.py::test_nothing_that_is_generated_is_stale",
         f"{pairs}::test_the_page_tells_what_is_on_record",
+        f"{pairs}::test_every_method_is_on_record",
         f"{pairs}::test_pair[{NAME}+Tent]",
     ]
     assert written.test(TEST, METHOD, FUNCTIONS, *derived) > 20, "the example runs the whole contract"

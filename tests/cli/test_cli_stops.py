@@ -17,6 +17,14 @@ from lightning_peft.cli.beside import LastEpoch
 SIGNALS = ["SIGINT", "SIGTERM"]
 
 
+@pytest.fixture(autouse=True)
+def _heard():
+    """A shell starts what it puts into the background deaf to Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_a_run_that_is_stopped_says_how_to_go_on_and_ends_as_one_that_was_not(cli, toy, tmp_path, monkeypatch) -> None:
     start = ["run", toy, "--no-baseline"]
     assert cli(*start, "--out", "whole")[0] == 0

@@ -13,10 +13,19 @@ from lightning_peft.testing.ordinary import Elsewhere, left_behind
 from lightning_peft.testing.trace import difference
 
 RECORD = Record.read()
+# They adapt by the steps of a sibling that is tried (Tent, EATA, LAME), so what they meet in a trained module is the same;
+# `make generate` trains these pairs too.
+SIBLINGS = {"CMF", "DeYO", "ETA", "RDumb", "ROID", "SAR", "T3A"}
+TRIED = [pair for pair in PAIRS if not SIBLINGS & {*pair}]
 
 
 def test_every_registered_method_is_here() -> None:
     assert set(CONFIGURATIONS) == set(registry.installed())
+
+
+def test_every_method_is_on_record() -> None:
+    lacking = set(CONFIGURATIONS) - RECORD.methods
+    assert not lacking, f"train {', '.join(lacking)} with every other method: make generate"
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -41,10 +50,8 @@ def test_alone(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("names", PAIRS, ids="+".join)
+@pytest.mark.parametrize("names", TRIED, ids="+".join)
 def test_pair(names: tuple[str, str]) -> None:
-    lacking = {*names} - RECORD.methods
-    assert not lacking, f"train {', '.join(lacking)} with every other method: make generate"
     again = f"if it should do so, run python tests/pairs/composition.py {names[0]}"
     assert reason_of(names) == RECORD.rejected.get(names, ""), f"the pair does something else than on record; {again}"
 

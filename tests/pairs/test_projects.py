@@ -9,8 +9,8 @@ from verdicts import BREAKS, WORKS
 
 # One or two of each mechanism; `make compatibility` tries all methods.
 TRIED = [
-    *("CoTTA", "FTWT", "FisherEstimator", "GBLM", "LAME", "LayerGrowth", "MixtureGrowth", "NMSparsity", "PERP", "PSKD"),
-    *("RoTTA", "SAR", "SelfSupervisedAdapt", "StructuredPruning", "TrainedRankPruning", "WeightCompander"),
+    *("CoTTA", "FTWT", "FisherEstimator", "GBLM", "LayerGrowth", "NMSparsity", "PERP", "PSKD", "RoTTA"),
+    *("SelfSupervisedAdapt", "StructuredPruning", "TrainedRankPruning", "WeightCompander"),
 ]
 
 
