@@ -14,22 +14,30 @@ import logging
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor, nn
 
 from lightning_peft import PSKD, NMSparsity, WeightCompander
 from lightning_peft.functional import is_nm
+from lightning_peft.measure.calibration import calibration_table
+from lightning_peft_recipes.cifar10 import CIFAR10DataModule
+from lightning_peft_recipes.classification import ImageClassifier
 from lightning_peft_recipes.groceries import GroceriesDataModule
 from lightning_peft_recipes.image_classifier import TimmClassifier
 
 Variants = dict[str, Callable[[], list[Callback]]]
+Run = dict[str, Any]
+Results = dict[str, dict[str, Run]]
 METRICS = ("test/accuracy", "test/ece", "test/loss")
 
 
@@ -39,35 +47,93 @@ def sparse(pattern: str, recipe: str) -> Callable[[], list[Callback]]:
     return lambda: [NMSparsity(pattern, recipe=recipe, targets="pointwise", exclude=exclude, fine_tune="20%")]
 
 
-def study(name: str) -> Variants:
-    """Variants of a study by name."""
-    if name == "sparsity":
-        recipes = ("ste", "sr-ste", "mdgf-exponential")
-        return {
+@dataclass(frozen=True)
+class Study:
+    """Variants and what they are trained on."""
+
+    variants: Variants
+    setting: str
+    module: Callable[[argparse.Namespace], ImageClassifier]
+    data: Callable[[argparse.Namespace], LightningDataModule]
+    clip: float | None = None
+
+
+def lite0(args: argparse.Namespace) -> ImageClassifier:
+    """EfficientNet-Lite0 with its ImageNet weights."""
+    return TimmClassifier(lr=args.lr, head_lr_scale=10)
+
+
+def groceries(args: argparse.Namespace) -> LightningDataModule:
+    """675 photos for training, 1,322 for testing."""
+    return GroceriesDataModule(image_size=args.image_size, batch_size=16)
+
+
+class CIFAR10ResNet(ImageClassifier):
+    """ResNet-18 of half the width, with the stem for images of 32 pixels that the papers use."""
+
+    def __init__(self, lr: float) -> None:
+        super().__init__(10, "sgd", lr=lr, weight_decay=5e-4, warmup=0.05)
+        self.model = timm.create_model("resnet18", num_classes=10, channels=(32, 64, 128, 256), zero_init_last=False)
+        self.model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        self.model.maxpool = nn.Identity()
+        self.model.to(memory_format=torch.channels_last)
+
+    def head(self) -> nn.Module:
+        """The linear layer."""
+        return self.model.get_classifier()
+
+
+PATTERNS, SPARSITY_RECIPES = ("2:4", "1:8", "1:16"), ("ste", "sr-ste", "mdgf-exponential")
+STUDIES = {
+    "sparsity": Study(
+        {
             "dense": list,
-            **{f"{recipe} {pattern}": sparse(pattern, recipe) for pattern in ("2:4", "1:8", "1:16") for recipe in recipes},
-        }
-    return {
-        "plain": list,
-        "PSKD 0.3": lambda: [PSKD(alpha=0.3)],
-        "PSKD 0.8": lambda: [PSKD(alpha=0.8)],
-        "WeightCompander": lambda: [WeightCompander(targets="pointwise", init="fitted")],
-        "all three": lambda: [
-            *sparse("2:4", "mdgf-exponential")(),
-            WeightCompander(targets="pointwise", init="fitted"),
-            PSKD(alpha=0.3),
-        ],
-    }
+            **{f"{recipe} {pattern}": sparse(pattern, recipe) for pattern in PATTERNS for recipe in SPARSITY_RECIPES},
+        },
+        "groceries, EfficientNet-Lite0",
+        lite0,
+        groceries,
+        clip=1.0,
+    ),
+    "regularizers": Study(
+        {
+            "plain": list,
+            "PSKD 0.3": lambda: [PSKD(alpha=0.3)],
+            "PSKD 0.8": lambda: [PSKD(alpha=0.8)],
+            "WeightCompander": lambda: [WeightCompander(targets="pointwise", init="fitted")],
+            "all three": lambda: [
+                *sparse("2:4", "mdgf-exponential")(),
+                WeightCompander(targets="pointwise", init="fitted"),
+                PSKD(alpha=0.3),
+            ],
+        },
+        "groceries, EfficientNet-Lite0",
+        lite0,
+        groceries,
+        clip=1.0,
+    ),
+    "compander": Study(
+        {
+            "plain": list,
+            "learned scales": lambda: [WeightCompander()],
+            "resnet18/cifar10": lambda: [WeightCompander(preset="resnet18/cifar10")],
+            "fitted": lambda: [WeightCompander(init="fitted")],
+        },
+        "CIFAR-10, ResNet-18 of half width",
+        lambda args: CIFAR10ResNet(args.lr),
+        lambda args: CIFAR10DataModule(train_size=args.train_size, eval_batch_size=500),
+    ),
+}
 
 
-def run_once(callbacks: list[Callback], seed: int, args: argparse.Namespace) -> dict[str, float]:
-    """Fine-tune, test, and return the metrics with the share of zero weights in pointwise convolutions."""
+def run_once(study: Study, variant: str, seed: int, args: argparse.Namespace) -> Run:
+    """Train, test, and return the metrics with the share of zero weights in pointwise convolutions."""
     seed_everything(seed, verbose=False)
-    model = TimmClassifier(lr=args.lr, head_lr_scale=10)
-    data = GroceriesDataModule(image_size=args.image_size, batch_size=16)
+    model, data, callbacks = study.module(args), study.data(args), study.variants[variant]()
     trainer = Trainer(
         max_epochs=args.epochs,
-        gradient_clip_val=1.0,
+        gradient_clip_val=study.clip,
+        precision=args.precision,
         accelerator="auto",
         devices=1,
         callbacks=callbacks,
@@ -87,12 +153,21 @@ def run_once(callbacks: list[Callback], seed: int, args: argparse.Namespace) -> 
             assert all(is_nm(weight, *callback.pattern, dim=1) for weight in weights), "not N:M after training"
     trainer.callbacks = [callback for callback in trainer.callbacks if callback not in callbacks]
     metrics = trainer.test(model, datamodule=data, verbose=False)[0]
+    calibration = calibration_table(*answers(model, data.test_dataloader()))
     weights = [module.weight for module in model.modules() if getattr(module, "kernel_size", None) == (1, 1)]
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
-    return {**{key: metrics[key] for key in METRICS}, "zeros": zeros, "seconds": seconds}
+    return {**{key: metrics[key] for key in METRICS}, "zeros": zeros, "seconds": seconds, "calibration": calibration}
 
 
-def summarise(results: dict[str, dict[str, dict[str, float]]]) -> list[tuple[str, ...]]:
+@torch.no_grad()
+def answers(model: ImageClassifier, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    """Logits and labels of all samples."""
+    model.eval()
+    pairs = [model.logits_and_labels(batch) for batch in batches]
+    return torch.cat([logits for logits, _ in pairs]), torch.cat([labels for _, labels in pairs])
+
+
+def summarise(results: Results) -> list[tuple[str, ...]]:
     """One row per variant: mean and standard deviation over seeds."""
     rows = []
     for variant, runs in results.items():
@@ -105,14 +180,24 @@ def summarise(results: dict[str, dict[str, dict[str, float]]]) -> list[tuple[str
     return rows
 
 
+def calibration_rows(results: Results) -> list[tuple[str, ...]]:
+    """One row per estimator: its mean over seeds for every variant, as it is and after a fitted temperature."""
+    judged = {variant: [run["calibration"] for run in runs.values()] for variant, runs in results.items()}
+    rows = [("estimator", *judged), ("-",) * (1 + len(judged))]
+    for name in next(iter(judged.values()))[0]:
+        means = [[statistics.mean(table[name][moment] for table in tables) for moment in (0, 1)] for tables in judged.values()]
+        rows.append((name, *(f"{before:.4f} to {after:.4f}" for before, after in means)))
+    return rows
+
+
 HEAD = ("variant", "seeds", "accuracy, %", "ECE, %", "test loss", "zero weights, %", "training, s")
 
 
-def write(results: dict[str, Any], args: argparse.Namespace) -> None:
+def write(results: Results, args: argparse.Namespace) -> None:
     """Write OUTPUT.json and the table OUTPUT.md; what there is to say of it is written by hand."""
     args.output.with_suffix(".json").write_text(json.dumps(results, indent=1))
     lines = [
-        f"# {args.study}: groceries, EfficientNet-Lite0, {args.epochs} epochs at {args.image_size} px",
+        f"# {args.study}: {STUDIES[args.study].setting}, {args.epochs} epochs",
         "",
         f"`python benchmarks/methods.py --study {args.study} --epochs {args.epochs} --lr {args.lr}`; mean ± std over seeds.",
         "",
@@ -120,11 +205,12 @@ def write(results: dict[str, Any], args: argparse.Namespace) -> None:
         "|-" * len(HEAD) + "|",
         *(f"| {' | '.join(row)} |" for row in summarise(results)),
         "",
+        *(f"| {' | '.join(row)} |" for row in calibration_rows(results)),
     ]
     args.output.with_suffix(".md").write_text("\n".join(lines))
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
+def plot(results: Results, path: Path) -> None:
     """Accuracy and calibration error of every variant: a dot a seed, a line at the mean."""
     import matplotlib.pyplot as plt
 
@@ -143,7 +229,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path) -> Results:
     """Read finished runs."""
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -151,10 +237,12 @@ def load(path: Path) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", choices=("sparsity", "regularizers"), required=True)
+    parser.add_argument("--study", choices=STUDIES, required=True)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--image-size", type=int, default=128)
+    parser.add_argument("--image-size", type=int, default=128, help="pixels of a photo")
+    parser.add_argument("--train-size", type=int, default=None, help="training images of CIFAR-10; all by default")
+    parser.add_argument("--precision", default="32-true")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, required=True)
@@ -168,11 +256,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in args.merge:
         for variant, runs in load(path).items():
             results.setdefault(variant, {}).update(runs)
-    todo = [(variant, seed) for seed in args.seeds for variant in study(args.study)]
+    study = STUDIES[args.study]
+    todo = [(variant, seed) for seed in args.seeds for variant in study.variants]
     for variant, seed in track(todo, description=args.study, console=Console(stderr=True)):
         runs = results.setdefault(variant, {})
         if str(seed) not in runs:
-            runs[str(seed)] = run_once(study(args.study)[variant](), seed, args)
+            runs[str(seed)] = run_once(study, variant, seed, args)
             write(results, args)
     write(results, args)
     plot(results, args.output.with_suffix(".png"))
