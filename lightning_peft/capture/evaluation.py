@@ -31,7 +31,7 @@ class Call:
         kwargs: Keyword arguments, the same.
         batch_idx: Batch of the dataloader.
         dataloader_idx: Dataloader.
-        batch: The batch as the user's step was given it, whole also for calls made of parts.
+        batch: The batch as the user's step was given it; ``None`` in calls made of others, which methods may keep for long.
     """
 
     forward: Forward
@@ -52,13 +52,13 @@ class Call:
     def take(self, samples: slice | Tensor) -> Call:
         """Return the same call for some of its samples."""
         args, kwargs = take((self.args, self.kwargs), self.size, samples)
-        return replace(self, args=args, kwargs=kwargs)
+        return replace(self, args=args, kwargs=kwargs, batch=None)
 
     @staticmethod
     def gather(calls: Sequence[Call]) -> Call:
         """Put calls of one structure together into one."""
         args, kwargs = join([(call.args, call.kwargs) for call in calls], [call.size for call in calls])
-        return replace(calls[0], args=args, kwargs=kwargs)
+        return replace(calls[0], args=args, kwargs=kwargs, batch=None)
 
     def with_inputs(self, change: Callable[[Tensor], Tensor]) -> Call:
         """Return the same call with its floating point tensors changed: images, not token ids or masks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_peft import SelfSupervisedAdapt
+from lightning_peft.capture.evaluation import Call
 from lightning_peft.testing.modules import trainer
 
 
@@ -161,3 +163,11 @@ def test_a_batch_that_cannot_be_looked_into():
         ours(SelfSupervisedAdapt("restoration", lr=0.3), loader=hidden)
     cured, _ = ours(SelfSupervisedAdapt("restoration", lr=0.3), loader=hidden, inference_mode=False)
     torch.testing.assert_close(cured, ours(SelfSupervisedAdapt("restoration", lr=0.3))[0], rtol=0, atol=0)
+
+
+def test_samples_that_a_method_keeps_hold_no_batches():
+    batch, call = object(), Call(len, (torch.zeros(4, 2),), {})
+    kept = replace(call, batch=batch).take(slice(0, 1))
+    assert replace(call, batch=batch).with_inputs(abs).batch is batch
+    assert kept.batch is None
+    assert Call.gather([replace(call, batch=batch), kept]).batch is None
