@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import functools
 import json
-import multiprocessing
 import os
 import runpy
 import subprocess
@@ -21,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 
-from lightning_peft.testing.processes import start_process
+from lightning_peft.testing.processes import settle, start_process
 
 OURS = {"lightning_peft", "lightning_peft_plugins", "lightning_peft_recipes"}
 
@@ -55,12 +54,8 @@ def _own_path() -> list[str]:
 
 
 def _run(arguments: tuple[str, ...], cwd: str, environment: dict[str, str], own_path: list[str], said: list[str]) -> None:
-    for number, file in enumerate(said, start=1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    settle(environment, *said)
     os.chdir(cwd)
-    os.environ.clear()
-    os.environ.update(environment)
-    multiprocessing.set_start_method(None, force=True)
     for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
         del sys.modules[name]  # the process may have a copy of its own
     added = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]

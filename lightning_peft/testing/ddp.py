@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import multiprocessing
 import os
 import signal
 import socket
@@ -22,7 +21,7 @@ import torch
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from lightning_peft.testing.processes import start_process
+from lightning_peft.testing.processes import settle, start_process
 
 _PORT_TAKEN = ("address already in use", "eaddrinuse")
 
@@ -145,14 +144,9 @@ def _run_rank(function: str, folder: str, environment: Mapping[str, str]) -> Non
     if os.name == "posix":
         os.setsid()
     rank = environment["RANK"]
-    with Path(folder, f"{rank}.log").open("wb") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    os.environ.clear()
-    os.environ.update(environment)
-    # A fork imported these before it was a rank, and was told to start its own children as it was started.
-    rank_zero_only.rank = int(rank)  # type: ignore[attr-defined]
-    multiprocessing.set_start_method(None, force=True)
+    log = str(Path(folder, f"{rank}.log"))
+    settle(environment, log, log)
+    rank_zero_only.rank = int(rank)  # type: ignore[attr-defined]  # a fork imported this before it was a rank
     torch.set_num_threads(1)
     if os.name == "posix":
         faulthandler.register(signal.SIGUSR1)

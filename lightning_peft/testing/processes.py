@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
 from types import ModuleType
 from typing import Any
@@ -35,6 +36,15 @@ def start_process(target: Callable[..., object], *arguments: Any, fresh: bool = 
     with _no_main():
         process.start()
     return process
+
+
+def settle(environment: Mapping[str, str], output: str, errors: str) -> None:
+    """Make of a new process, which may be a fork, one that was started with an environment and writes to two files."""
+    for number, file in enumerate((output, errors), start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # a fork was told to start its own children as it was started
 
 
 @contextlib.contextmanager

@@ -17,6 +17,18 @@ from lightning_peft.structure.width_map import Layer, Norm, Scale, WidthMap
 
 _HEADS = {name: Layer(input="width") for name in ("score", "classifier", "qa_outputs")}
 
+_CONFIG = {"hidden_size": "width", "num_attention_heads": "heads", "intermediate_size": "ffn"}
+
+
+def _sizes(config: Any) -> dict[str, int]:
+    """Sizes that a configuration of encoders notes; its heads span the width."""
+    return {
+        "width": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "head_dim": config.hidden_size // config.num_attention_heads,
+        "ffn": config.intermediate_size,
+    }
+
 
 def vision_transformer(network: Any) -> WidthMap:
     """``VisionTransformer`` of timm: pre-LN, fused qkv, LayerScale and packed SwiGLU where present.
@@ -106,12 +118,7 @@ def bert(network: Any) -> WidthMap:
     """``transformers`` BERT or RoBERTa, any of their heads; post-LN: normalisations write the stream. No cross-attention."""
     config = network.config
     return WidthMap(
-        sizes={
-            "width": config.hidden_size,
-            "heads": config.num_attention_heads,
-            "head_dim": config.hidden_size // config.num_attention_heads,
-            "ffn": config.intermediate_size,
-        },
+        sizes=_sizes(config),
         layers={
             "*embeddings.*_embeddings": Layer(output="width"),
             "*.attention.self.query": Layer("width", "heads head_dim"),
@@ -135,7 +142,7 @@ def bert(network: Any) -> WidthMap:
         },
         tensors={"cls.predictions.bias": None, "lm_head.bias": None},
         attributes={"*.attention.self": {"num_attention_heads": "heads", "all_head_size": "heads head_dim"}},
-        config={"hidden_size": "width", "num_attention_heads": "heads", "intermediate_size": "ffn"},
+        config=_CONFIG,
         eps_config="layer_norm_eps",
         demand="span",
     )
@@ -145,12 +152,7 @@ def hugging_face_vit(network: Any) -> WidthMap:
     """``transformers`` ViT, with or without a classifier: pre-LN, one layer each for queries, keys and values."""
     config = network.config
     return WidthMap(
-        sizes={
-            "width": config.hidden_size,
-            "heads": config.num_attention_heads,
-            "head_dim": config.hidden_size // config.num_attention_heads,
-            "ffn": config.intermediate_size,
-        },
+        sizes=_sizes(config),
         layers={
             "*embeddings.patch_embeddings.projection": Layer(output="width"),
             "*layers.*.layernorm_*": Norm(),
@@ -165,7 +167,7 @@ def hugging_face_vit(network: Any) -> WidthMap:
             ("*embeddings.cls_token", "*embeddings.mask_token", "*embeddings.position_embeddings"), ("", "", "width")
         ),
         attributes={"*layers.*.attention": {"num_attention_heads": "heads"}},
-        config={"hidden_size": "width", "num_attention_heads": "heads", "intermediate_size": "ffn"},
+        config=_CONFIG,
         eps_config="layer_norm_eps",
         demand="span",
     )
