@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import logging
 import os
+from types import SimpleNamespace
 
 import hypothesis
 import pytest
 import torch
 from lightning.pytorch.trainer.connectors import callback_connector
+from lightning.pytorch.utilities import model_helpers
 
 # Doctests are collected from every module; two conftest.py would meet as modules of one name.
 collect_ignore_glob = ["conftest.py", "*/conftest.py"]
@@ -22,6 +25,15 @@ gc.disable()  # until the first test: collecting tests imports much that stays
 # Every Trainer asks all installed packages for callbacks of theirs, which takes a tenth of a tiny training; the answer does not
 # change while tests run.
 callback_connector._load_external_callbacks = functools.cache(callback_connector._load_external_callbacks)
+
+# Loading looks for a scripting compiler among its callers; with the source around each line of pytest's deep stack that takes
+# 40 ms, and only the names of files are asked for.
+model_helpers.inspect = SimpleNamespace(stack=functools.partial(inspect.stack, context=0))
+
+# Seeding a device that is not there keeps the caller's stack, in words, for the day when it comes: 2 ms below pytest.
+for device in (torch.cuda, torch.xpu, torch.mtia):
+    if not device.is_available():
+        device.manual_seed_all = lambda seed: None
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -16,11 +16,11 @@ import itertools
 import logging
 from collections import Counter
 from pathlib import Path
-from textwrap import wrap
 
 import torch
 from covering import Pair, covering, pairs_of
 from feature_outcomes import combined, outcome, plain, smallest
+from page_parts import counted, paragraph, table
 from pairs import CONFIGURATIONS
 from sweep import Record, sweep
 from trainer_features import BY_NAME, factors
@@ -97,37 +97,35 @@ def cover(record: Record) -> None:
 def page(single: Record, pairs: Record) -> str:
     """The page for both records."""
     methods = list(CONFIGURATIONS)
-    said = _said(single)
-    broken = [
-        (name, method, each.words)
-        for record in (single, pairs)
-        for name, cells in record.found.items()
-        for method, each in cells.items()
-        if each.what == BREAKS
-    ]
+    said = Counter((name, general(words)) for name, _, words in single.of(REJECTED))
     return "\n".join(
         [
             "# What works beside which feature of a Trainer",
             "",
             *_introduction(single, pairs),
             "",
-            "| feature | kind | " + " | ".join(methods) + " |",
-            "| --- | --- |" + " --- |" * len(methods),
-            *(
-                f"| {name} | {BY_NAME[name].factor} | " + " | ".join(SIGNS[cells[method].what] for method in methods) + " |"
-                for name, cells in ((name, single.found[name]) for name in BY_NAME if name in single.found)
+            *table(
+                ["feature", "kind", *methods],
+                (
+                    [name, BY_NAME[name].factor, *(SIGNS[single.found[name][method].what] for method in methods)]
+                    for name in BY_NAME
+                    if name in single.found
+                ),
             ),
             "",
             "## What breaks",
             "",
-            *(["| features | method | message, shortened |", "| --- | --- | --- |"] if broken else ["Nothing."]),
-            *(f"| {name} | {method} | {shortened(words)} |" for name, method, words in broken),
+            *table(
+                ["features", "method", "message, shortened"],
+                ([name, method, shortened(words)] for name, method, words in single.of(BREAKS) + pairs.of(BREAKS)),
+            ),
             "",
             "## What is said",
             "",
-            "| feature | methods | message, shortened |",
-            "| --- | --- | --- |",
-            *(f"| {name} | {count} | {shortened(words, 200)} |" for (name, words), count in sorted(said.items())),
+            *table(
+                ["feature", "methods", "message, shortened"],
+                ([name, count, shortened(words, 200)] for (name, words), count in sorted(said.items())),
+            ),
             "",
             "Written by `make compatibility`, which tries what is not on record (`tests/pairs/features.json`,",
             "`tests/pairs/feature_pairs.json`).",
@@ -144,26 +142,16 @@ def _introduction(single: Record, pairs: Record) -> list[str]:
         "Trainer, one at a time, on the small convolutional network of the pairs: lengths, precisions (16-mixed with a "
         "gradient scaler, on the CPU), ways of optimising, validation, logging, profilers, switches, Lightning's callbacks, "
         "what follows the fit, and `pytorch_lightning`. What adapts is tested afterwards under the same features. "
-        f"{_counted(single)}",
+        f"{counted(single.outcomes)}.",
         f"Not tried yet: {', '.join(waiting)}." if waiting else "",
         f"Then in {len(pairs.found)} combinations, with one feature of each kind, in which {len(met)} pairs of features "
-        f"meet, with the methods in turn: {_counted(pairs)} Lightning alone refuses {len(_impossible(pairs))} pairs."
+        f"meet, with the methods in turn: {counted(pairs.outcomes)}. Lightning alone refuses {len(_impossible(pairs))} pairs."
         if pairs.found
         else "Combinations of features, in which every two of them meet, are tried by `make compatibility` too.",
         "It works when the training makes as many steps as without the method, logs what was logged, ends with finite weights, "
         "leaves nothing on the module, and either trains other weights than without the method or says why not.",
     ]
-    return "\n\n".join("\n".join(wrap(each, 120)) for each in paragraphs if each).split("\n")
-
-
-def _counted(record: Record) -> str:
-    works, rejected, breaks = record.counts
-    return f"**{works} of {works + rejected + breaks} work (+), {rejected} are rejected in words (-), {breaks} break (!)**."
-
-
-def _said(record: Record) -> Counter[tuple[str, str]]:
-    rejected = ((name, each) for name, cells in record.found.items() for each in cells.values() if each.what == REJECTED)
-    return Counter((name, general(each.words)) for name, each in rejected)
+    return "\n\n".join("\n".join(paragraph(each)) for each in paragraphs if each).split("\n")
 
 
 def main() -> None:

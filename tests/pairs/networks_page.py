@@ -13,15 +13,14 @@ import argparse
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from textwrap import wrap
 
 import torch
 from network_families import Family, answer, family, quiet, smallest, transformers_types
 from network_promises import TRIALS, train
+from page_parts import counted, paragraph, table
 from sweep import Record, sweep
 from verdicts import BREAKS, REJECTED, SIGNS, WORKS, Verdict, general, shortened, verdict
 
@@ -78,66 +77,56 @@ def merged() -> Record:
 
 def page(record: Record) -> str:
     """The page for a record."""
-    kept = {name: cells for name, cells in sorted(record.found.items()) if list(cells) == list(TRIALS)}  # others are under way
-    works, rejected, breaks = Record(record.path, found=kept).counts
-    numbers = Counter(name.partition("/")[0] for name in kept)
-    said, noted = _said(kept, REJECTED), _said(kept, WORKS)
-    broken = [
-        (name, method, each.words) for name, cells in kept.items() for method, each in cells.items() if each.what == BREAKS
-    ]
+    whole = {name: cells for name, cells in sorted(record.found.items()) if list(cells) == list(TRIALS)}  # others are under way
+    kept = Record(record.path, found=whole)
+    numbers = Counter(name.partition("/")[0] for name in kept.found)
     lines = [
         "# What works on which network",
         "",
-        *wrap(
-            f"{len(kept)} families of networks ({numbers['transformers']} of transformers, {numbers['timm']} of timm, "
+        *paragraph(
+            f"{len(kept.found)} families of networks ({numbers['transformers']} of transformers, {numbers['timm']} of timm, "
             f"{numbers['torchvision']} of torchvision), asked of the registries of these libraries "
             "(`tests/pairs/network_families.py`): transformers' classes in tiny configurations, of timm and torchvision the "
             "smallest network of each module, all with random weights and small inputs. Each was trained for four steps with "
-            f"every way to grow, prune, mask, skip and adapt, so far: **{works} of {works + rejected + breaks} work (+), "
-            f"{rejected} are rejected in words (-), {breaks} break (!)**.",
-            120,
+            f"every way to grow, prune, mask, skip and adapt, so far: {counted(kept.outcomes)}."
         ),
         "",
-        *wrap(
+        *paragraph(
             "It works when its promise holds in numbers: an operator that keeps the function kept the outputs, or said that it "
             "does not on this network; a cut network answers as the whole one with what was cut silenced; a mask holds its "
             "share or 2:4; a deployed network answers as the one in training; a test-time method's first answer is that of its "
             "batch, and the module is given back. And when what comes out is saved and loaded: by the class itself "
             "(`save_pretrained` and `from_pretrained`, or a strict `load_state_dict`) where the class can express it, by "
             "`load_from_checkpoint` where structure changed; what generates text must generate the same tokens after loading, "
-            "and with its cache as without.",
-            120,
+            "and with its cache as without."
         ),
         "",
         f"Versions: {', '.join(f'{name} {version}' for name, version in record.versions.items())}. Repeat it with",
         "`make compatibility`, which tries what is not on record (`tests/pairs/networks_*.json`).",
         "",
-        "| network | " + " | ".join(TRIALS) + " |",
-        "| --- |" + " --- |" * len(TRIALS),
-        *(f"| `{name}` | " + " | ".join(SIGNS[cells[method].what] for method in TRIALS) + " |" for name, cells in kept.items()),
+        *table(
+            ["network", *TRIALS],
+            ([f"`{name}`", *(SIGNS[cells[method].what] for method in TRIALS)] for name, cells in kept.found.items()),
+        ),
         "",
         "## What breaks",
         "",
-        *(["| network | method | message, shortened |", "| --- | --- | --- |"] if broken else ["Nothing."]),
-        *(f"| `{name}` | {method} | {shortened(words)} |" for name, method, words in broken),
+        *table(
+            ["network", "method", "message, shortened"],
+            ([f"`{name}`", method, shortened(words)] for name, method, words in kept.of(BREAKS)),
+        ),
         "",
         "## What is said",
         "",
-        "| method | networks | message, shortened |",
-        "| --- | --- | --- |",
-        *(f"| {method} | {count} | {shortened(words, 200)} |" for (method, words), count in sorted(said.items())),
+        *_said(kept.of(REJECTED)),
         "",
         "Beside working, this was said:",
         "",
-        "| method | networks | message, shortened |",
-        "| --- | --- | --- |",
-        *(f"| {method} | {count} | {shortened(words, 200)} |" for (method, words), count in sorted(noted.items())),
+        *_said(kept.of(WORKS)),
         "",
         "## What was not tried",
         "",
-        "| network | reason |",
-        "| --- | --- |",
-        *(f"| `{name}` | {shortened(words)} |" for name, words in sorted(record.unbuilt.items())),
+        *table(["network", "reason"], ([f"`{name}`", shortened(words)] for name, words in sorted(record.unbuilt.items()))),
         "",
         "Written by `make compatibility`.",
         "",
@@ -145,9 +134,10 @@ def page(record: Record) -> str:
     return "\n".join(lines)
 
 
-def _said(found: Mapping[str, Mapping[str, Verdict]], what: str) -> Counter[tuple[str, str]]:
-    cells = ((method, each) for cells in found.values() for method, each in cells.items())
-    return Counter((method, general(each.words)) for method, each in cells if each.what == what and each.words)
+def _said(outcomes: list[tuple[str, str, str]]) -> list[str]:
+    messages = Counter((method, general(words)) for _, method, words in outcomes if words)
+    rows = ([method, count, shortened(words, 200)] for (method, words), count in sorted(messages.items()))
+    return table(["method", "networks", "message, shortened"], rows)
 
 
 def main() -> None:

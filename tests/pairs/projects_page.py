@@ -5,50 +5,49 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from pathlib import Path
-from textwrap import wrap
 
 import torch
+from page_parts import counted, paragraph, table
 from project_outcomes import METHODS, outcome
 from project_styles import STYLES
-from verdicts import BREAKS, REJECTED, SIGNS, WORKS, Verdict, shortened
+from verdicts import REJECTED, SIGNS, Verdict, shortened
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility" / "projects.md"
 
 
 def page(found: dict[tuple[str, str], Verdict]) -> str:
     """Return the page for the outcome of every style and method."""
-    counts = Counter(each.what for each in found.values())
-    rows = [
-        f"| `{style}` | {(STYLES[style].__doc__ or '').split(chr(10))[0]} | "
-        + " | ".join(SIGNS[found[style, method].what] for method in METHODS)
-        + " |"
-        for style in STYLES
-    ]
     said = Counter((method, shortened(each.words)) for (_, method), each in found.items() if each.what == REJECTED)
-    reasons = [f"| {method} | {count} | {words} |" for (method, words), count in sorted(said.items())]
     return "\n".join(
         [
             "# What works in which kind of project",
             "",
-            *wrap(
+            *paragraph(
                 f"Miniatures of {len(STYLES)} kinds of LightningModule (`tests/pairs/project_styles.py`), each trained for two "
                 "epochs with every method, at its defaults as far as a training that short allows, a validation loader and "
-                f"the sanity check; what adapts is tested afterwards. **{counts[WORKS]} of {len(found)} work (+), "
-                f"{counts[REJECTED]} are rejected in words (-), {counts[BREAKS]} break (!)**; a test repeats it. Rejected are "
-                "mostly methods that do not fit: test-time methods without class logits, growth without a list of blocks, "
-                "modules of which no part is the network (name it with `network=`).",
-                120,
+                f"the sanity check; what adapts is tested afterwards. {counted(found.values())}; a test repeats it. Rejected "
+                "are mostly methods that do not fit: test-time methods without class logits, growth without a list of blocks, "
+                "modules of which no part is the network (name it with `network=`)."
             ),
             "",
-            "| style | what it is | " + " | ".join(METHODS) + " |",
-            "| --- | --- |" + " --- |" * len(METHODS),
-            *rows,
+            *table(
+                ["style", "what it is", *METHODS],
+                (
+                    [
+                        f"`{style}`",
+                        (STYLES[style].__doc__ or "").split("\n")[0],
+                        *(SIGNS[found[style, method].what] for method in METHODS),
+                    ]
+                    for style in STYLES
+                ),
+            ),
             "",
             "## What is said",
             "",
-            "| method | projects | message, shortened |",
-            "| --- | --- | --- |",
-            *reasons,
+            *table(
+                ["method", "projects", "message, shortened"],
+                ([method, count, words] for (method, words), count in sorted(said.items())),
+            ),
             "",
             "Written by `make compatibility`.",
             "",

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from verdicts import BREAKS, REJECTED, SIGNS, WORKS, Verdict
+from verdicts import BREAKS, SIGNS, Verdict
 
 _TICK = 0.5  # seconds
 _KINDS = {sign: what for what, sign in SIGNS.items()}
@@ -71,14 +71,15 @@ class Record:
         )
         part.replace(self.path)
 
-    def count(self, what: str) -> int:
-        """Number of outcomes of a kind."""
-        return sum(each.what == what for cells in self.found.values() for each in cells.values())
-
     @property
-    def counts(self) -> tuple[int, int, int]:
-        """How many work, are rejected, break."""
-        return self.count(WORKS), self.count(REJECTED), self.count(BREAKS)
+    def outcomes(self) -> list[Verdict]:
+        """All of them."""
+        return [each for cells in self.found.values() for each in cells.values()]
+
+    def of(self, what: str) -> list[tuple[str, str, str]]:
+        """Group, cell and message of the outcomes of a kind."""
+        cells = ((group, name, each) for group, cells in self.found.items() for name, each in cells.items())
+        return [(group, name, each.words) for group, name, each in cells if each.what == what]
 
 
 Trial = Callable[[str, str], Verdict]
