@@ -1,14 +1,14 @@
-"""What FTWT's skipping is worth on the clock: a dense network, FTWT from there, deployment.
+"""What FTWT's skipping is worth on the clock: a dense network, FTWT from there, deployment. `runtimes.py` goes on from here.
 
     python benchmarks/skipping.py --network resnet50 --seeds 0 1 2 --work skipping
     python benchmarks/skipping.py --network vgg16 --seeds 0 1 2 --dense-seed 0 --work skipping
     python benchmarks/skipping.py --clock --network resnet50 vgg16 --output docs/evidence/skipping
 
 ResNet-50 with its packaged ImageNet weights learns the grocery photos; VGG-16 learns a part of CIFAR-10 from nothing. The dense
-network is trained to the end, then trained on twice for the same epochs: as it is, and with FTWT, so that what FTWT loses is
-not made up for by its longer training. Each stage is kept in `--work`, so that an interrupted run goes on where it stopped.
-`--clock` times what is trained, batch 1 on the CPU, with one and with two threads: run it when the machine does nothing else.
-The dense network has its norms folded and the faster memory layout, and takes turns with the skipping one.
+network is trained to the end, then trained on for the same epochs: as it is, so that what is lost is not made up for by longer
+training, with FTWT, and with StructuredPruning (`--stages cut`). Each stage is kept in `--work`: an interrupted run goes
+on where it stopped. `--clock` times what is trained, batch 1 on the CPU, with one and with two threads: run it when the machine
+does nothing else. The dense network has its norms folded and the faster memory layout, and takes turns with the skipping one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import copy
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_peft
-from lightning_peft import FTWT, compare_deployments
+from lightning_peft import FTWT, Method, StructuredPruning, compare_deployments
 from lightning_peft_recipes.cifar10 import CIFAR10DataModule
 from lightning_peft_recipes.cifar10_vgg import CIFAR10VGG
 from lightning_peft_recipes.groceries import GroceriesDataModule
@@ -50,6 +51,7 @@ class Setting:
         lr_scale: Learning rate of FTWT's predictors, as a multiple.
         exclude: Layers without a predictor: with few channels and large maps there is little to skip and much to look at.
         masses: Other shares of activity, by layers.
+        cut: Share of the operations that StructuredPruning removes; none where it was not tried.
     """
 
     epochs: int
@@ -62,11 +64,13 @@ class Setting:
     lr_scale: float
     exclude: tuple[str, ...] = ()
     masses: dict[str, float] = field(default_factory=dict)
+    cut: float = 0.0
 
 
 SETTINGS = {
-    "resnet50": Setting(3, 2e-4, 8, 16, 5e-5, True, 0.78, 80, ("first", r"re:layer1\."), {r"re:layer2\.": 0.93}),
+    "resnet50": Setting(3, 2e-4, 8, 16, 5e-5, True, 0.78, 80, ("first", r"re:layer1\."), {r"re:layer2\.": 0.93}, cut=0.4),
     "vgg16": Setting(10, 0.05, 0, 10, 3e-4, False, 0.86, 20),
+    "tf_efficientnet_lite0": Setting(7, 5e-4, 0, 12, 2e-4, True, 0.86, 20, cut=0.35),
 }
 
 
@@ -92,10 +96,13 @@ class Taught(TimmClassifier):  # type: ignore[misc]
         return (1.0 - self.share) * loss + self.share * apart
 
 
+STAGES = ("FTWT", "longer", "cut")  # of the same length, from the trained network
+
+
 def build(name: str, stage: str) -> Any:
     """The LightningModule of a stage; a new head learns faster."""
     setting = SETTINGS[name]
-    last = stage in ("longer", "FTWT")
+    last = stage in STAGES
     lr = setting.after_lr if last else setting.lr
     if name == "vgg16":
         # From a trained network on AdamW, as the other: with SGD at 0.01 the masks came so suddenly that it never recovered.
@@ -124,8 +131,14 @@ def ftwt(network: str) -> FTWT:
     return FTWT(setting.mass, strength=0.01, cooldown="60%", normalise="standard", lr_scale=setting.lr_scale, **layers)
 
 
+def cutting(network: str) -> StructuredPruning:
+    """The method that cuts, early enough to recover."""
+    amount = SETTINGS[network].cut
+    return StructuredPruning(amount, "taylor", of="flops", start="5%", end="40%", every="5%", round_to=16)
+
+
 def train(network: str, seed: int, stage: str, start: Path | None, path: Path) -> Path:
-    """Run one stage (``"dense"``, ``"more"``, ``"longer"``, ``"FTWT"``), unless that is done."""
+    """Run one stage (``"dense"``, ``"more"``, or one of :data:`STAGES`), unless that is done."""
     if path.exists():
         return path
     setting, data, callbacks = SETTINGS[network], data_of(network), []
@@ -136,8 +149,8 @@ def train(network: str, seed: int, stage: str, start: Path | None, path: Path) -
         module.load_state_dict(torch.load(start, weights_only=True)["state_dict"])
         if isinstance(module, Taught):
             module.teacher = [copy.deepcopy(module.model).eval().requires_grad_(False)]
-    if stage == "FTWT":
-        callbacks = [ftwt(network)]
+    if stage in METHODS:
+        callbacks = [METHODS[stage](network)]
     began = time.perf_counter()
     # bfloat16: many CPUs have units for it.
     epochs = {"dense": setting.epochs, "more": setting.more_epochs}.get(stage, setting.after_epochs)
@@ -145,16 +158,21 @@ def train(network: str, seed: int, stage: str, start: Path | None, path: Path) -
     runner.fit(module, data)
     runner.save_checkpoint(path)
     notes["seconds"] = time.perf_counter() - began
-    if callbacks:
+    if stage == "FTWT":
         notes["predicted"] = callbacks[0].predicted
         # Proved to compute what the trained network computes with its predictors' masks.
         module.model = callbacks[0].deploy(module, samples_of(network), calibrate=False).network
-    tester = trainer(1, [], "32-true" if callbacks else "bf16-mixed")  # in half precision a predictor may decide otherwise
+    tester = trainer(
+        1, [], "32-true" if stage == "FTWT" else "bf16-mixed"
+    )  # in half precision a predictor may decide otherwise
     found = tester.test(module, data_of(network, test=True), verbose=False)[0]
     notes |= {"accuracy": found["test/accuracy"], "calibration_error": found["test/ece"]}
     path.with_suffix(".json").write_text(json.dumps(notes, indent=1))
     print(path.name, notes, flush=True)
     return path
+
+
+METHODS: dict[str, Callable[[str], Method]] = {"FTWT": ftwt, "cut": cutting}
 
 
 def samples_of(network: str) -> Tensor:
@@ -167,7 +185,7 @@ def samples_of(network: str) -> Tensor:
 def paths(network: str, seed: int, args: argparse.Namespace) -> dict[str, Path]:
     """Checkpoint of each stage."""
     first = seed if args.dense_seed is None else args.dense_seed
-    seeds = {"dense": first, "more": first, "longer": seed, "FTWT": seed}
+    seeds = {"dense": first, "more": first, **dict.fromkeys(STAGES, seed)}
     if not SETTINGS[network].more_epochs:
         del seeds["more"]
     return {stage: args.work / f"{network}-{number}-{stage}.ckpt" for stage, number in seeds.items()}
@@ -252,7 +270,7 @@ def main() -> None:
     parser.add_argument("--network", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--dense-seed", type=int, help="one dense network for all seeds, to save time")
-    parser.add_argument("--stages", nargs="+", choices=["FTWT", "longer"], default=["FTWT", "longer"])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=["FTWT", "longer"])
     parser.add_argument("--work", type=Path, default=Path("skipping"))
     parser.add_argument("--clock", action="store_true", help="time what is trained")
     parser.add_argument("--report", action="store_true", help="with --clock: write a report of each seed into --work")

@@ -6,6 +6,7 @@ columns of the layers that read it.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -152,7 +153,7 @@ class _Walk:
             return once
         if _has_parameters(layer) or not _keeps_channels(layer, self._convolution):
             return False
-        still = "Pool" in type(layer).__name__ or isinstance(layer, nn.Dropout | nn.Identity)
+        still = "Pool" in type(layer).__name__ or _idle(layer)
         self._activated |= not still
         self.treated |= not still
         self._path.append((str(node.target) if once else "", layer, None if still else _OfCopy(layer)))
@@ -241,10 +242,25 @@ def _is_depthwise(layer: nn.Module, channels: int) -> bool:
 
 
 @torch.no_grad()
+def _idle(layer: nn.Module) -> bool:
+    """Whether a layer without parameters gives back what it is given in evaluation: a dropout, a stochastic depth; tried."""
+    value = torch.linspace(-2.0, 2.0, 32).view(2, 4, 2, 2)
+    try:
+        result = _evaluated(layer)(value.clone())
+    except Exception:  # a layer that wants another input does something with it
+        return False
+    return isinstance(result, Tensor) and torch.equal(result, value)
+
+
+def _evaluated(layer: nn.Module) -> nn.Module:
+    """A copy that draws nothing: in training a stochastic depth is another function at each call."""
+    return copy.deepcopy(layer).eval()
+
+
+@torch.no_grad()
 def _keeps_channels(layer: nn.Module, convolution: bool) -> bool:
     """Whether a layer without parameters treats channels alike and apart, and leaves zeros zero; found by trying."""
-    if isinstance(layer, nn.Dropout | nn.Identity):
-        return True
+    layer = _evaluated(layer)
     shape, dim = ((2, 4, 8, 8), 1) if convolution else ((2, 3, 4), -1)
     value = torch.linspace(-2.0, 2.0, math.prod(shape)).view(shape)
     try:

@@ -238,8 +238,10 @@ def _matching_group(
 
 def _add_group(optimizer: Optimizer, group: dict[str, Any], rows: Mapping[int, Any], lists: GroupLists) -> int:
     if isinstance(innermost(optimizer), torch.optim.LBFGS):
+        differ = [key for key, value in group.items() if not _equal(value, optimizer.param_groups[0].get(key))]
         raise MisconfigurationException(
-            "LBFGS allows a single parameter group, so parameters cannot have hyperparameters of their own."
+            f"LBFGS allows a single parameter group, so no parameters can have a value of {', '.join(differ)} of their own. "
+            f"Give them that of the others{' (lr_scale=1)' if 'lr' in differ else ''}, or use another optimizer."
         )
     has_names = "param_names" in optimizer.param_groups[0]
     optimizer.add_param_group({**group, "params": [], **({"param_names": []} if has_names else {})})

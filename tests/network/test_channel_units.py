@@ -79,6 +79,29 @@ def test_blocks_of_what_cannot_be_traced() -> None:
     assert found(network)["block.conv1"].consumers == ("block.conv2",)
 
 
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_stochastic_depth_is_the_same_in_every_draw_and_draws_nothing(library: str) -> None:
+    pytest.importorskip(library)
+    if library == "torchvision":
+        from torchvision.ops import StochasticDepth
+
+        drop: nn.Module = StochasticDepth(0.2, "row")
+    else:
+        from timm.layers import DropPath
+
+        drop = DropPath(0.2)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), drop, nn.Conv2d(4, 5, 1)).train()
+    before = torch.get_rng_state()
+    for seed in range(8):  # in training, two calls of it agree in about two of three draws
+        torch.manual_seed(seed)
+        [unit] = channel_units(network)
+        assert (unit.chain, unit.activated, unit.activations, unit.consumers) == (("1", "2"), False, (), ("3",))
+        assert drop.training
+    torch.set_rng_state(before)
+    channel_units(network)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_what_mixes_channels_ends_a_unit() -> None:
     for mixing in (nn.Softmax(1), nn.GroupNorm(2, 4), nn.Sigmoid(), nn.Flatten(0, 1)):
         assert not found(nn.Sequential(nn.Conv2d(3, 4, 1), mixing, nn.Conv2d(4, 2, 1))), type(mixing).__name__

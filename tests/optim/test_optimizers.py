@@ -297,8 +297,11 @@ def test_a_new_parameter_with_several_groups_needs_like_and_lbfgs_is_refused() -
     net = Net()
     with pytest.raises(MisconfigurationException, match="like=0 to like=1"):
         move_to_group(OPTIMIZERS["sgd"](net.groups()), [nn.Parameter(torch.zeros(1))])
-    with pytest.raises(MisconfigurationException, match="single parameter group"):
-        move_to_group(torch.optim.LBFGS(net.parameters()), [net.a.bias], lr_scale=2.0)
+    only = torch.optim.LBFGS(net.parameters())
+    with pytest.raises(MisconfigurationException, match=r"no parameters can have a value of lr of their own.*\(lr_scale=1\)"):
+        move_to_group(only, [net.a.bias], lr_scale=2.0)
+    move_to_group(only, [net.a.bias], lr_scale=1)
+    assert len(only.param_groups) == 1
 
 
 def test_names_and_owners() -> None:

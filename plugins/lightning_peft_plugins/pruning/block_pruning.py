@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, Literal
@@ -229,9 +228,16 @@ class BlockPruning(Method):
         wanted = int(self._goal * self.timeline.amounts.value(self.steps) + 1e-9) - self._gone
         seen = self._seen(run)
         scores = {name: self._score(run, name, block) for name, block in seen.items()}
-        for name in (name for name, block in seen.items() if block.scored or self.score == "magnitude"):
+        scored = [name for name, block in seen.items() if block.scored or self.score == "magnitude"]
+        when = f"in the {self.timeline.every} steps before the cut at step {self.steps}"
+        if not scored:
+            raise MisconfigurationException(
+                f"No block of {', '.join(self.lists)} was called, or got a gradient, {when}, so none can be ranked by "
+                f"{self.score}. Look at more steps with every=, or move the cut with start=."
+            )
+        for name in scored:
             check_scores(name, torch.tensor(scores[name]))
-        stays = {name: f"has the {self.score} {score}" for name, score in scores.items() if not math.isfinite(score)}
+        stays = {name: f"was not called, or got no gradient, {when}" for name in seen if name not in scored}
         stays |= {name: why for name, block in seen.items() if (why := self._why(run, name, block))}
         free = {path: self._free(path, stays) for path in self.lists}
         self._check(wanted, free, stays)

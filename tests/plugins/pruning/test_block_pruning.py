@@ -55,6 +55,17 @@ def test_blocks_that_do_nothing_leave_and_optimizers_let_go() -> None:
     assert set(run.trainer.optimizers[0].state) <= held
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_step_that_calls_no_block_ranks_none() -> None:
+    class Skipping(Deep):  # type: ignore[misc, valid-type]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+    with pytest.raises(MisconfigurationException, match=r"was called.* in the 1 steps before the cut at step 2.*every="):
+        fit([BlockPruning(1, start=2, every=1)], style=Skipping)
+    assert journal_of(fit([BlockPruning(1, start=2, every=2)], style=Skipping).module), "the advice"
+
+
 def test_frozen_blocks_stay_unless_they_are_named() -> None:
     def frozen(*places: int) -> Any:
         module = silent(1)
