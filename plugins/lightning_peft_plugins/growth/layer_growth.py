@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_peft import Lane, Resource, Run
 from lightning_peft.arguments import one_of
 from lightning_peft.network.resolve import resolve_network
+from lightning_peft.structure.block_names import block_name
 from lightning_peft.structure.carry import RULES
 from lightning_peft.structure.edits import Change, EditRequest
 from lightning_peft.structure.forms import Form, whole
@@ -214,7 +215,7 @@ class LayerGrowth(TimedMethod):
             self._masks.append(Masks.install(module, edit))
         if edit["op"] == "blocks" and edit.get("zeroed"):
             self._forget_promise()
-            names = [f"{edit['path']}.{place}" for place in new_places(edit["sources"])]
+            names = [block_name(edit, place) for place in new_places(edit["sources"])]
             self._promise = Promise({name: module.get_submodule(name) for name in names}, self.plan.kind)
 
     def _forget_promise(self) -> None:
