@@ -8,7 +8,6 @@ each position a block of its own again.
 
 from __future__ import annotations
 
-import copy
 import functools
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from lightning_peft.network.block_lists import Numbering, signature, ties
+from lightning_peft.network.deep_copy import deep_copy
 from lightning_peft.structure import depth_settings as settings
 from lightning_peft.structure.block_names import block_name, numbering_of
 from lightning_peft.structure.block_positions import Noted, Positions, positions, undo_noted
@@ -229,7 +229,7 @@ def copied(block: nn.Module, *, masked: bool) -> nn.Module:
     """
     shared = [vars(layer)["config"] for layer in block.modules() if "config" in vars(layer)]  # transformers change it later
     shared += [owner for _, _, owner in _watching(block)]
-    twin = copy.deepcopy(block, {id(each): each for each in shared})
+    twin = deep_copy(block, {id(each): each for each in shared})
     for hooks, key, _ in list(_watching(twin)):
         del hooks[key]
     detach_maps(twin, "live" if masked else "unmasked", parts=False)

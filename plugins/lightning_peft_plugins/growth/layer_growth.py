@@ -180,6 +180,8 @@ class LayerGrowth(TimedMethod):
         if self._parts == 0 and (self._masks or not self.due(run)):
             return None
         edit, operator, last = self.plan.edit(run.module, self.done, self._parts)
+        if elsewhere := self.plan.other_place(run.module, edit):
+            rank_zero_warn(elsewhere)
         edit |= {"by": self.name, "event": self.done, "step": self.steps, "seed": self.seed + self.done}
         if self.operator.learnt:
             operator = LearntOperator(run, self.operator_steps, self.operator_lr)

@@ -77,11 +77,13 @@ def new_places(sources: list[int]) -> list[int]:
 
 def zeroed(values: Mapping[str, Tensor], edit: Edit, generator: torch.Generator) -> dict[str, Tensor]:
     """Copies that add nothing to the residual stream: the network computes what it did (G_zero, Net2DeeperNet)."""
-    return {
-        f"{block_name(edit, place)}.{name}": torch.zeros_like(values[f"{block_name(edit, edit['sources'][place])}.{name}"])
-        for place in new_places(edit["sources"])
-        for name in edit["zeroed"]
-    }
+    found = {}
+    for place in new_places(edit["sources"]):
+        source = block_name(edit, edit["sources"][place])
+        for name in edit["zeroed"]:
+            if f"{source}.{name}" in values:  # blocks can be of several kinds
+                found[f"{block_name(edit, place)}.{name}"] = torch.zeros_like(values[f"{source}.{name}"])
+    return found
 
 
 def drawn(values: Mapping[str, Tensor], edit: Edit, generator: torch.Generator) -> dict[str, Tensor]:

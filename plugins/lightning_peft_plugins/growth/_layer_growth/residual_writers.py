@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_peft.network.block_lists import signature
 from lightning_peft.network.layers import own_parameters
 
 _WRITERS = ("proj", "out_proj", "o_proj", "c_proj", "down_proj", "fc2", "w2", "wo", "w3", "linear2", "dense")
+
+
+def writers_of_all(blocks: Iterable[nn.Module], named: Sequence[str] = ()) -> list[str]:
+    """Name what :func:`residual_writers` names in any of some blocks, which may be of several kinds.
+
+    Raises:
+        MisconfigurationException: None was found in one of them, or no block has a layer that is named.
+    """
+    kinds = {signature(block): block for block in blocks}
+    own = {kind: {name for name, _ in block.named_modules()} for kind, block in kinds.items()}
+    found: dict[str, None] = {}
+    for kind, block in kinds.items():
+        mine = [name for name in named if name in own[kind]]
+        lost = [name for name in named if not any(name in names for names in own.values())]
+        found |= dict.fromkeys(residual_writers(block, lost or mine))
+    return list(found)
 
 
 def residual_writers(block: nn.Module, named: Sequence[str] = ()) -> list[str]:
