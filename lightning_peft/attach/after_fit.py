@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
@@ -25,9 +27,13 @@ _GROUPS: weakref.WeakKeyDictionary[nn.Module, list[list[list[str]]]] = weakref.W
 
 
 def note_groups(trainer: Trainer, module: LightningModule) -> None:
-    """Note how the optimizers of an edited module are sorted; call before its maps are taken off."""
+    """Note how the optimizers of an edited module are sorted; call before its maps are taken off.
+
+    Nothing is noted of a training that ended in the middle of an edit, when optimizers still hold what was there before.
+    """
     if journal.journal_of(module):
-        _GROUPS[module] = group_names(module, trainer.optimizers)
+        with contextlib.suppress(MisconfigurationException):
+            _GROUPS[module] = group_names(module, trainer.optimizers)
 
 
 class LastHook(Shim):

@@ -310,7 +310,9 @@ class Hub:
         """Note the batch a step will see; between two optimizer steps, give the module the structure methods ask for."""
         self._map_groups.follow()
         if not self._gradients_pending:
+            self.run.batch = (batch, batch_idx)
             self._edit()
+            self.run.batch = None
         self._gradients_pending = True
         self._pace.batch()
         if self._terms is not None:

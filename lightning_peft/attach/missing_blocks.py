@@ -10,7 +10,17 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_peft.structure.depth import blocks_at
+from lightning_peft.structure.edit_types import BlocksEdit
 from lightning_peft.structure.journal import journal_of
+
+
+def counted_elsewhere(edit: BlocksEdit) -> str:
+    """Say what an IndexError in the first step after an edit means that made a list longer."""
+    return (
+        f"The step ended in an IndexError when {edit['path']} had just grown from {edit['from']} to {len(edit['sources'])} "
+        "blocks: the network counts them somewhere else too, and would fail as well if its class built it with as many. Look "
+        "at the error above, or name another list with blocks=."
+    )
 
 
 class MissingBlocks:
@@ -44,11 +54,7 @@ class MissingBlocks:
     def _new(self) -> str | None:
         for edit in journal_of(self._module)[self._edits :]:
             if edit["op"] == "blocks" and len(edit["sources"]) > edit["from"]:
-                return (
-                    f"The step ended in an IndexError when {edit['path']} had just grown from {edit['from']} to "
-                    f"{len(edit['sources'])} blocks: the network counts them somewhere else too, and would fail as well if its "
-                    "class built it with as many. Look at the error above, or name another list with blocks=."
-                )
+                return counted_elsewhere(edit)
         return None
 
     def _left(self, error: IndexError) -> str | None:

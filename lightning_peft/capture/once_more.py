@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -50,6 +51,24 @@ def metrics_kept(module: nn.Module) -> Iterator[None]:
     finally:
         for metric, state in before:
             vars(metric).update(state)
+
+
+@contextmanager
+def attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Give the numbers, lists and dicts that a module itself holds back what they held: losses of an epoch, counters."""
+    plain = (int, float, bool, list, dict, set)
+    own = {name: value for name, value in vars(module).items() if not name.startswith("_") and type(value) in plain}
+    before = [(name, value, copy.copy(value)) for name, value in own.items()]
+    try:
+        yield
+    finally:
+        for name, value, kept in before:
+            if isinstance(value, list):
+                value[:] = kept
+            elif isinstance(value, (dict, set)):
+                value.clear()
+                value.update(kept)
+            vars(module)[name] = value
 
 
 def _counted(metric: Metric) -> dict[str, Any]:

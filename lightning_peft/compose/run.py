@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -34,6 +35,7 @@ class Run:
             the steps of every optimizer under manual optimization, so it is no clock.
         samples: Follows the training loader when a method reads the sample index.
         started: Whether the methods are started, so that their state is in force.
+        batch: The batch at hand and its number, while a method may change the structure between two steps.
         schedules: Learning-rate schedulers as they began, for methods that let them begin again.
         in_step: Whether the user's ``training_step`` runs now.
         repeated: Whether it runs once more for a batch that this optimizer step has seen: nobody is to remember anything of it.
@@ -50,6 +52,7 @@ class Run:
     step: int = 0
     samples: SampleRecorder | None = None
     started: bool = False
+    batch: tuple[Any, int] | None = None
     in_step: bool = False
     repeated: bool = False
     late_epoch: int | None = None

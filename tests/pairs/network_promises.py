@@ -372,9 +372,13 @@ def shorter(family: Family) -> str:
         edit, blocks = edits[0], watch.whole.get_submodule(edits[0]["path"].removeprefix("network."))
         gone = [block for place, block in enumerate(blocks.children()) if place not in edit["sources"]]
         hooks = [block.register_forward_hook(_passing, with_kwargs=True) for block in gone]
-        same("cut against passed by", watch.after, probe(watch.whole, watch.batch))
+        passed = probe(watch.whole, watch.batch)
         for hook in hooks:
             hook.remove()
+        if distance(watch.after, passed) > _CLOSE:  # what forward does beside each block goes with it
+            for place in sorted(set(range(edit["from"])) - set(edit["sources"]), reverse=True):
+                del blocks[place]  # type: ignore[attr-defined]
+            same("cut against a list without the block", watch.after, probe(watch.whole, watch.batch))
     generates(family, module.network, by_class or loaded)
     return ""
 

@@ -30,7 +30,8 @@ def acted(group: str, name: str) -> Verdict:
 def test_hangs_and_crashes_are_outcomes_and_the_rest_goes_on(tmp_path: Path) -> None:
     record = Record(tmp_path / "record.json", {"torch": "2"})
     cells = {"first": ["well", "hangs", "crashes", "works on and on", "again"], "unbuilt": ["well"]}
-    sweep(record, cells, acted, limit=1, patience=4.0)
+    sweep(record, {"first": ["hangs"]}, acted, limit=1, patience=4.0)
+    sweep(record, cells, acted, limit=1, patience=60.0)  # on a busy machine a second of a processor takes long
     expected = {
         "well": Verdict(WORKS, "well"),
         "hangs": Verdict(BREAKS, "did not end within 4 seconds"),

@@ -21,6 +21,7 @@ from lightning_peft.structure.journal import journal_of
 from lightning_peft.structure.width_map import WidthMap
 from lightning_peft_plugins.growth._layer_growth.depth_operators import new_places
 from lightning_peft_plugins.growth._layer_growth.growth_plan import GrowthPlan
+from lightning_peft_plugins.growth._layer_growth.kept_function import KeptFunction
 from lightning_peft_plugins.growth._layer_growth.ligo_growth import LearntOperator
 from lightning_peft_plugins.growth._layer_growth.masking import Masks
 from lightning_peft_plugins.growth._layer_growth.msg import mask_at
@@ -141,6 +142,7 @@ class LayerGrowth(TimedMethod):
         self.operator_steps, self.operator_lr = operator_steps, operator_lr
         self._masks: list[Masks] = []
         self._promise: Promise | None = None
+        self._kept_function: KeptFunction | None = None
         self._parts = 0
 
     def first_edit(self, module: LightningModule) -> EditRequest | None:
@@ -182,6 +184,8 @@ class LayerGrowth(TimedMethod):
         edit, operator, last = self.plan.edit(run.module, self.done, self._parts)
         if elsewhere := self.plan.other_place(run.module, edit):
             rank_zero_warn(elsewhere)
+        elif self.plan.keeps(edit):
+            self._kept_function = KeptFunction(run, self.plan.kind)
         edit |= {"by": self.name, "event": self.done, "step": self.steps, "seed": self.seed + self.done}
         if self.operator.learnt:
             operator = LearntOperator(run, self.operator_steps, self.operator_lr)
@@ -219,6 +223,8 @@ class LayerGrowth(TimedMethod):
             self._forget_promise()
             names = [block_name(edit, place) for place in new_places(edit["sources"])]
             self._promise = Promise({name: module.get_submodule(name) for name in names}, self.plan.kind)
+        if self._kept_function is not None:
+            self._kept_function.measure()
 
     def _forget_promise(self) -> None:
         if self._promise is not None:
@@ -241,9 +247,10 @@ class LayerGrowth(TimedMethod):
 
     def after_step(self, run: Run) -> None:
         """Open the mask of the last growth a little; after the first step, say whether the operator did what it promises."""
-        if self._promise is not None:
-            self._promise.judge()
-            self._promise = None
+        missed = self._promise is not None and self._promise.judge()
+        if self._kept_function is not None and not missed:
+            self._kept_function.judge()
+        self._promise = self._kept_function = None
         if self._masks and self.changed_at is not None:
             for mask in self._masks:
                 mask.set(mask_at(self.steps - self.changed_at, self.grow_time))
@@ -259,6 +266,7 @@ class LayerGrowth(TimedMethod):
             )
         self._unmask()
         self._forget_promise()
+        self._kept_function = None
 
     def _unmask(self) -> None:
         for mask in self._masks:

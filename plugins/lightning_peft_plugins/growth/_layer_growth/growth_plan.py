@@ -202,9 +202,16 @@ class GrowthPlan:
         copied = [blocks[sources[place]] for place in new_places(sources)]
         return edit | self.operator.settings(copied, self.outputs) | {"follow": self.follow}
 
+    def keeps(self, edit: Edit) -> bool:
+        """Whether the operator promises that the network computes after an edit what it did."""
+        if edit["op"] == "blocks":
+            return "depth" in self.operator.keeps
+        multiples = all(new % old == 0 for old, new in edit["axes"].values())
+        return "width" in self.operator.keeps or ("multiples" in self.operator.keeps and multiples)
+
     def other_place(self, module: nn.Module, edit: Edit) -> str:
         """Say which block computes something else at its new place, where the operator promises that none does."""
-        if edit["op"] != "blocks" or not self.operator.keeps_function or self.check == "off":
+        if edit["op"] != "blocks" or "depth" not in self.operator.keeps or self.check == "off":
             return ""
         found = other_at_its_place(module, self.path, edit["sources"])
         return found and (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,11 +12,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_peft import Run
+from lightning_peft.attach.missing_blocks import counted_elsewhere
 from lightning_peft.capture.once_more import silent
 from lightning_peft.compose.loss import split_output
 from lightning_peft.structure.edits import Edit
 from lightning_peft.weights.maps import mapped_tensors
 from lightning_peft_plugins.growth._layer_growth.ligo_training import LigoOperator, materialised, train_operator
+from lightning_peft_plugins.growth._layer_growth.own_step import own_step
 
 
 class LearntOperator:
@@ -51,20 +52,36 @@ class LearntOperator:
     def __call__(self, values: Mapping[str, Tensor], edit: Edit, generator: torch.Generator) -> dict[str, Tensor]:
         """Values after an edit."""
         if self._operator is None:
+            self._check_untied(edit)
             strategy = self._run.trainer.strategy
             with torch.random.fork_rng(), silent(self._run.module):
                 torch.manual_seed(generator.initial_seed())  # batches and dropout: the training's own draws go on untouched
-                self._operator = train_operator(
-                    values,
-                    [edit],
-                    self._losses(),
-                    self._steps,
-                    self._lr,
-                    generator,
-                    reduce=lambda gradient: strategy.reduce(gradient, reduce_op="mean"),
-                )
+                try:
+                    self._operator = train_operator(
+                        values,
+                        [edit],
+                        self._losses(),
+                        self._steps,
+                        self._lr,
+                        generator,
+                        reduce=lambda gradient: strategy.reduce(gradient, reduce_op="mean"),
+                    )
+                except IndexError as error:
+                    if edit["op"] != "blocks":
+                        raise
+                    raise MisconfigurationException(counted_elsewhere(edit)) from error
         with torch.no_grad():
             return materialised(values, [edit], self._operator)
+
+    def _check_untied(self, edit: Edit) -> None:
+        """Refuse blocks that share a tensor with another part: it would be learnt once for each name."""
+        first: dict[int, str] = {}
+        for name, tensor in self._run.module.named_parameters(remove_duplicate=False):
+            other = first.setdefault(id(tensor), name)
+            if other != name and edit["op"] == "blocks" and name.startswith(f"{edit['path']}."):
+                raise MisconfigurationException(
+                    f"{other} and {name} are one tensor, which LiGO would learn twice. Choose another operator."
+                )
 
     def _losses(self) -> Any:
         trainer, module = self._run.trainer, self._run.module
@@ -87,12 +104,11 @@ class LearntOperator:
 
 
 class _Step(nn.Module):
-    """The module's own training step as a forward pass, without the terms that methods add."""
+    """The module's own training step as a forward pass."""
 
     def __init__(self, module: LightningModule) -> None:
         super().__init__()
         self.module = module
-        self._count = len(inspect.signature(module.training_step).parameters)
 
     def forward(self, batch: Any, index: int) -> Any:
-        return type(self.module).training_step(self.module, *(batch, index)[: self._count])
+        return own_step(self.module, batch, index)

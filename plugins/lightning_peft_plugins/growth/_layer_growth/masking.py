@@ -221,20 +221,19 @@ class _Block(_Hook):
         if self.masks.full:
             return None
         x, out = _first(args, kwargs), output[0] if isinstance(output, tuple) else output
-        if not isinstance(out, Tensor) or x.shape != out.shape:
-            found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        if not isinstance(x, Tensor) or not isinstance(out, Tensor) or x.shape != out.shape:
+            found, given = (tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__ for each in (out, x))
             raise MisconfigurationException(
-                f"A new {type(layer).__name__} returns {found} for {tuple(x.shape)}; only a block that keeps the shape of its "
-                "first input can grow from the identity. Use another operator."
+                f"A new {type(layer).__name__} returns {found} for {given}; only a block that keeps the shape of its first "
+                "input can grow from the identity. Use another operator."
             )
         mask = self.masks.held(x.device)[""]
         mixed = mask * out + (1.0 - mask) * x
         return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
 
-def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    found: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return found
+def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def layers_now(module: nn.Module, path: str, later: Sequence[Edit]) -> Iterator[tuple[str, nn.Module]]:

@@ -28,6 +28,8 @@ class GrowthOperator:
         optimizer_state: What the official code does with the optimizer.
         restart_steps: Whether it counts Adam's steps from 0 again.
         lr: What it does with the learning rate.
+        keeps: Where it promises that a grown network computes what it did: ``"depth"``, ``"width"``, or ``"multiples"`` of a
+            width alone.
         masked: Whether new parts are let in gradually.
         learnt: Whether values come from an operator that is learnt at the moment of growth.
     """
@@ -39,6 +41,7 @@ class GrowthOperator:
     optimizer_state: Literal["reset", "copy", "pad"] = "reset"
     restart_steps: bool = False
     lr: str = "continue"
+    keeps: tuple[str, ...] = ()
     masked: bool = False
     learnt: bool = False
 
@@ -49,24 +52,19 @@ class GrowthOperator:
 
     def settings(self, blocks: Iterable[nn.Module], outputs: list[str]) -> dict[str, Any]:
         """What a depth edit that copies some blocks must say for :attr:`blocks`."""
-        return {"zeroed": writers_of_all(blocks, outputs)} if self.keeps_function else {}
-
-    @property
-    def keeps_function(self) -> bool:
-        """Whether it promises that a deepened network computes what it did."""
-        return self.blocks is depth.zeroed
+        return {"zeroed": writers_of_all(blocks, outputs)} if self.blocks is depth.zeroed else {}
 
 
 OPERATORS = {
     "stack": GrowthOperator(depth.stacked, lr="rewarm:1%"),
     "interpolate": GrowthOperator(depth.interpolated, lr="rewarm:1%"),
     "last-k": GrowthOperator(depth.last_repeated, optimizer_state="pad"),
-    "zero": GrowthOperator(depth.stacked, depth.zeroed, optimizer_state="pad"),
+    "zero": GrowthOperator(depth.stacked, depth.zeroed, optimizer_state="pad", keeps=("depth",)),
     "stackedbert": GrowthOperator(depth.stacked, optimizer_state="copy", restart_steps=True),
-    "net2net": GrowthOperator(depth.stacked, depth.zeroed, net2net),
-    "fpi": GrowthOperator(depth.stacked, None, net2net),
+    "net2net": GrowthOperator(depth.stacked, depth.zeroed, net2net, keeps=("depth", "multiples")),
+    "fpi": GrowthOperator(depth.stacked, None, net2net, keeps=("multiples",)),
     "aki": GrowthOperator(depth.last_repeated, None, aki),
-    "lemon": GrowthOperator(depth.paired, depth.zeroed, lemon, with_eps),
-    "msg": GrowthOperator(depth.last_repeated, depth.drawn, msg, optimizer_state="pad", masked=True),
+    "lemon": GrowthOperator(depth.paired, depth.zeroed, lemon, with_eps, keeps=("depth", "width")),
+    "msg": GrowthOperator(depth.last_repeated, depth.drawn, msg, optimizer_state="pad", keeps=("depth", "width"), masked=True),
     "ligo": GrowthOperator(depth.stacked, learnt=True),
 }

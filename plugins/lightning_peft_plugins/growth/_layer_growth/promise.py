@@ -33,14 +33,14 @@ class Promise:
 
     def _hook(self, name: str) -> Any:
         def compare(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
-            given, result = next(_tensors([*args, *kwargs.values()]), None), next(_tensors([output]), None)
+            given, result = next(tensors_in([*args, *kwargs.values()]), None), next(tensors_in([output]), None)
             if name not in self._changes and given is not None and result is not None and given.shape == result.shape:
                 self._changes[name] = _change(given, result)
 
         return torch.compiler.disable(compare)  # type: ignore[no-untyped-call]
 
-    def judge(self) -> None:
-        """Stop looking, and say by how much the promise was missed."""
+    def judge(self) -> bool:
+        """Stop looking, and say by how much the promise was missed, if it was."""
         self.remove()
         missed = {name: change for name, change in self._changes.items() if change > 0}
         if missed:
@@ -51,6 +51,7 @@ class Promise:
                 "into the residual stream was not recognised: name all of them in a block with outputs=[...]; or the blocks "
                 "normalise what they return (post-norm), and no operator keeps the function: choose 'stack', or 'msg'."
             )
+        return bool(missed)
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -59,10 +60,11 @@ class Promise:
         self._handles = []
 
 
-def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+def tensors_in(values: Sequence[Any]) -> Iterator[Tensor]:
+    """Floating-point tensors among values, tuples and lists of them too."""
     for value in values:
         if isinstance(value, (tuple, list)):
-            yield from _tensors(value)
+            yield from tensors_in(value)
         elif isinstance(value, Tensor) and value.is_floating_point():
             yield value
 
