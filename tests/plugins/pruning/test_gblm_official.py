@@ -7,10 +7,8 @@ training. With one block both see the same.
 from __future__ import annotations
 
 import pytest
-from gblm_official_network import SCALE, SENTENCES, Llama, sentences
-from official_training import Learner
+from official_llama import SCALE, SENTENCES, Llama, Reader, sentence_loader
 from official_values import filled, values_of
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft import GBLM, Wanda
 from lightning_peft.testing.modules import trainer
@@ -20,18 +18,12 @@ METHODS = {"GBLM": GBLM, "Wanda": Wanda}
 RUNS = [(name, amount) for name, run in RECORDED.items() for amount in run["kept"]]
 
 
-class Reader(Learner):
-    def training_step(self, batch, batch_idx):
-        return self.net(batch[0], labels=batch[0]).loss
-
-
 @pytest.mark.parametrize(("name", "amount"), RUNS)
 def test_prunes_what_the_official_code_prunes(name, amount):
     share = {"pattern": amount} if ":" in amount else {"amount": float(amount)}
     method = METHODS[name](targets="re:.*_proj", exclude=(), every=SENTENCES, **share)
-    module = Reader(filled(Llama(), SCALE), lr=0.0)
-    loader = DataLoader(TensorDataset(sentences()), batch_size=1)
-    trainer(callbacks=[method], precision="64-true").fit(module, loader)
+    module = Reader(filled(Llama(), SCALE))
+    trainer(callbacks=[method], precision="64-true").fit(module, sentence_loader())
     for tensor, expected in RECORDED[name]["kept"][amount].items():
         kept = module.net.get_parameter(tensor).flatten() != 0
         assert "".join(str(int(place)) for place in kept) == expected, tensor

@@ -1,12 +1,14 @@
-"""The small LLaMA and the sentences that the official code of GBLM was run with."""
+"""The small LLaMA and the sentences that official codes for language models were run with."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
 import torch
+from official_training import Learner
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 WORDS, WIDTH, HEADS, HIDDEN, LENGTH, SENTENCES = 11, 8, 2, 16, 7, 6
 SCALE = 0.1
@@ -74,3 +76,17 @@ class Llama(nn.Module):
 def sentences():
     places = torch.arange(SENTENCES * LENGTH)
     return ((places * places + 3 * places) % 13 % WORDS).view(SENTENCES, LENGTH)
+
+
+class Reader(Learner):
+    """Reads sentences one by one and learns nothing from them, as a calibration does."""
+
+    def __init__(self, net):
+        super().__init__(net, lr=0.0)
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch[0], labels=batch[0]).loss
+
+
+def sentence_loader():
+    return DataLoader(TensorDataset(sentences()), batch_size=1)
