@@ -45,14 +45,10 @@ def test_llama_pro_expands_as_the_official_script(depth, sources):
 def test_lemon_expands_as_the_official_code(run, monkeypatch):
     pytest.importorskip("timm")
     expected, solve = RECORDED["LEMON"]["runs"][run], lemon.project_columns
-    monkeypatch.setattr(
-        lemon, "project_columns", lambda weight, dim, index, drawn: solve(weight, dim, index, free(drawn.shape))
-    )
-    module = Learner(filled(vit(), 0.5), lr=0.0)
+    monkeypatch.setattr(lemon, "project_columns", lambda *given: solve(*given[:-1], free(given[-1].shape)))
+    module, method = Learner(filled(vit(), 0.5), lr=0.0), LayerGrowth("lemon", at="step:1", to=expected["to"])
     pairs = DataLoader(TensorDataset(pictures(), torch.arange(4) % 3), batch_size=4)
-    trainer(callbacks=[LayerGrowth("lemon", at="step:1", to=expected["to"])], max_epochs=2, precision="64-true").fit(
-        module, pairs
-    )
+    trainer(callbacks=[method], max_epochs=2, precision="64-true").fit(module, pairs)
     assert module.losses[1] == pytest.approx(module.losses[0], abs=1e-12)
     for name, tensor in module.net.named_parameters():
         if "norm" in name and name.endswith("weight"):
