@@ -190,7 +190,8 @@ class CheckpointHooks:
         edits, groups = journal.read(section), self._groups(checkpoint, section)
         saved = self._saved_states(checkpoint, section)
         files.check_names(checkpoint["state_dict"])
-        given = self._with_base(checkpoint, section)
+        saved_tensors = checkpoint["state_dict"]
+        given = plain_state.with_versions(self._with_base(checkpoint, section), saved_tensors)
         edited = plain_state.edited(given, section)
         if self._fitting:
             plain_state.refuse_edited(edited)
@@ -216,6 +217,7 @@ class CheckpointHooks:
             self._load_earlier(inner, checkpoint, section, other=other)
         else:
             self._load_plain(inner, checkpoint, section, given, other=other)
+        checkpoint["state_dict"] = plain_state.with_versions(checkpoint["state_dict"], saved_tensors)
 
     def _load_earlier(
         self, inner: Callable[..., Any], checkpoint: dict[str, Any], section: dict[str, Any], *, other: bool

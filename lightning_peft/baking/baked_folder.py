@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 import uuid
@@ -24,6 +23,7 @@ from lightning_peft.baking.manifest import MANIFEST, WEIGHTS, file_digest, manif
 from lightning_peft.baking.restore import restore
 from lightning_peft.contract import Contract, methods_of, ordered
 from lightning_peft.namespaces import both
+from lightning_peft.network.deep_copy import deep_copy
 from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure import journal
 from lightning_peft.structure.edit_types import Edit
@@ -154,7 +154,7 @@ def _of_module(module: nn.Module, methods: Iterable[Contract] | None) -> _Baked:
         methods = ordered(methods_of(trainer.callbacks)) if trainer is not None else ()  # type: ignore[attr-defined]
     records = [method_records.describe(method) for method in methods]
     hyper_parameters = dict(module.hparams) if isinstance(module, both(LightningModule)) else {}
-    state = bake(copy.deepcopy(module)).state_dict()
+    state = bake(deep_copy(module)).state_dict()
     return _Baked(state, journal.journal_of(module), records, hyper_parameters)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft.baking.bake import bake
 from lightning_peft.namespaces import both
+from lightning_peft.network.deep_copy import deep_copy
 from lightning_peft.network.resolve import resolve_network
 
 Inputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -34,7 +34,7 @@ def plain_network(module: nn.Module, network: str | None = None) -> nn.Module:
     """
     if isinstance(module, both(LightningModule)) or network is not None:
         _, module = resolve_network(module, network)
-    plain: nn.Module = bake(copy.deepcopy(module)).eval()
+    plain: nn.Module = bake(deep_copy(module)).eval()
     return plain.requires_grad_(False)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_peft.calibration.step_passes import StepPasses
 from lightning_peft.capture.shim import Shim
 from lightning_peft.capture.tap import forward_attribute
-from lightning_peft.network.block_lists import as_list, find_lists, is_trunk
+from lightning_peft.network.block_lists import BlockList, as_list, find_lists, is_trunk
 
 
 def find_blocks(module: nn.Module, names: str | Iterable[str] | None) -> dict[str, nn.Module]:
@@ -27,8 +27,9 @@ def find_blocks(module: nn.Module, names: str | Iterable[str] | None) -> dict[st
         MisconfigurationException: There is no such submodule or no list, or one block is a part of another.
     """
     if names is None:
-        lists = {path: blocks.entries for path, blocks in find_lists(module, is_trunk).items()}
-        found = {f"{path}.{place}": entry for path, entries in lists.items() for place, entry in enumerate(entries)}
+        found: dict[str, nn.Module] = {}
+        for path, entries in find_lists(module, is_trunk).items():
+            found |= _entries(path, entries)
         if not found:
             raise MisconfigurationException(
                 f"{type(module).__name__} has no list of equal blocks. Name the modules to calibrate, in order: "
@@ -52,8 +53,12 @@ def _named(module: nn.Module, name: str) -> dict[str, nn.Module]:
         part = module.get_submodule(name)
     except AttributeError:
         raise MisconfigurationException(f"blocks= names {name!r}, which {type(module).__name__} does not have.") from None
-    entries = as_list(part)
-    return {name: part} if entries is None else {f"{name}.{place}": entry for place, entry in enumerate(entries.entries)}
+    blocks = as_list(part)
+    return {name: part} if blocks is None else _entries(name, blocks)
+
+
+def _entries(path: str, blocks: BlockList) -> dict[str, nn.Module]:
+    return {f"{path}.{name}": entry for name, entry in zip(blocks.names, blocks.entries, strict=True)}
 
 
 Seen = Callable[[tuple[Any, ...], dict[str, Any]], None]

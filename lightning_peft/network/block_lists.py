@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -13,16 +14,55 @@ from lightning_peft.network.plain_tensors import plain_tensors
 
 
 @dataclass(frozen=True)
+class Numbering:
+    """How the entries of a list are called: a prefix, none in most lists, and a number that counts.
+
+    Attributes:
+        prefix: What all names begin with.
+        first: Number of the first entry.
+    """
+
+    prefix: str = ""
+    first: int = 0
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Numbering | None:
+        """Read it off the names of all entries; ``None`` where they do not count.
+
+        Example:
+            >>> Numbering.of(["0", "1"]), Numbering.of(["block_1", "block_2"]), Numbering.of(["conv", "norm"])
+            (Numbering(prefix='', first=0), Numbering(prefix='block_', first=1), None)
+        """
+        names = list(names)
+        match = re.fullmatch(r"(.*?)(0|[1-9]\d*)", names[0]) if names else None
+        found = cls() if match is None else cls(match[1], int(match[2]))
+        return found if [found.name(place) for place in range(len(names))] == names else None
+
+    def name(self, place: int) -> str:
+        """Name of the entry at a position."""
+        return f"{self.prefix}{self.first + place}"
+
+    def place(self, name: str) -> int:
+        """Position of the entry with a name."""
+        return int(name.removeprefix(self.prefix)) - self.first
+
+
+@dataclass(frozen=True)
 class BlockList:
     """An ``nn.ModuleList`` or ``nn.Sequential``.
 
     Attributes:
         entries: What it holds, in order.
-        numbered: Whether the names of its entries are their positions.
+        names: What they are called.
     """
 
     entries: tuple[nn.Module, ...]
-    numbered: bool
+    names: tuple[str, ...]
+
+    @property
+    def numbered(self) -> bool:
+        """Whether it is known what a further entry is called."""
+        return Numbering.of(self.names) is not None
 
     @property
     def kinds(self) -> list[str]:
@@ -65,7 +105,18 @@ def as_list(module: nn.Module) -> BlockList | None:
     """Read a module as a list of blocks; ``None`` for one of another kind."""
     if not isinstance(module, (nn.ModuleList, nn.Sequential)):
         return None
-    return BlockList(tuple(module), list(module._modules) == list(map(str, range(len(module)))))
+    return BlockList(tuple(module), tuple(module._modules))
+
+
+def entry_names(module: nn.Module, path: str, places: Iterable[int]) -> list[str]:
+    """Qualified names of entries of a list.
+
+    Example:
+        >>> entry_names(nn.ModuleDict({"body": nn.Sequential(nn.ReLU(), nn.ReLU())}), "body", [1])
+        ['body.1']
+    """
+    names = list(module.get_submodule(path)._modules)
+    return [f"{path}.{names[place]}" for place in places]
 
 
 def is_equal(blocks: BlockList) -> bool:

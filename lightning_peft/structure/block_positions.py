@@ -149,6 +149,23 @@ def positions(module: nn.Module, path: str, sources: Sequence[int], *, shared: b
     return None
 
 
+def other_at_its_place(module: nn.Module, path: str, sources: Sequence[int]) -> str:
+    """Say which old block the class builds otherwise at its new position, with the attribute; ``""`` where there is none."""
+    placed = positions(module, path, sources)
+    if placed is None:
+        return ""
+    blocks: list[nn.Module] = list(module.get_submodule(path)._modules.values())  # type: ignore[arg-type]
+    for source in dict.fromkeys(sources):
+        place = sources.index(source)
+        for name, values in placed.blocks[place].items():
+            for key, value in values.items():
+                before = getattr(blocks[source].get_submodule(name), key, None)
+                if not _counts(key, before, value, source, place):
+                    shown = f"{name}.{key}" if name else key
+                    return f"block {source} of {path} becomes block {place} and has {shown} = {value!r}, not {before!r},"
+    return ""
+
+
 def _join(prefix: str, name: str) -> str:
     kind, bar, name = name.rpartition("|")
     return kind + bar + (f"{prefix}.{name}" if prefix and name else prefix or name)
@@ -245,7 +262,7 @@ def _check_shared(network: nn.Module, path: str, blocks: Sequence[nn.Module], so
         for name, values in _changes(blocks[start], blocks[start], blocks[place]).items():
             for key, value in values.items():
                 before = getattr(blocks[start].get_submodule(name), key, None)
-                if (before, value) == (start, place) or _is_rate(key, value) or _is_rate(key, before):
+                if _counts(key, before, value, start, place):
                     continue
                 shown = f"{name}.{key}" if name else key
                 raise CheckpointError(
@@ -260,6 +277,12 @@ def _of_first(changes: dict[str, dict[str, Any]], sources: Sequence[int], place:
     if sources[place] in sources[:place]:
         return {}
     return {name: {key: value for key, value in values.items() if not _is_rate(key, value)} for name, values in changes.items()}
+
+
+def _counts(key: str, before: Any, value: Any, old: int, new: int) -> bool:
+    """Whether an attribute is the number of a layer, or a rate of stochastic depth: what is another at every position."""
+    number = type(before) is type(value) is int and (before, value) == (old, new)
+    return number or _is_rate(key, value) or _is_rate(key, before)
 
 
 def _is_rate(key: str, value: Any) -> bool:

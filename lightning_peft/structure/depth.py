@@ -8,7 +8,6 @@ each position a block of its own again.
 
 from __future__ import annotations
 
-import copy
 import functools
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +16,10 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from lightning_peft.network.block_lists import signature, ties
+from lightning_peft.network.block_lists import Numbering, signature, ties
+from lightning_peft.network.deep_copy import deep_copy
 from lightning_peft.structure import depth_settings as settings
+from lightning_peft.structure.block_names import block_name, numbering_of
 from lightning_peft.structure.block_positions import Noted, Positions, positions, undo_noted
 from lightning_peft.structure.edit_types import BlocksEdit, Recorded
 from lightning_peft.structure.errors import CheckpointError
@@ -31,7 +32,7 @@ def blocks_at(module: nn.Module, path: str) -> Blocks:
     """Return the list of blocks called ``path``.
 
     Raises:
-        CheckpointError: There is none, or its blocks are not numbered.
+        CheckpointError: There is none, or the names of its blocks do not count.
     """
     try:
         found = module.get_submodule(path)
@@ -39,11 +40,11 @@ def blocks_at(module: nn.Module, path: str) -> Blocks:
         raise CheckpointError(f"{type(module).__name__} has no submodule {path!r}, whose blocks should change.") from None
     if not isinstance(found, (nn.ModuleList, nn.Sequential)):
         raise CheckpointError(f"{path} is a {type(found).__name__}; blocks are changed in a ModuleList or Sequential only.")
-    if list(found._modules) != [str(i) for i in range(len(found))]:
+    if Numbering.of(found._modules) is None:
         name = next(name for place, name in enumerate(found._modules) if name != str(place))
         raise CheckpointError(
-            f"{path} is a {type(found).__name__} whose entries have names of their own ({name!r}); what a new block would be "
-            "called cannot be known. Number them where the module is built, say in its __init__: "
+            f"{path} is a {type(found).__name__} whose entries have names of their own that do not count ({name!r}); what a "
+            "new block would be called cannot be known. Number them where the module is built, say in its __init__: "
             f"self.{path} = nn.Sequential(*self.{path}). Names of weights change with it."
         )
     return found
@@ -90,6 +91,9 @@ def blocks_edit(
         "rates": {name: [float(rate) for rate in values] for name, values in rates.items() if len(values)},
         "old_rates": old_rates,
     }
+    numbering = _numbering(blocks)
+    if numbering != Numbering():
+        edit["numbering"] = [numbering.prefix, numbering.first]
     if shared:
         edit["shared"] = True
     if kin != list(range(len(kin))):
@@ -121,6 +125,12 @@ def check_blocks(module: nn.Module, edit: Recorded) -> None:
         raise CheckpointError(
             f"A change of {path} was made on {count} blocks of {_kinds(kinds)}; this {type(module).__name__} has {len(blocks)} "
             f"of {_kinds(now)}. Build the model with the arguments it was trained with, from the same version of its class."
+        )
+    if numbering_of(edit) != _numbering(blocks):
+        raise CheckpointError(
+            f"A change of {path} was made on entries of which the first is {block_name(edit, 0)}; in this "
+            f"{type(module).__name__} it is {next(iter(blocks._modules))!r}. Build the model from the version of its class "
+            "that it was trained with."
         )
     if edit.get("tied", list(range(count))) != ties(blocks):
         raise CheckpointError(
@@ -159,9 +169,11 @@ def set_blocks(module: nn.Module, edit: BlocksEdit) -> tuple[dict[str, str], dic
     if placed is not None:
         placed.write(module, new)
     moved = {place: first[source] for place, source in enumerate(kin) if source in first}
-    renamed = {f"{path}.{place}": f"{path}.{now}" for place, now in moved.items() if place != now}
-    copies = {f"{path}.{place}": f"{path}.{source}" for place, source in enumerate(sources) if first[source] != place}
-    removed = {f"{path}.{place}": block for place, block in enumerate(old) if place not in moved}
+    renamed = {block_name(edit, place): block_name(edit, now) for place, now in moved.items() if place != now}
+    copies = {
+        block_name(edit, place): block_name(edit, source) for place, source in enumerate(sources) if first[source] != place
+    }
+    removed = {block_name(edit, place): block for place, block in enumerate(old) if place not in moved}
     return renamed, {} if edit.get("shared") else copies, removed, noted
 
 
@@ -186,7 +198,7 @@ def undo_blocks(module: nn.Module, edit: BlocksEdit, removed: Mapping[str, nn.Mo
         block.to(device)  # what was removed in a training waits on the CPU
     back = [first.get(place, 0) for place in kin]
     old = {
-        place: now[first[place]] if place in first else removed.get(f"{path}.{place}") or copied(now[0], masked=False)
+        place: now[first[place]] if place in first else removed.get(block_name(edit, place)) or copied(now[0], masked=False)
         for place in set(kin)
     }
     placed = None if noted else _positions_back(module, edit, back)
@@ -217,7 +229,7 @@ def copied(block: nn.Module, *, masked: bool) -> nn.Module:
     """
     shared = [vars(layer)["config"] for layer in block.modules() if "config" in vars(layer)]  # transformers change it later
     shared += [owner for _, _, owner in _watching(block)]
-    twin = copy.deepcopy(block, {id(each): each for each in shared})
+    twin = deep_copy(block, {id(each): each for each in shared})
     for hooks, key, _ in list(_watching(twin)):
         del hooks[key]
     detach_maps(twin, "live" if masked else "unmasked", parts=False)
@@ -245,7 +257,14 @@ def _drop_plain_methods(block: nn.Module) -> None:
                 del vars(part)[name]
 
 
+def _numbering(blocks: Blocks) -> Numbering:
+    found = Numbering.of(blocks._modules)
+    assert found is not None  # blocks_at
+    return found
+
+
 def _fill(blocks: Blocks, new: Sequence[nn.Module]) -> None:
+    numbering = _numbering(blocks)
     blocks._modules.clear()
     for place, block in enumerate(new):
-        blocks._modules[str(place)] = block
+        blocks._modules[numbering.name(place)] = block

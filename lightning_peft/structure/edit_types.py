@@ -33,6 +33,7 @@ class _BlocksOptions(EditNotes, total=False):
     tied: list[int]
     zeroed: list[str]
     check: str
+    numbering: list[Any]
 
 
 class BlocksEdit(_BlocksOptions, _From):
@@ -50,6 +51,7 @@ class BlocksEdit(_BlocksOptions, _From):
         tied: First position of every old block, where some stand in several.
         zeroed: Tensors of a block that an operator fills with zeros.
         check: ``"off"``: the network's class need not be able to build the new list.
+        numbering: Prefix and first number of the names of entries, where these are not their positions.
     """
 
     op: Literal["blocks"]

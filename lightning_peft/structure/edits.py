@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.structure import depth, put, slices, width
+from lightning_peft.structure.block_names import block_name
 from lightning_peft.structure.block_positions import Noted
 from lightning_peft.structure.bounds import may_scale
 from lightning_peft.structure.edit_types import BlocksEdit, PutEdit, Recorded
@@ -207,9 +208,10 @@ def _places(edit: BlocksEdit, path: str) -> list[str]:
     prefix, rest = split_block(edit, f"{path}.")
     if rest is None and not prefix:
         return [path]
-    index = prefix.removeprefix(f"{edit['path']}.")
     tail = path.removeprefix(prefix)
-    return [f"{edit['path']}.{place}{tail}" for place, source in enumerate(edit["sources"]) if str(source) == index]
+    return [
+        f"{block_name(edit, place)}{tail}" for place, source in enumerate(edit["sources"]) if block_name(edit, source) == prefix
+    ]
 
 
 def _place_after_put(edit: PutEdit, path: str) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_peft.structure.block_names import block_name, numbering_of
 from lightning_peft.structure.edit_types import Recorded
 from lightning_peft.structure.errors import CheckpointError
 from lightning_peft.weights.maps import plain_name
@@ -58,7 +59,7 @@ def _check_blocks(edit: Recorded, shapes: Mapping[str, Sequence[int]], later: Se
     path, sources, kinds = edit.get("path"), edit.get("sources"), edit.get("block")
     if not isinstance(path, str) or not isinstance(sources, list) or not isinstance(kinds, list):
         return
-    held = _count(shapes, path)
+    held = _count(shapes, edit)
     last = not any(path == other or path.startswith(f"{other}.") for other in later)
     # An activation that stands in the list has no tensors, and the last entries may be such.
     exact = last and not any(str(kind).endswith(":00000000") for kind in kinds)
@@ -75,9 +76,9 @@ def _check_shared(edit: Recorded, state: Mapping[str, Any]) -> None:
     for place, source in enumerate(sources if isinstance(sources, list) else ()):
         first = sources.index(source)  # type: ignore[union-attr]
         for name, tensor in state.items():
-            if first == place or not name.startswith(f"{path}.{place}.") or not isinstance(tensor, Tensor):
+            if first == place or not name.startswith(f"{block_name(edit, place)}.") or not isinstance(tensor, Tensor):
                 continue
-            other = state.get(f"{path}.{first}.{name.removeprefix(f'{path}.{place}.')}")
+            other = state.get(block_name(edit, first) + name.removeprefix(block_name(edit, place)))
             if isinstance(other, Tensor) and (other.shape != tensor.shape or not torch.equal(other, tensor)):
                 raise CheckpointError(
                     f"The checkpoint's journal says that positions {first} and {place} of {path} hold one block, but the file "
@@ -91,10 +92,12 @@ def _before(edit: Recorded) -> int:
     return min(count, 1000) if type(count) is int else 0
 
 
-def _count(shapes: Iterable[str], path: str) -> int:
+def _count(shapes: Iterable[str], edit: Recorded) -> int:
     """Blocks of a list that have tensors in the file, by the largest number among them."""
-    pattern = re.compile(rf"{re.escape(path)}\.(\d+)\.")
-    return 1 + max((int(match[1]) for name in shapes if (match := pattern.match(name))), default=-1)
+    numbering = numbering_of(edit)
+    pattern = re.compile(re.escape(f"{edit['path']}.{numbering.prefix}") + r"(\d+)\.")
+    last = max((int(match[1]) for name in shapes if (match := pattern.match(name))), default=numbering.first - 1)
+    return 1 + last - numbering.first
 
 
 def _tensors(edit: Recorded) -> dict[str, Any]:

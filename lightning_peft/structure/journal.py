@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_peft.network.deep_copy import deep_copy
 from lightning_peft.structure import edits, foresight
 from lightning_peft.structure.edits import Change, Edit
 from lightning_peft.structure.errors import CheckpointError
@@ -142,7 +143,7 @@ def replay(module: nn.Module, journal: Sequence[Edit], state: Mapping[str, Any])
 
 def _rehearse(module: nn.Module, common: int, journal: Sequence[Edit]) -> None:
     """Try on a copy, because a module that was trained in this process would lose what undone edits had added."""
-    twin = copy.deepcopy(module)
+    twin = deep_copy(module)
     for change in reversed(_JOURNALS[module][common:]):
         # What comes back is changed by the edits that follow; what was noted belongs to the module, not to its copy.
         edits.undo(twin, copy.deepcopy(replace(change, noted=[])))

@@ -6,7 +6,6 @@ constructors there are is for the installed methods to say (:class:`~lightning_p
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_peft import registry
 from lightning_peft.network.block_lists import signature
+from lightning_peft.network.deep_copy import deep_copy
 from lightning_peft.structure.edit_types import PutEdit, Recorded
 from lightning_peft.structure.errors import CheckpointError
 from lightning_peft.structure.forms import anything, dict_of, fields, list_of, maybe, text
@@ -216,7 +216,7 @@ def _shell(layer: nn.Module) -> nn.Module:
     for tensor in (*layer.parameters(), *layer.buffers()):
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(layer, memo)
+    return deep_copy(layer, memo)
 
 
 @torch.no_grad()
@@ -244,7 +244,7 @@ def values_after(
     """
     inside = rebuild(edit).inside
     layer = removed[edit["path"]] if inside is None else module.get_submodule(f"{edit['path']}.{inside}")
-    twin = copy.deepcopy(layer)
+    twin = deep_copy(layer)
     detach_maps(twin, "unmasked")
     own = plain_tensors(twin)
     for name, tensor in own.items():

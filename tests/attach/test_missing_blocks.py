@@ -1,8 +1,9 @@
-"""A forward that counts to a fixed number is told which list got shorter, and runs once it loops over the list."""
+"""A forward that counts to a fixed number is told which list got shorter or longer, and runs once it loops over the list."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -58,3 +59,25 @@ def test_other_index_errors_stay_what_they_are() -> None:
 
     with pytest.raises(IndexError, match="out of bounds"):
         fit([LayerGrowth(at=6, start=2)], style=Broken, max_epochs=1)
+
+
+class Cached(Looping):
+    """Keeps something for each block in a list of its own, as transformers' caches do."""
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        kept = [inputs] * 6
+        for i, block in enumerate(self.layers):
+            kept[i] = inputs = block(inputs)
+        return self.head(inputs)
+
+
+def test_what_counts_new_blocks_elsewhere_is_said_in_the_first_step_only() -> None:
+    with pytest.raises(MisconfigurationException, match=r"layers had just grown from 6 to 8 blocks.*blocks="):
+        fit([LayerGrowth("stack", at=2, to=8)], style=Cached, max_epochs=1)
+
+    class LastStep(Looping):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx if batch_idx < 3 else [0][batch_idx])
+
+    with pytest.raises(IndexError, match="list index out of range"):
+        fit([LayerGrowth("stack", at=2, to=8)], style=LastStep, max_epochs=1)

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 import lightning_peft
-from lightning_peft import LayerGrowth, bake, bake_checkpoint, load_from_checkpoint
+from lightning_peft import PERP, LayerGrowth, bake, bake_checkpoint, load_from_checkpoint
 from lightning_peft.baking.bake import baked, read_checkpoint
 from lightning_peft.testing.callbacks import every_epoch
-from lightning_peft.testing.modules import STYLES, Plain, deepened, loader
+from lightning_peft.testing.modules import STYLES, Plain, deepened, loader, trainer
 from lightning_peft.testing.runs import fit
-from lightning_peft.testing.toys import ToyEntropy, ToyScale, ToyThreshold
+from lightning_peft.testing.toys import ToyEntropy, ToyGate, ToyScale, ToyThreshold
 from lightning_peft.testing.trace import difference
 
 
@@ -70,6 +70,31 @@ def test_files_say_which_version_of_a_class_wrote_them(made, tmp_path):
     for file in (tmp_path / "epoch=0.ckpt", path):
         loaded = load_from_checkpoint(type(run.module), file)
         assert difference(dict(run.module.state_dict()), dict(loaded.state_dict())) is None
+
+
+TRAININGS = {
+    "maps": methods,
+    "structure": lambda: [LayerGrowth(at="step:2", start=2)],
+    "parts": lambda: [*methods(), ToyGate()],
+    "partial": lambda: [PERP(("bias",), rank=2, checkpoint="trained")],
+    "no method": list,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.:UserWarning")
+@pytest.mark.parametrize("kind", TRAININGS)
+def test_trainings_go_on_from_files_that_say_versions(kind, tmp_path):
+    made = TRAININGS[kind]
+
+    def train(**settings):
+        return fit(made(), style=deepened(WithVersions), max_epochs=2, **settings)
+
+    whole = train(after=[every_epoch(tmp_path)])
+    resumed = train(resume=tmp_path / "epoch=0.ckpt")
+    assert difference(dict(whole.module.state_dict()), dict(resumed.module.state_dict())) is None
+    for callbacks in () if kind == "partial" else (made(), []):  # a partial file needs the base it was trained on
+        module = type(whole.module)()
+        trainer(callbacks=callbacks).predict(module, loader(8), ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True)
 
 
 @pytest.mark.parametrize("style", STYLES, ids=lambda style: style.__name__)

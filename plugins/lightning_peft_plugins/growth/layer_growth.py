@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_peft import Lane, Resource, Run
 from lightning_peft.arguments import one_of
 from lightning_peft.network.resolve import resolve_network
+from lightning_peft.structure.block_names import block_name
 from lightning_peft.structure.carry import RULES
 from lightning_peft.structure.edits import Change, EditRequest
 from lightning_peft.structure.forms import Form, whole
@@ -179,6 +180,8 @@ class LayerGrowth(TimedMethod):
         if self._parts == 0 and (self._masks or not self.due(run)):
             return None
         edit, operator, last = self.plan.edit(run.module, self.done, self._parts)
+        if elsewhere := self.plan.other_place(run.module, edit):
+            rank_zero_warn(elsewhere)
         edit |= {"by": self.name, "event": self.done, "step": self.steps, "seed": self.seed + self.done}
         if self.operator.learnt:
             operator = LearntOperator(run, self.operator_steps, self.operator_lr)
@@ -214,7 +217,7 @@ class LayerGrowth(TimedMethod):
             self._masks.append(Masks.install(module, edit))
         if edit["op"] == "blocks" and edit.get("zeroed"):
             self._forget_promise()
-            names = [f"{edit['path']}.{place}" for place in new_places(edit["sources"])]
+            names = [block_name(edit, place) for place in new_places(edit["sources"])]
             self._promise = Promise({name: module.get_submodule(name) for name in names}, self.plan.kind)
 
     def _forget_promise(self) -> None:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_peft import Lane, Method, Resource, Run, Schedule
 from lightning_peft.arguments import one_of
 from lightning_peft.compose.schedule import Shape, parse_point
+from lightning_peft.network.block_lists import entry_names
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.structure.depth import blocks_at, blocks_edit
@@ -130,7 +131,7 @@ class BlockPruning(Method):
         if self.score != "taylor" or not self._watches():
             return
         moved = trained_by(optimizer)
-        for name in self._blocks():
+        for name in self._blocks(run):
             value = taylor_of(parameter for parameter in run.module.get_submodule(name).parameters() if parameter in moved)
             if value is not None:
                 self.watch.of(name).add(value)
@@ -163,11 +164,11 @@ class BlockPruning(Method):
             self.watch.close()
         return None
 
-    def _blocks(self) -> list[str]:
-        return [f"{path}.{place}" for path, found in self.lists.items() for place in found.blocks]
+    def _blocks(self, run: Run) -> list[str]:
+        return [name for path, found in self.lists.items() for name in entry_names(run.module, path, found.blocks)]
 
     def _seen(self, run: Run) -> dict[str, BlockActivations]:
-        return self.watch.reduced(self._blocks(), run.trainer.strategy)
+        return self.watch.reduced(self._blocks(run), run.trainer.strategy)
 
     def _settle(self, run: Run, due: bool) -> None:
         """After the first call of the network, leave out lists that are no trunk, and see whether the amount can be reached."""
@@ -180,31 +181,34 @@ class BlockPruning(Method):
                 )
             return
         trunks = {
-            path: found for path, found in self.lists.items() if any(seen[f"{path}.{place}"].links for place in found.blocks)
+            path: found
+            for path, found in self.lists.items()
+            if any(seen[name].links for name in entry_names(run.module, path, found.blocks))
         }
         self.lists = trunks if trunks and self.targets is None else self.lists
         self._goal = goal(self.amount, sum(len(found.blocks) for found in self.lists.values()))
         # A block that was not called yet may be one that is skipped now and then.
         stays = {name: why for name, block in seen.items() if block.calls and (why := self._why(run, name, block))}
-        for name in self._named():
+        for name in self._named(run):
             if name in stays:
                 rank_zero_warn(f"{self.name}: {name} stays, though targets= names it: it {stays[name]}.")
-        self._check(self._goal, {path: self._free(path, stays) for path in self.lists}, stays)
+        self._check(run, self._goal, {path: self._free(run, path, stays) for path in self.lists}, stays)
 
-    def _named(self) -> list[str]:
+    def _named(self, run: Run) -> list[str]:
         """Blocks that ``targets`` names one by one."""
-        return [f"{path}.{place}" for path, found in self.lists.items() for place in found.named]
+        return [name for path, found in self.lists.items() for name in entry_names(run.module, path, found.named)]
 
     def _why(self, run: Run, name: str, block: BlockActivations) -> str:
         """Say why a block stays; nothing when it may go."""
         parameters = list(run.module.get_submodule(name).parameters())
         frozen = bool(parameters) and all(map(self.is_frozen, parameters))
-        return "has frozen weights only" if frozen and name not in self._named() else block.why_it_stays()
+        return "has frozen weights only" if frozen and name not in self._named(run) else block.why_it_stays()
 
-    def _free(self, path: str, stays: Mapping[str, str]) -> list[int]:
-        return [place for place in self.lists[path].may_go if f"{path}.{place}" not in stays]
+    def _free(self, run: Run, path: str, stays: Mapping[str, str]) -> list[int]:
+        places = self.lists[path].may_go
+        return [place for place, name in zip(places, entry_names(run.module, path, places), strict=True) if name not in stays]
 
-    def _check(self, wanted: int, free: Mapping[str, list[int]], stays: Mapping[str, str]) -> None:
+    def _check(self, run: Run, wanted: int, free: Mapping[str, list[int]], stays: Mapping[str, str]) -> None:
         """Refuse to remove more blocks than can go.
 
         Raises:
@@ -213,7 +217,7 @@ class BlockPruning(Method):
         can = sum(min(len(places), len(self.lists[path].blocks) - 1) for path, places in free.items())
         if wanted <= can:
             return
-        blocks = self._blocks()
+        blocks = self._blocks(run)
         reasons = "".join(f" {name} {stays[name]}." for name in blocks if name in stays)
         raise MisconfigurationException(
             f"amount={self.amount!r} asks to remove {wanted} of the {len(blocks)} blocks of {', '.join(self.lists)}, but "
@@ -239,9 +243,12 @@ class BlockPruning(Method):
             check_scores(name, torch.tensor(scores[name]))
         stays = {name: f"was not called, or got no gradient, {when}" for name in seen if name not in scored}
         stays |= {name: why for name, block in seen.items() if (why := self._why(run, name, block))}
-        free = {path: self._free(path, stays) for path in self.lists}
-        self._check(wanted, free, stays)
-        ranked = {path: {place: scores[f"{path}.{place}"] for place in places} for path, places in free.items()}
+        free = {path: self._free(run, path, stays) for path in self.lists}
+        self._check(run, wanted, free, stays)
+        ranked = {
+            path: dict(zip(places, (scores[name] for name in entry_names(run.module, path, places)), strict=True))
+            for path, places in free.items()
+        }
         return lowest(ranked, {path: len(found.blocks) - 1 for path, found in self.lists.items()}, wanted)
 
     def _score(self, run: Run, name: str, seen: BlockActivations) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_peft import Lane, Loss, Method, Resource, Run, Step
 from lightning_peft.arguments import one_of
+from lightning_peft.network.deep_copy import deep_copy
 from lightning_peft.network.logits import as_logits
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.part_states import unmergeable
@@ -327,6 +327,6 @@ def _frozen(network: nn.Module) -> nn.Module:
 
     Weights become what its layers see now: a soft mask that goes on hardening would make another teacher after a resume.
     """
-    teacher = copy.deepcopy(network)
+    teacher = deep_copy(network)
     detach_maps(teacher, "live", parts=not unmergeable(teacher))
     return teacher.eval().requires_grad_(False)

@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_peft.structure.block_names import block_name
 from lightning_peft.structure.edits import Edit
 
 
@@ -76,20 +77,22 @@ def new_places(sources: list[int]) -> list[int]:
 
 def zeroed(values: Mapping[str, Tensor], edit: Edit, generator: torch.Generator) -> dict[str, Tensor]:
     """Copies that add nothing to the residual stream: the network computes what it did (G_zero, Net2DeeperNet)."""
-    return {
-        f"{edit['path']}.{place}.{name}": torch.zeros_like(values[f"{edit['path']}.{edit['sources'][place]}.{name}"])
-        for place in new_places(edit["sources"])
-        for name in edit["zeroed"]
-    }
+    found = {}
+    for place in new_places(edit["sources"]):
+        source = block_name(edit, edit["sources"][place])
+        for name in edit["zeroed"]:
+            if f"{source}.{name}" in values:  # blocks can be of several kinds
+                found[f"{block_name(edit, place)}.{name}"] = torch.zeros_like(values[f"{source}.{name}"])
+    return found
 
 
 def drawn(values: Mapping[str, Tensor], edit: Edit, generator: torch.Generator) -> dict[str, Tensor]:
     """New blocks from N(0, 0.02), norms and biases as in their source: MSG's mask lets them in gradually."""
     found = {}
     for place in new_places(edit["sources"]):
-        source = f"{edit['path']}.{edit['sources'][place]}."
+        source = f"{block_name(edit, edit['sources'][place])}."
         for name, value in values.items():
             if name.startswith(source) and value.ndim > 1:
                 noise = torch.randn(value.shape, generator=generator) * 0.02
-                found[f"{edit['path']}.{place}.{name.removeprefix(source)}"] = noise.to(value)
+                found[f"{block_name(edit, place)}.{name.removeprefix(source)}"] = noise.to(value)
     return found

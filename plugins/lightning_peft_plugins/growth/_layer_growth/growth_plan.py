@@ -7,7 +7,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_peft.structure.block_positions import positions
+from lightning_peft.structure.block_positions import other_at_its_place, positions
 from lightning_peft.structure.depth import blocks_at, blocks_edit
 from lightning_peft.structure.depth_settings import drop_rates, redrawn
 from lightning_peft.structure.edits import Edit, Operator
@@ -106,7 +106,7 @@ class GrowthPlan:
 
     def _check_depths(self, module: nn.Module, start: int | None) -> None:
         blocks = list(blocks_at(module, self.path))
-        self.operator.settings(blocks[-1], self.outputs)
+        self.operator.settings(blocks[-1:], self.outputs)
         if start is not None and not 0 < start <= len(blocks):
             raise MisconfigurationException(f"start={start}: {self.path} has {len(blocks)} blocks to begin with.")
         if start == 1 and self._ends:
@@ -199,8 +199,18 @@ class GrowthPlan:
         rates = {name: redrawn(ends, depth) or [] for name, ends in self._ends.items()}
         sources = self._sources(module, len(blocks), depth)
         edit = blocks_edit(module, self.path, sources, rates=rates or None, check=self.check)
-        copied = blocks[sources[new_places(sources)[0]]]
+        copied = [blocks[sources[place]] for place in new_places(sources)]
         return edit | self.operator.settings(copied, self.outputs) | {"follow": self.follow}
+
+    def other_place(self, module: nn.Module, edit: Edit) -> str:
+        """Say which block computes something else at its new place, where the operator promises that none does."""
+        if edit["op"] != "blocks" or not self.operator.keeps_function or self.check == "off":
+            return ""
+        found = other_at_its_place(module, self.path, edit["sources"])
+        return found and (
+            f"{self.kind!r} promises that the grown network computes what it did, but {found} there. 'zero' leaves blocks "
+            "where they are and adds its own behind them."
+        )
 
     def _sources(self, module: nn.Module, now: int, depth: int) -> list[int]:
         """Old position of every block: as the user says, or by the operator's rule, among blocks that are equal.

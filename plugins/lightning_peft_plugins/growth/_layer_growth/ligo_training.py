@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_peft.structure.block_names import block_name
 from lightning_peft_plugins.growth._layer_growth.ligo import init_width, ligo_expand
 from lightning_peft_plugins.growth._layer_growth.net2net import Edit, Values
 
@@ -70,11 +71,11 @@ def init_operator(
                 holders = _holders(names, values, edit, rest)
                 if (
                     len(holders) > (edit["from"] > 1)
-                    and values.get(f"{edit['path']}.{holders[0]}.{rest}", like).is_floating_point()
+                    and values.get(f"{block_name(edit, holders[0])}.{rest}", like).is_floating_point()
                 ):
                     rows = init_coefficients(edit["sources"], edit["from"], generator, noise)
                     first[f"{edit['path']}.*.{rest}"] = rows if len(holders) == edit["from"] else _among(rows, holders)
-            names += [f"{edit['path']}.{place}.{rest}" for rest in rests for place in range(len(edit["sources"]))]
+            names += [f"{block_name(edit, place)}.{rest}" for rest in rests for place in range(len(edit["sources"]))]
         dtype = torch.promote_types(like.dtype, torch.float32)  # steps of Adam vanish in half precision
         operator.append({name: value.to(like.device, dtype) for name, value in first.items()})
     return operator
@@ -161,15 +162,15 @@ def _check(loss: Tensor, step: int) -> None:
 
 def _rests(names: Iterable[str], edit: Edit) -> list[str]:
     """Names, within a block, of the tensors of old blocks."""
-    starts = tuple(f"{edit['path']}.{place}." for place in range(edit["from"]))
+    starts = tuple(f"{block_name(edit, place)}." for place in range(edit["from"]))
     mine = (name.removeprefix(f"{edit['path']}.") for name in names if name.startswith(starts))
     return list(dict.fromkeys(name.partition(".")[2] for name in mine))
 
 
 def _holders(names: Collection[str], values: Values, edit: Edit, rest: str) -> list[int]:
     """Old blocks that have a tensor, in the shape that most of them have; shapes are known before the first edit."""
-    places = [place for place in range(edit["from"]) if f"{edit['path']}.{place}.{rest}" in names]
-    known = [values.get(f"{edit['path']}.{place}.{rest}") for place in places]
+    places = [place for place in range(edit["from"]) if f"{block_name(edit, place)}.{rest}" in names]
+    known = [values.get(f"{block_name(edit, place)}.{rest}") for place in places]
     shapes = [None if value is None else value.shape for value in known]
     usual = max(shapes, key=shapes.count)
     return [place for place, shape in zip(places, shapes, strict=True) if shape == usual]
@@ -185,7 +186,7 @@ def _among(rows: Tensor, holders: Sequence[int]) -> Tensor:
 def _mixed(values: Values, edit: Edit, coefficients: Mapping[str, Tensor]) -> dict[str, Tensor]:
     path, new = edit["path"], {}
     for rest in _rests(values, edit):
-        layers = {at: values[name] for at in range(edit["from"]) if (name := f"{path}.{at}.{rest}") in values}
+        layers = {at: values[name] for at in range(edit["from"]) if (name := f"{block_name(edit, at)}.{rest}") in values}
         rows = coefficients.get(f"{path}.*.{rest}")
         for place, source in enumerate(edit["sources"]):
             if source not in layers:
@@ -193,7 +194,7 @@ def _mixed(values: Values, edit: Edit, coefficients: Mapping[str, Tensor]) -> di
             alike = [at for at, layer in layers.items() if layer.shape == layers[source].shape]
             row = None if rows is None else rows[place, alike].to(layers[source])
             if row is None or not bool(row.any()):  # blocks of a shape that few have are no mixtures
-                new[f"{path}.{place}.{rest}"] = layers[source]
+                new[f"{block_name(edit, place)}.{rest}"] = layers[source]
             else:
-                new[f"{path}.{place}.{rest}"] = torch.tensordot(row, torch.stack([layers[at] for at in alike]), 1)
+                new[f"{block_name(edit, place)}.{rest}"] = torch.tensordot(row, torch.stack([layers[at] for at in alike]), 1)
     return new

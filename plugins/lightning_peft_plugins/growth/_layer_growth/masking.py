@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_peft.network.layers import is_conv
 from lightning_peft.structure.axes import OLD, is_old, size
+from lightning_peft.structure.block_names import block_name, numbering_of
 from lightning_peft.structure.edits import Edit
 from lightning_peft.weights.maps import split_name
 from lightning_peft_plugins.growth._layer_growth.depth_operators import new_places
@@ -248,16 +249,17 @@ def _names_after(path: str, edit: Edit) -> list[str]:
     start = f"{edit['path']}."
     if edit["op"] != "blocks" or not path.startswith(start):
         return [path]
-    number, dot, rest = path.removeprefix(start).partition(".")
-    source = edit["tied"][int(number)] if "tied" in edit else int(number)
-    return [f"{start}{place}{dot}{rest}" for place, old in enumerate(edit["sources"]) if old == source]
+    name, dot, rest = path.removeprefix(start).partition(".")
+    number = numbering_of(edit).place(name)
+    source = edit["tied"][number] if "tied" in edit else number
+    return [f"{block_name(edit, place)}{dot}{rest}" for place, old in enumerate(edit["sources"]) if old == source]
 
 
 def _block_hooks(masks: Masks, module: nn.Module, edit: Edit, later: Sequence[Edit]) -> Iterator[tuple[nn.Module, _Hook]]:
     if edit.get("shared"):
         raise MisconfigurationException(f"New blocks of {edit['path']} are the old ones, which cannot be masked apart.")
     for place in new_places(edit["sources"]):
-        for _, layer in layers_now(module, f"{edit['path']}.{place}", later):
+        for _, layer in layers_now(module, block_name(edit, place), later):
             yield layer, _Block(masks)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from lightning_peft_plugins.growth._layer_growth import depth_operators as depth
 from lightning_peft_plugins.growth._layer_growth.lemon import lemon, with_eps
 from lightning_peft_plugins.growth._layer_growth.msg import msg
 from lightning_peft_plugins.growth._layer_growth.net2net import aki, net2net
-from lightning_peft_plugins.growth._layer_growth.residual_writers import residual_writers
+from lightning_peft_plugins.growth._layer_growth.residual_writers import writers_of_all
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,14 @@ class GrowthOperator:
         """Whether it can give wider tensors their values."""
         return self.learnt or self.width is not None
 
-    def settings(self, block: nn.Module, outputs: list[str]) -> dict[str, Any]:
-        """What a depth edit must say for :attr:`blocks`."""
-        return {"zeroed": residual_writers(block, outputs)} if self.blocks is depth.zeroed else {}
+    def settings(self, blocks: Iterable[nn.Module], outputs: list[str]) -> dict[str, Any]:
+        """What a depth edit that copies some blocks must say for :attr:`blocks`."""
+        return {"zeroed": writers_of_all(blocks, outputs)} if self.keeps_function else {}
+
+    @property
+    def keeps_function(self) -> bool:
+        """Whether it promises that a deepened network computes what it did."""
+        return self.blocks is depth.zeroed
 
 
 OPERATORS = {

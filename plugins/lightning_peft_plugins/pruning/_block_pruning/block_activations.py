@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_peft.capture.shim import Shim
 from lightning_peft.capture.tap import forward_attribute
+from lightning_peft.network.block_lists import entry_names
 from lightning_peft.network.layers import own_parameters
 from lightning_peft.structure.forms import fields, maybe, tensor, text, whole
 from lightning_peft_plugins.pruning.functional.block_influence import block_influence
@@ -97,9 +98,9 @@ class BlockWatch:
         if self._shims:
             return
         for path, places in lists.items():
-            for place in places:
-                block = module.get_submodule(f"{path}.{place}")
-                see = self._see(path, f"{path}.{place}", _feature_dim(block))
+            for name in entry_names(module, path, places):
+                block = module.get_submodule(name)
+                see = self._see(path, name, _feature_dim(block))
                 self._shims.append(Shim(block, forward_attribute(block), see).install())
 
     def _see(self, path: str, name: str, features: Callable[[Tensor], int]) -> Callable[..., Any]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_peft.network.block_lists import as_list, find_lists, is_trunk
+from lightning_peft.network.block_lists import as_list, entry_names, find_lists, is_trunk
 from lightning_peft.network.targets import TargetSpec, select
 from lightning_peft.structure.forms import Form, dict_of, fields, list_of, whole
 
@@ -47,15 +48,21 @@ def lists_form(tensors: Mapping[str, Tensor] | None) -> Form:
         if (found := form(value, place)) is not None:
             return found
         for path, places in value.items():
-            starts = () if tensors is None else tuple(f"{path}.{block}." for block in places["blocks"])
-            lost = next((start for start in starts if not any(name.startswith(start) for name in tensors or ())), None)
+            known = places["blocks"] if tensors is None else _with_tensors(tensors, path)
+            lost = next((block for block in places["blocks"] if block not in known), None)
             if lost is not None:
-                return f"{place}[{path!r}] names {lost[:-1]}, which is not a block of the module"
+                return f"{place}[{path!r}] names {path}.{lost}, which is not a block of the module"
             if not set(places["named"]) <= set(places["may_go"]) <= set(places["blocks"]):
                 return f"{place}[{path!r}] lists blocks to remove that it does not have"
         return None
 
     return check
+
+
+def _with_tensors(tensors: Iterable[str], path: str) -> set[int]:
+    """Positions of the entries of a list that have tensors; where names have a prefix they may count from one."""
+    matches = [match for name in tensors if (match := re.match(rf"{re.escape(path)}\.([^.]*?)(\d+)\.", name))]
+    return {int(match[2]) - less for match in matches for less in (range(2) if match[1] else range(1))}
 
 
 def residual_lists(network: nn.Module, name: str = "") -> dict[str, list[int]]:
@@ -81,11 +88,11 @@ def lists_to_prune(
     """
     found = residual_lists(module.get_submodule(network), network)
     wanted = None if targets is None else set(select(module, targets))
-    if wanted is not None and wanted.isdisjoint(_names(found)):
+    if wanted is not None and wanted.isdisjoint(_names(module, found)):
         found = _named_lists(module, wanted) or found
     kept = set() if exclude is None else set(select(module, exclude))
     for argument, given, names in (("targets", targets, wanted), ("exclude", exclude, kept)):
-        if given is not None and not names & set(_names(found)):
+        if given is not None and not names & set(_names(module, found)):
             shown = ", ".join(f"{path!r} ({len(places)} blocks)" for path, places in found.items()) or "none"
             raise MisconfigurationException(
                 f"{argument}={given!r} is neither a residual block nor a list of them. Name a list, or a block as "
@@ -93,11 +100,12 @@ def lists_to_prune(
             )
     lists = {}
     for path, places in found.items():
-        named = [place for place in places if wanted is not None and f"{path}.{place}" in wanted]
-        alone = _alone(module.get_submodule(path), places)
+        names = dict(zip(places, entry_names(module, path, places), strict=True))
+        named = [place for place in places if wanted is not None and names[place] in wanted]
+        alone = _alone(module, names)
         every = [place for place in places if place not in alone or place in named]
         chosen = every if wanted is None or path in wanted else named
-        may_go = [place for place in chosen if f"{path}.{place}" not in kept]
+        may_go = [place for place in chosen if names[place] not in kept]
         if path not in kept and may_go:
             lists[path] = PrunableList(places, may_go, [place for place in named if place in may_go])
     if not lists:
@@ -109,17 +117,16 @@ def lists_to_prune(
     return lists
 
 
-def _alone(blocks: nn.Module, places: list[int]) -> list[int]:
+def _alone(module: nn.Module, names: Mapping[int, str]) -> list[int]:
     """Blocks with parameters that no other has, for the others may need them: T5's first holds the positions of all."""
-    own = {place: {name for name, _ in blocks.get_submodule(str(place)).named_parameters()} for place in places}
-    return [place for place in places if own[place].difference(*(own[other] for other in places if other != place))]
+    own = {place: {key for key, _ in module.get_submodule(name).named_parameters()} for place, name in names.items()}
+    return [place for place in own if own[place].difference(*(own[other] for other in own if other != place))]
 
 
-def _names(found: dict[str, list[int]]) -> Iterator[str]:
+def _names(module: nn.Module, found: Mapping[str, list[int]]) -> Iterator[str]:
     for path, places in found.items():
         yield path
-        for place in places:
-            yield f"{path}.{place}"
+        yield from entry_names(module, path, places)
 
 
 def _named_lists(module: nn.Module, wanted: set[str]) -> dict[str, list[int]]:
@@ -130,6 +137,6 @@ def _named_lists(module: nn.Module, wanted: set[str]) -> dict[str, list[int]]:
             continue
         blocks = as_list(child)
         places = blocks.blocks if blocks is not None and blocks.numbered else []
-        if len(places) > 1 and not wanted.isdisjoint(_names({path: places})):
+        if len(places) > 1 and not wanted.isdisjoint(_names(module, {path: places})):
             found[path] = places
     return found

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from lightning_peft.measure.flop_count import FlopCount
 from lightning_peft.network.channel_units import ChannelUnit, channel_units
+from lightning_peft.network.deep_copy import deep_copy
 from lightning_peft.network.layers import is_linear, own_parameters
 from lightning_peft.weights.detach import detach_maps
 from lightning_peft_plugins.pruning._ftwt.skipping.build import build, lay_out, producer_of
@@ -107,7 +108,7 @@ def deploy(
         raise MisconfigurationException("deploy() needs at least one real input to prove and calibrate the network on.")
     device = next(network.parameters()).device
     inputs = inputs.to(device)
-    dense = copy.deepcopy(network).eval().to(memory_format=torch.contiguous_format)
+    dense = deep_copy(network).eval().to(memory_format=torch.contiguous_format)
     detach_maps(dense, "baked")
     _bake_parametrizations(dense)
     _untranspose(dense)
