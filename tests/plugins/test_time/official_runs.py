@@ -1,36 +1,17 @@
 """What the official codes answered on tiny networks, recorded with the commit they came from, and the networks and streams.
 
-Weights and inputs are sines of their places, so that no generator of random numbers has a say. Everything is in float64.
+Weights and inputs are sines of their places. Everything is in float64.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import torch
+from official_values import filled, values_of
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-RECORDED = json.loads((Path(__file__).parents[2] / "fixtures" / "test_time_official.json").read_text())
+RECORDED = values_of("test_time_official")
 CLASSES = 4
-
-
-def filled(net, scale=0.9):
-    """Fill a network with sines; norms are near the identity, and running statistics near those of nothing."""
-    place = 0
-    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
-        if tensor.is_floating_point():
-            values = torch.sin(torch.arange(place, place + tensor.numel(), dtype=torch.float64) * 1.7 + 0.3)
-            place += tensor.numel()
-            if "running_var" in name or (tensor.ndim == 1 and name.endswith("weight")):
-                values = 1 + values / 4
-            elif tensor.ndim == 1:
-                values = values / 5
-            else:
-                values = values * scale
-            tensor.data = values.view(tensor.shape)
-    return net.eval()
 
 
 def batch_norm_net():
