@@ -311,8 +311,10 @@ class Hub:
         self._map_groups.follow()
         if not self._gradients_pending:
             self.run.batch = (batch, batch_idx)
-            self._edit()
-            self.run.batch = None
+            try:
+                self._edit()
+            finally:
+                self.run.batch = None
         self._gradients_pending = True
         self._pace.batch()
         if self._terms is not None:

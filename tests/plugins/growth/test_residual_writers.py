@@ -16,7 +16,7 @@ from torchvision.models.convnext import CNBlock
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.vision_transformer import EncoderBlock
 
-from lightning_peft_plugins.growth._layer_growth.residual_writers import residual_writers
+from lightning_peft_plugins.growth._layer_growth.residual_writers import residual_writers, writers_of_all
 
 LN = partial(nn.LayerNorm, eps=1e-6)
 TOKENS, MAP = torch.randn(2, 9, 8), torch.randn(2, 8, 5, 5)
@@ -53,3 +53,11 @@ def test_what_is_not_recognised_can_be_named() -> None:
     assert torch.equal(silenced(make(), residual_writers(make(), writers))(inputs), inputs)
     with pytest.raises(MisconfigurationException, match=r"No layer of Sequential was recognised.*it has \['0'\]"):
         residual_writers(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_named_layers_may_stand_in_some_kinds_of_blocks_only() -> None:
+    blocks = [Block(8, 2), MixerBlock(8, 9, mlp_layer=Mlp), nn.Identity()]
+    found = writers_of_all(blocks, ["attn.proj", "mlp_tokens.fc2"])
+    assert found == ["attn.proj.weight", "attn.proj.bias", "mlp_tokens.fc2.weight", "mlp_tokens.fc2.bias"]
+    with pytest.raises(MisconfigurationException, match=r"outputs=\['attn\.out'\] are no layers of Block"):
+        writers_of_all(blocks, ["attn.proj", "attn.out"])

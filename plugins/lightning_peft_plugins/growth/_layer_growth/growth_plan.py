@@ -106,7 +106,7 @@ class GrowthPlan:
 
     def _check_depths(self, module: nn.Module, start: int | None) -> None:
         blocks = list(blocks_at(module, self.path))
-        self.operator.settings(blocks[-1:], self.outputs)
+        self.operator.settings(blocks if self.outputs else blocks[-1:], self.outputs)
         if start is not None and not 0 < start <= len(blocks):
             raise MisconfigurationException(f"start={start}: {self.path} has {len(blocks)} blocks to begin with.")
         if start == 1 and self._ends:

@@ -35,15 +35,15 @@ class KeptFunction:
     def __init__(self, run: Run, operator: str) -> None:
         self._run, self._operator, self._batch = run, operator, run.batch
         self._random = RandomState()
-        first = self._answers()
-        again = None if first is None else _apart(first, self._answers())
-        self._before = first if again is not None and again < _SAME else None
+        first, again = self._answers(), self._answers()
+        apart = None if first is None else _apart(first, again)
+        self._before = first if apart is not None and apart < _SAME else None
         self._change: float | None = None
 
     def measure(self) -> None:
-        """Ask again, after the growth."""
-        if self._before is not None:
-            self._change = _apart(self._before, self._answers())
+        """Ask again, after the growth; whatever came out before, because a step may wait for those of other ranks."""
+        after = self._answers()
+        self._change = None if self._before is None else _apart(self._before, after)
         self._before = self._batch = None
 
     def judge(self) -> None:

@@ -21,11 +21,12 @@ def writers_of_all(blocks: Iterable[nn.Module], named: Sequence[str] = ()) -> li
     """
     kinds = {signature(block): block for block in blocks}
     own = {kind: {name for name, _ in block.named_modules()} for kind, block in kinds.items()}
+    lost = [name for name in named if not any(name in names for names in own.values())]
     found: dict[str, None] = {}
     for kind, block in kinds.items():
         mine = [name for name in named if name in own[kind]]
-        lost = [name for name in named if not any(name in names for names in own.values())]
-        found |= dict.fromkeys(residual_writers(block, lost or mine))
+        if mine or lost or not named:
+            found |= dict.fromkeys(residual_writers(block, lost or mine))
     return list(found)
 
 
