@@ -13,13 +13,17 @@ from lightning_peft.structure.depth import blocks_at
 from lightning_peft.structure.edit_types import BlocksEdit
 from lightning_peft.structure.journal import journal_of
 
+# Errors that code of networks raises; one of a kind of its own (out of memory, a user's) means what it says.
+FAILURES = (IndexError, KeyError, RuntimeError, AssertionError, ValueError, TypeError)
 
-def counted_elsewhere(edit: BlocksEdit) -> str:
-    """Say what an IndexError in the first step after an edit means that made a list longer."""
+
+def no_chain(edit: BlocksEdit, error: Exception) -> str:
+    """Say what an error in the first step after an edit of blocks may mean."""
     return (
-        f"The step ended in an IndexError when {edit['path']} had just grown from {edit['from']} to {len(edit['sources'])} "
-        "blocks: the network counts them somewhere else too, and would fail as well if its class built it with as many. Look "
-        "at the error above, or name another list with blocks=."
+        f"{type(error).__name__}: {str(error).partition(chr(10))[0]}. This was the first step after {edit['path']} went from "
+        f"{edit['from']} to {len(edit['sources'])} blocks. If the module trains without that, the list is no chain of blocks: "
+        "their results are put side by side, or counted somewhere else too. Name another list (blocks= for growth, targets= "
+        "for pruning)."
     )
 
 
@@ -32,29 +36,36 @@ class MissingBlocks:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._edits = len(journal_of(module))  # when a step was last run to its end
+        self._edits: int | None = None  # in the journal when a step was last run to its end
 
     def step(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a step.
 
         Raises:
-            MisconfigurationException: It asked a list for a block that left it, or something else for one that is new; names
-                the list and the cure.
+            MisconfigurationException: It asked a list for a block that left it, or failed in another way in the first step
+                after the list changed; names the list and the cure.
         """
         try:
             result = inner(*args, **kwargs)
-        except IndexError as error:
-            reason = self._left(error) or self._new()
+        except Exception as error:
+            reason = self._left(error) if isinstance(error, IndexError) else None
+            reason = reason or self._first_step(error)
             if reason is None:
                 raise
             raise MisconfigurationException(reason) from error
         self._edits = len(journal_of(self._module))
         return result
 
-    def _new(self) -> str | None:
-        for edit in journal_of(self._module)[self._edits :]:
-            if edit["op"] == "blocks" and len(edit["sources"]) > edit["from"]:
-                return counted_elsewhere(edit)
+    def _first_step(self, error: Exception) -> str | None:
+        if type(error) not in FAILURES:
+            return None
+        running = {id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)} - {id(self._module)}
+        for edit in journal_of(self._module)[self._edits or 0 :]:
+            # The first step of all may fail by itself: then the part that holds the list must be among those that ran.
+            holder = self._module.get_submodule(edit["path"].rpartition(".")[0])
+            blamed = self._edits is not None or id(holder) in running
+            if edit["op"] == "blocks" and len(edit["sources"]) != edit["from"] and blamed:
+                return no_chain(edit, error)
         return None
 
     def _left(self, error: IndexError) -> str | None:

@@ -72,7 +72,7 @@ class Cached(Looping):
 
 
 def test_what_counts_new_blocks_elsewhere_is_said_in_the_first_step_only() -> None:
-    with pytest.raises(MisconfigurationException, match=r"layers had just grown from 6 to 8 blocks.*blocks="):
+    with pytest.raises(MisconfigurationException, match=r"^IndexError: list .* layers went from 6 to 8 blocks.*blocks="):
         fit([LayerGrowth("stack", at=2, to=8)], style=Cached, max_epochs=1)
 
     class LastStep(Looping):
@@ -81,3 +81,36 @@ def test_what_counts_new_blocks_elsewhere_is_said_in_the_first_step_only() -> No
 
     with pytest.raises(IndexError, match="list index out of range"):
         fit([LayerGrowth("stack", at=2, to=8)], style=LastStep, max_epochs=1)
+
+
+class Concatenating(nn.Module):
+    """What its blocks return stands side by side, as in VoVNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts, self.last = nn.ModuleList(Block() for _ in range(3)), nn.Linear(48, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(torch.cat([part(inputs) for part in self.parts], 1))
+
+
+class Wide(Plain):
+    def build(self) -> None:
+        self.model = Concatenating()
+
+
+@pytest.mark.filterwarnings("ignore:.*promises that:UserWarning")
+@pytest.mark.parametrize(
+    ("method", "went"),
+    [
+        (lambda: LayerGrowth("stack", at=2, to=4, blocks="model.parts"), "3 to 4"),
+        (lambda: LayerGrowth("ligo", at=2, to=4, blocks="model.parts"), "3 to 4"),
+        (lambda: LayerGrowth("stack", at=2, start=2, blocks="model.parts"), "3 to 2"),
+    ],
+    ids=["grown", "learnt", "begun"],
+)
+def test_lists_that_are_no_chain_are_named(method: Callable[[], Method], went: str) -> None:
+    with pytest.raises(
+        MisconfigurationException, match=rf"^RuntimeError: .*shapes.* model\.parts went from {went} blocks.*blocks="
+    ):
+        fit([method()], style=Wide, max_epochs=1)

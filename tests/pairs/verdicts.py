@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_peft.compose.loss import NonFiniteLossError
+
 WORKS, REJECTED, BREAKS = "works", "rejected", "breaks"
 SIGNS = {WORKS: "+", REJECTED: "-", BREAKS: "!"}
 
@@ -44,6 +46,10 @@ def verdict(trial: Callable[[], str | None]) -> Verdict:
     except MisconfigurationException as error:
         ours = any("lightning_peft" in frame.filename for frame in traceback.extract_tb(error.__traceback__)[-2:])
         return Verdict(REJECTED if ours else BREAKS, str(error))
+    except (
+        NonFiniteLossError
+    ) as error:  # networks in which half of the weights are no answer: said in words, nothing was changed
+        return Verdict(REJECTED, str(error))
     except WrongError as error:
         return Verdict(BREAKS, str(error))
     except Exception as error:

@@ -71,6 +71,20 @@ def test_a_network_with_an_odd_block_begins_small_and_ends_as_built() -> None:
         small.first_edit(t5(3))
 
 
+def test_the_run_that_training_began_with_grows_though_another_is_longer_then() -> None:
+    def stage() -> nn.Module:
+        return nn.Sequential(*(nn.Sequential(nn.Linear(4, width), nn.Linear(width, 4)) for width in (3, 5, 5, 5, 5, 6, 6)))
+
+    network = nn.ModuleDict({"stage": stage()})
+    made = GrowthPlan("stack", [{}], 4, "stage", [], None, True)
+    made.find(network, "")
+    first = made.first_edit(network)
+    assert first is not None
+    assert first["sources"] == [0, 1, 5, 6]  # type: ignore[typeddict-item]
+    edits.apply(network, first)
+    assert made.edit(network, 0, 0)[0]["sources"] == [0, 1, 1, 1, 1, 2, 3]
+
+
 def test_blocks_that_alternate_repeat_as_a_whole_where_the_class_makes_them_so() -> None:
     assert plan(alternating(4), to=8, blocks="blocks")[1]["sources"] == [0, 1, 2, 3] * 2
     with pytest.raises(MisconfigurationException, match="No two blocks of blocks in a row are equal"):

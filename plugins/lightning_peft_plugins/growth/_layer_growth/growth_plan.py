@@ -61,6 +61,7 @@ class GrowthPlan:
         self.past = 0
         self._built = 0
         self._ends: dict[str, tuple[float, float]] = {}
+        self._around: int | None = None  # a block of the run that grows, where training begins with fewer of it
         self._deepens = start is not None or any(DEPTH in size for size in sizes)
         if not self.operator.widens and any(map(width_of, sizes)):
             wide = ", ".join(name for name, entry in OPERATORS.items() if entry.widens)
@@ -98,6 +99,8 @@ class GrowthPlan:
         self._built = len(blocks) if first is None else first["from"]
         rates = drop_rates(blocks) if first is None else first["old_rates"]
         self._ends = {name: (values[0], values[-1]) for name, values in rates.items() if redrawn(values, 2)}
+        if first is not None and (gone := set(range(first["from"])) - set(first["sources"])):
+            self._around = min(gone) - 1
 
     def _first_of(self, module: nn.Module) -> Edit | None:
         """The edit by which the module began small."""
@@ -140,6 +143,7 @@ class GrowthPlan:
                 f"start={self.start}: {count - len(run)} of the {count} blocks of {self.path} are unlike the others and stay, "
                 "and one of the others must. Give more."
             )
+        self._around = run.start
         gone = run[len(run) - (count - self.start) :]
         kept = [place for place in range(count) if place not in gone]
         return blocks_edit(module, self.path, kept, check=self.check) | {"follow": self.follow}
@@ -235,7 +239,7 @@ class GrowthPlan:
                     return whole
             except MisconfigurationException:
                 pass  # the class makes other ones there
-            run = equal_run(module, self.path)
+            run = equal_run(module, self.path, self._around)
         inner = [run[source] for source in self.operator.sources(len(run), depth - now + len(run))]
         return [*range(run.start), *inner, *range(run.stop, now)]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_peft import Run
-from lightning_peft.attach.missing_blocks import counted_elsewhere
+from lightning_peft.attach.missing_blocks import FAILURES, no_chain
 from lightning_peft.capture.once_more import silent
 from lightning_peft.compose.loss import split_output
 from lightning_peft.structure.edits import Edit
@@ -66,10 +66,10 @@ class LearntOperator:
                         generator,
                         reduce=lambda gradient: strategy.reduce(gradient, reduce_op="mean"),
                     )
-                except IndexError as error:
-                    if edit["op"] != "blocks":
+                except FAILURES as error:
+                    if edit["op"] != "blocks" or type(error) not in FAILURES:
                         raise
-                    raise MisconfigurationException(counted_elsewhere(edit)) from error
+                    raise MisconfigurationException(no_chain(edit, error)) from error
         with torch.no_grad():
             return materialised(values, [edit], self._operator)
 

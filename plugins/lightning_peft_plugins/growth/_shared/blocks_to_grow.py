@@ -47,14 +47,37 @@ def are_equal(module: nn.Module, path: str) -> bool:
     return len({signature(block) for block in module.get_submodule(path).children()}) == 1
 
 
-def equal_run(module: nn.Module, path: str) -> range:
+def run_around(kinds: Sequence[str], place: int) -> range:
+    """Places of the run of equal entries that one of them belongs to.
+
+    Example:
+        >>> run_around(["stem", "block", "head", "head"], 1)
+        range(1, 2)
+    """
+    start, stop = place, place + 1
+    while start > 0 and kinds[start - 1] == kinds[place]:
+        start -= 1
+    while stop < len(kinds) and kinds[stop] == kinds[place]:
+        stop += 1
+    return range(start, stop)
+
+
+def equal_run(module: nn.Module, path: str, around: int | None = None) -> range:
     """Return the places of the blocks of a list that can stand in for one another: all, or the longest run.
+
+    Args:
+        module: The module.
+        path: Qualified name of the list.
+        around: A block that is to be among them, where a training began with fewer of its run.
 
     Raises:
         MisconfigurationException: No two in a row are equal; names what differs.
     """
     blocks: list[nn.Module] = list(module.get_submodule(path)._modules.values())  # type: ignore[arg-type]
-    run = longest_run([signature(block) for block in blocks])
+    kinds = [signature(block) for block in blocks]
+    if around is not None:
+        return run_around(kinds, around)
+    run = longest_run(kinds)
     if len(run) < 2 and len(blocks) > 1:
         raise MisconfigurationException(
             f"No two blocks of {path} in a row are equal ({_odd(blocks, 0, 1)}), so copies of one cannot stand beside another. "
