@@ -42,6 +42,8 @@ class Session(nn.Module):
         super().__init__()
         options = onnxruntime.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads, options.inter_op_num_threads = 3, threads, 1
+        # Threads that wait by spinning would take the cores of whose turn is next.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         self.input = self.session.get_inputs()[0].name
 

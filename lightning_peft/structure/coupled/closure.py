@@ -43,13 +43,14 @@ class Closure:
         root: Node of the layer.
         handler: Function that cuts its outputs.
         outputs: Their number.
+        largest: Largest dimension in the network; a coordinate beyond it exists nowhere.
 
     Raises:
         OverflowError: Indices shift without end.
     """
 
-    def __init__(self, root: Any, handler: Any, outputs: int) -> None:
-        self._parents = list(range(outputs))
+    def __init__(self, root: Any, handler: Any, outputs: int, largest: int) -> None:
+        self._parents, self._largest = list(range(outputs)), largest
         self._reached: dict[tuple[int, Any], Reached] = {}
         self._left = 1_000_000  # coordinates; a layer of 16k channels may be met in 60 places
         start = [Index(channel, channel) for channel in range(outputs)]
@@ -75,7 +76,7 @@ class Closure:
         place = self._reached.setdefault((id(node), handler), Reached(node, handler))
         fresh = []
         for index in indices:
-            if index.root_idx is None or index.idx < 0:
+            if index.root_idx is None or not 0 <= index.idx < self._largest:
                 raise OverflowError
             if index.idx in place.roots:
                 self._join(place.roots[index.idx], index.root_idx)

@@ -162,13 +162,14 @@ class _Reader:
     def closures(self) -> Iterator[tuple[str, Closure | None]]:
         """Follow the outputs of every layer that no other layer's outputs led to, by the layer's name."""
         self._sever_attention()
+        largest = max((size for tensor in self.network.parameters() for size in tensor.shape), default=0)
         seen: set[int] = set()
         for layer, node in list(self.graph.module2node.items()):
             if not (isinstance(layer, nn.modules.conv._ConvNd) or is_linear(layer)) or id(layer) in seen:
                 continue
             cutter = self.graph.get_pruner_of_module(layer)
             try:
-                closure = Closure(node, cutter.prune_out_channels, cutter.get_out_channels(layer))
+                closure = Closure(node, cutter.prune_out_channels, cutter.get_out_channels(layer), largest)
             except OverflowError:
                 yield self.names[layer], None
                 continue
