@@ -63,12 +63,15 @@ def shortened(words: str, length: int = 120) -> str:
 
 
 def general(words: str) -> str:
-    """A message without the names and numbers of one network, so that equal reasons are equal.
+    """The first clause of a message, without the names and numbers of one network, so that equal reasons are equal.
 
     Example:
-        >>> general("LlamaForCausalLM has 4 blocks in 'model.layers'.")
+        >>> general("LlamaForCausalLM has 4 blocks in 'model.layers'. Name others.")
         '... has N blocks in ....'
+        >>> general("The library does not know how to widen a OPTForCausalLM; it knows VisionTransformer, LlamaPreTrai")
+        'The library does not know how to widen a ...'
     """
     words = re.sub(r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]", "...", words.split("\n")[0])
-    words = re.sub(r"\b[A-Za-z_]\w*(\.\w+)+\b|\b[A-Z][a-z0-9]+([A-Z]\w*)+\b", "...", words)
-    return re.sub(r"\b\d+(\.\d+)?\b", "N", words)
+    words = re.sub(r"\b[A-Za-z_]\w*(\.\w+)+\b|\b\w*[a-z0-9][A-Z]\w*\b|\b[A-Z]{2,}[a-z]\w*\b", "...", words)
+    words = re.split(r"; | \(|, so |(?<=[a-z.])\. (?=[A-Z])", re.sub(r"\b\d+(\.\d+)?\b", "N", words), maxsplit=1)[0]
+    return words.strip()
