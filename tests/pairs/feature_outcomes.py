@@ -123,7 +123,9 @@ def _from_file(pl: Any, chosen: Sequence[Any], how: str, module: Any, make: Any,
         fresh.load_state_dict(torch.load(path, weights_only=False)["state_dict"])
     else:
         loaded = peft.load_from_checkpoint(type(module), path, **module.ways)
-        if (found := difference(dict(module.state_dict()), dict(loaded.state_dict()))) is not None:
+        fresh_types = {name: value.dtype for name, value in loaded.state_dict().items()}  # as the class builds it
+        trained = {name: value.to(fresh_types.get(name)) for name, value in module.state_dict().items()}
+        if (found := difference(trained, dict(loaded.state_dict()))) is not None:
             raise WrongError(f"load_from_checkpoint: {found}")
 
 

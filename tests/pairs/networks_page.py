@@ -28,6 +28,7 @@ LIBRARIES = ("transformers", "timm", "torchvision")
 RECORDS = {library: Path(__file__).with_name(f"networks_{library}.json") for library in LIBRARIES}
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility" / "networks.md"
 LIMIT = 120  # seconds of a processor
+_MOST = 5000.0  # a weight that is larger after four steps has diverged
 
 
 @cache
@@ -40,7 +41,9 @@ def _known(name: str) -> Family:
             raise ValueError("with random weights it answers no finite number")
         answer(network(**known.batch())).pow(2).mean().backward()
         answer(network.eval()(**known.batch()))
-    train(known)  # a loss of two samples may become NaN by itself
+    alone = train(known)[0]  # with two samples a network may diverge by itself
+    if (largest := max(float(parameter.detach().abs().max()) for parameter in alone.parameters())) > _MOST:
+        raise ValueError(f"trained without a method it diverges: a weight of {largest:.0f} after four steps")
     return known
 
 
