@@ -41,14 +41,15 @@ def _check_pruning(pruning: Any, method: Contract, module: nn.Module) -> None:
             f"{method.name} changes the structure of the network, and Lightning's ModelPruning holds on to the layers it had. "
             "Remove ModelPruning, or prune with MaskedPruning, which follows the change."
         )
-    if not method.weight_maps:
+    if not method.weight_maps and Resource.GRADIENT not in method.writes_now():
         return
+    does = "maps" if method.weight_maps else "gives a gradient"
     pruned = {(id(layer), name) for layer, name in pruning._parameters_to_prune}
     for tensor in method.claims(module):
         path, _, name = tensor.rpartition(".")
         if (id(module.get_submodule(path)), name) in pruned:
             raise MisconfigurationException(
-                f"Lightning's ModelPruning replaces {tensor}, which {method.name} maps. Prune with MaskedPruning, which "
+                f"Lightning's ModelPruning replaces {tensor}, which {method.name} {does}. Prune with MaskedPruning, which "
                 f"works beside {method.name}; or give each its own layers: parameters_to_prune=[(layer, {name!r}), ...] in "
                 f"ModelPruning, exclude=[{path!r}, ...] in {method.name}."
             )

@@ -11,7 +11,16 @@ from lightning.pytorch.callbacks import BackboneFinetuning, ModelPruning
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from lightning_peft import PSKD, BlockPruning, LayerGrowth, MaskedPruning, NMSparsity, StructuredPruning, WeightCompander
+from lightning_peft import (
+    PSKD,
+    BlockPruning,
+    LayerGrowth,
+    MaskedPruning,
+    NMSparsity,
+    StructuredPruning,
+    TrainedRankPruning,
+    WeightCompander,
+)
 from lightning_peft.attach.plan import ConflictError
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.method import Method
@@ -225,6 +234,17 @@ def test_lightnings_pruning_on_mapped_weights(method):
     fit([ToyThreshold()], module=module, after=beside)
     assert int((module.model[0].bias == 0).sum()) == 8
     fit([ToyScale(), MaskedPruning(0.5, targets="4", exclude=())])
+
+
+def test_lightnings_pruning_on_weights_that_get_a_gradient():
+    module = Plain()
+    with pytest.raises(
+        MisconfigurationException, match=r"replaces model.0.weight, which trained_rank_pruning gives a gradient"
+    ):
+        fit([TrainedRankPruning(0.5, period=2)], module=module, after=[ModelPruning("l1_unstructured", amount=0.5)])
+    apart = [ModelPruning("l1_unstructured", layers(module, 4), amount=0.5)]
+    fit([TrainedRankPruning(0.5, period=2, exclude=["model.4"])], module=module, after=apart)
+    assert float((module.model[4].weight == 0).float().mean()) == pytest.approx(0.5, abs=0.05)
 
 
 def test_lightnings_pruning_beside_a_change_of_structure():
