@@ -43,15 +43,16 @@ def _check_pruning(pruning: Any, method: Contract, module: nn.Module) -> None:
         )
     if not method.weight_maps and Resource.GRADIENT not in method.writes_now():
         return
-    does = "maps" if method.weight_maps else "gives a gradient"
+    does, instead = "gives a gradient", "Give"
+    if method.weight_maps:
+        does, instead = "maps", f"Prune with MaskedPruning, which works beside {method.name}; or give"
     pruned = {(id(layer), name) for layer, name in pruning._parameters_to_prune}
     for tensor in method.claims(module):
         path, _, name = tensor.rpartition(".")
         if (id(module.get_submodule(path)), name) in pruned:
             raise MisconfigurationException(
-                f"Lightning's ModelPruning replaces {tensor}, which {method.name} {does}. Prune with MaskedPruning, which "
-                f"works beside {method.name}; or give each its own layers: parameters_to_prune=[(layer, {name!r}), ...] in "
-                f"ModelPruning, exclude=[{path!r}, ...] in {method.name}."
+                f"Lightning's ModelPruning replaces {tensor}, which {method.name} {does}. {instead} each its own layers: "
+                f"parameters_to_prune=[(layer, {name!r}), ...] in ModelPruning, exclude=[{path!r}, ...] in {method.name}."
             )
 
 

@@ -243,7 +243,6 @@ def test_lightnings_pruning_on_weights_that_get_a_gradient():
     apart = [ModelPruning("l1_unstructured", layers(module, 4), amount=0.5)]
     fit([TrainedRankPruning(0.5, period=2, exclude=["model.4"])], module=module, after=apart)
     assert float((module.model[4].weight == 0).float().mean()) == pytest.approx(0.5, abs=0.05)
-    fit([TrainedRankPruning(0.5, period=2), MaskedPruning(0.5, exclude=())])
 
 
 def test_lightnings_pruning_beside_a_change_of_structure():
