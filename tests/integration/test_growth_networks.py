@@ -65,7 +65,7 @@ def outputs(network: nn.Module) -> Tensor:
 def deepen(network: nn.Module, path: str, operator: str, to: int) -> edits.Change:
     blocks = list(network.get_submodule(path).children())
     chosen = OPERATORS[operator]
-    edit = blocks_edit(network, path, chosen.sources(len(blocks), to)) | chosen.settings(blocks[0], [])
+    edit = blocks_edit(network, path, chosen.sources(len(blocks), to)) | chosen.settings([*blocks][:1], [])
     before = plain_values(network)
     change = edits.apply(network, edit)
     if chosen.blocks is not None:
