@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lightning_peft import LayerGrowth
+from lightning_peft.structure.width_map import Layer, WidthMap
+from lightning_peft.testing.modules import Plain
+from lightning_peft.testing.runs import fit
 from lightning_peft.testing.trace import difference
 from lightning_peft_plugins.growth._layer_growth.kept_function import KeptFunction
 
@@ -109,3 +112,27 @@ def test_asking_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     assert difference(asked[0], asked[1]) is None
     monkeypatch.setattr(KeptFunction, "_answers", lambda self: None)
     assert difference(found, trained()) is None
+
+
+class Scaling(Plain):
+    """Multiplies by its width, which no width map says."""
+
+    scales = True
+
+    def build(self) -> None:
+        self.model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        hidden = self.model[:2](inputs)
+        return self.model[2](hidden * hidden.shape[-1] if self.scales else hidden)
+
+
+@pytest.mark.parametrize("scales", [True, False])
+def test_what_a_width_map_does_not_say_is_found(scales: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scaling, "scales", scales)
+    width_map = WidthMap({"width": 8}, {"0": Layer(output="width"), "2": Layer(input="width")})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        method = LayerGrowth("net2net", at="step:2", to={"width": 16}, width_map=width_map, network="model")
+        fit([method], style=Scaling, max_epochs=2)
+    assert [PROMISES in str(each.message) for each in caught].count(True) == scales
