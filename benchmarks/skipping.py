@@ -162,9 +162,8 @@ def train(network: str, seed: int, stage: str, start: Path | None, path: Path) -
         notes["predicted"] = callbacks[0].predicted
         # Proved to compute what the trained network computes with its predictors' masks.
         module.model = callbacks[0].deploy(module, samples_of(network), calibrate=False).network
-    tester = trainer(
-        1, [], "32-true" if stage == "FTWT" else "bf16-mixed"
-    )  # in half precision a predictor may decide otherwise
+    # In half precision a predictor may decide otherwise.
+    tester = trainer(1, [], "32-true" if stage == "FTWT" else "bf16-mixed")
     found = tester.test(module, data_of(network, test=True), verbose=False)[0]
     notes |= {"accuracy": found["test/accuracy"], "calibration_error": found["test/ece"]}
     path.with_suffix(".json").write_text(json.dumps(notes, indent=1))

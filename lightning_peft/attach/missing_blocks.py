@@ -1,4 +1,4 @@
-"""Networks that count their blocks elsewhere: refused in words, because an index error in a forward names no list."""
+"""Networks that do not follow a list whose length changes: refused in words, because what forward raises names no list."""
 
 from __future__ import annotations
 
@@ -59,17 +59,17 @@ class MissingBlocks:
     def _first_step(self, error: Exception) -> str | None:
         if type(error) not in FAILURES:
             return None
-        running = {id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)} - {id(self._module)}
+        running = [owner for owner in _running(error) if owner is not self._module]
         for edit in journal_of(self._module)[self._edits or 0 :]:
             # The first step of all may fail by itself: then the part that holds the list must be among those that ran.
             holder = self._module.get_submodule(edit["path"].rpartition(".")[0])
-            blamed = self._edits is not None or id(holder) in running
+            blamed = self._edits is not None or any(owner is holder for owner in running)
             if edit["op"] == "blocks" and len(edit["sources"]) != edit["from"] and blamed:
                 return no_chain(edit, error)
         return None
 
     def _left(self, error: IndexError) -> str | None:
-        asked = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        asked = _running(error)
         shorter = {edit["path"]: edit["from"] for edit in journal_of(self._module) if edit["op"] == "blocks"}
         for path, before in shorter.items():
             blocks = blocks_at(self._module, path)
@@ -81,3 +81,8 @@ class MissingBlocks:
                     f"`for block in self.{name}:`."
                 )
         return None
+
+
+def _running(error: Exception) -> list[object]:
+    """The objects whose methods ran when an error was raised."""
+    return [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]

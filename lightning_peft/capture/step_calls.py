@@ -22,6 +22,7 @@ from lightning_peft.capture.shim import Shim
 from lightning_peft.capture.tap import forward_attribute
 from lightning_peft.namespaces import own
 from lightning_peft.network.batches import plain
+from lightning_peft.network.modes import modes_kept
 
 StepName = Literal["training_step", "validation_step", "test_step", "predict_step"]
 _STAGES = {
@@ -155,10 +156,15 @@ def _run(trainer: Any, module: LightningModule, step: StepName, batch: Any, inde
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         with trainer.precision_plugin.forward_context(), calls.open(leave=True):
-            _bound(module, step, batch, index)()
+            bound_step(module, step, batch, index)()
 
 
-def _bound(module: LightningModule, step: StepName, batch: Any, index: int) -> Callable[[], Any]:
+def bound_step(module: LightningModule, step: StepName, batch: Any, index: int) -> Callable[[], Any]:
+    """A call of the user's own step on a batch, without the terms and hooks that methods add to it.
+
+    Raises:
+        MisconfigurationException: The step fetches batches itself.
+    """
     method = getattr(module, step)
     while isinstance(method, Shim):  # what methods make of a step is no part of it
         method = method._inner
@@ -176,13 +182,10 @@ def _bound(module: LightningModule, step: StepName, batch: Any, index: int) -> C
 @contextmanager
 def _as_in(trainer: Any, module: LightningModule, step: StepName) -> Iterator[None]:
     """Make Trainer and module say of themselves what they say in a step."""
-    stage, modes = trainer.state.stage, {part: part.training for part in module.modules()}
+    stage = trainer.state.stage
     trainer.state.stage = _STAGES[step]
-    if step != "training_step":
-        module.eval()
     try:
-        yield
+        with modes_kept(module, evaluate=step != "training_step"):
+            yield
     finally:
         trainer.state.stage = stage
-        for part, training in modes.items():
-            part.training = training

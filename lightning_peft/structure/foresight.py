@@ -75,10 +75,11 @@ def _check_shared(edit: Recorded, state: Mapping[str, Any]) -> None:
     path, sources = edit.get("path"), edit.get("sources")
     for place, source in enumerate(sources if isinstance(sources, list) else ()):
         first = sources.index(source)  # type: ignore[union-attr]
+        own, same = block_name(edit, place), block_name(edit, first)
         for name, tensor in state.items():
-            if first == place or not name.startswith(f"{block_name(edit, place)}.") or not isinstance(tensor, Tensor):
+            if first == place or not name.startswith(f"{own}.") or not isinstance(tensor, Tensor):
                 continue
-            other = state.get(block_name(edit, first) + name.removeprefix(block_name(edit, place)))
+            other = state.get(same + name.removeprefix(own))
             if isinstance(other, Tensor) and (other.shape != tensor.shape or not torch.equal(other, tensor)):
                 raise CheckpointError(
                     f"The checkpoint's journal says that positions {first} and {place} of {path} hold one block, but the file "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from lightning_peft.network.batches import batch_size, plain, take, tensors_of
 from lightning_peft.network.called_with import call_with
 from lightning_peft.network.labels import LABEL_KEYS
 from lightning_peft.network.logits import as_logits
+from lightning_peft.network.modes import modes_kept
 
 Forward = Callable[[nn.Module, Any], Any]
 _log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def diagonal_fisher(
             'probability and reads no labels; the others take "model" or "data".'
         )
     # even the sums must not be made inside an evaluation loop's inference mode, or nobody could update them later
-    with torch.inference_mode(False), torch.enable_grad(), _mode(model, eval_mode):
+    with torch.inference_mode(False), torch.enable_grad(), modes_kept(model, evaluate=eval_mode):
         scorer = _Scorer(model, parameters, forward, labels)
         totals = {name: torch.zeros_like(p, dtype=_at_least_float32(p)) for name, p in scorer.wanted.items()}
         count = 0
@@ -264,15 +264,3 @@ def _batch_size(batch: Any) -> int:
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-@contextmanager
-def _mode(model: nn.Module, evaluate: bool) -> Iterator[None]:
-    before = {module: module.training for module in model.modules()}
-    try:
-        if evaluate:
-            model.eval()
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training

@@ -215,7 +215,7 @@ class GrowthPlan:
 
     def other_place(self, module: nn.Module, edit: Edit) -> str:
         """Say which block computes something else at its new place, where the operator promises that none does."""
-        if edit["op"] != "blocks" or "depth" not in self.operator.keeps or self.check == "off":
+        if edit["op"] != "blocks" or not self.keeps(edit) or self.check == "off":
             return ""
         found = other_at_its_place(module, self.path, edit["sources"])
         return found and (

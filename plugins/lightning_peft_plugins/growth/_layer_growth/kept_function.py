@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_peft import Run
 from lightning_peft.capture.once_more import RandomState, attributes_kept, metrics_kept, silent, statistics_kept
+from lightning_peft.capture.step_calls import bound_step
 from lightning_peft.compose.loss import split_output
+from lightning_peft.network.modes import modes_kept
 from lightning_peft.weights.maps import mapped_tensors
-from lightning_peft_plugins.growth._layer_growth.own_step import own_step
 from lightning_peft_plugins.growth._layer_growth.promise import tensors_in
 
 _SAME = 1e-5  # distance of answers on a device that does not add in the same order each time
@@ -67,13 +68,13 @@ class KeptFunction:
         if self._batch is None or not module.automatic_optimization or compiled or mapped:
             return None
         found: list[Tensor] = []
-        kept = (silent(module), statistics_kept(module), metrics_kept(module), attributes_kept(module), _evaluating(module))
+        kept = (silent(module), statistics_kept(module), metrics_kept(module), attributes_kept(module), modes_kept(module))
         with ExitStack() as stack:
             for context in (*kept, self._random.again(), trainer.precision_plugin.train_step_context()):
                 stack.enter_context(context)
             hook = self._run.network.register_forward_hook(lambda network, inputs, output: found.extend(_kept(output)))
             try:
-                return [*found, *_kept(split_output(own_step(module, *self._batch)))]
+                return [*found, *_kept(split_output(bound_step(module, "training_step", *self._batch)()))]
             except Exception:  # a step that needs gradients, or one that fails: the training will say so
                 return None
             finally:
@@ -93,14 +94,3 @@ def _apart(before: Sequence[Tensor], after: Sequence[Tensor] | None) -> float | 
     tiny = torch.finfo(torch.double).tiny
     apart = [float((b - a).norm() / a.norm().clamp_min(tiny)) for a, b in zip(before, after, strict=True)]
     return max(apart, default=0.0)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode

@@ -14,11 +14,11 @@ from torch.func import functional_call
 from lightning_peft import Run
 from lightning_peft.attach.missing_blocks import FAILURES, no_chain
 from lightning_peft.capture.once_more import silent
+from lightning_peft.capture.step_calls import bound_step
 from lightning_peft.compose.loss import split_output
 from lightning_peft.structure.edits import Edit
 from lightning_peft.weights.maps import mapped_tensors
 from lightning_peft_plugins.growth._layer_growth.ligo_training import LigoOperator, materialised, train_operator
-from lightning_peft_plugins.growth._layer_growth.own_step import own_step
 
 
 class LearntOperator:
@@ -111,4 +111,4 @@ class _Step(nn.Module):
         self.module = module
 
     def forward(self, batch: Any, index: int) -> Any:
-        return own_step(self.module, batch, index)
+        return bound_step(self.module, "training_step", batch, index)()
