@@ -17,9 +17,10 @@ from torch import nn
 from lightning_peft.structure.axes import NEW, OLD
 from lightning_peft.structure.edit_types import Recorded
 from lightning_peft.structure.errors import CheckpointError
+from lightning_peft.structure.noted_numbers import is_root
 
 EPSILONS = ("eps", "variance_epsilon")
-"""What norms call the small number that LEMON scales; no other number that is not whole is ever written."""
+"""What norms call the small number that LEMON scales; beside it, of numbers that are not whole, roots of sizes are written."""
 
 
 def check_bounds(module: nn.Module, edit: Recorded) -> None:
@@ -54,10 +55,11 @@ def _may_write(module: nn.Module, edit: Recorded, path: str, key: str, old: Any,
     network = edit["path"]
     if network and path != network and not path.startswith(f"{network}."):
         return False
-    if isinstance(new, float):
-        return may_scale(module, path, key, new)
     start = f"{path}." if path else ""
     sized = any(other.startswith(start) for name, entry in edit["tensors"].items() for other in (name, *entry.get("tied", ())))
+    if isinstance(new, float):
+        root = edit["op"] == "resize" and sized and _are_roots(edit, old, new)
+        return may_scale(module, path, key, new) or (root and not isinstance(module.get_submodule(path), LightningModule))
     if not sized and path not in edit.get("norms", {}):  # a norm without weights notes a size too
         return edit["op"] == "slice" and not isinstance(module.get_submodule(path), LightningModule) and _is_cut(edit, old, new)
     exact = isinstance(module.get_submodule(path), LightningModule)  # where a number can mean anything
@@ -65,6 +67,11 @@ def _may_write(module: nn.Module, edit: Recorded, path: str, key: str, old: Any,
         pairs = zip(*(value if isinstance(value, list) else [value] for value in (old, new)), strict=True)
         return not exact and all(0 < b <= a for a, b in pairs)
     return _explained(edit, old, new, exact=exact)
+
+
+def _are_roots(edit: Recorded, old: object, new: object) -> bool:
+    """Whether numbers are the roots of a product of axes, before and after."""
+    return any(is_root(old, product[OLD]) and is_root(new, product[NEW]) for product in _products(edit) if product[OLD] > 1)
 
 
 def _is_cut(edit: Recorded, old: Any, new: Any) -> bool:

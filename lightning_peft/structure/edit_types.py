@@ -66,6 +66,8 @@ class _ResizeEntryOptions(TypedDict, total=False):
     of: list[str]
     tied: list[str]
     tied_head: bool
+    offset: float
+    factor: float
 
 
 class ResizeEntry(_ResizeEntryOptions, _FromShape):
@@ -80,6 +82,8 @@ class ResizeEntry(_ResizeEntryOptions, _FromShape):
         of: Tensors whose outputs a scale multiplies.
         tied: Other names of the tensor.
         tied_head: Whether what follows the norm shares its weight with an embedding.
+        offset: What the layer adds to it before it is used.
+        factor: What its new value is multiplied by for the network to use it as the operator means it.
     """
 
     to: list[int]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.structure.errors import CheckpointError
+from lightning_peft.structure.noted_numbers import agrees, note, noted
 from lightning_peft.weights.maps import split_name
 
 
@@ -44,7 +45,7 @@ def set_attributes(module: nn.Module, attributes: Mapping[str, Mapping[str, Any]
         layer = module.get_submodule(path)
         for attribute, pair in changes.items():
             value = pair[when]
-            setattr(layer, attribute, tuple(value) if isinstance(value, list) else value)
+            note(layer, attribute, tuple(value) if isinstance(value, list) else value)
 
 
 def check_attributes(module: nn.Module, path: str, changes: Mapping[str, Any]) -> None:
@@ -54,17 +55,17 @@ def check_attributes(module: nn.Module, path: str, changes: Mapping[str, Any]) -
         CheckpointError: There is no such layer, number or value.
     """
     try:
-        own = vars(module.get_submodule(path))
+        layer = module.get_submodule(path)
     except AttributeError:
         raise CheckpointError(f"{type(module).__name__} has no submodule {path!r}, whose width was changed.") from None
     for attribute, (old, new) in changes.items():
-        value = own.get(attribute)
+        value = noted(layer, attribute)
         plain = list(value) if isinstance(value, tuple) else value
         # a float, an int or a tuple of ints, noted by the module itself, that keeps its type
         sort = [type(part) for part in plain] if isinstance(plain, list) else type(plain)
         known = sort in (int, float) or (isinstance(sort, list) and set(sort) == {int})
-        same = sort == ([type(part) for part in new] if isinstance(new, list) else type(new))
-        if attribute.startswith("_") or not known or not same or plain != old:
+        like = sort == ([type(part) for part in new] if isinstance(new, list) else type(new))
+        if attribute.startswith("_") or not known or not like or not agrees(layer, attribute, plain, old):
             raise CheckpointError(
                 f"A change of width was made on {path}.{attribute} = {old}; this {type(module).__name__} has {value!r}. "
                 "Build the model with the arguments it was trained with."

@@ -13,6 +13,7 @@ from lightning_peft.network.layers import has_class, is_conv, is_linear, own_par
 from lightning_peft.structure.axes import NEW, OLD, size
 from lightning_peft.structure.bounds import EPSILONS
 from lightning_peft.structure.edit_types import ResizeEdit, ResizeEntry
+from lightning_peft.structure.noted_numbers import ROOT, root_change, root_ratio
 from lightning_peft.structure.width_map import Layer, Norm, Scale, WidthMap
 from lightning_peft.structure.width_targets import grown_axes
 from lightning_peft.weights.maps import plain_tensors, split_name
@@ -71,13 +72,14 @@ def width_edit(network: nn.Module, prefix: str, width_map: WidthMap, to: Mapping
             for key in {"of", "tied"} & set(entry):
                 entry[key] = [_join(prefix, other) for other in entry[key]]
             edit["tensors"][_join(prefix, name)] = cast(ResizeEntry, entry)
+    _note_factors(network, width_map, edit)
     _note_attributes(network, width_map, edit)
     _note_config(network, width_map, edit)
     for path, layer, kind in _declared(network, width_map):
         if isinstance(kind, Layer) and kind.input:
             edit["inputs"][_join(prefix, path)] = kind.input
         elif isinstance(kind, Norm) and (own_parameters(layer) or hasattr(layer, "normalized_shape")):
-            edit["norms"][_join(prefix, path)] = _norm(layer, kind)
+            edit["norms"][_join(prefix, path)] = _norm(layer, kind, _join(prefix, path.rpartition(".")[0]))
     # The configuration's epsilon is that of the norms only if all of them have it; an operator that scales it asks.
     if {getattr(vars(network).get("config"), width_map.eps_config, None)} == {
         n["eps"][1] for n in edit["norms"].values() if "eps" in n
@@ -108,6 +110,8 @@ def _entries(network: nn.Module, width_map: WidthMap) -> dict[str, dict[str, Any
                 entry["of"] = [_join(_join(parent, kind.of), name) for name in ("weight", "bias")]
             elif isinstance(kind, Norm) and kind.before:
                 entry["tied_head"] = _is_tied(network, f"{kind.before}.weight")
+            if isinstance(kind, Norm) and kind.offset and attribute == "weight":
+                entry["offset"] = kind.offset
             entries[_join(path, attribute)] = entry
     for name, tensor in plain_tensors(network).items():
         pattern = _match(width_map.tensors, name)
@@ -171,6 +175,25 @@ def _check_known(network: nn.Module, width_map: WidthMap, entries: Mapping[str, 
         )
 
 
+def _note_factors(network: nn.Module, width_map: WidthMap, edit: ResizeEdit) -> None:
+    """Note what makes up for another root of the width on an embedding, and behind it where a head shares its weight.
+
+    The embedding is divided by what its root grows by. A head that is tied to it is divided too, so the norm before it is
+    multiplied.
+    """
+    heads = {f"{kind.before}.weight": path for path, _, kind in _declared(network, width_map) if isinstance(kind, Norm)}
+    for path, layer, kind in _declared(network, width_map):
+        entry = edit["tensors"].get(_join(edit["path"], f"{path}.weight"))
+        if not isinstance(kind, Layer) or not kind.root or entry is None:
+            continue
+        sizes = (size(kind.output, edit["axes"], OLD), size(kind.output, edit["axes"], NEW))
+        entry["factor"] = root_ratio(layer, kind.root, own_parameters(layer)["weight"].dtype, sizes)
+        for head, norm in heads.items():
+            before = edit["tensors"].get(_join(edit["path"], f"{norm}.weight"))
+            if before is not None and _join(edit["path"], head) in entry.get("tied", ()):
+                before["factor"] = 1.0 / entry["factor"]
+
+
 def _note_attributes(network: nn.Module, width_map: WidthMap, edit: ResizeEdit) -> None:
     found: dict[str, dict[str, Any]] = {}
     for path, layer, kind in _declared(network, width_map):
@@ -178,10 +201,11 @@ def _note_attributes(network: nn.Module, width_map: WidthMap, edit: ResizeEdit) 
     for path, layer in network.named_modules():
         pattern = _match(width_map.attributes, path)
         wanted = width_map.attributes[pattern] if pattern is not None else {}
-        found[path] = found.get(path, {}) | {key: dim for key, dim in wanted.items() if key in vars(layer)}
+        own = {*vars(layer), *layer._buffers}
+        found[path] = found.get(path, {}) | {key: dim for key, dim in wanted.items() if key in own}
     for path, wanted in found.items():
         layer = network.get_submodule(path)
-        changes = {key: _change(f"{path or 'network'}.{key}", getattr(layer, key), dim, edit) for key, dim in wanted.items()}
+        changes = {key: _change(f"{path or 'network'}.{key}", layer, key, dim, edit) for key, dim in wanted.items()}
         changes = {key: change for key, change in changes.items() if change[OLD] != change[NEW]}
         if changes:
             edit["attributes"][_join(edit["path"], path)] = changes
@@ -200,13 +224,17 @@ def _torch_attributes(layer: nn.Module, kind: Layer | Norm | Scale | None) -> di
     return {name: dim for name, dim in zip(names, (kind.input, kind.output), strict=True) if dim and known}
 
 
-def _change(what: str, value: Any, dim: str | Sequence[str], edit: Mapping[str, Any]) -> list[Any]:
+def _change(what: str, layer: nn.Module, key: str, dim: str | Sequence[str], edit: Mapping[str, Any]) -> list[Any]:
     """Old and new value of a number or tuple."""
-    axes = edit["axes"]
-    if isinstance(dim, str):
+    axes, value = edit["axes"], getattr(layer, key)
+    change: list[Any]
+    if isinstance(dim, str) and dim.startswith(ROOT):
+        product = dim.removeprefix(ROOT)
+        root = root_change(layer, key, (size(product, axes, OLD), size(product, axes, NEW)))
+        fits, change = root is not None, root or [f"the root of {size(product, axes, OLD)}"]
+    elif isinstance(dim, str):
         old, new = (size(dim, axes, when) for when in (OLD, NEW))
-        fits = value == old
-        change: list[Any] = [old, new]
+        fits, change = value == old, [old, new]
     else:
         change = [[size(part, axes, when) for part in dim] for when in (OLD, NEW)]
         fits = list(value) == change[OLD]
@@ -230,10 +258,12 @@ def _note_config(network: nn.Module, width_map: WidthMap, edit: ResizeEdit) -> N
             edit["config"][key] = [old, new]
 
 
-def _norm(layer: nn.Module, kind: Norm) -> dict[str, Any]:
+def _norm(layer: nn.Module, kind: Norm, parent: str) -> dict[str, Any]:
     cls = next(base.__name__ for base in type(layer).__mro__ if "Parametrized" not in base.__name__)
     eps = next((name for name in EPSILONS if isinstance(getattr(layer, name, None), float)), None)
-    found = {"dim": kind.dim, "kind": "rms" if "rms" in cls.lower() else "layer", "post": kind.post}
+    found: dict[str, Any] = {"dim": kind.dim, "kind": "rms" if "rms" in cls.lower() else "layer", "post": kind.post}
+    found |= {"offset": kind.offset} if kind.offset else {}
+    found |= {"of": [_join(_join(parent, kind.of), name) for name in ("weight", "bias")]} if kind.of else {}
     return found | ({} if eps is None else {"eps": [eps, getattr(layer, eps)]})
 
 

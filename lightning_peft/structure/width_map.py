@@ -12,10 +12,18 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer, convolution or embedding: the product of axes it reads and the one it writes; ``""`` does not grow."""
+    """A linear layer, convolution or embedding.
+
+    Attributes:
+        input: Product of axes it reads; ``""`` does not grow.
+        output: Product of axes it writes.
+        root: Number of the layer, attribute or buffer, that what it writes is multiplied by: the root of the size it writes.
+            A class may multiply beside the layer instead, and the layer then has no such number.
+    """
 
     input: str = ""
     output: str = ""
+    root: str = ""
 
 
 @dataclass(frozen=True)
@@ -26,11 +34,15 @@ class Norm:
         dim: What it normalises.
         post: Whether its output is added to: the stream of post-LN networks.
         before: Layer that alone reads it and whose weight may be tied to an embedding.
+        of: Sibling layer whose output alone it normalises, where that is not the stream: queries or keys.
+        offset: What it adds to its weight: Gemma stores factors less 1.
     """
 
     dim: str = "width"
     post: bool = False
     before: str = ""
+    of: str = ""
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,8 +62,8 @@ class WidthMap:
         layers: By pattern on the qualified name of a layer; ``None`` keeps the layer as it is.
         tensors: Parameters and buffers outside such layers: one product for each dimension they write, or a :class:`Layer` for
             a weight or bias that is no layer of its own; ``None`` keeps the tensor.
-        attributes: Numbers that modules note, by pattern on their name, as products of axes. What ``torch``'s own layers and
-            ``Conv1D`` note follows from ``layers``.
+        attributes: Numbers that modules note, by pattern on their name, as products of axes, or as the root of one:
+            ``"root width"``. What ``torch``'s own layers and ``Conv1D`` note follows from ``layers``.
         config: The same for the network's configuration.
         eps_config: Key of the configuration that holds the epsilon of the norms.
         demand: What the class demands of attention: ``"span"``, heads that span the width (``heads * head_dim == width``), or

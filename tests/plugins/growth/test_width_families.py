@@ -9,10 +9,9 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from width_networks import EXACT, IDS, IMAGES, grow, ready
+from width_networks import EXACT, IDS, IMAGES, gemma, grow, patch_rms_norm, ready
 
 from lightning_peft_plugins.growth._layer_growth import lemon, net2net
-from lightning_peft_plugins.growth._layer_growth.width_families import find_width_map
 
 transformers = pytest.importorskip("transformers")
 BASE = {"num_hidden_layers": 2, "hidden_size": 12, "intermediate_size": 20, "num_attention_heads": 6}
@@ -50,6 +49,7 @@ def _float64_rms_norm(monkeypatch: pytest.MonkeyPatch) -> None:
         transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm,
     ):
         monkeypatch.setattr(norm, "forward", forward)
+    patch_rms_norm(monkeypatch)
 
 
 def logits(net: nn.Module) -> Tensor:
@@ -62,6 +62,12 @@ CASES = [
     (mistral, {"width": 27, "heads": 9, "ffn": 33}, lemon.lemon),
     (qwen2, {"width": 24}, net2net.net2net),
     (qwen2, {"width": 16, "ffn": 33}, lemon.lemon),
+    (partial(gemma, kind="Gemma"), {"width": 24}, net2net.net2net),
+    (partial(gemma, kind="Gemma"), {"width": 16, "ffn": 33}, lemon.lemon),
+    (partial(gemma, kind="Gemma2"), {"width": 24}, net2net.net2net),
+    (partial(gemma, kind="Gemma2"), {"width": 27, "heads": 9, "ffn": 33}, lemon.lemon),
+    (gemma, {"width": 24}, net2net.net2net),
+    (gemma, {"width": 27, "heads": 9, "ffn": 33}, lemon.lemon),
     (roberta, {"width": 24}, net2net.net2net),
     (partial(roberta, "RobertaForSequenceClassification"), {"width": 24, "ffn": 33}, lemon.lemon),
     (partial(roberta, "RobertaForTokenClassification"), {"width": 36}, lemon.lemon),
@@ -87,9 +93,3 @@ def test_a_size_that_qwen2_cannot_be_built_with_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match="Give width=16, or leave out heads"):
         grow(ready(qwen2()), {"width": 20, "heads": 8, "ffn": 40}, lemon.lemon)
     grow(ready(qwen2()), {"width": 16, "heads": 8, "ffn": 40}, lemon.lemon, lemon.with_eps)
-
-
-def test_gemma_asks_for_a_map() -> None:
-    net = transformers.GemmaForCausalLM(transformers.GemmaConfig(**TEXT, head_dim=2))
-    with pytest.raises(MisconfigurationException, match="does not know how to widen a GemmaForCausalLM"):
-        find_width_map(net)

@@ -16,6 +16,7 @@ from width_networks import (
     MULTIPLE,
     POST,
     bert,
+    gemma,
     gpt2,
     grow,
     llama,
@@ -109,13 +110,14 @@ def apply_mask(layer, mask, norm):
     if norm is None:
         layer.register_forward_pre_hook(lambda _, args: (args[0] * mask.to(args[0]), *args[1:]))
     elif norm["kind"] == "rms":
-        layer.forward = lambda x: msg.masked_rms_norm(x, mask, layer.weight, norm["eps"][1])
+        weight = layer.weight + norm.get("offset", 0.0)
+        layer.forward = lambda x: msg.masked_rms_norm(x, mask, weight, norm["eps"][1])
     else:
         layer.forward = lambda x: msg.masked_layer_norm(x, mask, layer.weight, layer.bias, norm["eps"][1])
 
 
 @pytest.mark.parametrize("operator", [net2net.aki, ligo.ligo, partial(net2net.net2net, mapping="random", noise=0.05)])
-@pytest.mark.parametrize("build", [vit, llama, bert, gpt2])
+@pytest.mark.parametrize("build", [vit, llama, gemma, bert, gpt2])
 def test_operators_that_preserve_nothing_still_give_a_working_network(build, operator):
     found = error(build, {"width": 24}, operator)
     assert 0 < found < math.inf
@@ -127,6 +129,9 @@ STRUCTURE = [
     (packed_swiglu, {"width": 24}, {"width": 24, "heads": 6, "ffn": 20}),
     (llama, {"width": 24}, {"width": 24, "heads": 12, "kv_heads": 6, "ffn": 40}),
     (llama, {"width": 36, "heads": 9}, {"width": 36, "heads": 9, "kv_heads": 3, "ffn": 60}),
+    (partial(gemma, kind="Gemma"), {"width": 24}, {"width": 24, "heads": 12, "kv_heads": 6, "ffn": 40}),
+    (partial(gemma, kind="Gemma2"), {"width": 27, "heads": 9}, {"width": 27, "heads": 9, "kv_heads": 3, "ffn": 45}),
+    (gemma, {"width": 36, "heads": 9}, {"width": 36, "heads": 9, "kv_heads": 3, "ffn": 60}),
     (bert, {"width": 24, "ffn": 33}, {"width": 24, "heads": 6, "ffn": 33}),
     (gpt2, {"width": 24}, {"width": 24, "heads": 6}),
     (gpt2, {"width": 24, "ffn": 77}, {"width": 24, "heads": 6, "ffn": 77}),
@@ -159,12 +164,16 @@ def structure(net):
         {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()},
         sorted(groups.values()),
         {
-            path: {k: v for k, v in vars(layer).items() if type(v) in kinds and k != "training"}
+            path: {k: v for k, v in (vars(layer) | layer._buffers).items() if _is_noted(v, kinds) and k != "training"}
             for path, layer in net.named_modules()
         },
         net.config.to_dict() if hasattr(net, "config") else None,
         getattr(net, "feature_info", None),
     )
+
+
+def _is_noted(value, kinds):
+    return type(value) in kinds or (isinstance(value, torch.Tensor) and not value.ndim)
 
 
 def test_lemon_changes_epsilon_where_the_configuration_will_find_it():
@@ -238,8 +247,9 @@ def test_aki_takes_new_rows_from_the_next_layer():
 
 @pytest.mark.parametrize("operator", [net2net.net2net, net2net.aki, lemon.lemon, msg.msg, ligo.ligo])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_operators_keep_dtype_and_old_values_and_repeat_themselves(operator, dtype):
-    net = ready(vit()).to(dtype)
+@pytest.mark.parametrize("build", [vit, partial(gemma, ffn=24)])
+def test_operators_keep_dtype_and_old_values_and_repeat_themselves(operator, dtype, build):
+    net = ready(build()).to(dtype)
     old = {name: value.clone() for name, value in plain_values(net).items()}
     edit = width_edit(net, "", find_width_map(net), {"width": 16})
     first, second = (operator(old, edit, torch.Generator().manual_seed(3)) for _ in range(2))
@@ -291,6 +301,7 @@ def test_variants_that_are_not_known_are_refused(options):
         (gpt2, {"width": 8}, "at least 12"),
         (llama, {"heads": 7}, "multiple of 2 .* or of 3"),
         (llama, {"width": 18, "heads": 10}, "Give width=20, or a number of heads"),
+        (gemma, {"width": 18, "heads": 10}, "Give width=20, or a number of heads"),
         (vit, {"head_dim": 8}, "cannot grow"),
     ],
 )

@@ -44,6 +44,20 @@ def llama(width=12, heads=6, kv_heads=3, ffn=20, tied=True, **options):
     return transformers.LlamaForCausalLM(config)
 
 
+def gemma(width=12, heads=6, kv_heads=3, ffn=20, kind="Gemma3", head="ForCausalLM", **options):
+    """Every second block attends to a window, and scores have a scale of their own, where the kind of Gemma has that."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": width, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": ffn}
+    later = {} if kind == "Gemma" else {"query_pre_attn_scalar": 3, "sliding_window": 4}
+    later |= {"layer_types": ["sliding_attention", "full_attention"]} if later else {}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "head_dim": 2}
+    config = getattr(transformers, "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config")
+    kind = "Gemma3Text" if kind == "Gemma3" and head != "ForCausalLM" else kind
+    return getattr(transformers, kind + head)(
+        config(**sizes, **special, **later, num_hidden_layers=2, vocab_size=11, **options)
+    )
+
+
 def bert(width=12, heads=3, ffn=20, head="BertForMaskedLM"):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": width, "num_attention_heads": heads, "intermediate_size": ffn}
@@ -67,7 +81,13 @@ def patch_rms_norm(monkeypatch):
     def forward(self, x):
         return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
 
+    def plus_one(self, x):
+        return (1 + self.weight) * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+
     monkeypatch.setattr(modeling.LlamaRMSNorm, "forward", forward)
+    for kind in ("Gemma", "Gemma2", "Gemma3"):
+        modeling = pytest.importorskip(f"transformers.models.{kind.lower()}.modeling_{kind.lower()}")
+        monkeypatch.setattr(getattr(modeling, f"{kind}RMSNorm"), "forward", plus_one)
 
 
 @torch.no_grad()
@@ -111,6 +131,13 @@ MULTIPLE = [
     (llama, {"heads": 12, "kv_heads": 4}),
     (partial(llama, kv_heads=1), {"heads": 12}),
     (partial(llama, tied=False, attention_bias=True, mlp_bias=True), {"width": 24}),
+    (partial(gemma, kind="Gemma"), {"width": 24}),
+    (partial(gemma, kind="Gemma", tie_word_embeddings=False), {"width": 36, "heads": 9, "ffn": 33}),
+    (partial(gemma, kind="Gemma2"), {"width": 36, "heads": 9, "ffn": 33}),
+    (gemma, {"width": 24}),
+    (gemma, {"heads": 12, "kv_heads": 4}),
+    (partial(gemma, head="ForSequenceClassification"), {"width": 24}),
+    (partial(gemma, tie_word_embeddings=False, attention_bias=True), {"width": 24}),
     (bert, {"width": 24, "ffn": 33}),
     (partial(bert, head="BertForPreTraining"), {"width": 24}),
     (partial(bert, head="BertForSequenceClassification"), {"width": 36}),
@@ -130,6 +157,10 @@ ANY = [
     (llama, {"width": 16, "heads": 8, "ffn": 27}),
     (llama, {"width": 27, "heads": 9, "ffn": 33}),
     (partial(llama, tied=False), {"width": 30, "heads": 15, "kv_heads": 5, "ffn": 21}),
+    (partial(gemma, kind="Gemma"), {"width": 16, "heads": 8, "ffn": 27}),
+    (partial(gemma, kind="Gemma2", tie_word_embeddings=False), {"width": 27, "heads": 9, "ffn": 33}),
+    (gemma, {"width": 27, "heads": 9, "ffn": 33}),
+    (partial(gemma, kind="Gemma", head="ForTokenClassification", attention_bias=True), {"width": 16, "heads": 8, "ffn": 27}),
     (gpt2, {"width": 16}),
     (gpt2, {"width": 32, "ffn": 51}),
 ]

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from lightning_peft.structure.axes import Axes, index_map
-from lightning_peft_plugins.growth._layer_growth.net2net import Edit, Values, normal_like
+from lightning_peft_plugins.growth._layer_growth.net2net import Edit, normal_like
+from lightning_peft_plugins.growth._layer_growth.used_values import Values, on_used_values
 
 
 def variance_ratio(old: int, new: int) -> float:
@@ -129,12 +130,16 @@ def _excess(weight: Tensor, dim: int, index: Tensor, free: Tensor) -> tuple[Tens
 def with_eps(edit: Edit) -> dict[str, Any]:
     """Return the edit LEMON needs: norms on the stream get ``eps * s``, as attribute and in the configuration.
 
-    To be applied in the place of ``edit``, so that a replay sets them too.
+    To be applied in the place of ``edit``, so that a replay sets them too. Norms of queries and keys share the number in the
+    configuration with them and get it too: what they normalise is multiplied by ``sqrt(s)``, which leaves their result.
     """
     edit = copy.deepcopy(dict(edit))
     scale = variance_ratio(*edit["axes"]["width"]) if "width" in edit["axes"] else 1.0
     for path, norm in edit["norms"].items():
-        if scale != 1.0 and norm["dim"] == "width" and "eps" in norm:
+        if scale != 1.0 and (norm["dim"] == "width" or "of" in norm) and "eps" in norm:
+            for name in norm.get("of", ()):
+                if name in edit["tensors"]:
+                    edit["tensors"][name]["factor"] = math.sqrt(scale)
             attribute, eps = norm["eps"]
             edit["attributes"].setdefault(path, {})[attribute] = [eps, eps * scale]
             if edit["eps_config"] and edit["config"]:
@@ -142,6 +147,7 @@ def with_eps(edit: Edit) -> dict[str, Any]:
     return edit
 
 
+@on_used_values
 def lemon(
     values: Values,
     edit: Edit,

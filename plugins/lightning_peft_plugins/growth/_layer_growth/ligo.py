@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lightning_peft.structure.axes import Axes, size
-from lightning_peft_plugins.growth._layer_growth.net2net import Edit, Values
+from lightning_peft_plugins.growth._layer_growth.net2net import Edit
+from lightning_peft_plugins.growth._layer_growth.used_values import Values, on_used_values
 
 
 def width_matrix(extra: Tensor) -> Tensor:
@@ -63,6 +64,7 @@ def init_width(edit: Edit, generator: torch.Generator, kind: Literal["rand", "se
     return {dim: init_extra(old, new, generator, kind) for dim, (old, new) in sizes.items() if old != new}
 
 
+@on_used_values
 def ligo_expand(values: Values, edit: Edit, width: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Widen; differentiable in ``width``.
 

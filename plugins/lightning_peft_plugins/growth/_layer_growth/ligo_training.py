@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lightning_peft.structure.block_names import block_name
 from lightning_peft_plugins.growth._layer_growth.ligo import init_width, ligo_expand
-from lightning_peft_plugins.growth._layer_growth.net2net import Edit, Values
+from lightning_peft_plugins.growth._layer_growth.net2net import Edit
+from lightning_peft_plugins.growth._layer_growth.used_values import Values
 
 LigoOperator: TypeAlias = list[dict[str, Tensor]]
 

@@ -174,6 +174,7 @@ class _Norm(_Hook):
     def __init__(self, masks: Masks, norm: Mapping[str, Any]) -> None:
         super().__init__(masks)
         self.dim, self.rms, self.eps = norm["dim"], norm["kind"] == "rms", norm.get("eps", ["eps"])[0]
+        self.offset = norm.get("offset", 0.0)
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
         if self.masks.full:
@@ -184,6 +185,7 @@ class _Norm(_Hook):
     def masked(self, layer: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         weight, bias, eps = (getattr(layer, name, None) for name in ("weight", "bias", self.eps))
+        weight = weight + self.offset if self.offset else weight
         eps = torch.finfo(x.dtype).eps if eps is None else eps
         return masked_rms_norm(x, mask, weight, eps) if self.rms else masked_layer_norm(x, mask, weight, bias, eps)
 

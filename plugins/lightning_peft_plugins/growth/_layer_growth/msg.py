@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_peft.structure.axes import resized
-from lightning_peft_plugins.growth._layer_growth.net2net import Edit, Values, normal_like, old_mask
+from lightning_peft_plugins.growth._layer_growth.net2net import Edit, normal_like, old_mask
+from lightning_peft_plugins.growth._layer_growth.used_values import Values, on_used_values
 
 
 def mask_at(step: int, steps: int) -> float:
@@ -64,6 +65,7 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
+@on_used_values
 def msg(values: Values, edit: Edit, generator: torch.Generator, *, std: float = 0.02) -> dict[str, Tensor]:
     """Put old weights in their old places and random ones beside them.
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from lightning_peft.structure.axes import Axes, index_map, is_old
 from lightning_peft.structure.edits import Edit
-
-Values = Mapping[str, Tensor]
+from lightning_peft_plugins.growth._layer_growth.used_values import Values, on_used_values
 
 
 def unit_mapping(old: int, new: int, generator: torch.Generator | None = None) -> Tensor:
@@ -61,6 +60,7 @@ def share(weight: Tensor, dim: int, index: Tensor) -> Tensor:
     return replicate(weight, dim, index) / counts.view(shape)
 
 
+@on_used_values
 def net2net(
     values: Values,
     edit: Edit,
@@ -82,18 +82,15 @@ def net2net(
     Returns:
         New values of the edit's tensors.
     """
-    units = _units(edit["axes"], mapping, generator)
-    new = {}
-    for name, entry in edit["tensors"].items():
-        value = _tied_head(fpi(values[name], entry, edit["axes"], units), entry, edit["axes"], units)
-        if noise and entry["role"] == "weight":
-            value = value + noise * values[name].std(correction=0) * ~old_mask(value, entry, edit["axes"]) * normal_like(
-                value, generator
-            )
-        new[name] = value
+    new = _replicated(values, edit, _units(edit["axes"], mapping, generator))
+    for name, entry in edit["tensors"].items() if noise else ():
+        if entry["role"] == "weight":
+            fresh = ~old_mask(new[name], entry, edit["axes"])
+            new[name] = new[name] + noise * values[name].std(correction=0) * fresh * normal_like(new[name], generator)
     return new
 
 
+@on_used_values
 def aki(values: Values, edit: Edit, generator: torch.Generator) -> dict[str, Tensor]:
     """Widen by AKI: new output rows, and their biases, are those of the next layer; the last layer takes its own.
 
@@ -109,7 +106,7 @@ def aki(values: Values, edit: Edit, generator: torch.Generator) -> dict[str, Ten
     """
     axes = edit["axes"]
     units = _units(axes, "circular", generator)
-    new = net2net(values, edit, generator)
+    new = _replicated(values, edit, units)
     for name, entry in edit["tensors"].items():
         upper = next_layer(name, values, edit["path"])
         if upper is None or entry["role"] not in ("weight", "bias") or values[upper].shape != values[name].shape:
@@ -120,6 +117,13 @@ def aki(values: Values, edit: Edit, generator: torch.Generator) -> dict[str, Ten
         kept = _along(is_old(entry["dims"][row], axes), row, new[name])
         new[name] = torch.where(kept, new[name], fpi(values[upper], entry, axes, units))
     return new
+
+
+def _replicated(values: Values, edit: Edit, units: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    axes = edit["axes"]
+    return {
+        name: _tied_head(fpi(values[name], entry, axes, units), entry, axes, units) for name, entry in edit["tensors"].items()
+    }
 
 
 def fpi(value: Tensor, entry: Mapping[str, Any], axes: Axes, units: Mapping[str, Tensor]) -> Tensor:

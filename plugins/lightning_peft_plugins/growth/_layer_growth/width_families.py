@@ -1,13 +1,14 @@
 """Width maps of known networks, chosen by class name: no model library is imported.
 
-``find_width_map`` knows timm's ``VisionTransformer`` and the Llama, Mistral, Qwen2, BERT, RoBERTa, ViT and GPT-2 families of
-transformers. Rotary embeddings turn pairs of coordinates within a head, so ``head_dim`` never changes: attention grows by whole
-heads. Gemma is not among them: it multiplies embeddings by the root of the width, and its output layer shares them.
+``find_width_map`` knows timm's ``VisionTransformer`` and the Llama, Mistral, Qwen2, Gemma (1 to 3, text), BERT, RoBERTa, ViT
+and GPT-2 families of transformers. Rotary embeddings turn pairs of coordinates within a head, so ``head_dim`` never changes:
+attention grows by whole heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -114,6 +115,31 @@ def llama(network: Any) -> WidthMap:
     )
 
 
+def gemma(network: Any) -> WidthMap:
+    """``transformers`` Gemma, Gemma 2 or Gemma 3 (text), with any head: Llama with other norms and scaled embeddings.
+
+    Norms add 1 to their weight, and embeddings are multiplied by the root of the width. Gemma 2 and 3 normalise what attention
+    and MLP return, too, and Gemma 3 queries and keys. What scores are divided by and caps on them are no sizes, so they stay.
+    """
+    like = llama(network)
+    later = hasattr(network.config, "query_pre_attn_scalar")  # in Gemma, post_attention_layernorm stands before the MLP
+    return replace(
+        like,
+        layers={
+            "*layers.*.q_norm": Norm("head_dim", of="q_proj", offset=1.0),
+            "*layers.*.k_norm": Norm("head_dim", of="k_proj", offset=1.0),
+            "*layers.*.post_*_layernorm": Norm(post=later, offset=1.0),
+            **{name: replace(kind, offset=1.0) if isinstance(kind, Norm) else kind for name, kind in like.layers.items()},
+            "*embed_tokens": Layer(output="width", root="embed_scale"),
+        },
+        attributes={
+            **like.attributes,
+            "*embed_tokens": {"embed_scale": "root width", "scalar_embed_scale": "root width"},
+        },
+        demand="divide" if later else "",
+    )
+
+
 def bert(network: Any) -> WidthMap:
     """``transformers`` BERT or RoBERTa, any of their heads; post-LN: normalisations write the stream. No cross-attention."""
     config = network.config
@@ -212,6 +238,9 @@ FAMILIES: dict[str, Callable[[Any], WidthMap]] = {
     "LlamaPreTrainedModel": llama,
     "MistralPreTrainedModel": llama,
     "Qwen2PreTrainedModel": llama,
+    "GemmaPreTrainedModel": gemma,
+    "Gemma2PreTrainedModel": gemma,
+    "Gemma3PreTrainedModel": gemma,
     "BertPreTrainedModel": bert,
     "RobertaPreTrainedModel": bert,
     "ViTPreTrainedModel": hugging_face_vit,
