@@ -69,12 +69,14 @@ def groceries(args: argparse.Namespace) -> LightningDataModule:
 
 
 class CIFAR10ResNet(ImageClassifier):
-    """ResNet-18 of half the width, with the stem for images of 32 pixels that the papers use."""
+    """ResNet-18 of a quarter of the width, with the stem for images of 32 pixels that the papers use."""
 
     def __init__(self, lr: float) -> None:
         super().__init__(10, "sgd", lr=lr, weight_decay=5e-4, warmup=0.05)
-        self.model = timm.create_model("resnet18", num_classes=10, channels=(32, 64, 128, 256), zero_init_last=False)
-        self.model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        self.model = timm.create_model("resnet18", num_classes=10, channels=(16, 32, 64, 128), zero_init_last=False)
+        first = self.model.layer1[0]
+        self.model.conv1, self.model.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        first.conv1, first.downsample = nn.Conv2d(16, 16, 3, padding=1, bias=False), None
         self.model.maxpool = nn.Identity()
         self.model.to(memory_format=torch.channels_last)
 
@@ -119,7 +121,7 @@ STUDIES = {
             "resnet18/cifar10": lambda: [WeightCompander(preset="resnet18/cifar10")],
             "fitted": lambda: [WeightCompander(init="fitted")],
         },
-        "CIFAR-10, ResNet-18 of half width",
+        "CIFAR-10, ResNet-18 of a quarter of the width",
         lambda args: CIFAR10ResNet(args.lr),
         lambda args: CIFAR10DataModule(train_size=args.train_size, eval_batch_size=500),
     ),

@@ -63,7 +63,7 @@ def resolve_network(module: nn.Module, name: str | None = None) -> tuple[str, nn
 
     Returns:
         Qualified name and module. Without a name it is the only direct child that owns at least 99 % of the parameters
-        (metrics do not count), else the module itself when it defines ``forward``.
+        (metrics do not count) and can be called, else the module itself when it defines ``forward``.
 
     Raises:
         MisconfigurationException: The named submodule does not exist, or several children share the parameters.
@@ -80,8 +80,9 @@ def resolve_network(module: nn.Module, name: str | None = None) -> tuple[str, nn
         p.numel() for p in {*module.parameters(recurse=False), *(p for sub in module.children() for p in sub.parameters())}
     )
     for child, size in sizes.items():
-        if size >= _DOMINANT * total:
-            return child, module.get_submodule(child)
+        found = module.get_submodule(child)
+        if size >= _DOMINANT * total and type(found).forward is not nn.Module.forward:  # a list of blocks answers nothing
+            return child, found
     if not isinstance(module, both(LightningModule)) or type(module).forward is not own(LightningModule, module).forward:
         return "", module
     shares = ", ".join(f"{child!r} ({100 * size / max(total, 1):.0f} % of the parameters)" for child, size in sizes.items())

@@ -60,6 +60,14 @@ def test_several_children_need_a_forward_or_a_name():
     assert resolve_network(module) == ("", module)
 
 
+def test_a_list_of_blocks_answers_nothing_so_it_is_not_the_network():
+    """Forecasting libraries hold all their layers in one list, which the module's own forward walks through."""
+    module = Forwarding(blocks=nn.ModuleList(nn.Linear(2, 2) for _ in range(3)))
+    assert resolve_network(module) == ("", module)
+    with pytest.raises(MisconfigurationException, match=r"'blocks' \(100 % of the parameters\)"):
+        resolve_network(Holder(blocks=nn.ModuleList(nn.Linear(2, 2) for _ in range(3))))
+
+
 def test_a_module_without_parameters_says_so():
     with pytest.raises(MisconfigurationException, match="no child has parameters"):
         resolve_network(Holder(act=nn.ReLU()))
