@@ -8,6 +8,8 @@ claim about calibration shows them all.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -43,6 +45,17 @@ def calibration_table(logits: Tensor, labels: Tensor) -> dict[str, tuple[float, 
     before, after = _scores(logits, labels), _scores(scaled, labels)
     table = {name: (value, after[name]) for name, value in before.items()}
     return table | {"temperature": (1.0, sum(temperatures) / 2)}
+
+
+def mean_table(tables: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, tuple[float, float]]:
+    """Mean of each estimator over several tables, such as those of several seeds, before and after.
+
+    Example:
+        >>> mean_table([{"Brier score": (0.25, 0.5)}, {"Brier score": (0.75, 0.5)}])
+        {'Brier score': (0.5, 0.5)}
+    """
+    names = tables[0] if tables else {}
+    return {name: (fmean(table[name][0] for table in tables), fmean(table[name][1] for table in tables)) for name in names}
 
 
 def _scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
