@@ -124,10 +124,11 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """
     logits = logits.double()
     own = logits.gather(1, labels[:, None].long()).sum()
+    finite = logits.where(logits > -math.inf, 0.0)  # of a class that is ruled out, at -inf, the probability is 0
     low, high = -_WIDEST, _WIDEST
     for _ in range(_STEPS):
         middle = (low + high) / 2
         inverse = math.exp(-middle)
-        slope = float(((logits * inverse).softmax(1) * logits).sum() - own)  # of the likelihood, in 1 / T
+        slope = float(((logits * inverse).softmax(1) * finite).sum() - own)  # of the likelihood, in 1 / T
         low, high = (middle, high) if slope > 0 else (low, middle)
     return math.exp((low + high) / 2)
