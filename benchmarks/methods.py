@@ -29,7 +29,9 @@ from torch import Tensor, nn
 
 from lightning_peft import PSKD, NMSparsity, WeightCompander
 from lightning_peft.functional import is_nm
-from lightning_peft.measure.calibration import calibration_table
+from lightning_peft.measure.calibration import calibration_table, mean_table
+from lightning_peft.report.calibration import calibration_errors_table
+from lightning_peft.report.markdown import table_to_markdown
 from lightning_peft_recipes.cifar10 import CIFAR10DataModule
 from lightning_peft_recipes.classification import ImageClassifier
 from lightning_peft_recipes.groceries import GroceriesDataModule
@@ -182,14 +184,12 @@ def summarise(results: Results) -> list[tuple[str, ...]]:
     return rows
 
 
-def calibration_rows(results: Results) -> list[tuple[str, ...]]:
-    """One row per estimator: its mean over seeds for every variant, as it is and after a fitted temperature."""
-    judged = {variant: [run["calibration"] for run in runs.values()] for variant, runs in results.items()}
-    rows = [("estimator", *judged), ("-",) * (1 + len(judged))]
-    for name in next(iter(judged.values()))[0]:
-        means = [[statistics.mean(table[name][moment] for table in tables) for moment in (0, 1)] for tables in judged.values()]
-        rows.append((name, *(f"{before:.4f} to {after:.4f}" for before, after in means)))
-    return rows
+def calibration_text(results: Results) -> str:
+    """Each estimator's mean over seeds for every variant, without those that an earlier version of this benchmark trained."""
+    tables = {variant: [run.get("calibration") for run in runs.values()] for variant, runs in results.items()}
+    judged = {variant: mean_table(found) for variant, found in tables.items() if all(found)}
+    table = calibration_errors_table(judged, "Mean over seeds, as it is to after a temperature")
+    return table_to_markdown(table) if judged else ""
 
 
 HEAD = ("variant", "seeds", "accuracy, %", "ECE, %", "test loss", "zero weights, %", "training, s")
@@ -207,7 +207,7 @@ def write(results: Results, args: argparse.Namespace) -> None:
         "|-" * len(HEAD) + "|",
         *(f"| {' | '.join(row)} |" for row in summarise(results)),
         "",
-        *(f"| {' | '.join(row)} |" for row in calibration_rows(results)),
+        calibration_text(results),
     ]
     args.output.with_suffix(".md").write_text("\n".join(lines))
 

@@ -8,6 +8,8 @@ claim about calibration shows them all.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -43,6 +45,17 @@ def calibration_table(logits: Tensor, labels: Tensor) -> dict[str, tuple[float, 
     before, after = _scores(logits, labels), _scores(scaled, labels)
     table = {name: (value, after[name]) for name, value in before.items()}
     return table | {"temperature": (1.0, sum(temperatures) / 2)}
+
+
+def mean_table(tables: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, tuple[float, float]]:
+    """Mean of each estimator over several tables, such as those of several seeds, before and after.
+
+    Example:
+        >>> mean_table([{"Brier score": (0.25, 0.5)}, {"Brier score": (0.75, 0.5)}])
+        {'Brier score': (0.5, 0.5)}
+    """
+    names = tables[0] if tables else {}
+    return {name: (fmean(table[name][0] for table in tables), fmean(table[name][1] for table in tables)) for name in names}
 
 
 def _scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -111,10 +124,11 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """
     logits = logits.double()
     own = logits.gather(1, labels[:, None].long()).sum()
+    finite = logits.where(logits > -math.inf, 0.0)  # of a class that is ruled out, at -inf, the probability is 0
     low, high = -_WIDEST, _WIDEST
     for _ in range(_STEPS):
         middle = (low + high) / 2
         inverse = math.exp(-middle)
-        slope = float(((logits * inverse).softmax(1) * logits).sum() - own)  # of the likelihood, in 1 / T
+        slope = float(((logits * inverse).softmax(1) * finite).sum() - own)  # of the likelihood, in 1 / T
         low, high = (middle, high) if slope > 0 else (low, middle)
     return math.exp((low + high) / 2)

@@ -30,7 +30,7 @@ class ConfidenceRecorder(NetworkCalls):
     Attributes:
         confidence: Highest probability of each sample.
         correct: Whether that class was right.
-        logits: Logits of each batch, on the CPU; empty as soon as there are more numbers than :data:`MOST`.
+        logits: Logits of each batch, in float32 on the CPU; empty as soon as there are more numbers than :data:`MOST`.
         labels: Labels of each batch.
     """
 
@@ -42,9 +42,19 @@ class ConfidenceRecorder(NetworkCalls):
         self.labels: list[Tensor] = []
         self._numbers = 0
 
-    def table(self) -> dict[str, tuple[float, float]]:
-        """Calibration by every estimator (:func:`~lightning_peft.measure.calibration.calibration_table`), if there is any."""
-        return calibration_table(torch.cat(self.logits), torch.cat(self.labels)) if self.logits else {}
+    def table(self, samples: Tensor | None = None) -> dict[str, tuple[float, float]]:
+        """Judge calibration by every estimator (:func:`~lightning_peft.measure.calibration.calibration_table`).
+
+        Args:
+            samples: Which samples to judge, as a mask; by default all.
+
+        Returns:
+            The estimators; none where no logits were kept.
+        """
+        if not self.logits:
+            return {}
+        logits, labels = torch.cat(self.logits), torch.cat(self.labels)
+        return calibration_table(logits, labels) if samples is None else calibration_table(logits[samples], labels[samples])
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the network and listen, if there is one."""
@@ -77,7 +87,7 @@ class ConfidenceRecorder(NetworkCalls):
         if self._numbers > MOST:
             self.logits, self.labels = [], []
         else:
-            self.logits.append(logits.float().cpu())
+            self.logits.append(logits.to("cpu", torch.float32, copy=True))  # a view would hold all it is of
             self.labels.append(labels.cpu())
 
 

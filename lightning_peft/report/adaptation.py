@@ -8,7 +8,10 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
+from lightning_peft.measure.calibration import mean_table
+from lightning_peft.measure.confidence import MOST
 from lightning_peft.report import plots as plots
+from lightning_peft.report.calibration import WHY_SEVERAL, calibration_errors_table
 from lightning_peft.report.comparison import Spread
 from lightning_peft.report.contents import Cell, Fact, Figure, Section, Table
 from lightning_peft.report.report import Report
@@ -101,6 +104,7 @@ def adaptation_report(study: Study) -> Report:
         text = (
             f"{PROTOCOLS[protocol].capitalize()}. {seeds} seed{'s: mean ± standard deviation' if seeds != 1 else ''}. A seed "
             "gives all methods the same stream.",
+            *_calibration_text(study, protocol),
         )
         figures = [
             Figure(
@@ -116,8 +120,12 @@ def adaptation_report(study: Study) -> Report:
                 partial(plots.spreads, _errors(study, protocol), "error under shift, %"),
             ),
         ]
-        tables = (method_table(study, protocol), cost_table(study, protocol), part_table(study, protocol))
-        sections.append(Section(protocol, text, tables, tuple(figures)))
+        tables = [method_table(study, protocol), cost_table(study, protocol), part_table(study, protocol)]
+        judged = _calibration(study, protocol)
+        if judged:
+            caption = "Calibration of all answers under shift, mean over seeds, as it is to after a temperature"
+            tables.insert(1, calibration_errors_table(judged, caption))
+        sections.append(Section(protocol, text, tuple(tables), tuple(figures)))
     if study.notes:
         sections.append(Section("What was adapted to what", study.notes))
     data = {
@@ -144,6 +152,28 @@ def method_table(study: Study, protocol: str) -> Table:
     columns = ("method", "error, %", "ECE, %", *(("clean after, %", "forgets") if ends_clean else ()))
     caption = "Forgets: error on clean samples after the stream, less the source's, in points" if ends_clean else ""
     return Table(columns, tuple(rows), caption)
+
+
+def _calibration(study: Study, protocol: str) -> dict[str, dict[str, tuple[float, float]]]:
+    """Calibration by every estimator, of the methods that have it for each of their episodes."""
+    tables = {method: [record.calibration for record in study.of(protocol, method)] for method in study.methods(protocol)}
+    return {method: mean_table(found) for method, found in tables.items() if all(found)}
+
+
+def _calibration_text(study: Study, protocol: str) -> list[str]:
+    judged, text = _calibration(study, protocol), []
+    if judged:
+        text.append(
+            f"{WHY_SEVERAL} A temperature takes labels, which nobody has at test time; it shows how much of an error is one of "
+            "scale. ECE in the first table is a mean over the test sets; the estimators judge a whole stream at once."
+        )
+    missing = [method for method in study.methods(protocol) if method not in judged]
+    if missing:
+        text.append(
+            f"Not judged by every estimator: {', '.join(missing)}. Some of their episodes were recorded by an earlier version, "
+            f"or have more than {MOST:,} logits. An episode whose file is deleted is run again."
+        )
+    return text
 
 
 def cost_table(study: Study, protocol: str) -> Table:
@@ -236,6 +266,7 @@ def _facts(study: Study) -> tuple[Fact, ...]:
 
 
 def _summary(study: Study, protocol: str) -> dict[str, Any]:
+    judged = _calibration(study, protocol)
     numbers = {
         "error": error,
         "ece": calibration_error,
@@ -249,6 +280,7 @@ def _summary(study: Study, protocol: str) -> dict[str, Any]:
         method: {
             **{name: asdict(study.spread(protocol, method, number)) for name, number in numbers.items()},
             "parts": _by_part(study.of(protocol, method)),
+            "calibration": judged.get(method, {}),
         }
         for method in study.methods(protocol)
     }

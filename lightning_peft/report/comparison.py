@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
+from lightning_peft.measure.calibration import mean_table
 from lightning_peft.measure.spread import Spread as Spread
 from lightning_peft.report import plots as plots
+from lightning_peft.report.calibration import WHY_SEVERAL, calibration_errors_table
 from lightning_peft.report.contents import Cell, Fact, Figure, Section, Table
 from lightning_peft.report.curves import Curves
 from lightning_peft.report.reach import Reach, reach_data, reach_section
@@ -84,6 +86,7 @@ def comparison_report(comparison: Comparison) -> Report:
             for metric in metrics
         ),
         *([reach_section(reach)] if reach else []),
+        *_calibration(comparison),
         Section("Every training", (), (_every(comparison, metrics),)),
     )
     data = {
@@ -104,6 +107,13 @@ def metric_table(comparison: Comparison, metric: str) -> Table:
         difference = _difference(metric, comparison.paired(label, metric)) if index else ""
         rows.append((label, _mean(metric, spread), f"{show(metric, spread.low)} to {show(metric, spread.high)}", difference))
     return Table(("variant", metric.replace("/", " "), "lowest to highest", "difference to full"), tuple(rows))
+
+
+def _calibration(comparison: Comparison) -> list[Section]:
+    tables = {name: [trial.calibration_errors for trial in trials] for name, trials in comparison.trials.items()}
+    judged = {name: mean_table(found) for name, found in tables.items() if all(found)}
+    caption = "Mean over seeds, as it is to after a temperature"
+    return [Section("Calibration", (WHY_SEVERAL,), (calibration_errors_table(judged, caption),))] if judged else []
 
 
 def cost_table(comparison: Comparison) -> Table:

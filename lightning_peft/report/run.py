@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -11,7 +10,8 @@ from typing import Any
 from lightning_peft.baking.nm_proof import NMProof
 from lightning_peft.measure.flop_meter import FLOPS
 from lightning_peft.report import plots as plots
-from lightning_peft.report.contents import Cell, Fact, Figure, Section, Table, number
+from lightning_peft.report.calibration import WHY_SEVERAL, calibration_errors_table
+from lightning_peft.report.contents import Fact, Figure, Section, Table, number
 from lightning_peft.report.curves import Curve, Curves, first_logged, over_cost, over_epochs, over_steps
 from lightning_peft.report.proof import proof_data, proof_fact, proof_section
 from lightning_peft.report.report import Report
@@ -286,26 +286,12 @@ def _calibration(evidence: RunEvidence) -> Section | None:
         "Test samples in 15 bins by confidence. On the dashed line the model is right as often as it claims; below it, it is "
         "overconfident (Guo et al., ICML 2017)."
     ]
-    tables = _calibration_tables(evidence)
-    if tables:
-        text.append(
-            "Estimators and numbers of bins can disagree about which model is calibrated better, and a temperature mends much. "
-            "Each half of the samples is judged with the temperature that was fitted on the other half."
-        )
+    judged = {trial.name: trial.calibration_errors for trial in evidence.trials if trial.calibration_errors}
+    tables = (calibration_errors_table(judged),) if judged else ()
+    if judged:
+        text.append(WHY_SEVERAL)
     figure = Figure("reliability", "Reliability diagrams on the test data.", partial(plots.reliability, models))
     return Section("Calibration", tuple(text), tables, (figure,))
-
-
-def _calibration_tables(evidence: RunEvidence) -> tuple[Table, ...]:
-    judged = [trial for trial in evidence.trials if trial.calibration_errors]
-    if not judged:
-        return ()
-    head = ["", *(f"{trial.name}{when}" for trial in judged for when in ("", ", scaled"))]
-    rows: list[tuple[Cell, ...]] = []
-    for name in judged[0].calibration_errors:
-        values = [value for trial in judged for value in trial.calibration_errors.get(name, [math.nan, math.nan])]
-        rows.append((name, *(f"{100 * value:.2f} %" if "ECE" in name else f"{value:.3f}" for value in values)))
-    return (Table(tuple(head), tuple(rows), "Several estimators; scaled: by a temperature fitted on other samples."),)
 
 
 def _data(evidence: RunEvidence) -> dict[str, Any]:

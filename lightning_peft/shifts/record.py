@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ class EpisodeRecord:
         backward: Samples in forward passes that were backpropagated through.
         seconds: Wall time of the evaluation loop.
         made_with: Digest of the source model, data, recipe and versions it was made with; empty where nobody said.
+        calibration: Calibration of all answers under shift by each estimator, as they are and with a fitted temperature; empty
+            in records of earlier versions, and where the logits were too many to keep.
     """
 
     method: str
@@ -73,6 +75,7 @@ class EpisodeRecord:
     backward: int
     seconds: float
     made_with: str = ""
+    calibration: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -92,11 +95,15 @@ class EpisodeRecord:
         found["parts"] = [PartRecord(**part) for part in found["parts"]]
         found["clean"] = PartRecord(**found["clean"]) if found["clean"] else None
         found["curve"] = tuple(found["curve"])
+        found["calibration"] = {name: tuple(pair) for name, pair in found.get("calibration", {}).items()}
         return cls(**found)
 
 
 class StreamRecorder(ConfidenceRecorder):
     """Records a ``trainer.test`` on the loader of an episode; leave a Trainer's other callbacks as they are.
+
+    It holds the logits of this one episode until :meth:`record` has judged them; the record has none. Where they are more than
+    :data:`~lightning_peft.measure.confidence.MOST` numbers it lets go of them, and the record is without ``calibration``.
 
     Args:
         advance: Called after every batch with the number of its samples, for a progress bar.
@@ -148,6 +155,7 @@ class StreamRecorder(ConfidenceRecorder):
             for index, part in enumerate(episode.parts)
         ]
         ends_clean = episode.parts[-1] == CLEAN
+        shifted = order[:, 0] != len(episode.parts) - 1 if ends_clean else None
         return EpisodeRecord(
             method=method,
             protocol=protocol,
@@ -161,6 +169,7 @@ class StreamRecorder(ConfidenceRecorder):
             forward=self.forward,
             backward=self.backward,
             seconds=self.seconds,
+            calibration=self.table(shifted),
         )
 
 

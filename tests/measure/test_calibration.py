@@ -98,3 +98,14 @@ def test_no_sample_is_judged_with_a_temperature_it_helped_to_fit() -> None:
 def test_perfect_answers_and_few() -> None:
     table = calibration_table(torch.tensor([[9.0, 0.0], [0.0, 9.0], [9.0, 0.0]]), torch.tensor([0, 1, 0]))
     assert all(math.isfinite(value) for pair in table.values() for value in pair)
+
+
+def test_classes_that_are_ruled_out_change_nothing_but_the_mean_over_classes() -> None:
+    logits, labels = answers(400, 3.0)
+    ruled_out = torch.cat([logits, torch.full((400, 1), -math.inf)], 1)
+    table, wider = calibration_table(logits, labels), calibration_table(ruled_out, labels)
+    classwise = "class-wise ECE, 15 bins"
+    classes = logits.shape[1]
+    for name, pair in table.items():
+        share = classes / (classes + 1) if name == classwise else 1
+        assert wider[name] == pytest.approx([share * value for value in pair]), name

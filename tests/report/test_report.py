@@ -163,6 +163,22 @@ def test_a_run_with_a_broken_proof_says_so() -> None:
     assert (facts["2:4 proof"].value, facts["2:4 proof"].good) == ("broken", False)
 
 
+def test_calibration_errors_stand_in_the_reports_of_runs_and_comparisons() -> None:
+    errors = {"dense": {"ECE, 15 bins": [0.107, 0.068], "temperature": [1.0, 1.6]}, "composed": {"ECE, 15 bins": [0.051, 0.06]}}
+    dense, composed = (Trial(name, 0, calibration=[(0.9, 0.8, 1.0)], calibration_errors=errors[name]) for name in errors)
+    report = run_report(RunEvidence("r", "", "", composed, weigh({"state_dict": {}}), dense))
+    (table,) = next(section.tables for section in report.sections if section.title == "Calibration")
+    assert table.columns == ("estimator", "dense", "composed")
+    assert table.rows == (("ECE, 15 bins, %", "10.7 to 6.8", "5.1 to 6.0"), ("temperature", "1.60", ""))
+
+    other = Trial("dense", 1, calibration_errors={"ECE, 15 bins": [0.127, 0.072], "temperature": [1.0, 1.4]})
+    without = Trial("without A", 0)  # labels were not told
+    report = comparison_report(Comparison("r", "", {"full": [dense, other], "without A": [without, without]}))
+    (table,) = next(section.tables for section in report.sections if section.title == "Calibration")
+    assert table.columns == ("estimator", "full")
+    assert table.rows == (("ECE, 15 bins, %", "11.7 to 7.0"), ("temperature", "1.50"))
+
+
 def trial(name: str, seed: int, accuracy: float) -> Trial:
     return Trial(name, seed, metrics={"test/accuracy": accuracy, "test/loss": 1 - accuracy}, parameters=10, nonzero=5)
 
