@@ -1,10 +1,14 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 
 @contextlib.contextmanager
@@ -24,3 +28,40 @@ def whole(path: Path) -> Iterator[Path]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Let a folder appear only when it is finished.
+
+    Args:
+        folder: The folder; it must not exist, or be empty.
+
+    Yields:
+        Where to write instead, beside it. A write that fails leaves nothing of that.
+
+    Raises:
+        MisconfigurationException: The folder is in use.
+    """
+    check_unused(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    part.mkdir()
+    try:
+        yield part
+        if folder.exists():
+            folder.rmdir()
+        part.replace(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def check_unused(folder: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        MisconfigurationException: It does.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise MisconfigurationException(f"{folder} is in use. Choose a folder that does not exist yet, or is empty.")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -16,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_peft.atomic_files import check_unused, whole_folder
 from lightning_peft.attach import method_records
 from lightning_peft.baking.bake import bake, baked, read_checkpoint
 from lightning_peft.baking.manifest import FORMAT as FORMAT
@@ -52,25 +51,15 @@ def save_baked(
     """
     _require_safetensors()
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise MisconfigurationException(f"{folder} is in use. Choose a folder that does not exist yet, or is empty.")
+    check_unused(folder)  # before the work
     found = _of_module(source, methods) if isinstance(source, nn.Module) else _of_checkpoint(Path(source), trusted)
     tensors, tied = _untied(found.state)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    part.mkdir()
-    try:
+    with whole_folder(folder) as part:
         _save(tensors, part / WEIGHTS)
         history = journal.write(found.edits) if found.edits else None
         text = manifest(tensors, tied, found.methods, history, found.hyper_parameters, part / WEIGHTS)
         (part / MANIFEST).write_text(json.dumps(text, indent=1, allow_nan=False), encoding="utf-8")
         (part / WEIGHTS).chmod((part / MANIFEST).stat().st_mode)  # safetensors lets nobody else read its file
-        if folder.exists():
-            folder.rmdir()
-        part.replace(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     return folder
 
 

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.arguments import one_of
-from lightning_peft.network.layers import heads, is_norm, own_parameters
 from lightning_peft.network.targets import SENSITIVE, TargetSpec
+from lightning_peft.network.tunable import TUNABLE, tunable
 from lightning_peft.weights.maps import mapped_tensors
 from lightning_peft_plugins.pruning.functional.perp import MaskLoRAMap, ScaleLoRAMap
 
 LORA = {"mask": MaskLoRAMap, "scale": ScaleLoRAMap}
-PARTS = ("bias", "norm", "head")
 
 
 class PERP(Method):
@@ -54,7 +53,7 @@ class PERP(Method):
 
     def __init__(
         self,
-        tune: Collection[str] = PARTS,
+        tune: Collection[str] = TUNABLE,
         lora: Literal["mask", "scale"] | None = "mask",
         rank: int = 16,
         alpha: float = 32.0,
@@ -67,7 +66,7 @@ class PERP(Method):
         super().__init__(targets=targets, exclude=exclude or None, name=name)
         self.tune = (tune,) if isinstance(tune, str) else tuple(tune)
         for part in self.tune:
-            one_of("tune", part, PARTS)
+            one_of("tune", part, TUNABLE)
         one_of("lora", lora, (*LORA, None))
         if not self.tune and lora is None:
             raise MisconfigurationException("Nothing would be trained: name parts with tune=, or a map with lora=.")
@@ -100,18 +99,7 @@ class PERP(Method):
 
     def tuned(self, module: nn.Module) -> dict[nn.Parameter, str]:
         """Parameters to train as they are, each with the name of its layer."""
-        layers = dict(module.named_modules())
-        mapped = {tensor.rpartition(".")[0] for tensor in self.claims(module)}
-        written = set(heads(layers.values())) if "head" in self.tune else set()
-        found: dict[nn.Parameter, str] = {}
-        for name, layer in layers.items():
-            for key, parameter in own_parameters(layer).items():
-                bias = "bias" in self.tune and key.endswith("bias")
-                # The weight of a head under a map is frozen like any other, or its zeros would be trained.
-                head = layer in written and not (name in mapped and key == "weight")
-                if bias or head or ("norm" in self.tune and is_norm(layer)):
-                    found[parameter] = name  # type: ignore[index]
-        return found
+        return tunable(module, self.tune, {tensor.rpartition(".")[0] for tensor in self.claims(module)})
 
     def start(self, run: Run) -> None:
         """See that no zeros will be lost.

@@ -1,0 +1,82 @@
+"""A delta on the side of the activations: no weight is made, and none gets a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
+
+from lightning_peft.compose.lanes import Lane
+from lightning_peft.deltas.form import Form, build_form, described
+from lightning_peft.deltas.low_rank_form import LowRankForm
+from lightning_peft.deltas.low_rank_linear import low_rank_linear
+from lightning_peft.network.plain_class import plain_class
+from lightning_peft.weights.layer_part import Follows, LayerPart
+
+CONVS = {nn.Conv1d: torch.conv1d, nn.Conv2d: torch.conv2d, nn.Conv3d: torch.conv3d}
+
+
+class DeltaPart(LayerPart):
+    """Adds to what a layer returns what the low-rank product makes of its inputs.
+
+    Args:
+        form: The form, or what :func:`~lightning_peft.deltas.form.described` says of it.
+        dropout: Share of the inputs that the product does not see in training.
+    """
+
+    kind = "delta"
+    lane = Lane.DELTA
+
+    def __init__(self, form: Form | Mapping[str, Any], dropout: float = 0.0) -> None:
+        super().__init__()
+        made = form if isinstance(form, Form) else build_form(**form)
+        assert isinstance(made, LowRankForm)
+        self.form, self.dropout = made, dropout
+
+    @property
+    def follows(self) -> Follows:  # type: ignore[override]
+        """Inputs and outputs of the product are those of the weight."""
+        inputs, outputs = (0, 1) if self.form.layout.transposed else (1, 0)
+        return {"form.down": {1: ("weight", inputs)}, "form.up": {0: ("weight", outputs)}}
+
+    def around(self, call: Callable[..., Any], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        form = self.form
+        if (
+            layer.part_stack.parts[0] is self
+            and len(args) == 1
+            and not kwargs
+            and plain_class(layer).forward is nn.Linear.forward
+        ):
+            dropped = self._dropped(args[0])
+            return low_rank_linear(args[0], layer.weight, layer.bias, form.down, form.up, form.scale, dropped)
+        return call(*args, **kwargs) + self._product(layer, *args, **kwargs)
+
+    def _dropped(self, inputs: Tensor) -> Tensor | None:
+        return nn.functional.dropout(inputs, self.dropout) if self.training and self.dropout else None
+
+    def _product(self, layer: Any, inputs: Tensor) -> Tensor:
+        form = self.form
+        if isinstance(layer, nn.Embedding):
+            return linear(embedding(inputs, form.up, layer.padding_idx), form.down.T * form.scale)
+        dropped = self._dropped(inputs)
+        read, down, up = (
+            inputs if dropped is None else dropped,
+            form.down.to(inputs.dtype),
+            form.up.to(inputs.dtype) * form.scale,
+        )
+        for cls, convolve in CONVS.items():
+            if isinstance(layer, cls):
+                hidden = convolve(read, down, None, layer.stride, layer.padding, layer.dilation)
+                return convolve(hidden, up.view(*up.shape, *(1,) * (down.ndim - 2)))
+        return linear(linear(read, down), up)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The weight of a layer that computes the same by itself."""
+        layout = self.form.layout
+        return layout.weight(self.form.of(layout.matrix(weight)))
+
+    def config(self) -> dict[str, Any]:
+        return {"form": described(self.form), "dropout": self.dropout}

@@ -1,0 +1,79 @@
+"""What a weight gains: few parameters, and a function of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Generator, Tensor, nn
+
+from lightning_peft.deltas.layout import Layout
+
+_FORMS: dict[str, type[Form]] = {}
+
+
+class Form(nn.Module):
+    """The parameters of one delta; subclasses define :meth:`delta`, or :meth:`of` where the update is no sum.
+
+    A subclass is known by its ``kind`` from then on, so that checkpoints can be read: it takes the layout, the rank and further
+    plain arguments, which :meth:`config` returns.
+
+    Attributes:
+        kind: Name in checkpoints.
+        layout: How the weight is read as a matrix.
+        rank: Its rank.
+    """
+
+    kind: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "kind" in vars(cls):
+            _FORMS[cls.kind] = cls
+
+    def __init__(self, layout: Layout, rank: int) -> None:
+        super().__init__()
+        self.layout, self.rank = layout, rank
+
+    def reset(self, weight: Tensor, generator: Generator) -> None:
+        """Set the parameters so that the layer computes what it did.
+
+        Args:
+            weight: The frozen weight, as a matrix.
+            generator: What random values are drawn from.
+        """
+        raise NotImplementedError
+
+    def delta(self) -> Tensor:
+        """Return what the weight gains, as a matrix."""
+        raise NotImplementedError
+
+    def of(self, weight: Tensor) -> Tensor:
+        """Return the weight that the layer sees, as a matrix, for the frozen one."""
+        return weight + self.delta().to(weight.dtype)
+
+    def config(self) -> dict[str, Any]:
+        """Arguments of the constructor but the layout, as plain data."""
+        return {"rank": self.rank}
+
+    @classmethod
+    def trainable(cls, layout: Layout, rank: int) -> int:
+        """Count the parameters of one delta by the closed formula."""
+        raise NotImplementedError
+
+
+def build_form(kind: str, shape: list[int], transposed: bool, stacked: bool, arguments: Mapping[str, Any]) -> Form:
+    """Make the form that a checkpoint describes.
+
+    Raises:
+        KeyError: No form is called so.
+    """
+    return _FORMS[kind](Layout(torch.Size(shape), transposed, stacked), **arguments)
+
+
+def described(form: Form) -> dict[str, Any]:
+    """Return what :func:`build_form` takes, as plain data."""
+    layout = form.layout
+    placed = {"shape": list(layout.shape), "transposed": layout.transposed, "stacked": layout.stacked}
+    return {"kind": form.kind, **placed, "arguments": form.config()}

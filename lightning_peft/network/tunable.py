@@ -1,0 +1,40 @@
+"""Parameters that are trained as they are beside a frozen network: biases, normalisation layers, the head."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+
+from lightning_peft.network.layers import heads, is_norm, own_parameters
+
+TUNABLE = ("bias", "norm", "head")
+
+
+def tunable(module: nn.Module, kinds: Collection[str], mapped: Collection[str] = ()) -> dict[nn.Parameter, str]:
+    """Find parameters by kind.
+
+    Args:
+        module: The module.
+        kinds: Some of :data:`TUNABLE`.
+        mapped: Names of layers whose weight stands under a map. The weight of a head among them is not found: it is frozen
+            like that of any other.
+
+    Returns:
+        Each parameter with the name of its layer, in module order.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Linear(2, 1))
+        >>> list(tunable(net, ("norm",)).values()), len(tunable(net, ("bias", "head")))
+        (['1', '1'], 4)
+    """
+    layers = dict(module.named_modules())
+    written = set(heads(layers.values())) if "head" in kinds else set()
+    found: dict[nn.Parameter, str] = {}
+    for name, layer in layers.items():
+        for key, parameter in own_parameters(layer).items():
+            bias = "bias" in kinds and key.endswith("bias")
+            head = layer in written and not (name in mapped and key == "weight")
+            if bias or head or ("norm" in kinds and is_norm(layer)):
+                found[parameter] = name  # type: ignore[index]
+    return found

@@ -1,0 +1,1 @@
+"""Low-rank and other deltas of frozen weights."""

@@ -1,0 +1,168 @@
+"""Low-rank deltas: the engine's forms as one method."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection, Iterable, Mapping
+from typing import Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_peft import Lane, Method, Resource, Run
+from lightning_peft.arguments import one_of
+from lightning_peft.deltas.delta_map import DeltaMap
+from lightning_peft.deltas.delta_part import DeltaPart
+from lightning_peft.deltas.form import Form
+from lightning_peft.deltas.low_rank_form import LowRankForm
+from lightning_peft.deltas.sides import Place, places
+from lightning_peft.network.targets import TargetSpec
+from lightning_peft.network.tunable import TUNABLE, tunable
+from lightning_peft.weights.parts import placed_parts
+
+SCALINGS = ("rank", "root")
+
+
+class LowRank(Method):
+    """Trains a low-rank delta of frozen weights, ``W + scale B A``, and whatever else is named; the rest is frozen for the fit.
+
+    Where nothing else acts on a weight, the product is computed beside the layer, from its inputs: no weight is made and none
+    gets a gradient. Under masks and other maps it is added to the weight. The plan says where which. After the fit
+    the module is ordinary, with the products in its weights, unless ``keep`` leaves them beside.
+
+    Args:
+        rank: Rows of ``A`` and columns of ``B``.
+        alpha: Numerator of the scale; the rank by default, so that the scale is 1.
+        scaling: What it is divided by: ``"rank"``, or ``"root"`` of the rank (Kalajdzievski 2023).
+        dropout: Share of a layer's inputs that the product does not see in training.
+        tune: Which parameters are trained as they are: ``"bias"``, ``"norm"``, ``"head"`` (the layers that write the logits).
+        targets: Layers whose weights get a delta; an ``nn.MultiheadAttention`` for its input projections, a stack of experts
+            for its matrices.
+        exclude: Layers that get none.
+        keep: Leave the deltas on the module after the fit, for :func:`lightning_peft.switch` and further training.
+        checkpoint: ``"trained"`` leaves what is frozen out of checkpoints, which then need the same base to be loaded.
+        name: Name in logs and checkpoints, which tells two adapters of one module apart.
+
+    Raises:
+        MisconfigurationException: A rank above that of a matrix, a scale of zero, a target without a weight of its own or one
+            that is quantised or parametrised, dropout where the delta acts on the weight.
+
+    Example:
+        >>> LowRank(rank=4, tune=("head",))
+        LowRank(rank=4, scaling='rank', dropout=0.0, tune=('head',), targets='all-linear', ...)
+    """
+
+    lane = Lane.DELTA
+    writes = frozenset({Resource.DELTA})
+    weight_maps = (DeltaMap,)
+    parts = (DeltaPart,)
+    paper = "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv 2106.09685"
+
+    def __init__(
+        self,
+        rank: int = 8,
+        alpha: float | None = None,
+        scaling: Literal["rank", "root"] = "rank",
+        dropout: float = 0.0,
+        tune: Collection[str] = (),
+        targets: TargetSpec = "all-linear",
+        exclude: TargetSpec | None = "head",
+        *,
+        keep: bool = False,
+        checkpoint: Literal["full", "trained"] = "trained",
+        name: str | None = None,
+    ) -> None:
+        super().__init__(targets=targets, exclude=exclude or None, name=name)
+        if rank < 1:
+            raise MisconfigurationException(f"rank={rank} must be at least 1.")
+        if alpha == 0:
+            raise MisconfigurationException("alpha=0 multiplies every delta by zero, so nothing would be learnt. Leave it out.")
+        if not 0 <= dropout < 1:
+            raise MisconfigurationException(f"dropout={dropout} must be at least 0 and below 1.")
+        one_of("scaling", scaling, SCALINGS)
+        one_of("checkpoint", checkpoint, ("full", "trained"))
+        self.tune = (tune,) if isinstance(tune, str) else tuple(tune)
+        for part in self.tune:
+            one_of("tune", part, TUNABLE)
+        self.rank, self.alpha, self.scaling, self.dropout = rank, rank if alpha is None else alpha, scaling, dropout
+        self.stays, self.checkpoint = keep, checkpoint
+
+    @property
+    def scale(self) -> float:
+        """Factor of the product."""
+        return self.alpha / (self.rank if self.scaling == "rank" else self.rank**0.5)
+
+    def form(self, place: Place) -> Form:
+        """Make the delta of one tensor."""
+        return LowRankForm(place.layout, self.rank, self.scale, table=isinstance(place.layer, nn.Embedding))
+
+    def places(self, module: nn.Module) -> list[Place]:
+        """The tensors that get a delta, each with the side of its layer on which that acts."""
+        return places(self, module)
+
+    def claims(self, module: nn.Module) -> Iterable[str]:
+        """The tensors that get a delta."""
+        return [place.tensor for place in self.places(module)]
+
+    def attach(self, module: LightningModule) -> None:
+        """Put the deltas on."""
+        for place in self.places(module):
+            self.check(place)
+            form = self.form(place)
+            weight = place.stored
+            seed = torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(f"{self.name}/{place.tensor}".encode()))
+            form.reset(place.layout.matrix(weight.detach()), seed)
+            form.to(weight.device)  # in single precision whatever the weight has: few numbers, small steps
+            if weight.dtype == torch.float64:
+                form.to(weight.dtype)
+            if place.side == "weight":
+                self.map_weight(module, place.tensor, DeltaMap(form))
+            else:
+                self.put_part(module, place.path, DeltaPart(form, self.dropout))
+
+    def check(self, place: Place) -> None:
+        """See that a tensor can have the delta.
+
+        Raises:
+            MisconfigurationException: It cannot.
+        """
+        if self.rank > place.layout.largest_rank:
+            raise MisconfigurationException(
+                f"rank={self.rank} is above the rank of {place.tensor}, {tuple(place.layout.matrix_shape)}. Give at most "
+                f"rank={place.layout.largest_rank}, or leave the layer out: exclude=[{place.path!r}]."
+            )
+        if self.dropout and place.side == "weight":
+            raise MisconfigurationException(
+                f"The delta of {place.tensor} acts on the weight, since {place.reason}, and no inputs pass by it that dropout="
+                f"{self.dropout} could leave out. Set dropout=0, or leave the layer out: exclude=[{place.path!r}]."
+            )
+
+    def trained(self, module: nn.Module) -> Iterable[nn.Parameter]:
+        """The deltas, and what :attr:`tune` names."""
+        parts = (placed.part for placed in placed_parts(module) if placed.part.method == self.name)
+        tuned = tunable(module, self.tune, {place.path for place in self.places(module)})
+        return [*tuned, *(parameter for part in parts for parameter in part.parameters())]
+
+    def describe(self, module: nn.Module) -> str:
+        """Say what stands where, and what is trained."""
+        found = self.places(module)
+        on_weight = [place for place in found if place.side == "weight"]
+        count = sum(type(self.form(place)).trainable(place.layout, self.rank) for place in found)
+        parts = [f"rank {self.rank} on {len(found)} tensors, {count:,} parameters"]
+        if on_weight:
+            reasons = {place.reason for place in on_weight}
+            parts.append(f"{len(on_weight)} of them on the weight ({'; '.join(sorted(reasons))})")
+        parts.extend(f"{part} as they are" for part in self.tune)
+        return ", ".join(parts)
+
+    def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
+        """Share of the parameters that are trained."""
+        parameters = list(run.module.parameters())
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        return {"trained": trained / sum(parameter.numel() for parameter in parameters)}
+
+
+class LoRA(LowRank):
+    """LoRA (Hu et al. 2022): ``W + (alpha / rank) B A``."""

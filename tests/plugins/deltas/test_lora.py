@@ -1,0 +1,15 @@
+"""LoRA: trains little, on either side of a layer, and goes into the weight."""
+
+from __future__ import annotations
+
+from lightning_peft.testing import MethodTester
+from lightning_peft_plugins.deltas.low_rank import LoRA, LowRank
+
+
+class TestLoRA(MethodTester):
+    methods = [
+        lambda: LoRA(rank=2, exclude=None, checkpoint="full"),
+        lambda: LoRA(rank=2, alpha=4, tune=("head",), checkpoint="full"),
+        lambda: LoRA(rank=2, scaling="root", targets="all-weights", checkpoint="full"),
+        lambda: LowRank(rank=2, alpha=1, scaling="root", tune=("bias", "norm"), checkpoint="full"),
+    ]
