@@ -2,8 +2,8 @@
 
     python benchmarks/deltas.py --output docs/evidence/deltas
 
-Random weights of real architectures, AdamW, a Lightning Trainer each. As in ``overhead.py`` every variant is a fit in a process of
-its own, and takes one step when the baton comes round. Bytes are those that autograd keeps for the backward pass beside
+Random weights of real architectures, AdamW, a Lightning Trainer each. As in ``overhead.py`` every variant is a fit in a process
+of its own, and takes one step when the baton comes round. Bytes are those that autograd keeps for the backward pass beside
 parameters, each storage once.
 """
 

@@ -21,12 +21,15 @@ from lightning_peft.compose.loss import Step as Step
 from lightning_peft.compose.run import Run as Run
 from lightning_peft.compose.schedule import Schedule as Schedule
 from lightning_peft.compose.step_closure import StepClosure as StepClosure
+from lightning_peft.deltas.peft_folder import load_peft as load_peft
+from lightning_peft.deltas.peft_folder import save_peft as save_peft
 from lightning_peft.method import Method as Method
 from lightning_peft.optim.wrapped import WrappedOptimizer as WrappedOptimizer
 from lightning_peft.report.compare_deployments import compare_deployments as compare_deployments
 from lightning_peft.weights.layer_part import LayerPart as LayerPart
 from lightning_peft.weights.maps import WeightMap as WeightMap
 from lightning_peft.weights.switch import switch as switch
+from lightning_peft_plugins.deltas.low_rank import LoRA as LoRA
 from lightning_peft_plugins.growth.layer_growth import LayerGrowth as LayerGrowth
 from lightning_peft_plugins.growth.mixture_growth import MixtureGrowth as MixtureGrowth
 from lightning_peft_plugins.growth.stage_sharing import StageSharing as StageSharing

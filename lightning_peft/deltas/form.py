@@ -21,7 +21,6 @@ class Form(nn.Module):
 
     Attributes:
         kind: Name in checkpoints.
-        layout: How the weight is read as a matrix.
         rank: Its rank.
     """
 
@@ -34,7 +33,12 @@ class Form(nn.Module):
 
     def __init__(self, layout: Layout, rank: int) -> None:
         super().__init__()
-        self.layout, self.rank = layout, rank
+        self._layout, self.rank = layout, rank
+
+    @property
+    def layout(self) -> Layout:
+        """How the weight is read as a matrix; follows the cuts that reach the form's parameters."""
+        return self._layout
 
     def reset(self, weight: Tensor, generator: Generator) -> None:
         """Set the parameters so that the layer computes what it did.

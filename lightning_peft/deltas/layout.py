@@ -52,7 +52,7 @@ class Layout:
         """Undo :meth:`matrix`."""
         if self.stacked:
             return matrix
-        return matrix.T if self.transposed else matrix.view(self.shape)
+        return matrix.T if self.transposed else matrix.reshape(self.shape)
 
 
 def layout_of(layer: nn.Module, tensor: Tensor, name: str = "weight") -> Layout:

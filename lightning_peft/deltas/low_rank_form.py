@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Size, Tensor, nn
 
 from lightning_peft.deltas.form import Form
 from lightning_peft.deltas.layout import Layout
@@ -34,6 +35,14 @@ class LowRankForm(Form):
         beside = layout.shape[1:] if not (layout.stacked or layout.transposed) else (inputs,)
         self.down = nn.Parameter(torch.zeros(*stack, rank, *beside))
         self.up = nn.Parameter(torch.zeros(*stack, outputs, rank))
+
+    @property
+    def layout(self) -> Layout:
+        first = self._layout
+        if first.stacked:
+            return first
+        outputs, inputs = self.up.shape[0], self.down.shape[1:]
+        return replace(first, shape=Size([*inputs, outputs] if first.transposed else [outputs, *inputs]))
 
     def reset(self, weight: Tensor, generator: Generator) -> None:
         with torch.no_grad():

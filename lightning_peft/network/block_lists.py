@@ -102,8 +102,8 @@ def find_lists(network: nn.Module, rule: Rule, name: str = "") -> dict[str, Bloc
 
 
 def as_list(module: nn.Module) -> BlockList | None:
-    """Read a module as a list of blocks; ``None`` for one of another kind."""
-    if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+    """Read a module as a list of blocks; ``None`` for one of another kind, and for a list that leaves places empty."""
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)) or None in module._modules.values():
         return None
     return BlockList(tuple(module), tuple(module._modules))
 

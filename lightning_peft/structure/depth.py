@@ -40,6 +40,8 @@ def blocks_at(module: nn.Module, path: str) -> Blocks:
         raise CheckpointError(f"{type(module).__name__} has no submodule {path!r}, whose blocks should change.") from None
     if not isinstance(found, (nn.ModuleList, nn.Sequential)):
         raise CheckpointError(f"{path} is a {type(found).__name__}; blocks are changed in a ModuleList or Sequential only.")
+    if empty := [name for name, entry in found._modules.items() if entry is None]:
+        raise CheckpointError(f"{path} leaves a place empty ({empty[0]!r} is None), so what its blocks are cannot be known.")
     if Numbering.of(found._modules) is None:
         name = next(name for place, name in enumerate(found._modules) if name != str(place))
         raise CheckpointError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from torch import nn
 
@@ -70,3 +72,11 @@ def test_a_trunk_is_numbered() -> None:
     named.add_module("first", block())
     named.add_module("second", block())
     assert found(nn.ModuleDict({"named": named}))[1] == []
+
+
+def test_a_list_that_leaves_places_empty_is_none_of_blocks() -> None:
+    """scvi-tools writes Sequential(Linear, BatchNorm or None, Activation or None)."""
+    network = nn.Sequential(OrderedDict(first=block(), second=block()))
+    network.register_module("third", None)
+    assert as_list(network) is None
+    assert found(nn.ModuleDict({"holes": network, "blocks": nn.ModuleList([block(4), block(4)])}))[0] == ["blocks"]

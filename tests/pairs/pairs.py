@@ -39,6 +39,7 @@ CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "ISSP": lambda: peft.ISSP(0.5, exclude=(), end=3),
     "LAME": lambda: peft.LAME(neighbours=2),
     "LayerGrowth": lambda: peft.LayerGrowth(at="step:2", start=2),
+    "LoRA": lambda: peft.LoRA(rank=2, targets="all-weights", exclude=(), checkpoint="full"),
     "MEMO": lambda: peft.MEMO(views=2, lr=0.1),
     "MagnitudePruning": lambda: peft.MagnitudePruning(0.5, exclude=()),
     "MaskedPruning": lambda: peft.MaskedPruning(0.5, "taylor", exclude=(), start=1, end=3, every=1),

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from pairs import CONFIGURATIONS
 from project_styles import STYLES
 from verdicts import Verdict, WrongError, verdict
 
 import lightning_peft as peft
 from lightning_peft import Lane, Method
-from lightning_peft.testing.modules import trainer
 
 
 def own_loss(project: Any, batch: Any) -> Any:
     """A project's loss, with labels: what counts here is the form of its batches."""
-    return project.model_step(batch)[0] if hasattr(project, "model_step") else project.step(batch)
+    said = project.training_step(*(batch, 0)[: len(signature(project.training_step).parameters)])
+    return said["loss"] if isinstance(said, dict) else said
 
 
 # What a training of eight steps needs to be told; all others are at their defaults.
@@ -50,16 +54,42 @@ def outcome(style: str, method: str) -> Verdict:
     """Train a project with a method, with a validation loader and the sanity check; what adapts is tested afterwards."""
     torch.manual_seed(0)
     module = STYLES[style]()
-    return verdict(lambda: _run(module, METHODS[method]))
+    return verdict(lambda: trained(module, module.data, METHODS[method](module)))
 
 
-def _run(module: Any, make: Callable[[Any], Method]) -> None:
-    method = make(module)
-    settings: dict[str, Any] = {"max_epochs": 2, "num_sanity_val_steps": 2, "limit_val_batches": 1}
-    trainer(callbacks=[method], **settings).fit(module, module.data(), module.data())
-    if method.lane == Lane.ADAPT:
-        runner: Trainer = trainer(callbacks=[method])
-        runner.test(module, module.data(), verbose=False)
+def trained(module: Any, data: Callable[[], Any], method: Method, others: Iterable[Callback] = (), tests: bool = True) -> None:
+    """Train with a validation loader; test then with what adapts.
+
+    Args:
+        module: The module.
+        data: Makes a loader.
+        method: The method.
+        others: Callbacks that the module needs.
+        tests: Whether the module can be tested.
+
+    Raises:
+        WrongError: If weights are not finite afterwards.
+    """
+    settings: dict[str, Any] = {"max_epochs": 2, "num_sanity_val_steps": 2, "limit_val_batches": 1, "limit_train_batches": 4}
+    runner(module, [*others, method], **settings).fit(module, data(), data())
+    if method.lane == Lane.ADAPT and tests:
+        evaluated(module, data, [method])
     state = module.state_dict()
     if broken := [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise WrongError(f"not finite: {', '.join(broken)}")
+
+
+def evaluated(module: Any, data: Callable[[], Any], callbacks: Iterable[Callback] = ()) -> None:
+    """Test a module; validate it where it has no test."""
+    if is_overridden("test_step", module):
+        runner(module, callbacks).test(module, data(), verbose=False)
+    elif is_overridden("validation_step", module):
+        runner(module, callbacks).validate(module, data(), verbose=False)
+
+
+def runner(module: Any, callbacks: Iterable[Callback], **settings: Any) -> Any:
+    """A Trainer of the package that a module's class comes from, with a logger that takes everything."""
+    package = next(cls for cls in type(module).__mro__ if cls.__name__ == "LightningModule").__module__.split(".core.")[0]
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    defaults = {"accelerator": "cpu", "devices": 1, "logger": DummyLogger(), "num_sanity_val_steps": 0, **quiet}
+    return import_module(package).Trainer(callbacks=[*callbacks], **{**defaults, **settings})

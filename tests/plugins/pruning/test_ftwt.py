@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -19,7 +21,7 @@ from lightning_peft.functional import active_channels
 from lightning_peft.network.channel_units import channel_units
 from lightning_peft.testing import MethodTester, Reference, Task
 from lightning_peft.testing.modules import Conv, Plain, deepened, loader
-from lightning_peft.testing.runs import fit
+from lightning_peft.testing.runs import assert_same, fit
 from lightning_peft.weights.parts import put_part
 from lightning_peft_plugins.pruning import ftwt
 from lightning_peft_plugins.pruning._ftwt.channel_gate import ChannelGate, GateCut
@@ -189,6 +191,28 @@ def test_arguments_are_checked() -> None:
     ]:
         with pytest.raises(MisconfigurationException, match=message):
             FTWT(**wrong)
+
+
+def test_a_copy_made_within_a_step_takes_nothing_of_its_graph_along() -> None:
+    """Meta-learning copies its network in every step, when the gates have just seen it called."""
+
+    class Copies(Conv):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            twin = copy.deepcopy(self.model)
+            assert not any(tensor.grad_fn is not None for tensor in tensors_in(twin))
+            return loss
+
+    run = fit([FTWT(0.5)], style=Copies, max_epochs=2)
+    assert_same(fit([FTWT(0.5)], style=Conv, max_epochs=2), run, "without copies against with them")
+
+
+def tensors_in(module: nn.Module) -> Iterator[Tensor]:
+    """Tensors on modules and in lists on them, whatever they are called."""
+    for part in module.modules():
+        for value in vars(part).values():
+            for each in value if isinstance(value, list) else [value]:
+                yield from (entry for entry in (each if isinstance(each, tuple) else (each,)) if isinstance(entry, Tensor))
 
 
 def test_the_structure_must_stay() -> None:

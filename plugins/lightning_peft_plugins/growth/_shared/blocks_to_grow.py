@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_peft.network.block_lists import BlockList, find_lists, is_equal, is_trunk, signature
+from lightning_peft.network.block_lists import BlockList, as_list, find_lists, is_equal, is_trunk, signature
 from lightning_peft.network.plain_class import plain_class
 from lightning_peft.network.plain_tensors import plain_tensors
 
@@ -119,7 +119,8 @@ def find_blocks(module: nn.Module, name: str | None = None, within: str = "") ->
                 found = module.get_submodule(path)
             except AttributeError:
                 continue
-            if isinstance(found, (nn.ModuleList, nn.Sequential)) and len(found):
+            blocks = as_list(found)
+            if blocks is not None and blocks.entries:
                 return path
         raise MisconfigurationException(
             f"blocks={name!r} is not a list of blocks of {type(module).__name__}. Lists of equal blocks: {shown or 'none'}."

@@ -65,6 +65,9 @@ class ChannelGate(LayerPart):
         self._convolution = self._rectified = True
         self._logits: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "calls": [], "_logits": None}  # a copy made within a step has no part in the step's graph
+
     def config(self) -> dict[str, Any]:
         return self._config
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.network.channel_units import ChannelUnit
-from lightning_peft.network.layers import has_class, is_conv, is_linear, own_parameters
+from lightning_peft.network.layers import has_class, is_conv, is_linear
 
 
 class LayerCosts:
@@ -51,8 +51,10 @@ def layer_cost(layer: nn.Module, output: Tensor) -> int:
     Example:
         >>> layer_cost(nn.Conv2d(3, 8, 3), torch.zeros(2, 8, 5, 5))  # 2 * (8 * 5 * 5) * (3 * 3 * 3)
         10800
+        >>> layer_cost(nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)), torch.zeros(3, 2))  # 2 * 2 * 4
+        16
     """
-    weight = own_parameters(layer)["weight"]
+    weight: Tensor = layer.weight  # type: ignore[assignment]
     per_output = weight.shape[0] if has_class(layer, "Conv1D") else math.prod(weight.shape[1:])
     return 2 * math.prod(output.shape[1:]) * per_output
 
