@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_peft.attach.hand_steps import HandSteps
+from lightning_peft.attach.trained import explained
 from lightning_peft.capture.tap import Tap, step_compiler
 from lightning_peft.compose.lanes import Resource
 from lightning_peft.compose.loss import Loss, Step, check_finite, combine, join_output, split_output
@@ -67,7 +68,8 @@ class StepTerms:
                 output = inner(*args, **kwargs)
                 return output if output is None else join_output(output, self.apply(split_output(output)))
             self._losses = None
-            output = self._hand_steps.watch(inner, *args, **kwargs)
+            with explained(self.run):
+                output = self._hand_steps.watch(inner, *args, **kwargs)
             if self.run.module.automatic_optimization:
                 if output is None:
                     return None

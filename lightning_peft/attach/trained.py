@@ -133,3 +133,25 @@ def _parameters(module: nn.Module, method: Contract, names: Iterable[str | nn.Pa
                 f"trained() of {method.name} names {what}, which {type(module).__name__} does not have. Nearest: {near}."
             )
         yield found
+
+
+_OF_A_MISSING_GRADIENT = ("NoneType", "does not require grad")
+
+
+@contextlib.contextmanager
+def explained(run: Run) -> Iterator[None]:
+    """Say in a user's step that needs a gradient of every parameter why some have none.
+
+    Raises:
+        MisconfigurationException: The step failed at what is not there, and parameters are frozen for this fit.
+    """
+    try:
+        yield
+    except (AttributeError, RuntimeError, TypeError) as error:
+        if not run.frozen or not any(words in str(error) for words in _OF_A_MISSING_GRADIENT):
+            raise
+        raise MisconfigurationException(
+            f"{type(run.module).__name__}.training_step failed: {type(error).__name__}: {error}. {len(run.frozen)} parameters "
+            "are frozen for this fit, because no method names them as trained, so their gradient is None. A step that handles "
+            "gradients itself should pass those by (if parameter.grad is not None), or train them as well."
+        ) from error

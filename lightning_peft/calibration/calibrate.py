@@ -21,6 +21,7 @@ from lightning_peft.calibration.step_passes import Stage, StepPasses
 from lightning_peft.capture.calibration_block import CalibrationBlock
 from lightning_peft.capture.recorded_calls import RecordedCalls
 from lightning_peft.contract import Contract, ordered
+from lightning_peft.network.plain_tensors import overwrite
 from lightning_peft.structure import journal
 from lightning_peft.weights.maps import mapped_tensors, plain_tensors
 
@@ -129,10 +130,9 @@ def _all_or_nothing(module: nn.Module, name: str) -> Iterator[None]:
     except BaseException:
         while len(journal.journal_of(module)) > edits:
             journal.take_back(module)
-        with torch.no_grad():
-            for key, tensor in plain_tensors(module.get_submodule(name)).items():
-                if key in begun and begun[key].shape == tensor.shape:
-                    tensor.copy_(begun[key])
+        for key, tensor in plain_tensors(module.get_submodule(name)).items():
+            if key in begun and begun[key].shape == tensor.shape:
+                overwrite(tensor, begun[key])
         raise
 
 

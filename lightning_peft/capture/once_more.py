@@ -14,6 +14,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from lightning_peft.capture.shim import Shim
+from lightning_peft.network.plain_tensors import overwrite
 
 
 @contextmanager
@@ -37,9 +38,8 @@ def statistics_kept(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
+        for buffer, value in before:
+            overwrite(buffer, value)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.network.plain_class import StandIn
@@ -26,3 +27,12 @@ def plain_tensors(module: nn.Module) -> dict[str, Tensor]:
             tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(own)}
             tensors[f"{start}{name}"] = layer._parameters[name]  # type: ignore[assignment]
     return tensors
+
+
+def overwrite(tensor: Tensor, value: Tensor) -> None:
+    """Give a tensor another value in place, wherever it was made: what inference mode made takes writes only there.
+
+    A metric that was reset in an evaluation holds such tensors.
+    """
+    with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
+        tensor.copy_(value)

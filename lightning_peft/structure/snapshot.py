@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.network.plain_tensors import overwrite
 from lightning_peft.structure import journal
 from lightning_peft.weights.maps import mapped_tensors
 from lightning_peft.weights.parts import placed_parts
@@ -64,7 +65,7 @@ class ModuleSnapshot:
             _put_back(config, dict(vars(config)), noted)
         for tensor, value in self._values.values():
             if tensor.shape == value.shape and tensor.dtype == value.dtype:
-                tensor.copy_(value)
+                overwrite(tensor, value)
             else:
                 tensor.data = value.to(tensor.device)
         for mapped in self._untouched:

@@ -288,3 +288,41 @@ def test_low_rank_maps_train_beside_what_was_frozen() -> None:
     fit([PERP(exclude=())], module=module)
     changed = [name for name, value in values(module).items() if not torch.equal(value, before[name])]
     assert changed == [name for name in itertools.chain(before) if name not in ("model.0.bias", "model.2.bias")]
+
+
+class Carries(Plain):
+    """Meta-learning by hand: adds to the gradient of every parameter."""
+
+    asks = False
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        loss = lightning_peft.apply_terms(self, super().training_step(batch, batch_idx))
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        for parameter in self.model.parameters():
+            if not self.asks or parameter.grad is not None:
+                parameter.grad += parameter.grad.clone()
+        optimizer.step()
+
+
+def test_a_step_that_needs_all_gradients_is_told_why_some_are_missing_and_the_advice_works() -> None:
+    words = r"Carries.training_step failed: .*NoneType.* 3 parameters are frozen .* if parameter\.grad is not None"
+    with pytest.raises(MisconfigurationException, match=words):
+        fit([ToyTuning()], style=Carries)
+    module = Carries()
+    module.asks = True
+    assert fit([ToyTuning()], module=module).module is module
+
+
+def test_an_error_of_the_step_itself_stays_what_it_is() -> None:
+    class Wrong(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            raise TypeError("of my own")
+
+    with pytest.raises(TypeError, match="of my own"):
+        fit([ToyTuning()], style=Wrong)

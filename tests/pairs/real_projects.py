@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import tempfile
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -385,7 +386,7 @@ def lightly(file: str, module: str, count: int, side: int = SIDE, **given: Any) 
     def build(folder: Path) -> Project:
         source = Source(folder / f"lightly/examples/pytorch_lightning/{file}.py", **given)
         built = getattr(source, module)()
-        source.model = built  # some take the parameters of the script's own variable
+        source.model = weakref.proxy(built)  # some call the script's own variable
         return Project(built, views(count, side))
 
 

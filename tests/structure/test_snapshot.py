@@ -105,3 +105,14 @@ def test_a_part_that_an_edit_had_taken_out_is_given_back_as_it_was() -> None:
     assert len(module.net) == 5
     assert journal.changes_of(module)[0].removed["net.5"] is block
     assert torch.equal(block.weight, before)
+
+
+def test_what_inference_mode_made_is_given_back_outside_of_it() -> None:
+    """A metric that was reset in an evaluation holds such tensors, and a run that is turned down gives the module back."""
+    module = Network()
+    with torch.inference_mode():
+        module.register_buffer("count", torch.tensor(3.0))
+        snapshot = ModuleSnapshot(module)
+        module.count.add_(1)
+    snapshot.restore()
+    assert float(module.count) == 3

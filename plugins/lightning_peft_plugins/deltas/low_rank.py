@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -51,7 +51,7 @@ class LowRank(Method):
 
     Example:
         >>> LowRank(rank=4, tune=("head",))
-        LowRank(rank=4, scaling='rank', dropout=0.0, tune=('head',), targets='all-linear', ...)
+        LowRank(rank=4, scaling='rank', dropout=0.0, tune=('head',), targets='auto', ...)
     """
 
     lane = Lane.DELTA
@@ -67,8 +67,8 @@ class LowRank(Method):
         scaling: Literal["rank", "root"] = "rank",
         dropout: float = 0.0,
         tune: Collection[str] = (),
-        targets: TargetSpec = "all-linear",
-        exclude: TargetSpec | None = "head",
+        targets: TargetSpec = "auto",
+        exclude: TargetSpec | None = ("head", "depthwise"),
         *,
         keep: bool = False,
         checkpoint: Literal["full", "trained"] = "trained",
@@ -100,7 +100,9 @@ class LowRank(Method):
 
     def places(self, module: nn.Module) -> list[Place]:
         """The tensors that get a delta, each with the side of its layer on which that acts."""
-        return places(self, module)
+        found = places(self, module)
+        self._check(found)
+        return found
 
     def claims(self, module: nn.Module) -> Iterable[str]:
         """The tensors that get a delta."""
@@ -109,7 +111,6 @@ class LowRank(Method):
     def attach(self, module: LightningModule) -> None:
         """Put the deltas on."""
         for place in self.places(module):
-            self.check(place)
             form = self.form(place)
             weight = place.stored
             seed = torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(f"{self.name}/{place.tensor}".encode()))
@@ -122,21 +123,20 @@ class LowRank(Method):
             else:
                 self.put_part(module, place.path, DeltaPart(form, self.dropout))
 
-    def check(self, place: Place) -> None:
-        """See that a tensor can have the delta.
-
-        Raises:
-            MisconfigurationException: It cannot.
-        """
-        if self.rank > place.layout.largest_rank:
+    def _check(self, found: Sequence[Place]) -> None:
+        """See that the tensors can have deltas of this rank, and dropout where it is asked for."""
+        if small := [place for place in found if self.rank > place.layout.largest_rank]:
+            least = min(place.layout.largest_rank for place in small)
             raise MisconfigurationException(
-                f"rank={self.rank} is above the rank of {place.tensor}, {tuple(place.layout.matrix_shape)}. Give at most "
-                f"rank={place.layout.largest_rank}, or leave the layer out: exclude=[{place.path!r}]."
+                f"rank={self.rank} is above the rank of {small[0].tensor}, {tuple(small[0].layout.matrix_shape)}. Give at most "
+                f"rank={least}, or leave out what is smaller: exclude={[place.path for place in small]!r} beside what is "
+                "excluded now."
             )
-        if self.dropout and place.side == "weight":
+        on_weight = next((place for place in found if place.side == "weight"), None)
+        if self.dropout and on_weight is not None:
             raise MisconfigurationException(
-                f"The delta of {place.tensor} acts on the weight, since {place.reason}, and no inputs pass by it that dropout="
-                f"{self.dropout} could leave out. Set dropout=0, or leave the layer out: exclude=[{place.path!r}]."
+                f"The delta of {on_weight.tensor} acts on the weight, since {on_weight.reason}, and no inputs pass by it that "
+                f"dropout={self.dropout} could leave out. Set dropout=0, or leave the layer out: exclude=[{on_weight.path!r}]."
             )
 
     def trained(self, module: nn.Module) -> Iterable[nn.Parameter]:
