@@ -48,7 +48,8 @@ def main() -> None:
             method = EATA(
                 lr=LR, e_margin=margin, d_margin=2.0, fisher_alpha=0.0, backward=name, chunk_size=int(size) if size else None
             )
-            method.adapt_start(Run(trainer(), net, "", net))
+            method.run = Run(trainer(), net, "", net)
+            method.adapt_start(method.run)
             methods[way] = method
         seconds = {way: [] for way in methods}
         for turn in range(args.rounds + 1):
