@@ -22,7 +22,7 @@ from lightning_peft.testing.modules import trainer
 from lightning_peft_plugins.deltas.low_rank import LoRA
 
 BATCH = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-IDS = torch.randint(9, (4, 6), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(9, (4, 6), generator=torch.Generator().manual_seed(0)).fill_diagonal_(0)
 
 
 class Attending(nn.Module):
@@ -53,13 +53,18 @@ class Whole(nn.Module):
         self.table = nn.Parameter(torch.ones(8, 8, dtype=torch.long), requires_grad=False)
 
 
+def padded() -> nn.Module:
+    """A table whose row of padding says something, so that it would learn if it could."""
+    return nn.Embedding.from_pretrained(torch.randn(9, 8), freeze=False, padding_idx=0)
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor, Any]] = {
     "linear": (lambda: nn.Sequential(nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3)), BATCH, "all-linear"),
     "convolution": (lambda: nn.Conv1d(6, 4, 3, padding=1, stride=2), BATCH, "all-conv"),
     "dilated": (lambda: nn.Conv2d(4, 5, 3, dilation=2, padding="same"), BATCH[None], "all-conv"),
     "groups": (lambda: nn.Conv1d(6, 4, 3, groups=2), BATCH, "all-conv"),
     "reflected": (lambda: nn.Conv1d(6, 4, 3, padding=1, padding_mode="reflect"), BATCH, "all-conv"),
-    "table": (lambda: nn.Embedding(9, 8, padding_idx=0), IDS, nn.Embedding),
+    "table": (padded, IDS, nn.Embedding),
     "clipped table": (lambda: nn.Embedding(9, 8, scale_grad_by_freq=True), IDS, nn.Embedding),
     "transposed": (lambda: nn.Sequential(transformers.pytorch_utils.Conv1D(5, 8)), BATCH, "all-linear"),
     "attention": (Attending, BATCH, ["attention", "all-linear"]),
