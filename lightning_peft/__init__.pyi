@@ -29,6 +29,7 @@ from lightning_peft.report.compare_deployments import compare_deployments as com
 from lightning_peft.weights.layer_part import LayerPart as LayerPart
 from lightning_peft.weights.maps import WeightMap as WeightMap
 from lightning_peft.weights.switch import switch as switch
+from lightning_peft_plugins.deltas.low_rank import DoRA as DoRA
 from lightning_peft_plugins.deltas.low_rank import LoRA as LoRA
 from lightning_peft_plugins.growth.layer_growth import LayerGrowth as LayerGrowth
 from lightning_peft_plugins.growth.mixture_growth import MixtureGrowth as MixtureGrowth

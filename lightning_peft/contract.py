@@ -423,10 +423,10 @@ def snake_case(name: str) -> str:
     """Turn a class name into a log name.
 
     Example:
-        >>> snake_case("NMSparsity"), snake_case("PSKD"), snake_case("AdaLoRA")
-        ('nm_sparsity', 'pskd', 'ada_lora')
+        >>> snake_case("NMSparsity"), snake_case("PSKD"), snake_case("DoRA")
+        ('nm_sparsity', 'pskd', 'dora')
     """
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name.replace("LoRA", "Lora")).lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name.replace("oRA", "ora")).lower()
 
 
 def methods_of(callbacks: Iterable[object]) -> Iterator[Contract]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from lightning_peft.compose.lanes import Lane
+from lightning_peft.deltas.decomposed_form import DecomposedForm
 from lightning_peft.deltas.form import Form, build_form, described
 from lightning_peft.deltas.low_rank_form import LowRankForm
 from lightning_peft.deltas.low_rank_linear import low_rank_linear
@@ -40,7 +41,8 @@ class DeltaPart(LayerPart):
     def follows(self) -> Follows:  # type: ignore[override]
         """Inputs and outputs of the product are those of the weight."""
         inputs, outputs = (0, 1) if self.form.layout.transposed else (1, 0)
-        return {"form.down": {1: ("weight", inputs)}, "form.up": {0: ("weight", outputs)}}
+        found = {"form.down": {1: ("weight", inputs)}, "form.up": {0: ("weight", outputs)}}
+        return found | ({"form.magnitude": {0: ("weight", outputs)}} if isinstance(self.form, DecomposedForm) else {})
 
     def around(self, call: Callable[..., Any], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         form = self.form
@@ -51,7 +53,11 @@ class DeltaPart(LayerPart):
             and plain_class(layer).forward is nn.Linear.forward
         ):
             dropped = self._dropped(args[0])
-            return low_rank_linear(args[0], layer.weight, layer.bias, form.down, form.up, form.scale, dropped)
+            if not isinstance(form, DecomposedForm):
+                return low_rank_linear(args[0], layer.weight, layer.bias, form.down, form.up, form.scale, dropped)
+            output = low_rank_linear(args[0], layer.weight, None, form.down, form.up, form.scale, dropped)
+            output = output * form.factor(layer.weight).to(output.dtype)
+            return output if layer.bias is None else output + layer.bias.to(output.dtype)
         return call(*args, **kwargs) + self._product(layer, *args, **kwargs)
 
     def _dropped(self, inputs: Tensor) -> Tensor | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FACTORS = {
+    ".lora_magnitude_vector": "magnitude",
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
     ".lora_embedding_A": "up",
@@ -27,7 +28,8 @@ class AdapterFiles:
 
     Attributes:
         config: ``adapter_config.json``.
-        factors: ``(layer, "down" or "up")`` to tensor; those of embeddings, of which PEFT keeps the transposed, as a layer's.
+        factors: ``(layer, "down", "up" or "magnitude")`` to tensor; those of embeddings, of which PEFT keeps the transposed, as
+            a layer's.
         others: Parameters that were trained as they are, by name.
     """
 
@@ -68,11 +70,11 @@ def read(folder: Path) -> AdapterFiles:
         if ending is None:
             others[name] = tensor
         else:
-            value = tensor.T if "embedding" in ending else tensor
+            value = tensor.T if "embedding" in ending else tensor.flatten() if "magnitude" in ending else tensor
             factors[name.removesuffix(ending), _FACTORS[ending]] = value
-    for layer, part in factors:
-        other = "up" if part == "down" else "down"
-        if (layer, other) not in factors:
+    wanted = ("down", "up", "magnitude") if config.get("use_dora") else ("down", "up")
+    for layer in dict.fromkeys(layer for layer, _ in factors):
+        if {part for each, part in factors if each == layer} != {*wanted}:
             raise MisconfigurationException(f"{path} holds one factor of {layer} and not the other. Save the adapter again.")
     return AdapterFiles(config, factors, others)
 
@@ -91,7 +93,9 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def layer_keys(layer: str, down: Tensor, up: Tensor, embedding: bool, kernel: int) -> dict[str, Tensor]:
+def layer_keys(
+    layer: str, down: Tensor, up: Tensor, embedding: bool, kernel: int, magnitude: Tensor | None = None
+) -> dict[str, Tensor]:
     """Name the factors of a layer as PEFT does.
 
     Args:
@@ -100,14 +104,18 @@ def layer_keys(layer: str, down: Tensor, up: Tensor, embedding: bool, kernel: in
         up: ``B``, shape ``(outputs, rank)``.
         embedding: Whether it is an embedding.
         kernel: Dimensions of its kernel.
+        magnitude: Lengths of the rows of a DoRA.
     """
     start = f"{_PREFIX}{layer}"
     if embedding:
         return {f"{start}.lora_embedding_A": up.T.contiguous(), f"{start}.lora_embedding_B": down.T.contiguous()}
-    return {
+    found = {
         f"{start}.lora_A.weight": down.contiguous(),
         f"{start}.lora_B.weight": up.reshape(*up.shape, *(1,) * kernel).contiguous(),
     }
+    if magnitude is not None:  # for a convolution PEFT keeps it in the shape of the output
+        found[f"{start}.lora_magnitude_vector"] = magnitude.view(1, -1, *(1,) * kernel) if kernel else magnitude
+    return found
 
 
 def whole_keys(name: str, value: Tensor) -> dict[str, Tensor]:

@@ -14,15 +14,18 @@ from torch import Tensor, nn
 
 from lightning_peft.atomic_files import whole_folder
 from lightning_peft.deltas import peft_files
+from lightning_peft.deltas.decomposed_form import DecomposedForm
 from lightning_peft.deltas.delta_map import DeltaMap
 from lightning_peft.deltas.delta_part import DeltaPart
 from lightning_peft.deltas.layout import layout_of
 from lightning_peft.deltas.low_rank_form import LowRankForm
+from lightning_peft.deltas.sides import why_on_weight
+from lightning_peft.network.plain_class import plain_class
 from lightning_peft.network.resolve import resolve_network
-from lightning_peft.weights.maps import mapped_tensors
+from lightning_peft.weights.maps import attach_map, mapped_tensors
 from lightning_peft.weights.parts import placed_parts, put_part
 
-_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"}
+_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}
 # What says how an adapter was made or found, and changes nothing of the one that is in the file.
 _OF_THE_PAST = {"target_modules", "exclude_modules", "modules_to_save", "init_lora_weights", "fan_in_fan_out", "inference_mode"}
 _OF_THE_PAST |= {"base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "layers_to_transform"}
@@ -66,7 +69,8 @@ def save_peft(
         inner = _within(prefix, path)
         kernel = len(form.layout.shape) - 2
         kept = (form.down.detach().cpu(), form.up.detach().cpu())
-        tensors |= peft_files.layer_keys(inner, *kept, embedding=isinstance(layer, nn.Embedding), kernel=kernel)
+        magnitude = form.magnitude.detach().cpu() if isinstance(form, DecomposedForm) else None
+        tensors |= peft_files.layer_keys(inner, *kept, isinstance(layer, nn.Embedding), kernel, magnitude)
         ranks[inner], alphas[inner] = form.rank, form.scale * form.rank
     config["target_modules"] = list(ranks)
     config["r"], config["lora_alpha"] = next(iter(ranks.values())), next(iter(alphas.values()))
@@ -101,8 +105,6 @@ def load_peft(module: nn.Module, folder: str | Path, *, name: str = "lora", netw
     """
     files, (prefix, net) = peft_files.read(Path(folder)), resolve_network(module, network)
     config = files.config
-    if config.get("use_dora"):
-        raise MisconfigurationException("The adapter is a DoRA, which this library does not read yet. Merge it with PEFT.")
     unknown = sorted(
         key
         for key, value in config.items()
@@ -121,17 +123,21 @@ def load_peft(module: nn.Module, folder: str | Path, *, name: str = "lora", netw
             raise MisconfigurationException(
                 f"The adapter holds {key} of shape {tuple(value.shape)}, and {type(net).__name__} {have}."
             )
-    for layer, part in zip(layers, made, strict=True):
-        part.owner, part.method, part.stays = "LoRA", name, True
-        put_part(module, f"{prefix}.{layer}" if prefix else layer, part)
+    paths = [f"{prefix}.{layer}" if prefix else layer for layer in layers]
+    for path, delta in zip(paths, made, strict=True):
+        delta.owner, delta.method, delta.stays = "DoRA" if config.get("use_dora") else "LoRA", name, True
+        if isinstance(delta, DeltaMap):
+            attach_map(module, f"{path}.weight", delta)
+        else:
+            put_part(module, path, delta)
     with torch.no_grad():
         for key, value in files.others.items():
             own[key].copy_(value)
-    return [f"{prefix}.{layer}" if prefix else layer for layer in layers]
+    return paths
 
 
-def _made(net: nn.Module, name: str, files: peft_files.AdapterFiles, config: Any) -> DeltaPart:
-    """The part of one layer, with the file's factors."""
+def _made(net: nn.Module, name: str, files: peft_files.AdapterFiles, config: Any) -> DeltaPart | DeltaMap:
+    """The delta of one layer, with the file's factors, for the side on which it can act."""
     down, up = files.factors[name, "down"], files.factors[name, "up"]
     try:
         layer: Any = net.get_submodule(name)
@@ -148,7 +154,8 @@ def _made(net: nn.Module, name: str, files: peft_files.AdapterFiles, config: Any
         raise MisconfigurationException(
             f"The adapter's rank for {name!r} is {rank}; its matrix has {tuple(layout.matrix_shape)}."
         )
-    form = LowRankForm(layout, rank, scale, table=isinstance(layer, nn.Embedding))
+    kind = DecomposedForm if config.get("use_dora") else LowRankForm
+    form = kind(layout, rank, scale, table=isinstance(layer, nn.Embedding))
     up = up.reshape(up.shape[:2])
     if (down.shape, up.shape) != (form.down.shape, form.up.shape):
         raise MisconfigurationException(
@@ -158,7 +165,14 @@ def _made(net: nn.Module, name: str, files: peft_files.AdapterFiles, config: Any
     with torch.no_grad():
         form.down.copy_(down)
         form.up.copy_(up)
-    return DeltaPart(form.to(layer.weight.device), float(config.get("lora_dropout") or 0.0))
+        if isinstance(form, DecomposedForm):
+            form.magnitude.copy_(files.factors[name, "magnitude"])
+    form.to(layer.weight.device)
+    if why_on_weight(net, name, layer) or (
+        isinstance(form, DecomposedForm) and plain_class(layer).forward is not nn.Linear.forward
+    ):
+        return DeltaMap(form)
+    return DeltaPart(form, float(config.get("lora_dropout") or 0.0))
 
 
 def _pattern(patterns: Any, name: str, otherwise: float) -> float:
@@ -212,7 +226,7 @@ def _new_config(found: Any) -> dict[str, Any]:
         "bias": "none",
         "lora_dropout": found[0][3],
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": any(isinstance(form, DecomposedForm) for _, _, form, _ in found),
         "init_lora_weights": True,
         "fan_in_fan_out": transposed,
     }

@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lightning_peft.compose.lanes import Lane
 from lightning_peft.contract import Contract, methods_of
 from lightning_peft.deltas.delta_part import CONVS
 from lightning_peft.deltas.layout import Layout, layout_of
@@ -25,7 +26,6 @@ class Place:
         path: Qualified name of the layer.
         layer: The layer.
         tensor: Qualified name of the tensor.
-        stored: The tensor.
         layout: How it is read as a matrix.
         side: ``"activations"``, or ``"weight"``.
         reason: Why it is the weight.
@@ -34,10 +34,15 @@ class Place:
     path: str
     layer: nn.Module
     tensor: str
-    stored: Tensor
     layout: Layout
     side: Literal["activations", "weight"]
     reason: str = ""
+
+    @property
+    def seen(self) -> Tensor:
+        """The tensor as maps below the delta make it."""
+        value: Tensor = getattr(self.layer, self.tensor.rpartition(".")[2])
+        return value
 
 
 def places(method: Contract, module: nn.Module) -> list[Place]:
@@ -50,9 +55,9 @@ def places(method: Contract, module: nn.Module) -> list[Place]:
     for path, layer in method.select(module).items():
         for key, tensor in _matrices(path, layer).items():
             name = f"{path}.{key}" if path else key
-            reason = "other methods map it" if name in mapped else _uncalled(module, path, layer, key)
+            reason = "other methods map it" if name in mapped else why_on_weight(module, path, layer, key)
             side: Literal["activations", "weight"] = "weight" if reason else "activations"
-            found.append(Place(path, layer, name, tensor, layout_of(layer, tensor, key), side, reason))
+            found.append(Place(path, layer, name, layout_of(layer, tensor, key), side, reason))
     return found
 
 
@@ -67,7 +72,7 @@ def _mapped_by_others(method: Contract, module: nn.Module) -> set[str]:
     }
     if method.run is not None:
         for other in methods_of(method.run.trainer.callbacks):  # type: ignore[attr-defined]
-            if other is not method and other.weight_maps:
+            if other.weight_maps and other.lane != Lane.DELTA:  # two deltas on one tensor are a conflict, which the plan finds
                 names.update(other.claims(module))
     return names
 
@@ -98,8 +103,8 @@ def _matrices(path: str, layer: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _uncalled(module: nn.Module, path: str, layer: Any, key: str) -> str:
-    """Say why calls of a layer cannot take a product in; nothing where they can."""
+def why_on_weight(module: nn.Module, path: str, layer: Any, key: str = "weight") -> str:
+    """Say why calls of a layer cannot take a product in, so that it has to act on the weight; nothing where they can."""
     parent = module.get_submodule(path.rpartition(".")[0]) if path else None
     if key != "weight" or isinstance(parent, nn.MultiheadAttention):
         return "no layer is called with it"

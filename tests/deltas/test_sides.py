@@ -99,7 +99,7 @@ def fitted(name: str, **settings: Any) -> tuple[dict[str, Tensor], dict[str, Ten
 @pytest.mark.parametrize("name", NETWORKS)
 def test_both_sides_train_to_one_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before, beside, _ = fitted(name)
-    monkeypatch.setattr(sides, "_uncalled", lambda *_: "told to")
+    monkeypatch.setattr(sides, "why_on_weight", lambda *_: "told to")
     _, on_weight, _ = fitted(name)
     changed = [key for key in before if not torch.equal(before[key], beside[key])]
     assert changed, "nothing was learnt"

@@ -29,6 +29,7 @@ CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "CMF": lambda: peft.CMF(lr=0.1),
     "CoTTA": lambda: peft.CoTTA(views=2, threshold=1.0),
     "DeYO": lambda: peft.DeYO(lr=0.1, e_threshold=2.0, drop=-1.0),
+    "DoRA": lambda: peft.DoRA(rank=2, targets="all-weights", exclude=(), checkpoint="full"),
     "EATA": lambda: peft.EATA(lr=0.1, fisher_alpha=0.0, e_margin=2.0, d_margin=2.0),
     "ETA": lambda: peft.ETA(lr=0.1, e_margin=2.0, d_margin=2.0),
     "FOA": lambda: peft.FOA(source=batches(3), population=3),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import ClassVar, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 
 from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.arguments import one_of
+from lightning_peft.deltas.decomposed_form import DecomposedForm
 from lightning_peft.deltas.delta_map import DeltaMap
 from lightning_peft.deltas.delta_part import DeltaPart
 from lightning_peft.deltas.form import Form
 from lightning_peft.deltas.low_rank_form import LowRankForm
 from lightning_peft.deltas.sides import Place, places
+from lightning_peft.network.plain_class import plain_class
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft.network.tunable import TUNABLE, tunable
 from lightning_peft.weights.parts import placed_parts
@@ -58,6 +61,7 @@ class LowRank(Method):
     writes = frozenset({Resource.DELTA})
     weight_maps = (DeltaMap,)
     parts = (DeltaPart,)
+    kind: ClassVar[type[LowRankForm]] = LowRankForm
     paper = "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv 2106.09685"
 
     def __init__(
@@ -96,12 +100,16 @@ class LowRank(Method):
 
     def form(self, place: Place) -> Form:
         """Make the delta of one tensor."""
-        return LowRankForm(place.layout, self.rank, self.scale, table=isinstance(place.layer, nn.Embedding))
+        return self.kind(place.layout, self.rank, self.scale, table=isinstance(place.layer, nn.Embedding))
 
     def places(self, module: nn.Module) -> list[Place]:
         """The tensors that get a delta, each with the side of its layer on which that acts."""
-        found = places(self, module)
+        found = self.sided(places(self, module))
         self._check(found)
+        return found
+
+    def sided(self, found: list[Place]) -> list[Place]:
+        """Move tensors to the other side where a form asks for it."""
         return found
 
     def claims(self, module: nn.Module) -> Iterable[str]:
@@ -111,13 +119,12 @@ class LowRank(Method):
     def attach(self, module: LightningModule) -> None:
         """Put the deltas on."""
         for place in self.places(module):
-            form = self.form(place)
-            weight = place.stored
+            form, weight = self.form(place), place.seen
+            if weight.dtype == torch.float64:  # else in single precision whatever the weight has: few numbers, small steps
+                form.to(weight.dtype)
             seed = torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(f"{self.name}/{place.tensor}".encode()))
             form.reset(place.layout.matrix(weight.detach()), seed)
-            form.to(weight.device)  # in single precision whatever the weight has: few numbers, small steps
-            if weight.dtype == torch.float64:
-                form.to(weight.dtype)
+            form.to(weight.device)
             if place.side == "weight":
                 self.map_weight(module, place.tensor, DeltaMap(form))
             else:
@@ -165,4 +172,29 @@ class LowRank(Method):
 
 
 class LoRA(LowRank):
-    """LoRA (Hu et al. 2022): ``W + (alpha / rank) B A``."""
+    """LoRA (Hu et al. 2022): ``W + (alpha / rank) B A``; see :class:`LowRank` for its arguments."""
+
+
+class DoRA(LowRank):
+    """DoRA (Liu et al. 2024): LoRA turns the rows of a weight, and their lengths are learned apart; arguments as for LoRA.
+
+    Beside linear layers the norm of the sum is found without making the sum. Elsewhere the delta acts on the weight.
+    """
+
+    kind = DecomposedForm
+    paper = "Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, ICML 2024, arXiv 2402.09353"
+
+    def sided(self, found: list[Place]) -> list[Place]:
+        """Leave only linear layers on the side of the activations.
+
+        Raises:
+            MisconfigurationException: An embedding, whose rows are no outputs.
+        """
+        if table := next((place for place in found if isinstance(place.layer, nn.Embedding)), None):
+            raise MisconfigurationException(
+                f"{self.name} scales outputs, and the rows of {table.path} are none. Leave it out: exclude=[{table.path!r}]; "
+                "LoRA takes embeddings."
+            )
+        moved = {place.tensor for place in found if plain_class(place.layer).forward is not nn.Linear.forward}
+        moved -= {place.tensor for place in found if place.side == "weight"}
+        return [replace(each, side="weight", reason="its rows are scaled") if each.tensor in moved else each for each in found]

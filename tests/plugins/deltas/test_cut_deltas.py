@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 import lightning_peft
-from lightning_peft import LoRA, StructuredPruning
+from lightning_peft import DoRA, LoRA, StructuredPruning
+from lightning_peft.attach.hook_checks import ConflictError
 from lightning_peft.structure.errors import CheckpointError
 from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import Conv, Plain
@@ -87,3 +88,17 @@ def test_an_adapter_that_stays_is_switched_and_trains_on() -> None:
     assert not torch.equal(answer(module), learnt)
     with pytest.raises(Exception, match="nothing at all"):
         lightning_peft.switch(module, "lora", on=False)
+
+
+def test_two_adapters_on_layers_of_their_own_and_not_on_one() -> None:
+    first, second = (LoRA(rank=2, targets=[f"model.{place}"], name=f"of_{place}", keep=True) for place in (0, 2))
+    torch.manual_seed(0)
+    module = Plain()
+    before = answer(module)
+    fit([first, second], module=module)
+    with lightning_peft.switch(module, "of_0", on=False), lightning_peft.switch(module, "of_2", on=False):
+        assert torch.equal(answer(module), before)
+    with lightning_peft.switch(module, "of_0", on=False):
+        assert not torch.equal(answer(module), before)
+    with pytest.raises(ConflictError, match=r"lora and dora both put a low-rank delta on model\.0\.weight|dora and lora both"):
+        fit([LoRA(rank=2), DoRA(rank=2)], style=Plain)

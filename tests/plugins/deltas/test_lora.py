@@ -1,9 +1,9 @@
-"""LoRA: trains little, on either side of a layer, and goes into the weight."""
+"""LoRA and DoRA: train little, on either side of a layer, and go into the weight."""
 
 from __future__ import annotations
 
 from lightning_peft.testing import MethodTester
-from lightning_peft_plugins.deltas.low_rank import LoRA, LowRank
+from lightning_peft_plugins.deltas.low_rank import DoRA, LoRA, LowRank
 
 
 class TestLoRA(MethodTester):
@@ -12,4 +12,11 @@ class TestLoRA(MethodTester):
         lambda: LoRA(rank=2, alpha=4, tune=("head",), checkpoint="full"),
         lambda: LoRA(rank=2, scaling="root", targets="all-weights", checkpoint="full"),
         lambda: LowRank(rank=2, alpha=1, scaling="root", tune=("bias", "norm"), checkpoint="full"),
+    ]
+
+
+class TestDoRA(MethodTester):
+    methods = [
+        lambda: DoRA(rank=2, exclude=None, checkpoint="full"),
+        lambda: DoRA(rank=2, alpha=4, targets="all-weights", tune=("bias",), checkpoint="full"),
     ]

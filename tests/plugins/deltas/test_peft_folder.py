@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from lightning_peft.deltas.peft_folder import load_peft, save_peft
 from lightning_peft.testing.modules import trainer
 from lightning_peft.weights.switch import switch
-from lightning_peft_plugins.deltas.low_rank import LoRA
+from lightning_peft_plugins.deltas.low_rank import DoRA, LoRA, LowRank
 
 # peft asks transformers by a name that it has given up.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -54,8 +54,13 @@ def gpt2() -> nn.Module:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, **QUIET))
 
 
-NETWORKS = {"bert": bert, "gpt2": gpt2, "kernels": Kernels}
-TARGETS: dict[str, Any] = {"bert": "all-linear", "gpt2": "all-linear", "kernels": ["all-weights", nn.Embedding]}
+NETWORKS = {"bert": bert, "gpt2": gpt2, "kernels": Kernels, "convolutions": Kernels}
+TARGETS: dict[str, Any] = {
+    "bert": "all-linear",
+    "gpt2": "all-linear",
+    "kernels": ["all-weights", nn.Embedding],
+    "convolutions": "all-weights",
+}
 
 
 class Tuned(LightningModule):
@@ -77,16 +82,16 @@ def answers(network: nn.Module, ids: Tensor = IDS) -> Tensor:
     return said if isinstance(said, Tensor) else said.logits
 
 
-def adapted(network: str, **settings: Any) -> Tuned:
+def adapted(network: str, kind: type[LowRank] = LoRA, **settings: Any) -> Tuned:
     """A module with an adapter on it that has learnt something."""
     module = Tuned(network)
-    method = LoRA(rank=3, alpha=5, keep=True, targets=TARGETS[network], **settings)
+    method = kind(rank=3, alpha=5, keep=True, targets=TARGETS[network], **settings)
     trainer(callbacks=[method], max_epochs=4).fit(module, DataLoader(IDS, batch_size=3))  # type: ignore[arg-type]
     return module.eval()
 
 
 @pytest.mark.parametrize("scaling", ["rank", "root"])
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", ["bert", "gpt2", "kernels"])
 def test_peft_answers_as_the_module_does(network: str, scaling: Any, tmp_path: Path) -> None:
     module = adapted(network, scaling=scaling)
     save_peft(module, tmp_path / "adapter")
@@ -97,7 +102,7 @@ def test_peft_answers_as_the_module_does(network: str, scaling: Any, tmp_path: P
 
 
 @pytest.mark.parametrize("root", [False, True])
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", ["bert", "gpt2", "kernels"])
 def test_a_folder_of_peft_answers_as_peft_does(network: str, root: bool, tmp_path: Path) -> None:
     names = {"bert": ["query", "dense"], "gpt2": ["c_attn", "c_fc"], "kernels": ["table", "conv", "out"]}[network]
     config = peft.LoraConfig(
@@ -118,6 +123,22 @@ def test_a_folder_of_peft_answers_as_peft_does(network: str, root: bool, tmp_pat
     torch.testing.assert_close(answers(module.model), answers(wrapped), atol=2e-6, rtol=1e-5)
     with switch(module, "lora", on=False):
         assert torch.equal(answers(module.model), before)
+
+
+@pytest.mark.parametrize("network", ["bert", "convolutions"])
+def test_lengths_of_rows_go_both_ways(network: str, tmp_path: Path) -> None:
+    module = adapted(network, DoRA)
+    save_peft(module, tmp_path / "adapter")
+    wrapped = peft.PeftModel.from_pretrained(Tuned(network).model, tmp_path / "adapter")
+    torch.testing.assert_close(answers(wrapped), answers(module.model), atol=2e-6, rtol=1e-5)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1.5)
+    wrapped.save_pretrained(tmp_path / "longer")
+    again = Tuned(network)
+    load_peft(again, tmp_path / "longer")
+    torch.testing.assert_close(answers(again.model.eval()), answers(wrapped), atol=2e-6, rtol=1e-5)
 
 
 def test_a_tuned_head_goes_along(tmp_path: Path) -> None:
