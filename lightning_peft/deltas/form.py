@@ -71,9 +71,12 @@ def build_form(kind: str, shape: list[int], transposed: bool, stacked: bool, arg
     """Make the form that a checkpoint describes.
 
     Raises:
-        KeyError: No form is called so.
+        ValueError: No form is called so, or it would be larger than any product of its kind.
     """
-    return _FORMS[kind](Layout(torch.Size(shape), transposed, stacked), **arguments)
+    layout, rank = Layout(torch.Size(shape), transposed, stacked), arguments.get("rank", 0)
+    if kind not in _FORMS or not 0 < rank <= layout.largest_rank:
+        raise ValueError(f"there is no delta {kind!r} of rank {rank} for a weight of shape {shape}")
+    return _FORMS[kind](layout, **arguments)
 
 
 def described(form: Form) -> dict[str, Any]:

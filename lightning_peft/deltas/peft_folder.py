@@ -147,13 +147,15 @@ def _made(net: nn.Module, name: str, files: peft_files.AdapterFiles, config: Any
             f"The adapter is of a layer {name!r}, which {type(net).__name__} does not have, or not with a weight. Name the "
             "network that PEFT wrapped with network=, or build the model that it was trained with."
         ) from None
-    rank = up.shape[1]
-    alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", rank))
-    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    rank = up.shape[1] if up.ndim > 1 else 0
     if not 0 < rank <= layout.largest_rank:
         raise MisconfigurationException(
             f"The adapter's rank for {name!r} is {rank}; its matrix has {tuple(layout.matrix_shape)}."
         )
+    alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", rank))
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha:
+        raise MisconfigurationException(f"The adapter's alpha for {name!r} is {alpha!r}, not a number. Save it again.")
+    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     kind = DecomposedForm if config.get("use_dora") else LowRankForm
     form = kind(layout, rank, scale, table=isinstance(layer, nn.Embedding))
     up = up.reshape(up.shape[:2])

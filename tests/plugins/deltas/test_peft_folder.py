@@ -171,6 +171,10 @@ def changed(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callabl
     return lambda folder: save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
 
 
+def configured(folder: Path, **settings: Any) -> None:
+    (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | settings))
+
+
 def pickled(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     (folder / "adapter_model.bin").write_bytes(b"\x80\x04")
@@ -187,6 +191,9 @@ BREAKS: dict[str, Callable[[Path], Any]] = {
     "another layer": changed(lambda tensors: {name.replace("layer.0", "layer.9"): value for name, value in tensors.items()}),
     "a path": changed(lambda tensors: {name.replace("layer.0", "..0"): value for name, value in tensors.items()}),
     "another shape": changed(lambda tensors: {name: torch.zeros(999, *value.shape[1:]) for name, value in tensors.items()}),
+    "no alpha": lambda folder: configured(folder, lora_alpha="8"),
+    "alpha of zero": lambda folder: configured(folder, lora_alpha=0),
+    "flat": changed(lambda tensors: {name: value.flatten() for name, value in tensors.items()}),
     "a strange name": changed(lambda tensors: {**tensors, "strange": torch.zeros(1)}),
 }
 BROKEN = {
@@ -200,6 +207,9 @@ BROKEN = {
     "another layer": "does not have",
     "a path": "does not have",
     "another shape": "rank for .* is 999|another network|have shapes",
+    "no alpha": "not a number",
+    "alpha of zero": "not a number",
+    "flat": "rank for .* is 0",
     "a strange name": "no name that PEFT gives",
 }
 
@@ -219,8 +229,7 @@ def test_a_broken_folder_is_rejected_and_the_module_stays(how: str, tmp_path: Pa
 
 def test_settings_that_nobody_knows_are_named(tmp_path: Path) -> None:
     save_peft(adapted("bert"), tmp_path / "adapter")
-    path = tmp_path / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"of_tomorrow": 3}))
+    configured(tmp_path / "adapter", of_tomorrow=3)
     with pytest.warns(UserWarning, match="of_tomorrow"):
         load_peft(Tuned("bert"), tmp_path / "adapter")
 
