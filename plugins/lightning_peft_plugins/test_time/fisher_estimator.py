@@ -92,7 +92,7 @@ class FisherEstimator(Method):
                 'Trainer a validation loader (and the module a validation_step), or use data="train".'
             )
         if self.data == "val" and not run.trainer.num_sanity_val_steps:
-            batches = few_samples(first_loader(run.trainer.val_dataloaders))
+            batches = few_samples(_validation_loader(run))
             for call in step_calls(run.trainer, run.module, run.network, run.network_name, batches, [self._step]):
                 self._unwatch()
                 self._check(call)
@@ -144,7 +144,7 @@ class FisherEstimator(Method):
     def _estimate(self, run: Run) -> None:
         validation = self.data == "val" or run.trainer.state.fn == TrainerFn.VALIDATING
         step: StepName = "validation_step" if validation else "training_step"
-        loader = first_loader(run.trainer.val_dataloaders) if validation else _combined(run)
+        loader = _validation_loader(run) if validation else _combined(run)
         calls = step_calls(run.trainer, run.module, run.network, run.network_name, loader, [step])
         names = parameter_names(self.select(run.module))
         ranks = run.trainer.world_size
@@ -216,6 +216,13 @@ def call_fisher(
     finally:
         batch_statistics.restore()
     return {prefix + name: score for name, score in scores.items()}
+
+
+def _validation_loader(run: Run) -> Iterable[Any]:
+    """The first validation loader, made now if no validation has come by: a resumed fit need not begin with one."""
+    if run.trainer.val_dataloaders is None:
+        run.trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    return first_loader(run.trainer.val_dataloaders)
 
 
 def first_loader(loaders: Any) -> Iterable[Any]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -228,3 +229,19 @@ def test_half_precision_scores_what_the_network_is_given():
     method, module = EATA(fisher=stream(2), lr=0.05, e_margin=1.1, d_margin=1.1), Half(net)
     trainer(callbacks=[method], precision="bf16-true").test(module, stream(2), verbose=False)
     assert torch.cat(module.predictions).isfinite().all()
+
+
+def test_a_resumed_fit_that_validates_no_more_scores_the_validation_data(tmp_path):
+    """Lightning makes the validation loader when a validation is due, and the last epoch need not have one."""
+    settings = {"max_epochs": 3, "check_val_every_n_epoch": 2}
+    loader = DataLoader([(x, y) for xs, ys in stream(2) for x, y in zip(xs, ys, strict=True)], batch_size=8)
+    keep = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_epochs=1, filename="{epoch}", save_on_train_epoch_end=True)
+    torch.manual_seed(0)
+    whole = FisherEstimator("val", SAMPLES)
+    trainer(callbacks=[whole, keep], **settings).fit(Trained(layer_norm_net()), loader, loader)
+    torch.manual_seed(0)
+    resumed = FisherEstimator("val", SAMPLES)
+    module = Trained(layer_norm_net())
+    trainer(callbacks=[resumed], **settings).fit(module, loader, loader, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert resumed.scores
+    check(resumed.scores, {name.removeprefix("net."): score for name, score in whole.scores.items()})
