@@ -231,17 +231,18 @@ def test_half_precision_scores_what_the_network_is_given():
     assert torch.cat(module.predictions).isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_a_resumed_fit_that_validates_no_more_scores_the_validation_data(tmp_path):
     """Lightning makes the validation loader when a validation is due, and the last epoch need not have one."""
     settings = {"max_epochs": 3, "check_val_every_n_epoch": 2}
     loader = DataLoader([(x, y) for xs, ys in stream(2) for x, y in zip(xs, ys, strict=True)], batch_size=8)
-    keep = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_epochs=1, filename="{epoch}", save_on_train_epoch_end=True)
+    keep = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}", save_on_train_epoch_end=True)
     torch.manual_seed(0)
     whole = FisherEstimator("val", SAMPLES)
-    trainer(callbacks=[whole, keep], **settings).fit(Trained(layer_norm_net()), loader, loader)
+    trainer(callbacks=[whole, keep], **settings).fit(Trained(layer_norm_net()).train(), loader, loader)
     torch.manual_seed(0)
     resumed = FisherEstimator("val", SAMPLES)
-    module = Trained(layer_norm_net())
-    trainer(callbacks=[resumed], **settings).fit(module, loader, loader, ckpt_path=tmp_path / "epoch=1.ckpt")
+    module = Trained(layer_norm_net()).train()
+    trainer(callbacks=[resumed, copy.deepcopy(keep)], **settings).fit(module, loader, loader, ckpt_path=tmp_path / "epoch=1.ckpt")
     assert resumed.scores
     check(resumed.scores, {name.removeprefix("net."): score for name, score in whole.scores.items()})
