@@ -55,6 +55,13 @@ def save(found: Found) -> None:
     RECORD.write_text(json.dumps(cells, indent=0) + "\n")
 
 
+def complete(found: Found) -> Found:
+    """Leave out methods that were not tried on every module yet."""
+    names = {name for name, _ in found}
+    tried = Counter(method for _, method in found)
+    return {key: each for key, each in found.items() if tried[key[1]] == len(names)}
+
+
 def page(found: Found) -> str:
     """Return the page for what is on record."""
     said = Counter((method, general(each.words)) for (_, method), each in found.items() if each.what == REJECTED)
@@ -65,9 +72,10 @@ def page(found: Found) -> str:
             "",
             *paragraph(
                 f"{len(names)} LightningModules that others wrote, taken as they are from Lightning's examples and tutorials, "
-                "lightning-hydra-template, lightly, torchgeo, pytorch-forecasting, torch-uncertainty, chemprop and scvi-tools "
+                "lightning-hydra-template, lightly, torchgeo, pytorch-forecasting, neuralforecast, torch-uncertainty, chemprop and "
+                "scvi-tools "
                 "(`tests/pairs/real_projects.py`), with random data of the form that each takes. Each trains for two epochs "
-                "of at most four batches with every method, a validation loader and the sanity check; what adapts is tested "
+                f"of at most four batches with each of {len(methods)} methods, a validation loader and the sanity check; what adapts is tested "
                 "afterwards, or validated where a project has no test, if that works without a method. "
                 f"{counted(found.values())}. Made by "
                 "`python tests/pairs/real_projects_page.py FOLDER`, which needs checkouts and packages of these projects; "
@@ -106,7 +114,7 @@ def main(folder: str, *methods: str) -> None:
             print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
             continue
         save(found)
-    PAGE.write_text(page(found))
+    PAGE.write_text(page(complete(found)))
 
 
 if __name__ == "__main__":

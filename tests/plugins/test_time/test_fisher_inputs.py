@@ -243,6 +243,8 @@ def test_a_resumed_fit_that_validates_no_more_scores_the_validation_data(tmp_pat
     torch.manual_seed(0)
     resumed = FisherEstimator("val", SAMPLES)
     module = Trained(layer_norm_net()).train()
-    trainer(callbacks=[resumed, copy.deepcopy(keep)], **settings).fit(module, loader, loader, ckpt_path=tmp_path / "epoch=1.ckpt")
+    trainer(callbacks=[resumed, copy.deepcopy(keep)], **settings).fit(
+        module, loader, loader, ckpt_path=tmp_path / "epoch=1.ckpt"
+    )
     assert resumed.scores
     check(resumed.scores, {name.removeprefix("net."): score for name, score in whole.scores.items()})
