@@ -75,8 +75,8 @@ def page(found: Found) -> str:
                 "lightning-hydra-template, lightly, torchgeo, pytorch-forecasting, neuralforecast, torch-uncertainty, chemprop "
                 "and scvi-tools (`tests/pairs/real_projects.py`), with random data of the form that each takes. Each trains "
                 f"for two epochs of at most four batches with each of {len(methods)} methods, a validation loader and the "
-                "sanity check; what adapts is tested afterwards, or validated where a project has no test, if that works without "
-                f"a method. {counted(found.values())}. Made by "
+                "sanity check; what adapts is tested afterwards, or validated where a project has no test, if that works "
+                f"without a method. {counted(found.values())}. Made by "
                 "`python tests/pairs/real_projects_page.py FOLDER`, which needs "
                 "checkouts and packages of these projects; [miniatures](projects.md) of such modules are in the tests."
             ),
