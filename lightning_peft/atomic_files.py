@@ -8,8 +8,6 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
@@ -63,5 +61,7 @@ def check_unused(folder: Path) -> None:
     Raises:
         MisconfigurationException: It does.
     """
+    from lightning.fabric.utilities.exceptions import MisconfigurationException  # the command line starts without Lightning
+
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise MisconfigurationException(f"{folder} is in use. Choose a folder that does not exist yet, or is empty.")

@@ -77,7 +77,7 @@ def test_names_and_keys():
     assert [snake_case(name) for name in ("NMSparsity", "PSKD", "LoRA2D", "EATA")] == [
         "nm_sparsity",
         "pskd",
-        "lo_ra2_d",
+        "lora2_d",
         "eata",
     ]
     assert ToyScale().state_key == "lightning_peft/toy_scale"

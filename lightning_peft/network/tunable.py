@@ -38,3 +38,14 @@ def tunable(module: nn.Module, kinds: Collection[str], mapped: Collection[str] =
             if bias or head or ("norm" in kinds and is_norm(layer)):
                 found[parameter] = name  # type: ignore[index]
     return found
+
+
+def share_trained(module: nn.Module) -> float:
+    """Share of a module's parameters that require a gradient.
+
+    Example:
+        >>> share_trained(nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False).requires_grad_(False)))
+        0.5
+    """
+    parameters = list(module.parameters())
+    return sum(each.numel() for each in parameters if each.requires_grad) / sum(each.numel() for each in parameters)

@@ -101,8 +101,8 @@ REJECTED = [
     (["SquaredLogitsOfEveryKind", "--family", "growth"], "has room for 18"),
     (["Tent", "--family", "growth"], "There is a Tent already"),
     (["SoftmaxEntropy", "--family", "growth"], "There is a softmax_entropy already"),
-    (["SquaredLogits"], "one of growth, pruning"),
-    (["SquaredLogits", "--family", "../x"], "one of growth, pruning"),
+    (["SquaredLogits"], "one of deltas, growth, pruning"),
+    (["SquaredLogits", "--family", "../x"], "one of deltas, growth, pruning"),
 ]
 
 

@@ -120,6 +120,16 @@ def test_the_plan_says_which_side(name: str) -> None:
     assert ("on the weight" in str(lightning_peft.plan(module, [method]))) == (name in ON_WEIGHTS)
 
 
+def test_the_plan_says_that_the_head_stays_frozen() -> None:
+    def said(**settings: Any) -> str:
+        return str(
+            lightning_peft.plan(Trained(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))), [LoRA(2, **settings)])
+        )
+
+    assert "the head (net.2) stays frozen, tune=('head',) trains it" in said()
+    assert "stays frozen" not in said(tune=("head",)) + said(exclude=None)
+
+
 @pytest.mark.parametrize("name", ["linear", "convolution", "experts", "table"])
 def test_the_plan_counts_parameters_by_the_formula(name: str) -> None:
     make, _, targets = NETWORKS[name]

@@ -20,9 +20,10 @@ from lightning_peft.deltas.delta_part import DeltaPart
 from lightning_peft.deltas.form import Form
 from lightning_peft.deltas.low_rank_form import LowRankForm
 from lightning_peft.deltas.sides import Place, places
+from lightning_peft.network.layers import heads
 from lightning_peft.network.plain_class import plain_class
 from lightning_peft.network.targets import TargetSpec
-from lightning_peft.network.tunable import TUNABLE, tunable
+from lightning_peft.network.tunable import TUNABLE, share_trained, tunable
 from lightning_peft.weights.parts import placed_parts
 
 SCALINGS = ("rank", "root")
@@ -156,19 +157,20 @@ class LowRank(Method):
         """Say what stands where, and what is trained."""
         found = self.places(module)
         on_weight = [place for place in found if place.side == "weight"]
-        count = sum(type(self.form(place)).trainable(place.layout, self.rank) for place in found)
+        count = sum(self.kind.trainable(place.layout, self.rank) for place in found)
         parts = [f"rank {self.rank} on {len(found)} tensors, {count:,} parameters"]
         if on_weight:
             reasons = {place.reason for place in on_weight}
             parts.append(f"{len(on_weight)} of them on the weight ({'; '.join(sorted(reasons))})")
         parts.extend(f"{part} as they are" for part in self.tune)
+        writers = set(heads(list(module.modules()))) - {place.layer for place in found}
+        if frozen := [name for name, layer in module.named_modules() if layer in writers and "head" not in self.tune]:
+            parts.append(f"the head ({', '.join(frozen)}) stays frozen, tune=('head',) trains it")
         return ", ".join(parts)
 
     def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
         """Share of the parameters that are trained."""
-        parameters = list(run.module.parameters())
-        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-        return {"trained": trained / sum(parameter.numel() for parameter in parameters)}
+        return {"trained": share_trained(run.module)}
 
 
 class LoRA(LowRank):

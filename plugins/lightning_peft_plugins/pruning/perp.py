@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.arguments import one_of
 from lightning_peft.network.targets import SENSITIVE, TargetSpec
-from lightning_peft.network.tunable import TUNABLE, tunable
+from lightning_peft.network.tunable import TUNABLE, share_trained, tunable
 from lightning_peft.weights.maps import mapped_tensors
 from lightning_peft_plugins.pruning.functional.perp import MaskLoRAMap, ScaleLoRAMap
 
@@ -122,9 +122,7 @@ class PERP(Method):
 
     def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
         """Share of the parameters that are trained."""
-        parameters = list(run.module.parameters())
-        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-        return {"trained": trained / sum(parameter.numel() for parameter in parameters)}
+        return {"trained": share_trained(run.module)}
 
 
 def _is_sparse(parameter: Tensor) -> bool:
