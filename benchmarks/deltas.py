@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import platform
 import statistics
 import time
@@ -26,9 +24,8 @@ import timm
 import torch
 import transformers
 from lightning.pytorch import Callback, LightningModule, Trainer
-from overhead import Baton, compared, quiet
+from overhead import Baton, compared, interleave, quiet
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -136,10 +133,8 @@ def fit(name: str, variant: str, pipe: Connection, args: argparse.Namespace) -> 
     """Train in this process, a step at a time; the last step is counted and not timed."""
     quiet()
     torch.set_num_threads(args.threads)
-    start = time.perf_counter()
     module, callbacks = built(name, variant)
     trainer = lean(callbacks=[Baton(pipe, time.perf_counter), *callbacks], max_steps=args.warmup + args.rounds + 1)
-    pipe.send(time.perf_counter() - start)
     trainer.fit(module, batches(name, args.warmup + args.rounds + 1))
 
 
@@ -147,31 +142,6 @@ def lean(**settings: Any) -> Trainer:
     """A Trainer that prints and writes nothing."""
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     return Trainer(accelerator="cpu", devices=1, **off, **settings)
-
-
-def interleave(name: str, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Train all variants at once, a step of one at a time; return the seconds of every counted step."""
-    os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 36)}  # see overhead.py
-    context = multiprocessing.get_context("spawn")
-    pipes, runs = {}, []
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    try:
-        for variant in VARIANTS:
-            pipes[variant], end = context.Pipe()
-            runs.append(context.Process(target=fit, args=(name, variant, end, args)))
-            runs[-1].start()
-            end.close()
-            pipes[variant].recv()
-            pipes[variant].recv()
-        for step in track(range(args.warmup + args.rounds), description=name, console=Console(stderr=True)):
-            for place in range(len(VARIANTS)):
-                variant = VARIANTS[(place + step) % len(VARIANTS)]
-                pipes[variant].send(None)
-                seconds[variant].append(pipes[variant].recv())
-    finally:
-        for run in runs:
-            run.kill()
-    return {variant: times[args.warmup :] for variant, times in seconds.items()}
 
 
 def kept(name: str, variant: str) -> int:
@@ -184,7 +154,7 @@ def kept(name: str, variant: str) -> int:
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Compare the variants on one network."""
-    seconds = interleave(name, args)
+    seconds = interleave(name, VARIANTS, args, fit)
     rows = {}
     for variant, times in seconds.items():
         ratio, interval = compared(times, seconds["peft"])

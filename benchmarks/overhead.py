@@ -20,7 +20,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -152,8 +152,19 @@ def fit(name: str, variant: str, pipe: Connection, args: argparse.Namespace, dev
     trainer.fit(Classifier(model), DataLoader(data, batch_size=args.batch_size, shuffle=True))
 
 
-def interleave(name: str, chosen: list[str], args: argparse.Namespace, device: str) -> dict[str, list[float]]:
-    """Train all variants at once, one step of one variant at a time; return the seconds of every counted step."""
+def interleave(
+    name: str, chosen: Sequence[str], args: argparse.Namespace, train: Callable[..., None], *more: Any
+) -> dict[str, list[float]]:
+    """Train all variants at once, one step of one variant at a time; return the seconds of every counted step.
+
+    Args:
+        name: What is trained.
+        chosen: The variants.
+        args: With ``warmup`` and ``rounds``.
+        train: Called in a process of its own for each variant, with its name, the variant, a pipe for its :class:`Baton`, and
+            ``args``.
+        *more: Handed on to ``train``.
+    """
     # glibc hands large activations back to the kernel or keeps them, as it happens to have learnt in this process: 15 % of an
     # EfficientNet step between processes that do the same. Here all of them keep their memory.
     os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 36)}
@@ -163,7 +174,7 @@ def interleave(name: str, chosen: list[str], args: argparse.Namespace, device: s
     try:
         for variant in chosen:
             pipes[variant], end = context.Pipe()
-            runs.append(context.Process(target=fit, args=(name, variant, end, args, device)))
+            runs.append(context.Process(target=train, args=(name, variant, end, args, *more)))
             runs[-1].start()
             end.close()  # a run that dies is then seen as the end of its pipe
             pipes[variant].recv()
@@ -188,7 +199,7 @@ def median_interval(values: list[float]) -> tuple[float, float]:
 
 def measure(name: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
     """Measure all variants of one model side by side."""
-    seconds = interleave(name, list(SETS[args.set](MODELS[name][1])), args, device)
+    seconds = interleave(name, list(SETS[args.set](MODELS[name][1])), args, fit, device)
     rows = {}
     for variant, times in seconds.items():
         ratio, interval = compared(times, seconds["plain"])

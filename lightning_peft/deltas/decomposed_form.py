@@ -19,6 +19,7 @@ class DecomposedForm(LowRankForm):
     """
 
     kind = "decomposed"
+    beside_linear_only = True
 
     def __init__(self, layout: Layout, rank: int, scale: float = 1.0, table: bool = False) -> None:
         super().__init__(layout, rank, scale, table)

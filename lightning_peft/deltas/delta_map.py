@@ -27,8 +27,7 @@ class DeltaMap(WeightMap):
         self.form = form if isinstance(form, Form) else build_form(**form)
 
     def forward(self, weight: Tensor) -> Tensor:
-        layout = self.form.layout
-        return layout.weight(self.form.of(layout.matrix(weight)))
+        return self.form.on_weight(weight)
 
     def config(self) -> dict[str, Any]:
         return {"form": described(self.form)}

@@ -68,11 +68,8 @@ class DeltaPart(LayerPart):
         if isinstance(layer, nn.Embedding):
             return linear(embedding(inputs, form.up, layer.padding_idx), form.down.T * form.scale)
         dropped = self._dropped(inputs)
-        read, down, up = (
-            inputs if dropped is None else dropped,
-            form.down.to(inputs.dtype),
-            form.up.to(inputs.dtype) * form.scale,
-        )
+        read = inputs if dropped is None else dropped
+        down, up = form.down.to(inputs.dtype), form.up.to(inputs.dtype) * form.scale
         for cls, convolve in CONVS.items():
             if isinstance(layer, cls):
                 hidden = convolve(read, down, None, layer.stride, layer.padding, layer.dilation)
@@ -81,8 +78,7 @@ class DeltaPart(LayerPart):
 
     def merged(self, weight: Tensor) -> Tensor:
         """The weight of a layer that computes the same by itself."""
-        layout = self.form.layout
-        return layout.weight(self.form.of(layout.matrix(weight)))
+        return self.form.on_weight(weight)
 
     def config(self) -> dict[str, Any]:
         return {"form": described(self.form), "dropout": self.dropout}

@@ -21,10 +21,12 @@ class Form(nn.Module):
 
     Attributes:
         kind: Name in checkpoints.
+        beside_linear_only: Whether it acts on the weight of every layer that is not linear.
         rank: Its rank.
     """
 
     kind: ClassVar[str]
+    beside_linear_only: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -56,6 +58,10 @@ class Form(nn.Module):
     def of(self, weight: Tensor) -> Tensor:
         """Return the weight that the layer sees, as a matrix, for the frozen one."""
         return weight + self.delta().to(weight.dtype)
+
+    def on_weight(self, weight: Tensor) -> Tensor:
+        """The same in the shape that the layer keeps its weight in."""
+        return self.layout.weight(self.of(self.layout.matrix(weight)))
 
     def config(self) -> dict[str, Any]:
         """Arguments of the constructor but the layout, as plain data."""

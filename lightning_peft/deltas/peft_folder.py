@@ -20,7 +20,6 @@ from lightning_peft.deltas.delta_part import DeltaPart
 from lightning_peft.deltas.layout import layout_of
 from lightning_peft.deltas.low_rank_form import LowRankForm
 from lightning_peft.deltas.sides import why_on_weight
-from lightning_peft.network.plain_class import plain_class
 from lightning_peft.network.resolve import resolve_network
 from lightning_peft.weights.maps import attach_map, mapped_tensors
 from lightning_peft.weights.parts import placed_parts, put_part
@@ -170,9 +169,7 @@ def _made(net: nn.Module, name: str, files: peft_files.AdapterFiles, config: Any
         if isinstance(form, DecomposedForm):
             form.magnitude.copy_(files.factors[name, "magnitude"])
     form.to(layer.weight.device)
-    if why_on_weight(net, name, layer) or (
-        isinstance(form, DecomposedForm) and plain_class(layer).forward is not nn.Linear.forward
-    ):
+    if why_on_weight(net, name, layer, kind):
         return DeltaMap(form)
     return DeltaPart(form, float(config.get("lora_dropout") or 0.0))
 

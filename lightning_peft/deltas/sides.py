@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.contract import Contract, methods_of
 from lightning_peft.deltas.delta_part import CONVS
+from lightning_peft.deltas.form import Form
 from lightning_peft.deltas.layout import Layout, layout_of
 from lightning_peft.network.layers import has_class, is_linear, own_parameters, public_class
 from lightning_peft.network.plain_class import plain_class
@@ -45,8 +46,8 @@ class Place:
         return value
 
 
-def places(method: Contract, module: nn.Module) -> list[Place]:
-    """Return the tensors of a method's targets.
+def places(method: Contract, module: nn.Module, form: type[Form]) -> list[Place]:
+    """Return the tensors of a method's targets, for deltas of a form.
 
     Raises:
         MisconfigurationException: A target has no matrix of its own, or one that no delta can stand on.
@@ -55,7 +56,7 @@ def places(method: Contract, module: nn.Module) -> list[Place]:
     for path, layer in method.select(module).items():
         for key, tensor in _matrices(path, layer).items():
             name = f"{path}.{key}" if path else key
-            reason = "other methods map it" if name in mapped else why_on_weight(module, path, layer, key)
+            reason = "other methods map it" if name in mapped else why_on_weight(module, path, layer, form, key)
             side: Literal["activations", "weight"] = "weight" if reason else "activations"
             found.append(Place(path, layer, name, layout_of(layer, tensor, key), side, reason))
     return found
@@ -103,17 +104,19 @@ def _matrices(path: str, layer: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def why_on_weight(module: nn.Module, path: str, layer: Any, key: str = "weight") -> str:
+def why_on_weight(module: nn.Module, path: str, layer: Any, form: type[Form], key: str = "weight") -> str:
     """Say why calls of a layer cannot take a product in, so that it has to act on the weight; nothing where they can."""
     parent = module.get_submodule(path.rpartition(".")[0]) if path else None
     if key != "weight" or isinstance(parent, nn.MultiheadAttention):
         return "no layer is called with it"
+    if plain_class(layer).forward is nn.Linear.forward:
+        return ""
+    if form.beside_linear_only:
+        return "its rows are scaled"
     if isinstance(layer, nn.Embedding):
         plain = layer.max_norm is None and not layer.scale_grad_by_freq and not layer.sparse
         return "" if plain else "its rows are looked up in a special way"
     if any(isinstance(layer, cls) for cls in CONVS):
         plain = layer.groups == 1 and layer.padding_mode == "zeros" and plain_class(layer) in CONVS
         return "" if plain else "its convolution has groups or padding of its own"
-    if has_class(layer, "Conv1D") or plain_class(layer).forward is nn.Linear.forward:
-        return ""
-    return f"{public_class(layer)} computes in its own way"
+    return "" if has_class(layer, "Conv1D") else f"{public_class(layer)} computes in its own way"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -21,7 +20,6 @@ from lightning_peft.deltas.form import Form
 from lightning_peft.deltas.low_rank_form import LowRankForm
 from lightning_peft.deltas.sides import Place, places
 from lightning_peft.network.layers import heads
-from lightning_peft.network.plain_class import plain_class
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft.network.tunable import TUNABLE, share_trained, tunable
 from lightning_peft.weights.parts import placed_parts
@@ -105,12 +103,8 @@ class LowRank(Method):
 
     def places(self, module: nn.Module) -> list[Place]:
         """The tensors that get a delta, each with the side of its layer on which that acts."""
-        found = self.sided(places(self, module))
+        found = places(self, module, self.kind)
         self._check(found)
-        return found
-
-    def sided(self, found: list[Place]) -> list[Place]:
-        """Move tensors to the other side where a form asks for it."""
         return found
 
     def claims(self, module: nn.Module) -> Iterable[str]:
@@ -186,17 +180,10 @@ class DoRA(LowRank):
     kind = DecomposedForm
     paper = "Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, ICML 2024, arXiv 2402.09353"
 
-    def sided(self, found: list[Place]) -> list[Place]:
-        """Leave only linear layers on the side of the activations.
-
-        Raises:
-            MisconfigurationException: An embedding, whose rows are no outputs.
-        """
+    def _check(self, found: Sequence[Place]) -> None:
         if table := next((place for place in found if isinstance(place.layer, nn.Embedding)), None):
             raise MisconfigurationException(
                 f"{self.name} scales outputs, and the rows of {table.path} are none. Leave it out: exclude=[{table.path!r}]; "
                 "LoRA takes embeddings."
             )
-        moved = {place.tensor for place in found if plain_class(place.layer).forward is not nn.Linear.forward}
-        moved -= {place.tensor for place in found if place.side == "weight"}
-        return [replace(each, side="weight", reason="its rows are scaled") if each.tensor in moved else each for each in found]
+        super()._check(found)
