@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Generator, Tensor, nn
 
@@ -19,10 +21,10 @@ class DecomposedForm(LowRankForm):
     """
 
     kind = "decomposed"
-    beside_linear_only = True
+    beside = "linear"
 
-    def __init__(self, layout: Layout, rank: int, scale: float = 1.0, table: bool = False) -> None:
-        super().__init__(layout, rank, scale, table)
+    def __init__(self, layout: Layout, rank: int, scale: float = 1.0, table: bool = False, taken: int = 0) -> None:
+        super().__init__(layout, rank, scale, table, taken)
         self.magnitude = nn.Parameter(torch.ones(self.up.shape[:-1]))
 
     def reset(self, weight: Tensor, generator: Generator) -> None:
@@ -37,9 +39,9 @@ class DecomposedForm(LowRankForm):
             weight: The frozen weight, as a matrix.
         """
         with torch.no_grad():
-            rows, weight = self.rows(), weight.to(self.up.dtype)
-            beside = (weight @ rows.mT * self.up).sum(-1)
-            own = (self.up @ (rows @ rows.mT) * self.up).sum(-1)
+            (down, up), weight = self.factors(), weight.to(self.up.dtype)
+            beside = (weight @ down.mT * up).sum(-1)
+            own = (up @ (down @ down.mT) * up).sum(-1)
             norm = (weight.square().sum(-1) + 2 * self.scale * beside + self.scale**2 * own).clamp_min(0).sqrt()
         return self.magnitude / norm.clamp_min(_LEAST)
 
@@ -49,5 +51,5 @@ class DecomposedForm(LowRankForm):
         return whole * (self.magnitude / norm).to(weight.dtype).unsqueeze(-1)
 
     @classmethod
-    def trainable(cls, layout: Layout, rank: int) -> int:
+    def trainable(cls, layout: Layout, rank: int, **arguments: Any) -> int:
         return super().trainable(layout, rank) + layout.matrix_shape[:-1].numel()

@@ -11,6 +11,7 @@ from torch.nn.functional import embedding, linear
 
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.deltas.decomposed_form import DecomposedForm
+from lightning_peft.deltas.factored_form import FactoredForm
 from lightning_peft.deltas.form import Form, build_form, described
 from lightning_peft.deltas.low_rank_form import LowRankForm
 from lightning_peft.deltas.low_rank_linear import low_rank_linear
@@ -21,7 +22,7 @@ CONVS = {nn.Conv1d: torch.conv1d, nn.Conv2d: torch.conv2d, nn.Conv3d: torch.conv
 
 
 class DeltaPart(LayerPart):
-    """Adds to what a layer returns what the low-rank product makes of its inputs.
+    """Adds to what a layer returns what a product of thin matrices makes of its inputs.
 
     Args:
         form: The form, or what :func:`~lightning_peft.deltas.form.described` says of it.
@@ -34,12 +35,14 @@ class DeltaPart(LayerPart):
     def __init__(self, form: Form | Mapping[str, Any], dropout: float = 0.0) -> None:
         super().__init__()
         made = form if isinstance(form, Form) else build_form(**form)
-        assert isinstance(made, LowRankForm)
+        assert isinstance(made, FactoredForm)
         self.form, self.dropout = made, dropout
 
     @property
-    def follows(self) -> Follows:  # type: ignore[override]
-        """Inputs and outputs of the product are those of the weight."""
+    def follows(self) -> Follows | None:  # type: ignore[override]
+        """Inputs and outputs of the product are those of the weight; forms of other tensors let nothing be cut."""
+        if not isinstance(self.form, LowRankForm) or self.form.taken:
+            return None
         inputs, outputs = (0, 1) if self.form.layout.transposed else (1, 0)
         found = {"form.down": {1: ("weight", inputs)}, "form.up": {0: ("weight", outputs)}}
         return found | ({"form.magnitude": {0: ("weight", outputs)}} if isinstance(self.form, DecomposedForm) else {})
@@ -52,10 +55,10 @@ class DeltaPart(LayerPart):
             and not kwargs
             and plain_class(layer).forward is nn.Linear.forward
         ):
-            dropped = self._dropped(args[0])
+            dropped, (down, up) = self._dropped(args[0]), form.factors()
             if not isinstance(form, DecomposedForm):
-                return low_rank_linear(args[0], layer.weight, layer.bias, form.down, form.up, form.scale, dropped)
-            output = low_rank_linear(args[0], layer.weight, None, form.down, form.up, form.scale, dropped)
+                return low_rank_linear(args[0], layer.weight, layer.bias, down, up, form.scale, dropped)
+            output = low_rank_linear(args[0], layer.weight, None, down, up, form.scale, dropped)
             output = output * form.factor(layer.weight).to(output.dtype)
             return output if layer.bias is None else output + layer.bias.to(output.dtype)
         return call(*args, **kwargs) + self._product(layer, *args, **kwargs)
@@ -64,16 +67,17 @@ class DeltaPart(LayerPart):
         return nn.functional.dropout(inputs, self.dropout) if self.training and self.dropout else None
 
     def _product(self, layer: Any, inputs: Tensor) -> Tensor:
-        form = self.form
+        down, up = self.form.factors()
         if isinstance(layer, nn.Embedding):
-            return linear(embedding(inputs, form.up, layer.padding_idx), form.down.T * form.scale)
+            return linear(embedding(inputs, up, layer.padding_idx), down.T * self.form.scale)
         dropped = self._dropped(inputs)
         read = inputs if dropped is None else dropped
-        down, up = form.down.to(inputs.dtype), form.up.to(inputs.dtype) * form.scale
+        down, up = down.to(inputs.dtype), up.to(inputs.dtype) * self.form.scale
         for cls, convolve in CONVS.items():
             if isinstance(layer, cls):
-                hidden = convolve(read, down, None, layer.stride, layer.padding, layer.dilation)
-                return convolve(hidden, up.view(*up.shape, *(1,) * (down.ndim - 2)))
+                kernel = layer.weight.shape[1:]
+                hidden = convolve(read, down.view(-1, *kernel), None, layer.stride, layer.padding, layer.dilation)
+                return convolve(hidden, up.view(*up.shape, *(1,) * (len(kernel) - 1)))
         return linear(linear(read, down), up)
 
     def merged(self, weight: Tensor) -> Tensor:

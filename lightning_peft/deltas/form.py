@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
 
 from lightning_peft.deltas.layout import Layout
 
+Beside = Literal["any", "linear", "none"]
+_LARGEST = 16  # times the weight; factors of full rank with what they began as, or three square bases, are below that
 _FORMS: dict[str, type[Form]] = {}
 
 
 class Form(nn.Module):
     """The parameters of one delta; subclasses define :meth:`delta`, or :meth:`of` where the update is no sum.
 
+    One that is a product of thin matrices is a :class:`~lightning_peft.deltas.factored_form.FactoredForm`.
+
     A subclass is known by its ``kind`` from then on, so that checkpoints can be read: it takes the layout, the rank and further
     plain arguments, which :meth:`config` returns.
 
     Attributes:
         kind: Name in checkpoints.
-        beside_linear_only: Whether it acts on the weight of every layer that is not linear.
+        beside: Layers beside which it can stand; it acts on the weight of all others.
         rank: Its rank.
     """
 
     kind: ClassVar[str]
-    beside_linear_only: ClassVar[bool] = False
+    beside: ClassVar[Beside] = "none"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -68,8 +72,14 @@ class Form(nn.Module):
         return {"rank": self.rank}
 
     @classmethod
-    def trainable(cls, layout: Layout, rank: int) -> int:
-        """Count the parameters of one delta by the closed formula."""
+    def trainable(cls, layout: Layout, rank: int, **arguments: Any) -> int:
+        """Count the parameters of one delta by the closed formula.
+
+        Args:
+            layout: How the weight is read as a matrix.
+            rank: Its rank.
+            **arguments: What else the constructor takes.
+        """
         raise NotImplementedError
 
 
@@ -82,6 +92,10 @@ def build_form(kind: str, shape: list[int], transposed: bool, stacked: bool, arg
     layout, rank = Layout(torch.Size(shape), transposed, stacked), arguments.get("rank", 0)
     if kind not in _FORMS or not 0 < rank <= layout.largest_rank:
         raise ValueError(f"there is no delta {kind!r} of rank {rank} for a weight of shape {shape}")
+    with torch.device("meta"):  # nothing is allocated before its size is known
+        size = sum(tensor.numel() for tensor in _FORMS[kind](layout, **arguments).state_dict().values())
+    if size > _LARGEST * layout.shape.numel():
+        raise ValueError(f"a delta {kind!r} with {arguments} would be {size:,} numbers for a weight of shape {shape}")
     return _FORMS[kind](layout, **arguments)
 
 

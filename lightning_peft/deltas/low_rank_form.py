@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Generator, Size, Tensor, nn
 
-from lightning_peft.deltas.form import Form
+from lightning_peft.deltas.factored_form import FactoredForm
 from lightning_peft.deltas.layout import Layout
 
 
-class LowRankForm(Form):
+class LowRankForm(FactoredForm):
     """``scale B A`` (Hu et al., LoRA, ICLR 2022, arXiv 2106.09685, section 4.1).
 
     ``A``, :attr:`down`, has shape ``(rank, inputs)``, with the kernel's dimensions behind for convolutions; ``B``, :attr:`up`,
@@ -24,17 +24,24 @@ class LowRankForm(Form):
         rank: Rows of ``A``.
         scale: Factor of the product.
         table: Whether rows of the weight are looked up, as in an embedding; ``A`` starts from a normal distribution then.
+        taken: Rank of a product that is taken off the frozen weight for good, see :meth:`take_off`.
     """
 
     kind = "low_rank"
+    taken_down: Tensor
+    taken_up: Tensor
 
-    def __init__(self, layout: Layout, rank: int, scale: float = 1.0, table: bool = False) -> None:
+    def __init__(self, layout: Layout, rank: int, scale: float = 1.0, table: bool = False, taken: int = 0) -> None:
         super().__init__(layout, rank)
         self.scale, self.table = scale, table
         *stack, outputs, inputs = layout.matrix_shape
         beside = layout.shape[1:] if not (layout.stacked or layout.transposed) else (inputs,)
         self.down = nn.Parameter(torch.zeros(*stack, rank, *beside))
         self.up = nn.Parameter(torch.zeros(*stack, outputs, rank))
+        self.taken = taken
+        if taken:
+            self.register_buffer("taken_down", torch.zeros(*stack, taken, inputs))
+            self.register_buffer("taken_up", torch.zeros(*stack, outputs, taken))
 
     @property
     def layout(self) -> Layout:
@@ -53,17 +60,42 @@ class LowRankForm(Form):
                 self.down.uniform_(-bound, bound, generator=generator)
             self.up.zero_()
 
+    def start_as(self, down: Tensor, up: Tensor) -> None:
+        """Let the product begin as another one, which is taken off the frozen weight: the layer computes what it did.
+
+        Args:
+            down: Shape ``(rank, inputs)``.
+            up: Shape ``(outputs, rank)``; the scale stands before the product of both.
+        """
+        with torch.no_grad():
+            self.down.copy_(down.view_as(self.down))
+            self.up.copy_(up)
+        self.take_off(down, self.scale * up)
+
+    def take_off(self, down: Tensor, up: Tensor) -> None:
+        """Take ``up @ down`` off the frozen weight for good; the weight itself stays the base's.
+
+        Args:
+            down: Shape ``(taken, inputs)``.
+            up: Shape ``(outputs, taken)``.
+        """
+        self.taken = down.shape[-2]
+        self.register_buffer("taken_down", down.detach().clone())
+        self.register_buffer("taken_up", up.detach().clone())
+
     def rows(self) -> Tensor:
         """``A`` as a matrix, or as a stack of them."""
         return self.down if self.layout.stacked else self.down.flatten(1)
 
-    def delta(self) -> Tensor:
-        return self.scale * (self.up @ self.rows())
+    def factors(self) -> tuple[Tensor, Tensor]:
+        if not self.taken:
+            return self.rows(), self.up
+        return torch.cat([self.rows(), self.taken_down], -2), torch.cat([self.up, self.taken_up / -self.scale], -1)
 
     def config(self) -> dict[str, Any]:
-        return {"rank": self.rank, "scale": self.scale, "table": self.table}
+        return {"rank": self.rank, "scale": self.scale, "table": self.table, "taken": self.taken}
 
     @classmethod
-    def trainable(cls, layout: Layout, rank: int) -> int:
+    def trainable(cls, layout: Layout, rank: int, **arguments: Any) -> int:
         *stack, outputs, inputs = layout.matrix_shape
         return math.prod(stack) * rank * (outputs + inputs)

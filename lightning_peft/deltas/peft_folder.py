@@ -17,6 +17,7 @@ from lightning_peft.deltas import peft_files
 from lightning_peft.deltas.decomposed_form import DecomposedForm
 from lightning_peft.deltas.delta_map import DeltaMap
 from lightning_peft.deltas.delta_part import DeltaPart
+from lightning_peft.deltas.factored_form import FactoredForm
 from lightning_peft.deltas.layout import layout_of
 from lightning_peft.deltas.low_rank_form import LowRankForm
 from lightning_peft.deltas.sides import why_on_weight
@@ -44,6 +45,9 @@ def save_peft(
 ) -> Path:
     """Write an adapter as a folder that ``peft.PeftModel.from_pretrained`` reads.
 
+    Any delta that is a product of thin matrices is written as the LoRA that it is, for instance one of PiSSA as a LoRA of twice
+    its rank beside the unchanged base.
+
     Args:
         module: The module, with a delta on it: in training, or after a fit of a method with ``keep=True``.
         folder: Folder to write; it must not exist or be empty, and appears only when it is complete.
@@ -66,11 +70,12 @@ def save_peft(
     ranks, alphas, config = {}, {}, _new_config(found)
     for path, layer, form, _ in found:
         inner = _within(prefix, path)
-        kernel = len(form.layout.shape) - 2
-        kept = (form.down.detach().cpu(), form.up.detach().cpu())
+        shape = form.layout.shape[1:] if not form.layout.transposed else form.layout.shape[:1]
+        down, up = (factor.detach().cpu() for factor in form.factors())
         magnitude = form.magnitude.detach().cpu() if isinstance(form, DecomposedForm) else None
-        tensors |= peft_files.layer_keys(inner, *kept, isinstance(layer, nn.Embedding), kernel, magnitude)
-        ranks[inner], alphas[inner] = form.rank, form.scale * form.rank
+        table = isinstance(layer, nn.Embedding)
+        tensors |= peft_files.layer_keys(inner, down.reshape(-1, *shape), up, table, len(shape) - 1, magnitude)
+        ranks[inner], alphas[inner] = len(down), form.scale * len(down)
     config["target_modules"] = list(ranks)
     config["r"], config["lora_alpha"] = next(iter(ranks.values())), next(iter(alphas.values()))
     config["rank_pattern"] = {key: rank for key, rank in ranks.items() if rank != config["r"]}
@@ -180,7 +185,7 @@ def _pattern(patterns: Any, name: str, otherwise: float) -> float:
     return next(found, otherwise)
 
 
-def _adapter(module: nn.Module, name: str | None) -> Iterator[tuple[str, nn.Module, LowRankForm, float]]:
+def _adapter(module: nn.Module, name: str | None) -> Iterator[tuple[str, nn.Module, FactoredForm, float]]:
     """Layer by layer: name, layer, form and dropout of one method's adapter."""
     parts = [(each.path, each.layer, each.part) for each in placed_parts(module) if isinstance(each.part, DeltaPart)]
     maps = [(each, entry) for each in mapped_tensors(module) for entry in each.maps if isinstance(entry, DeltaMap)]
@@ -198,7 +203,12 @@ def _adapter(module: nn.Module, name: str | None) -> Iterator[tuple[str, nn.Modu
         if entry.method != wanted:
             continue
         path, _, key = tensor.name.rpartition(".")
-        if key != "weight" or not isinstance(entry.form, LowRankForm):
+        if not isinstance(entry.form, FactoredForm):
+            raise MisconfigurationException(
+                f"The delta of {tensor.name}, {entry.form.kind!r}, is no product of thin matrices, and those are what this "
+                "library writes for PEFT. Bake it and save the whole weights."
+            )
+        if key != "weight":
             raise MisconfigurationException(
                 f"PEFT has no place for a delta of {tensor.name}. Leave it out when training: exclude=[{path!r}]."
             )

@@ -109,9 +109,11 @@ def why_on_weight(module: nn.Module, path: str, layer: Any, form: type[Form], ke
     parent = module.get_submodule(path.rpartition(".")[0]) if path else None
     if key != "weight" or isinstance(parent, nn.MultiheadAttention):
         return "no layer is called with it"
+    if form.beside == "none":
+        return "it is no product of thin matrices"
     if plain_class(layer).forward is nn.Linear.forward:
         return ""
-    if form.beside_linear_only:
+    if form.beside == "linear":
         return "its rows are scaled"
     if isinstance(layer, nn.Embedding):
         plain = layer.max_norm is None and not layer.scale_grad_by_freq and not layer.sparse

@@ -19,7 +19,7 @@ from lightning_peft import NMSparsity, WeightCompander
 from lightning_peft.deltas import sides
 from lightning_peft.functional import is_nm
 from lightning_peft.testing.modules import trainer
-from lightning_peft_plugins.deltas.low_rank import LoRA
+from lightning_peft_plugins.deltas.lora import LoRA
 
 BATCH = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 IDS = torch.randint(9, (4, 6), generator=torch.Generator().manual_seed(0)).fill_diagonal_(0)
@@ -206,7 +206,9 @@ def fit(module: LightningModule, method: LoRA) -> None:
     trainer(callbacks=[method]).fit(module, DataLoader(BATCH, batch_size=4))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("settings", "words"), [({"rank": 0}, "at least 1"), ({"alpha": 0.0}, "nothing would be learnt")])
+@pytest.mark.parametrize(
+    ("settings", "words"), [({"rank": 0}, "rank=0 must be positive"), ({"alpha": 0.0}, "nothing is learnt at zero")]
+)
 def test_arguments_that_make_no_sense(settings: Any, words: str) -> None:
     with pytest.raises(MisconfigurationException, match=words):
         LoRA(**settings)

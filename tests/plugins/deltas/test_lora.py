@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from lightning_peft.testing import MethodTester
-from lightning_peft_plugins.deltas.low_rank import DoRA, LoRA, LowRank
+from lightning_peft_plugins.deltas._shared.low_rank import LowRank
+from lightning_peft_plugins.deltas.dora import DoRA
+from lightning_peft_plugins.deltas.lora import LoRA
 
 
 class TestLoRA(MethodTester):

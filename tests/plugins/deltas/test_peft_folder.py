@@ -20,7 +20,9 @@ from torch.utils.data import DataLoader
 from lightning_peft.deltas.peft_folder import load_peft, save_peft
 from lightning_peft.testing.modules import trainer
 from lightning_peft.weights.switch import switch
-from lightning_peft_plugins.deltas.low_rank import DoRA, LoRA, LowRank
+from lightning_peft_plugins.deltas._shared.low_rank import LowRank
+from lightning_peft_plugins.deltas.dora import DoRA
+from lightning_peft_plugins.deltas.lora import LoRA
 
 # peft asks transformers by a name that it has given up.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

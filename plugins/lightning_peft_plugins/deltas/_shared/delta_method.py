@@ -1,44 +1,39 @@
-"""Low-rank deltas: the engine's forms as one method."""
+"""Deltas of frozen weights as a method: which tensors get one, what is trained, what the plan says."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import ClassVar, Literal
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from lightning_peft import Lane, Method, Resource, Run
-from lightning_peft.arguments import one_of
-from lightning_peft.deltas.decomposed_form import DecomposedForm
+from lightning_peft.arguments import one_of, positive
 from lightning_peft.deltas.delta_map import DeltaMap
 from lightning_peft.deltas.delta_part import DeltaPart
 from lightning_peft.deltas.form import Form
-from lightning_peft.deltas.low_rank_form import LowRankForm
 from lightning_peft.deltas.sides import Place, places
 from lightning_peft.network.layers import heads
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft.network.tunable import TUNABLE, share_trained, tunable
+from lightning_peft.weights.maps import mapped_tensors
 from lightning_peft.weights.parts import placed_parts
 
-SCALINGS = ("rank", "root")
 
+class DeltaMethod(Method):
+    """Trains what frozen weights gain, and whatever else is named; the rest is frozen for the fit.
 
-class LowRank(Method):
-    """Trains a low-rank delta of frozen weights, ``W + scale B A``, and whatever else is named; the rest is frozen for the fit.
-
-    Where nothing else acts on a weight, the product is computed beside the layer, from its inputs: no weight is made and none
-    gets a gradient. Under masks and other maps it is added to the weight. The plan says where which. After the fit
-    the module is ordinary, with the products in its weights, unless ``keep`` leaves them beside.
+    Where nothing else acts on a weight, a delta of thin factors is computed beside the layer, from its inputs: no weight is
+    made and none gets a gradient. Under masks and other maps it is added to the weight. The plan says where which. After the
+    fit the module is ordinary, with the deltas in its weights, unless ``keep`` leaves them beside.
 
     Args:
-        rank: Rows of ``A`` and columns of ``B``.
-        alpha: Numerator of the scale; the rank by default, so that the scale is 1.
-        scaling: What it is divided by: ``"rank"``, or ``"root"`` of the rank (Kalajdzievski 2023).
-        dropout: Share of a layer's inputs that the product does not see in training.
+        rank: Rank of the deltas.
+        dropout: Share of a layer's inputs that the delta does not see in training.
         tune: Which parameters are trained as they are: ``"bias"``, ``"norm"``, ``"head"`` (the layers that write the logits).
         targets: Layers whose weights get a delta; an ``nn.MultiheadAttention`` for its input projections, a stack of experts
             for its matrices.
@@ -48,58 +43,69 @@ class LowRank(Method):
         name: Name in logs and checkpoints, which tells two adapters of one module apart.
 
     Raises:
-        MisconfigurationException: A rank above that of a matrix, a scale of zero, a target without a weight of its own or one
-            that is quantised or parametrised, dropout where the delta acts on the weight.
+        MisconfigurationException: A rank above that of a matrix, a target without a weight of its own or one that is
+            quantised or parametrised, dropout where the delta acts on the weight.
 
-    Example:
-        >>> LowRank(rank=4, tune=("head",))
-        LowRank(rank=4, scaling='rank', dropout=0.0, tune=('head',), targets='auto', ...)
+    Attributes:
+        kind: Form of the deltas.
     """
 
     lane = Lane.DELTA
     writes = frozenset({Resource.DELTA})
     weight_maps = (DeltaMap,)
     parts = (DeltaPart,)
-    kind: ClassVar[type[LowRankForm]] = LowRankForm
-    paper = "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv 2106.09685"
+    kind: ClassVar[type[Form]]
 
     def __init__(
         self,
         rank: int = 8,
-        alpha: float | None = None,
-        scaling: Literal["rank", "root"] = "rank",
+        *,
         dropout: float = 0.0,
         tune: Collection[str] = (),
         targets: TargetSpec = "auto",
         exclude: TargetSpec | None = ("head", "depthwise"),
-        *,
         keep: bool = False,
         checkpoint: Literal["full", "trained"] = "trained",
         name: str | None = None,
     ) -> None:
         super().__init__(targets=targets, exclude=exclude or None, name=name)
-        if rank < 1:
-            raise MisconfigurationException(f"rank={rank} must be at least 1.")
-        if alpha == 0:
-            raise MisconfigurationException("alpha=0 multiplies every delta by zero, so nothing would be learnt. Leave it out.")
+        positive("rank", rank)
         if not 0 <= dropout < 1:
             raise MisconfigurationException(f"dropout={dropout} must be at least 0 and below 1.")
-        one_of("scaling", scaling, SCALINGS)
         one_of("checkpoint", checkpoint, ("full", "trained"))
         self.tune = (tune,) if isinstance(tune, str) else tuple(tune)
         for part in self.tune:
             one_of("tune", part, TUNABLE)
-        self.rank, self.alpha, self.scaling, self.dropout = rank, rank if alpha is None else alpha, scaling, dropout
+        self.rank, self.dropout = rank, dropout
         self.stays, self.checkpoint = keep, checkpoint
 
-    @property
-    def scale(self) -> float:
-        """Factor of the product."""
-        return self.alpha / (self.rank if self.scaling == "rank" else self.rank**0.5)
+    def arguments(self, place: Place) -> dict[str, Any]:
+        """What the form of one tensor is made with, beside its layout."""
+        return {"rank": self.rank}
 
-    def form(self, place: Place) -> Form:
-        """Make the delta of one tensor."""
-        return self.kind(place.layout, self.rank, self.scale, table=isinstance(place.layer, nn.Embedding))
+    def begin(self, form: Any, weight: Tensor, generator: Generator) -> None:
+        """Give a form its first values.
+
+        Args:
+            form: The form.
+            weight: The frozen weight, as a matrix.
+            generator: What random values are drawn from.
+        """
+        form.reset(weight, generator)
+
+    def seed(self, place: Place | None = None) -> int:
+        """What random values of the method are drawn from, or those of one tensor; follows ``seed_everything``."""
+        return torch.initial_seed() ^ zlib.crc32(f"{self.name}/{place.tensor if place else ''}".encode())
+
+    def forms(self, module: nn.Module) -> Iterator[tuple[str, Any]]:
+        """Yield the forms on a module, each with the name of its tensor, those beside layers first."""
+        for placed in placed_parts(module):
+            if placed.part.method == self.name and isinstance(placed.part, DeltaPart):
+                yield f"{placed.path}.weight".removeprefix("."), placed.part.form
+        for mapped in mapped_tensors(module):
+            for each in mapped.maps:
+                if each.method == self.name and isinstance(each, DeltaMap):
+                    yield mapped.name, each.form
 
     def places(self, module: nn.Module) -> list[Place]:
         """The tensors that get a delta, each with the side of its layer on which that acts."""
@@ -112,13 +118,16 @@ class LowRank(Method):
         return [place.tensor for place in self.places(module)]
 
     def attach(self, module: LightningModule) -> None:
-        """Put the deltas on."""
+        """Put the deltas on, where there is none yet."""
+        there = dict(self.forms(module))
         for place in self.places(module):
-            form, weight = self.form(place), place.seen
+            if place.tensor in there:
+                continue
+            form, weight = self.kind(place.layout, **self.arguments(place)), place.seen
             if weight.dtype == torch.float64:  # else in single precision whatever the weight has: few numbers, small steps
                 form.to(weight.dtype)
-            seed = torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(f"{self.name}/{place.tensor}".encode()))
-            form.reset(place.layout.matrix(weight.detach()), seed)
+            matrix = place.layout.matrix(weight.detach()).to(next(form.parameters()).dtype)
+            self.begin(form, matrix, torch.Generator().manual_seed(self.seed(place)))
             form.to(weight.device)
             if place.side == "weight":
                 self.map_weight(module, place.tensor, DeltaMap(form))
@@ -143,15 +152,14 @@ class LowRank(Method):
 
     def trained(self, module: nn.Module) -> Iterable[nn.Parameter]:
         """The deltas, and what :attr:`tune` names."""
-        parts = (placed.part for placed in placed_parts(module) if placed.part.method == self.name)
         tuned = tunable(module, self.tune, {place.path for place in self.places(module)})
-        return [*tuned, *(parameter for part in parts for parameter in part.parameters())]
+        return [*tuned, *(parameter for _, form in self.forms(module) for parameter in form.parameters())]
 
     def describe(self, module: nn.Module) -> str:
         """Say what stands where, and what is trained."""
         found = self.places(module)
         on_weight = [place for place in found if place.side == "weight"]
-        count = sum(self.kind.trainable(place.layout, self.rank) for place in found)
+        count = sum(self.kind.trainable(place.layout, **self.arguments(place)) for place in found)
         parts = [f"rank {self.rank} on {len(found)} tensors, {count:,} parameters"]
         if on_weight:
             reasons = {place.reason for place in on_weight}
@@ -165,25 +173,3 @@ class LowRank(Method):
     def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
         """Share of the parameters that are trained."""
         return {"trained": share_trained(run.module)}
-
-
-class LoRA(LowRank):
-    """LoRA (Hu et al. 2022): ``W + (alpha / rank) B A``; see :class:`LowRank` for its arguments."""
-
-
-class DoRA(LowRank):
-    """DoRA (Liu et al. 2024): LoRA turns the rows of a weight, and their lengths are learned apart; arguments as for LoRA.
-
-    Beside linear layers the norm of the sum is found without making the sum. Elsewhere the delta acts on the weight.
-    """
-
-    kind = DecomposedForm
-    paper = "Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, ICML 2024, arXiv 2402.09353"
-
-    def _check(self, found: Sequence[Place]) -> None:
-        if table := next((place for place in found if isinstance(place.layer, nn.Embedding)), None):
-            raise MisconfigurationException(
-                f"{self.name} scales outputs, and the rows of {table.path} are none. Leave it out: exclude=[{table.path!r}]; "
-                "LoRA takes embeddings."
-            )
-        super()._check(found)

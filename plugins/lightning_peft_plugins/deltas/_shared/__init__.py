@@ -1,0 +1,1 @@
+"""What several deltas are made of: the method, forms, first values."""
