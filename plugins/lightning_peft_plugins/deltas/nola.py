@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ class NOLA(ScaledDelta):
         rank: Rank of the product.
         alpha: Numerator of the scale.
         bases: Random matrices that each factor is a sum of.
+        seed: What they are drawn from, for each weight its own; not that of the training, which may be another when it resumes.
         **kwargs: Those of :class:`~lightning_peft_plugins.deltas._shared.scaled_delta.ScaledDelta`.
 
     Example:
@@ -86,10 +88,10 @@ class NOLA(ScaledDelta):
     kind = BasisForm
     paper = "Koohpayegani et al., NOLA: Compressing LoRA using Linear Combination of Random Basis, ICLR 2024, arXiv 2310.02556"
 
-    def __init__(self, rank: int = 8, alpha: float | None = None, bases: int = 256, **kwargs: Any) -> None:
+    def __init__(self, rank: int = 8, alpha: float | None = None, bases: int = 256, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(rank, alpha, **kwargs)
         positive("bases", bases)
-        self.bases = bases
+        self.bases, self.seed = bases, seed
 
     def arguments(self, place: Place) -> dict[str, Any]:
-        return super().arguments(place) | {"bases": self.bases, "seed": self.seed(place)}
+        return super().arguments(place) | {"bases": self.bases, "seed": self.seed ^ zlib.crc32(place.tensor.encode())}

@@ -19,8 +19,8 @@ class ScaledBasesForm(FactoredForm):
     """``scale sum_k B_k L_k A G_k`` with random ``A`` and ``B_k`` (Albert et al., RandLoRA, ICLR 2025, equation 4).
 
     As many products as make up the smaller side of the weight. ``L``, :attr:`inner`, has shape ``(rank, products)`` and starts
-    as zero, ``G``, :attr:`outer`, ``(products, smaller side)``, as one over its longer side. The random matrices come from a seed, are the same for all
-    weights of one shape, and are in no file.
+    as zero; ``G``, :attr:`outer`, ``(products, smaller side)`` and starts as one over its longer side. The random matrices come
+    from a seed, are the same for all weights of one shape, and are in no file.
 
     Args:
         layout: How the weight is read as a matrix.
@@ -81,6 +81,7 @@ class RandLoRA(ScaledDelta):
     Args:
         rank: Rank of one random product: the larger, the fewer parameters.
         alpha: Numerator of the scale.
+        seed: What the random matrices are drawn from; not the seed of the training, which may be another when it resumes.
         **kwargs: Those of :class:`~lightning_peft_plugins.deltas._shared.scaled_delta.ScaledDelta`.
 
     Example:
@@ -91,8 +92,9 @@ class RandLoRA(ScaledDelta):
     kind = ScaledBasesForm
     paper = "Albert et al., RandLoRA: Full-Rank Parameter-Efficient Fine-Tuning of Large Models, ICLR 2025, arXiv 2502.00987"
 
-    def __init__(self, rank: int = 32, alpha: float = 640, **kwargs: Any) -> None:
+    def __init__(self, rank: int = 32, alpha: float = 640, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(rank, alpha, **kwargs)
+        self.seed = seed
 
     def arguments(self, place: Place) -> dict[str, Any]:
-        return super().arguments(place) | {"seed": self.seed()}
+        return super().arguments(place) | {"seed": self.seed}

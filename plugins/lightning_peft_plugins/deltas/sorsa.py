@@ -39,7 +39,7 @@ class SORSA(ScaledDelta):
     def begin(self, form: Any, weight: Tensor, generator: Generator) -> None:
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
         rank = form.rank
-        form.start_as(right[..., :rank, :], left[..., :rank], values[..., :rank] / form.scale)
+        form.start_as(right[..., :rank, :], left[..., :rank], values[..., :rank])
 
     def start(self, run: Run) -> None:
         self._rate = max(_peak(group) for optimizer in run.trainer.optimizers for group in optimizer.param_groups)

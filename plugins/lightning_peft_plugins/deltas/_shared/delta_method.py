@@ -93,10 +93,6 @@ class DeltaMethod(Method):
         """
         form.reset(weight, generator)
 
-    def seed(self, place: Place | None = None) -> int:
-        """What random values of the method are drawn from, or those of one tensor; follows ``seed_everything``."""
-        return torch.initial_seed() ^ zlib.crc32(f"{self.name}/{place.tensor if place else ''}".encode())
-
     def forms(self, module: nn.Module) -> Iterator[tuple[str, Any]]:
         """Yield the forms on a module, each with the name of its tensor, those beside layers first."""
         for placed in placed_parts(module):
@@ -127,7 +123,8 @@ class DeltaMethod(Method):
             if weight.dtype == torch.float64:  # else in single precision whatever the weight has: few numbers, small steps
                 form.to(weight.dtype)
             matrix = place.layout.matrix(weight.detach()).to(next(form.parameters()).dtype)
-            self.begin(form, matrix, torch.Generator().manual_seed(self.seed(place)))
+            seed = torch.initial_seed() ^ zlib.crc32(f"{self.name}/{place.tensor}".encode())
+            self.begin(form, matrix, torch.Generator().manual_seed(seed))
             form.to(weight.device)
             if place.side == "weight":
                 self.map_weight(module, place.tensor, DeltaMap(form))
