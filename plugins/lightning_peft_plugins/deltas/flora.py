@@ -14,7 +14,7 @@ from lightning_peft_plugins.deltas._shared.scaled_delta import ScaledDelta
 
 
 class TuckerForm(FactoredForm):
-    """``scale G x_1 U_1 x_2 U_2 ...`` by Tucker's decomposition (Si et al., FLoRA, 2024, equation 5).
+    """``scale G x_1 U_1 x_2 U_2 ...`` by Tucker's decomposition (Si et al., FLoRA, 2024).
 
     A linear weight has two dimensions, a convolution one more for every dimension of its kernel. ``G``, :attr:`core`, has shape
     ``(rank, rank, *kernel)``, outputs first and no side above the rank, and starts as zero.

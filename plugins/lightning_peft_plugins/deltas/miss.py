@@ -15,7 +15,7 @@ from lightning_peft_plugins.deltas._shared.delta_method import DeltaMethod
 class SharedForm(FactoredForm):
     """``B A`` in which ``A`` only adds up inputs: column ``j`` of the delta is column ``j mod rank`` of ``B``.
 
-    ``B``, :attr:`up`, has shape ``(outputs, rank)`` and starts as zero (Kang and Yin, MiSS, equation 5).
+    ``B``, :attr:`up`, has shape ``(outputs, rank)`` and starts as zero (Kang and Yin, MiSS, 2024).
     """
 
     kind = "shared"

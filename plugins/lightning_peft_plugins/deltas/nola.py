@@ -19,7 +19,7 @@ _LARGEST = 2**31  # numbers in the bases of one weight
 
 
 class BasisForm(FactoredForm):
-    """``scale (sum_j b_j B_j) (A_0 + sum_i a_i A_i)`` (Koohpayegani et al., NOLA, ICLR 2024, equation 3).
+    """``scale (sum_j b_j B_j) (A_0 + sum_i a_i A_i)`` (Koohpayegani et al., NOLA, ICLR 2024).
 
     The bases come from a seed on the CPU, whatever device they are used on, and are in no file. ``a``, :attr:`of_down`, and
     ``b``, :attr:`of_up`, have shape ``(bases,)`` and start as zero.

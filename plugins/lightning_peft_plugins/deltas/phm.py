@@ -18,7 +18,7 @@ from lightning_peft_plugins.deltas._shared.delta_method import DeltaMethod
 
 
 class HypercomplexForm(FactoredForm):
-    """``sum_i A_i (x) (s_i t_i)`` over ``n`` terms (Karimi Mahabadi et al., Compacter, NeurIPS 2021, equation 6).
+    """``sum_i A_i (x) (s_i t_i)`` over ``n`` terms (Karimi Mahabadi et al., Compacter, NeurIPS 2021).
 
     ``A``, :attr:`squares`, has shape ``(n, n, n)``; ``s``, :attr:`up`, ``(n, outputs / n, rank)`` and starts as zero; ``t``,
     :attr:`down`, ``(n, rank, inputs / n)``.

@@ -16,7 +16,7 @@ from lightning_peft_plugins.deltas._shared.scaled_delta import ScaledDelta
 
 
 class ScaledBasesForm(FactoredForm):
-    """``scale sum_k B_k L_k A G_k`` with random ``A`` and ``B_k`` (Albert et al., RandLoRA, ICLR 2025, equation 4).
+    """``scale sum_k B_k L_k A G_k`` with random ``A`` and ``B_k`` (Albert et al., RandLoRA, ICLR 2025).
 
     As many products as make up the smaller side of the weight. ``L``, :attr:`inner`, has shape ``(rank, products)`` and starts
     as zero; ``G``, :attr:`outer`, ``(products, smaller side)`` and starts as one over its longer side. The random matrices come

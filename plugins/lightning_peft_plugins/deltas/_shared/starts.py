@@ -26,7 +26,7 @@ def pissa(form: LowRankForm, weight: Tensor, generator: Generator) -> None:
 
 
 def olora(form: LowRankForm, weight: Tensor, generator: Generator) -> None:
-    """The first rows and columns of a QR decomposition of the weight (Büyükakyüz, OLoRA, 2024, algorithm 1)."""
+    """The first rows and columns of a QR decomposition of the weight (Büyükakyüz, OLoRA, 2024)."""
     form.reset(weight, generator)
     left, right = torch.linalg.qr(weight)
     form.start_as(right[..., : form.rank, :], left[..., : form.rank])
