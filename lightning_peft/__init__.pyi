@@ -30,11 +30,14 @@ from lightning_peft.weights.layer_part import LayerPart as LayerPart
 from lightning_peft.weights.maps import WeightMap as WeightMap
 from lightning_peft.weights.switch import switch as switch
 from lightning_peft_plugins.deltas.bone import Bone as Bone
+from lightning_peft_plugins.deltas.corda import CorDA as CorDA
 from lightning_peft_plugins.deltas.dora import DoRA as DoRA
+from lightning_peft_plugins.deltas.eva import EVA as EVA
 from lightning_peft_plugins.deltas.flora import FLoRA as FLoRA
 from lightning_peft_plugins.deltas.kasa import KaSA as KaSA
 from lightning_peft_plugins.deltas.loldu import LoLDU as LoLDU
 from lightning_peft_plugins.deltas.lora import LoRA as LoRA
+from lightning_peft_plugins.deltas.lora_sb import LoRASB as LoRASB
 from lightning_peft_plugins.deltas.lora_xs import LoRAXS as LoRAXS
 from lightning_peft_plugins.deltas.miss import MiSS as MiSS
 from lightning_peft_plugins.deltas.nola import NOLA as NOLA

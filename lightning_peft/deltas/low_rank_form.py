@@ -79,9 +79,13 @@ class LowRankForm(FactoredForm):
             down: Shape ``(taken, inputs)``.
             up: Shape ``(outputs, taken)``.
         """
-        self.taken = down.shape[-2]
-        self.register_buffer("taken_down", down.detach().clone())
-        self.register_buffer("taken_up", up.detach().clone())
+        if self.taken != down.shape[-2]:
+            self.taken = down.shape[-2]
+            self.register_buffer("taken_down", torch.empty_like(down))
+            self.register_buffer("taken_up", torch.empty_like(up))
+        with torch.no_grad():
+            self.taken_down.copy_(down)
+            self.taken_up.copy_(up)
 
     def rows(self) -> Tensor:
         """``A`` as a matrix, or as a stack of them."""

@@ -7,7 +7,26 @@ from typing import Any
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_peft import NOLA, PHM, SALT, SORSA, Bone, FLoRA, KaSA, LoLDU, LoRAXS, MiSS, OLoRA, PiSSA, RandLoRA, SoKA, SVFit
+from lightning_peft import (
+    EVA,
+    NOLA,
+    PHM,
+    SALT,
+    SORSA,
+    Bone,
+    CorDA,
+    FLoRA,
+    KaSA,
+    LoLDU,
+    LoRASB,
+    LoRAXS,
+    MiSS,
+    OLoRA,
+    PiSSA,
+    RandLoRA,
+    SoKA,
+    SVFit,
+)
 from lightning_peft.testing import MethodTester
 
 WHOLE = {"exclude": None, "checkpoint": "full"}
@@ -76,3 +95,15 @@ class TestRandLoRA(MethodTester):
 
 class TestSoKA(MethodTester):
     methods = [lambda: SoKA(1, **WHOLE)]
+
+
+class TestEVA(MethodTester):
+    methods = [lambda: EVA(2, looks=2, targets="all-linear", **WHOLE)]
+
+
+class TestCorDA(MethodTester):
+    methods = [lambda: CorDA(2, looks=2, tune=("head",), checkpoint="full")]
+
+
+class TestLoRASB(MethodTester):
+    methods = [lambda: LoRASB(2, looks=2, **WHOLE)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from lightning_peft.deltas.factored_form import FactoredForm
 from lightning_peft.deltas.layout import Layout
@@ -33,6 +33,9 @@ class CoreForm(FactoredForm):
         self.core = nn.Parameter(torch.zeros(*stack, rank, rank))
         self.register_buffer("down", torch.zeros(*stack, rank, inputs))
         self.register_buffer("up", torch.zeros(*stack, outputs, rank))
+
+    def reset(self, weight: Tensor, generator: Generator) -> None:
+        """Nothing to set: three zero factors add nothing. They are no start to learn from, :meth:`start_as` gives one."""
 
     def start_as(self, down: Tensor, core: Tensor, up: Tensor) -> None:
         """Set the fixed factors and the first core.

@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.capture.shim import Shim
-from lightning_peft.capture.tap import forward_attribute
+from lightning_peft.capture.layer_calls import LayerCalls
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form, anything, dict_of
@@ -29,7 +28,7 @@ class LayerRecorder:
     def __init__(self, reads: frozenset[Quantity], wanted: Callable[[], bool], in_step: Callable[[], bool]) -> None:
         self.reads, self.wanted, self.in_step = reads, wanted, in_step
         self.seen: dict[str, LayerStatistics] = {}
-        self._shims: list[Shim] = []
+        self._calls = LayerCalls()
 
     def of(self, name: str) -> LayerStatistics:
         """Return the statistics of a tensor."""
@@ -38,22 +37,14 @@ class LayerRecorder:
     def open(self, targets: Iterable[MappedTensor]) -> None:
         """Begin to see what layers are given and give."""
         self.close()
-        if not self.reads & FROM_CALLS:
-            return
-        for mapped in targets:
-            handler = self._see(mapped.layer, self.of(mapped.name))
-            self._shims.append(Shim(mapped.layer, forward_attribute(mapped.layer), handler).install())
+        if self.reads & FROM_CALLS:
+            self._calls.open({mapped.name: mapped.layer for mapped in targets}, self._see)
 
-    def _see(self, layer: nn.Module, seen: LayerStatistics) -> Callable[..., Any]:
-        def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            output = inner(*args, **kwargs)
-            if self.in_step() and self.wanted():
-                given = args[0] if args else next(iter(kwargs.values()))
-                seen.see_inputs(layer, given)
-                seen.see_outputs(layer, given, output)
-            return output
-
-        return forward
+    def _see(self, name: str, layer: nn.Module, given: Any, output: Any) -> None:
+        if self.in_step() and self.wanted():
+            seen = self.of(name)
+            seen.see_inputs(layer, given)
+            seen.see_outputs(layer, given, output)
 
     def see_gradients(self, targets: Iterable[tuple[str, nn.Parameter]], optimizer: Optimizer) -> None:
         """See the gradients of those tensors, given with their names, that an optimizer is about to move."""
@@ -71,9 +62,7 @@ class LayerRecorder:
 
     def close(self) -> None:
         """Stop looking at layers."""
-        for shim in self._shims:
-            shim.remove()
-        self._shims = []
+        self._calls.close()
 
     def state(self) -> dict[str, Any]:
         """The observations as plain data."""

@@ -1,0 +1,51 @@
+"""LoRA-SB: a small square between the singular vectors of a first step of full fine-tuning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft_plugins.deltas._shared.batch_start import BatchStart
+from lightning_peft_plugins.deltas._shared.core_form import CoreForm
+
+
+class LoRASB(BatchStart):
+    """LoRA-SB (Ponkshe et al., 2024): trains ``R`` in ``W + B R A``, which begins as the best approximation of a first step.
+
+    The step is ``-lr sign(G)``, with ``G`` the gradient of the whole weight over the training's first batches. So the network
+    changes when the deltas begin, by that step's principal part.
+
+    Args:
+        rank: Rows and columns of ``R``.
+        alpha: Numerator of the scale.
+        looks: Optimizer steps whose gradients are looked at before the deltas are trained.
+        **kwargs: Those of :class:`~lightning_peft_plugins.deltas._shared.scaled_delta.ScaledDelta`.
+
+    Example:
+        >>> LoRASB(rank=32).scale
+        1.0
+    """
+
+    kind = CoreForm
+    paper = "Ponkshe et al., Initialization using Update Approximation is a Silver Bullet, 2024, arXiv 2411.19557"
+
+    def __init__(self, rank: int = 32, alpha: float | None = None, looks: int = 8, **kwargs: Any) -> None:
+        super().__init__(rank, alpha, looks, **kwargs)
+
+    def see(self, name: str, layer: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        if not output.requires_grad:
+            return
+        rows = inputs.detach().flatten(0, -2)
+
+        def add(gradient: Tensor) -> None:
+            dtype = torch.promote_types(gradient.dtype, torch.float32)
+            self.add(name, gradient.flatten(0, -2).T.to(dtype) @ rows.to(dtype))
+
+        output.register_hook(add)
+
+    def begin_with(self, form: Any, weight: Tensor, seen: Tensor, rate: float) -> None:
+        left, values, right = torch.linalg.svd(-rate * seen.sign(), full_matrices=False)
+        rank = form.rank
+        form.start_as(right[:rank], torch.diag(values[:rank]) / form.scale, left[:, :rank])

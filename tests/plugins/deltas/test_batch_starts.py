@@ -1,0 +1,185 @@
+"""First values found in the first batches: those of PEFT or of the paper, and nothing is trained before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule
+from peft.tuners.lora.config import CordaConfig, EvaConfig
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.eva import get_eva_state_dict
+from torch import Tensor, nn
+
+from lightning_peft import EVA, CorDA, LoRASB
+from lightning_peft.testing.modules import trainer
+
+LOOKS, SIZE = 3, 10
+BATCHES = torch.randn(LOOKS + 2, 40, SIZE, generator=torch.Generator().manual_seed(1)) @ torch.diag(torch.arange(1.0, SIZE + 1))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(SIZE, 8), nn.Tanh(), nn.Linear(8, 6))
+
+
+class Tuned(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = network()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return (self.model(batch) - 1).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
+class Notes(Callback):
+    """What the forms hold, and what the network computes, after every step."""
+
+    def __init__(self, method: Any) -> None:
+        self.method, self.states, self.outputs = method, list[dict[str, dict[str, Tensor]]](), list[Tensor]()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *_: Any) -> None:
+        forms = self.method.forms(pl_module)
+        self.states.append({name: {k: v.clone() for k, v in form.state_dict().items()} for name, form in forms})
+        self.outputs.append(pl_module.model(BATCHES[0]).detach().clone())
+
+
+def trained(method: Any, **settings: Any) -> Notes:
+    method.targets, method.exclude = ["model.0", "model.2"], None
+    notes = Notes(method)
+    trainer(callbacks=[method, notes], max_epochs=1, **settings).fit(Tuned(), BATCHES)  # type: ignore[arg-type]
+    return notes
+
+
+def expected(config: peft.LoraConfig) -> peft.LoraConfig:
+    config.target_modules = {"0", "2"}
+    return config
+
+
+@pytest.mark.parametrize("make", [EVA, CorDA, LoRASB])
+def test_nothing_is_trained_before_it_begins(make: Any) -> None:
+    notes = trained(make(2, looks=LOOKS))
+    first = network()(BATCHES[0])
+    for output in notes.outputs[: LOOKS - 1]:
+        torch.testing.assert_close(output, first)
+    assert (notes.outputs[LOOKS] - first).abs().max() > 1e-3
+    changed = (notes.outputs[LOOKS - 1] - first).abs().max()
+    assert changed > 1e-4 if make is LoRASB else changed < 1e-4  # which takes its first step by beginning
+
+
+def test_eva_reads_the_principal_components_that_peft_finds() -> None:
+    notes = trained(EVA(3, looks=1))
+    config = expected(peft.LoraConfig(r=3, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0)))
+    found = get_eva_state_dict(
+        network(),
+        [BATCHES[0]],
+        config,
+        forward_fn=lambda net, x: net(x),
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=None,
+        show_progress_bar=False,
+    )
+    for name, components in found.items():
+        ours = notes.states[0][f"model.{name}.weight"]["down"]
+        cosines = torch.nn.functional.cosine_similarity(ours, components.float()).abs()
+        torch.testing.assert_close(cosines, torch.ones(3), atol=1e-3, rtol=0)
+
+
+def test_eva_adds_up_all_it_sees() -> None:
+    notes = trained(EVA(2, looks=LOOKS))
+    inputs = BATCHES[:LOOKS].flatten(0, 1).double()
+    vectors = torch.linalg.svd(inputs - inputs.mean(0)).Vh[:2]
+    ours = notes.states[LOOKS - 1]["model.0.weight"]["down"].double()
+    torch.testing.assert_close((ours @ vectors.T).abs(), torch.eye(2, dtype=torch.float64), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("part", "mode"), [("first", "ipm"), ("last", "kpm")])
+def test_corda_begins_as_in_peft(part: Any, mode: str) -> None:
+    notes = trained(CorDA(3, 6, looks=1, part=part))
+    net = network()
+    corda = CordaConfig(corda_method=mode)
+    config = expected(peft.LoraConfig(r=3, lora_alpha=6, init_lora_weights="corda", corda_config=corda))
+    preprocess_corda(net, config, run_model=lambda: net(BATCHES[0]))
+    wrapped = peft.get_peft_model(net, config)
+    for name in ("0", "2"):
+        ours = notes.states[0][f"model.{name}.weight"]
+        theirs = wrapped.get_submodule(f"base_model.model.{name}").get_delta_weight("default")
+        torch.testing.assert_close(2 * ours["up"] @ ours["down"], theirs, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(ours["taken_up"] @ ours["taken_down"], theirs, atol=1e-3, rtol=1e-3)
+
+
+def test_lora_sb_begins_as_a_step_along_the_sign_of_the_gradient() -> None:
+    notes = trained(LoRASB(2, looks=LOOKS))
+    net = network()
+    for batch in BATCHES[:LOOKS]:
+        (net(batch) - 1).square().mean().backward()
+    for name in ("0", "2"):
+        step = -1e-2 * net.get_submodule(name).weight.grad.sign()  # type: ignore[union-attr]
+        left, values, right = torch.linalg.svd(step, full_matrices=False)
+        state = notes.states[LOOKS - 1][f"model.{name}.weight"]
+        torch.testing.assert_close(state["up"] @ state["core"] @ state["down"], left[:, :2] * values[:2] @ right[:2])
+
+
+def test_layers_that_are_not_linear_begin_as_in_lora() -> None:
+    class Image(Tuned):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Sequential(nn.Conv1d(1, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * SIZE, 6))
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return (self.model(batch.unsqueeze(1)) - 1).square().mean()
+
+    method = EVA(2, looks=1, targets=["model.0", "model.2"], exclude=None, keep=True)
+    module = Image()
+    trainer(callbacks=[method], max_epochs=1).fit(module, BATCHES)  # type: ignore[arg-type]
+    forms = dict(method.forms(module))
+    assert forms["model.0.weight"].up.abs().max() > 0 < forms["model.2.weight"].up.abs().max()
+
+
+def test_a_training_that_is_too_short_says_so() -> None:
+    with pytest.warns(UserWarning, match="before step 9, from which it trains"):
+        trained(EVA(2, looks=8))
+
+
+def test_an_adapter_that_stayed_is_trained_on_from_where_it_is() -> None:
+    method = EVA(2, looks=1, targets=["model.0"], exclude=None, keep=True)
+    module = Tuned()
+    trainer(callbacks=[method], max_epochs=1).fit(module, BATCHES)  # type: ignore[arg-type]
+    kept = {name: form.down.clone() for name, form in method.forms(module)}
+    again = EVA(2, looks=1, targets=["model.0"], exclude=None, keep=True)
+    trainer(callbacks=[again], max_steps=1).fit(module, BATCHES)  # type: ignore[arg-type]
+    ((_, form),) = again.forms(module)
+    assert 0 < (form.down - kept["model.0.weight"]).abs().max() < 0.02  # one step of Adam
+
+
+def test_a_gradient_scaler_is_refused_and_bf16_is_not() -> None:
+    class Scaled(Callback):
+        def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+            trainer.precision_plugin.scaler = object()
+
+    method = EVA(2, looks=1, targets=["model.0"], exclude=None)
+    with pytest.raises(MisconfigurationException, match="bf16-mixed"):
+        trainer(callbacks=[Scaled(), method], max_epochs=1).fit(Tuned(), BATCHES)  # type: ignore[arg-type]
+    trained(EVA(2, looks=1), precision="bf16-mixed")
+
+
+def test_what_was_seen_is_in_the_checkpoint(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    whole = trained(EVA(2, looks=LOOKS))
+    method = EVA(2, looks=LOOKS, targets=["model.0", "model.2"], exclude=None)
+    save = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    trainer(callbacks=[method, save], max_epochs=1).fit(Tuned(), BATCHES)  # type: ignore[arg-type]
+    method = EVA(2, looks=LOOKS, targets=["model.0", "model.2"], exclude=None)
+    notes = Notes(method)
+    trainer(callbacks=[method, notes, save], max_epochs=1).fit(Tuned(), BATCHES, ckpt_path=tmp_path / "step=2.ckpt")  # type: ignore[arg-type]
+    for name, state in whole.states[-1].items():
+        for key, value in state.items():
+            assert torch.equal(notes.states[-1][name][key], value), (name, key)
