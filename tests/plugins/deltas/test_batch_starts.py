@@ -16,6 +16,7 @@ from peft.tuners.lora.eva import get_eva_state_dict
 from torch import Tensor, nn
 
 from lightning_peft import EVA, CorDA, LoRASB
+from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import trainer
 
 LOOKS, SIZE = 3, 10
@@ -170,16 +171,23 @@ def test_a_gradient_scaler_is_refused_and_bf16_is_not() -> None:
     trained(EVA(2, looks=1), precision="bf16-mixed")
 
 
-def test_what_was_seen_is_in_the_checkpoint(tmp_path: Path) -> None:
-    from lightning.pytorch.callbacks import ModelCheckpoint
+class ByEpoch(Tuned):
+    """Another batch in every epoch of one step, so that a training resumes where it was."""
 
-    whole = trained(EVA(2, looks=LOOKS))
-    method = EVA(2, looks=LOOKS, targets=["model.0", "model.2"], exclude=None)
-    save = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    trainer(callbacks=[method, save], max_epochs=1).fit(Tuned(), BATCHES)  # type: ignore[arg-type]
-    method = EVA(2, looks=LOOKS, targets=["model.0", "model.2"], exclude=None)
-    notes = Notes(method)
-    trainer(callbacks=[method, notes, save], max_epochs=1).fit(Tuned(), BATCHES, ckpt_path=tmp_path / "step=2.ckpt")  # type: ignore[arg-type]
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return super().training_step(BATCHES[self.current_epoch], batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_what_was_seen_is_in_the_checkpoint(tmp_path: Path) -> None:
+    def run(resume: Path | None = None) -> Notes:
+        method = EVA(2, looks=LOOKS, targets=["model.0", "model.2"], exclude=None)
+        notes, saves = Notes(method), [] if resume else [every_epoch(tmp_path)]
+        trainer(callbacks=[method, notes, *saves], max_epochs=len(BATCHES)).fit(ByEpoch(), BATCHES[:1], ckpt_path=resume)  # type: ignore[arg-type]
+        return notes
+
+    whole, resumed = run(), run(tmp_path / "epoch=1.ckpt")
+    assert len(resumed.states) == len(BATCHES) - 2
     for name, state in whole.states[-1].items():
         for key, value in state.items():
-            assert torch.equal(notes.states[-1][name][key], value), (name, key)
+            assert torch.equal(resumed.states[-1][name][key], value), (name, key)
