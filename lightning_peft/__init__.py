@@ -26,6 +26,7 @@ _HOMES = {
     "apply_terms": "attach.hub",
     "bake": "baking.bake",
     "bake_checkpoint": "baking.bake",
+    "blend": "deltas.blend",
     "calibrate": "calibration.calibrate",
     "compare_deployments": "report.compare_deployments",
     "load_baked": "baking.baked_folder",

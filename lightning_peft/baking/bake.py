@@ -23,7 +23,7 @@ from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure import journal, part_states, partial, plain_state
 from lightning_peft.structure.earlier_parts import upgraded
 from lightning_peft.structure.edits import Edit
-from lightning_peft.weights.detach import detach_maps
+from lightning_peft.weights.detach import attachments, detach_maps
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 LightningT = TypeVar("LightningT", bound=LightningModule)
@@ -43,7 +43,8 @@ def bake(module: ModuleT) -> ModuleT:
         The same module.
 
     Raises:
-        MisconfigurationException: A layer part computes something that no weight does.
+        MisconfigurationException: A layer part computes something that no weight does, or holds a number that is not finite:
+            a weight would be lost with it. Nothing was changed then.
 
     Example:
         >>> import torch
@@ -55,6 +56,12 @@ def bake(module: ModuleT) -> ModuleT:
             f"The layer part {lost[0]} computes something that no weight can, so the module cannot be baked. Keep it as it "
             "is, or switch them off first (part.enabled = False) to bake it without them."
         )
+    for each in attachments(module):
+        if each.enabled and any(not parameter.isfinite().all() for parameter in each.parameters()):
+            raise MisconfigurationException(
+                f"The {each.kind} of {each.owner} holds a number that is not finite, and would take a weight along. Load the "
+                f"last checkpoint, or bake without it: lightning_peft.switch(module, {each.method!r}, on=False)."
+            )
     detach_maps(module, "baked")
     return module
 

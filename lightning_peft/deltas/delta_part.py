@@ -57,7 +57,7 @@ class DeltaPart(LayerPart):
         ):
             dropped, (down, up) = self._dropped(args[0]), form.factors()
             if not isinstance(form, DecomposedForm):
-                return low_rank_linear(args[0], layer.weight, layer.bias, down, up, form.scale, dropped)
+                return low_rank_linear(args[0], layer.weight, layer.bias, down, up, form.scale * form.share, dropped)
             output = low_rank_linear(args[0], layer.weight, None, down, up, form.scale, dropped)
             output = output * form.factor(layer.weight).to(output.dtype)
             return output if layer.bias is None else output + layer.bias.to(output.dtype)
@@ -67,12 +67,12 @@ class DeltaPart(LayerPart):
         return nn.functional.dropout(inputs, self.dropout) if self.training and self.dropout else None
 
     def _product(self, layer: Any, inputs: Tensor) -> Tensor:
-        down, up = self.form.factors()
+        (down, up), scale = self.form.factors(), self.form.scale * self.form.share
         if isinstance(layer, nn.Embedding):
-            return linear(embedding(inputs, up, layer.padding_idx), down.T * self.form.scale)
+            return linear(embedding(inputs, up, layer.padding_idx), down.T * scale)
         dropped = self._dropped(inputs)
         read = inputs if dropped is None else dropped
-        down, up = down.to(inputs.dtype), up.to(inputs.dtype) * self.form.scale
+        down, up = down.to(inputs.dtype), up.to(inputs.dtype) * scale
         for cls, convolve in CONVS.items():
             if isinstance(layer, cls):
                 kernel = layer.weight.shape[1:]

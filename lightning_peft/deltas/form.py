@@ -27,8 +27,10 @@ class Form(nn.Module):
         kind: Name in checkpoints.
         beside: Layers beside which it can stand; it acts on the weight of all others.
         rank: Its rank.
+        share: Factor of the delta among several, see :func:`lightning_peft.blend`.
     """
 
+    share: float = 1.0
     kind: ClassVar[str]
     beside: ClassVar[Beside] = "none"
 
@@ -61,7 +63,7 @@ class Form(nn.Module):
 
     def of(self, weight: Tensor) -> Tensor:
         """Return the weight that the layer sees, as a matrix, for the frozen one."""
-        return weight + self.delta().to(weight.dtype)
+        return weight + self.share * self.delta().to(weight.dtype)
 
     def on_weight(self, weight: Tensor) -> Tensor:
         """The same in the shape that the layer keeps its weight in."""
@@ -83,7 +85,9 @@ class Form(nn.Module):
         raise NotImplementedError
 
 
-def build_form(kind: str, shape: list[int], transposed: bool, stacked: bool, arguments: Mapping[str, Any]) -> Form:
+def build_form(
+    kind: str, shape: list[int], transposed: bool, stacked: bool, arguments: Mapping[str, Any], share: float = 1.0
+) -> Form:
     """Make the form that a checkpoint describes.
 
     Raises:
@@ -96,11 +100,13 @@ def build_form(kind: str, shape: list[int], transposed: bool, stacked: bool, arg
         size = sum(tensor.numel() for tensor in _FORMS[kind](layout, **arguments).state_dict().values())
     if size > _LARGEST * layout.shape.numel():
         raise ValueError(f"a delta {kind!r} with {arguments} would be {size:,} numbers for a weight of shape {shape}")
-    return _FORMS[kind](layout, **arguments)
+    form = _FORMS[kind](layout, **arguments)
+    form.share = share
+    return form
 
 
 def described(form: Form) -> dict[str, Any]:
     """Return what :func:`build_form` takes, as plain data."""
     layout = form.layout
     placed = {"shape": list(layout.shape), "transposed": layout.transposed, "stacked": layout.stacked}
-    return {"kind": form.kind, **placed, "arguments": form.config()}
+    return {"kind": form.kind, **placed, "arguments": form.config(), "share": form.share}

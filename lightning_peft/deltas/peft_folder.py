@@ -75,7 +75,7 @@ def save_peft(
         magnitude = form.magnitude.detach().cpu() if isinstance(form, DecomposedForm) else None
         table = isinstance(layer, nn.Embedding)
         tensors |= peft_files.layer_keys(inner, down.reshape(-1, *shape), up, table, len(shape) - 1, magnitude)
-        ranks[inner], alphas[inner] = len(down), form.scale * len(down)
+        ranks[inner], alphas[inner] = len(down), form.scale * form.share * len(down)
     config["target_modules"] = list(ranks)
     config["r"], config["lora_alpha"] = next(iter(ranks.values())), next(iter(alphas.values()))
     config["rank_pattern"] = {key: rank for key, rank in ranks.items() if rank != config["r"]}

@@ -207,7 +207,7 @@ def fit(module: LightningModule, method: LoRA) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"), [({"rank": 0}, "rank=0 must be positive"), ({"alpha": 0.0}, "nothing is learnt at zero")]
+    ("settings", "words"), [({"rank": 0}, "rank=0 must be positive"), ({"alpha": 0.0}, "alpha=0.0 must be positive")]
 )
 def test_arguments_that_make_no_sense(settings: Any, words: str) -> None:
     with pytest.raises(MisconfigurationException, match=words):
