@@ -21,6 +21,7 @@ from lightning_peft.compose.loss import Step as Step
 from lightning_peft.compose.run import Run as Run
 from lightning_peft.compose.schedule import Schedule as Schedule
 from lightning_peft.compose.step_closure import StepClosure as StepClosure
+from lightning_peft.deltas.blend import blend as blend
 from lightning_peft.deltas.peft_folder import load_peft as load_peft
 from lightning_peft.deltas.peft_folder import save_peft as save_peft
 from lightning_peft.method import Method as Method
@@ -29,6 +30,7 @@ from lightning_peft.report.compare_deployments import compare_deployments as com
 from lightning_peft.weights.layer_part import LayerPart as LayerPart
 from lightning_peft.weights.maps import WeightMap as WeightMap
 from lightning_peft.weights.switch import switch as switch
+from lightning_peft_plugins.deltas.ba_lora import BALoRA as BALoRA
 from lightning_peft_plugins.deltas.bone import Bone as Bone
 from lightning_peft_plugins.deltas.corda import CorDA as CorDA
 from lightning_peft_plugins.deltas.dora import DoRA as DoRA

@@ -24,7 +24,7 @@ def modes_kept(module: nn.Module, *, evaluate: bool = True) -> Iterator[None]:
         >>> [part.training for part in net]
         [True, False]
     """
-    modes = {part: part.training for part in module.modules()}
+    modes = {part: part.training for layer in module.modules() for part in _with_parts(layer)}
     if evaluate:
         module.eval()
     try:
@@ -32,3 +32,10 @@ def modes_kept(module: nn.Module, *, evaluate: bool = True) -> Iterator[None]:
     finally:
         for part, training in modes.items():
             part.training = training
+
+
+def _with_parts(layer: nn.Module) -> Iterator[nn.Module]:
+    """A layer, and what stands beside it: only the module that parts were attached to counts them among its own."""
+    yield layer
+    for part in getattr(layer, "part_stack", None) or ():
+        yield from part.modules()

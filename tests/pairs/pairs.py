@@ -24,6 +24,7 @@ from lightning_peft.testing.trace import difference, trace, without
 CLASSES, STEPS = 4, 4
 
 CONFIGURATIONS: dict[str, Callable[[], Method]] = {
+    "BALoRA": lambda: peft.BALoRA(rank=2, targets="all-weights", exclude=(), checkpoint="full"),
     "BatchNormAdapt": peft.BatchNormAdapt,
     "BlockPruning": lambda: peft.BlockPruning(1, start=2),
     "Bone": lambda: peft.Bone(rank=1, targets="all-weights", exclude=(), checkpoint="full"),

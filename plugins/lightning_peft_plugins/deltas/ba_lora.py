@@ -1,0 +1,77 @@
+"""BA-LoRA: PiSSA with three terms against what a network brings along from its pretraining."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+import lightning_peft
+from lightning_peft import Resource, Step
+from lightning_peft.arguments import positive
+from lightning_peft.network.logits import as_logits
+from lightning_peft.network.modes import modes_kept
+from lightning_peft_plugins.deltas._shared.low_rank import LowRank
+from lightning_peft_plugins.deltas.functional.ba_lora import consistency, leading_share, sameness
+
+
+class BALoRA(LowRank):
+    """BA-LoRA (Chang et al., 2024): predictions stay near the network's own, differ between samples, and have few directions.
+
+    Logits of two dimensions are taken for those of classes, of three for those of tokens; the terms differ.
+
+    Args:
+        rank: Singular directions to train.
+        alpha: Numerator of the scale.
+        consistency: Weight of the distance from what the network predicts without the delta.
+        diversity: Weight of the covariance between classes, or of the lack of entropy.
+        singular: Weight of the share of singular values below the first ``top``.
+        top: Singular values of a batch's logits that are to hold it.
+        **kwargs: Those of :class:`~lightning_peft_plugins.deltas._shared.low_rank.LowRank`.
+
+    Raises:
+        MisconfigurationException: A weight below zero.
+
+    Example:
+        >>> BALoRA(rank=4, singular=0.0).top
+        5
+    """
+
+    reads = frozenset({Resource.LOGITS})
+    fixed_arguments = frozenset({"init"})
+    paper = "Chang et al., BA-LoRA: Bias-Alleviating Low-Rank Adaptation, 2024, arXiv 2408.04556"
+
+    def __init__(
+        self,
+        rank: int = 8,
+        alpha: float | None = None,
+        consistency: float = 1e-4,
+        diversity: float = 3e-4,
+        singular: float = 1e-4,
+        top: int = 5,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(rank, alpha, init="pissa", **kwargs)
+        if min(consistency, diversity, singular) < 0:
+            raise MisconfigurationException(
+                f"consistency={consistency}, diversity={diversity} and singular={singular} must not be negative. Zero leaves a "
+                "term out."
+            )
+        positive("top", top)
+        self.consistency, self.diversity, self.singular, self.top = consistency, diversity, singular, top
+
+    def loss(self, step: Step) -> Tensor:
+        logits = step.logits.float() if step.logits.dtype in (torch.float16, torch.bfloat16) else step.logits
+        term = self.diversity * sameness(logits) - self.singular * leading_share(logits, self.top)
+        if self.consistency:
+            term = term + self.consistency * consistency(logits, self._before(step).to(logits.dtype))
+        return term
+
+    def _before(self, step: Step) -> Tensor:
+        """What the network predicts without the delta."""
+        network, call = step.run.network, step.call
+        off = lightning_peft.switch(step.run.module, self.name, on=False)
+        with torch.no_grad(), off, modes_kept(network):
+            return as_logits(network(*call.args, **call.kwargs))

@@ -1,0 +1,1 @@
+"""The mathematics of deltas as pure functions: tensors in, tensors out."""
