@@ -3,8 +3,9 @@
     python benchmarks/deltas.py --output docs/evidence/deltas
 
 Random weights of real architectures, AdamW, a Lightning Trainer each. As in ``overhead.py`` every variant is a fit in a process
-of its own, and takes one step when the baton comes round. Bytes are those that autograd keeps for the backward pass beside
-parameters, each storage once.
+of its own, and takes one step when the baton comes round. Two kinds of bytes are counted in one more step: those that autograd
+keeps for the backward pass beside parameters, each storage once, and the most that are in use at a time. Attaching is timed in
+turns, in this process.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import platform
 import statistics
 import time
+import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,6 +30,8 @@ from overhead import Baton, compared, interleave, quiet
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft import LoRA
@@ -107,13 +111,15 @@ def batches(name: str, count: int) -> DataLoader[Any]:
 class Kept(Callback):
     """Counts the bytes that the graph of the last step keeps."""
 
-    bytes = 0
+    bytes = peak = 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.own = {p.untyped_storage().data_ptr() for p in pl_module.parameters()}
         self.found: dict[int, int] = {}
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
         self.hooks.__enter__()
+        self.used = InUse()
+        self.used.__enter__()
 
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -126,7 +132,33 @@ class Kept(Callback):
             self.bytes = sum(self.found.values())
 
     def on_train_batch_end(self, *_: Any) -> None:
+        self.used.__exit__(None, None, None)
+        self.peak = self.used.peak
         self.hooks.__exit__()
+
+
+class InUse(TorchDispatchMode):
+    """Counts the bytes of tensors made meanwhile, as long as they are there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.seen:
+                storage = tensor.untyped_storage()
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+        return made
+
+    def freed(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
 
 
 def fit(name: str, variant: str, pipe: Connection, args: argparse.Namespace) -> None:
@@ -144,12 +176,26 @@ def lean(**settings: Any) -> Trainer:
     return Trainer(accelerator="cpu", devices=1, **off, **settings)
 
 
-def kept(name: str, variant: str) -> int:
-    """Bytes that autograd keeps for the backward pass of one step."""
+def counted(name: str, variant: str) -> tuple[int, int]:
+    """Bytes that autograd keeps for the backward pass of one step, and the most that are in use in it."""
     counter = Kept()
     module, callbacks = built(name, variant)
     lean(callbacks=[*callbacks, counter], max_steps=1).fit(module, batches(name, 1))
-    return counter.bytes
+    return counter.bytes, counter.peak
+
+
+def attaching(name: str, rounds: int) -> float:
+    """Seconds that attaching takes, as a share of what PEFT takes."""
+    shares = []
+    for _ in range(rounds):
+        network, module = NETWORKS[name][0](), Tuned(NETWORKS[name][0]())
+        start = time.perf_counter()
+        with_peft(network)
+        theirs = time.perf_counter() - start
+        start = time.perf_counter()
+        LoRA(rank=RANK).attach(module)
+        shares.append((time.perf_counter() - start) / theirs)
+    return statistics.median(shares)
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -157,12 +203,14 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     seconds = interleave(name, VARIANTS, args, fit)
     rows = {}
     for variant, times in seconds.items():
+        bytes_kept, peak = counted(name, variant)
         ratio, interval = compared(times, seconds["peft"])
         rows[variant] = {
             "ms": 1000 * statistics.median(times),
             "ratio": ratio,
             "interval": interval,
-            "kept": kept(name, variant),
+            "kept": bytes_kept,
+            "peak": peak,
         }
     return rows
 
@@ -179,16 +227,22 @@ def main() -> None:
     quiet()
     about = {"torch": torch.__version__, "peft": peft.__version__, "python": platform.python_version(), "threads": args.threads}
     results = {name: measure(name, args) for name in args.networks}
+    attaches = {name: attaching(name, args.rounds // 3) for name in args.networks}
     for name, rows in results.items():
-        table = Table("variant", "step, ms", "of PEFT's", "95 % interval", "kept, MB", "of PEFT's", title=name)
+        table = Table(
+            "variant", "step, ms", "of PEFT's", "95 % interval", "kept, MB", "of PEFT's", "peak, MB", "of PEFT's", title=name
+        )
         for variant, row in rows.items():
-            interval, share = "{:.3f} to {:.3f}".format(*row["interval"]), row["kept"] / rows["peft"]["kept"]
-            table.add_row(
-                variant, f"{row['ms']:.1f}", f"{row['ratio']:.3f}", interval, f"{row['kept'] / 1e6:.1f}", f"{share:.3f}"
-            )
+            interval = "{:.3f} to {:.3f}".format(*row["interval"])
+            memory = [(row[key] / 1e6, row[key] / rows["peft"][key]) for key in ("kept", "peak")]
+            cells = [cell for size, share in memory for cell in (f"{size:.1f}", f"{share:.3f}")]
+            table.add_row(variant, f"{row['ms']:.1f}", f"{row['ratio']:.3f}", interval, *cells)
         Console().print(table)
+        Console().print(f"attaching takes {attaches[name]:.2f} of PEFT's time")
     if args.output is not None:
-        args.output.with_suffix(".json").write_text(json.dumps({"about": about, "results": results}, indent=1))
+        args.output.with_suffix(".json").write_text(
+            json.dumps({"about": about, "results": results, "attaching": attaches}, indent=1)
+        )
 
 
 if __name__ == "__main__":
