@@ -1,0 +1,72 @@
+"""Plain layers described by their arguments, so that a checkpoint can say what an adapter stands beside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_peft.network.layers import has_class, public_class
+from lightning_peft.network.plain_class import plain_class
+
+_CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+_ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("in_features", "out_features"),
+    nn.Embedding: ("num_embeddings", "embedding_dim", "padding_idx"),
+    nn.Conv1d: _CONV,
+    nn.Conv2d: _CONV,
+    nn.Conv3d: _CONV,
+}
+
+
+def described_layer(path: str, layer: Any) -> dict[str, Any]:
+    """Return what :func:`layer_shell` takes, as plain data.
+
+    Raises:
+        MisconfigurationException: A layer of this class cannot be built from its arguments.
+
+    Example:
+        >>> described_layer("fc", nn.Linear(4, 2))
+        {'kind': 'Linear', 'bias': True, 'arguments': {'in_features': 4, 'out_features': 2}}
+    """
+    bias = getattr(layer, "bias", None) is not None
+    if has_class(layer, "Conv1D"):
+        return {"kind": "Conv1D", "bias": bias, "arguments": {"nf": layer.nf, "nx": layer.nx}}
+    cls = plain_class(layer)
+    if cls not in _ARGUMENTS or isinstance(getattr(layer, "padding", 0), str):
+        known = ", ".join(each.__name__ for each in _ARGUMENTS)
+        raise MisconfigurationException(
+            f"{path} is a {public_class(layer)}, and a checkpoint can only rebuild an adapter beside one of {known} and "
+            f"Conv1D, with numbers for the padding. Leave it out: exclude_modules=[{path.rpartition('.')[2]!r}] in config."
+        )
+    found = {name: getattr(layer, name) for name in _ARGUMENTS[cls]}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+    return {"kind": cls.__name__, "bias": bias, "arguments": plain}
+
+
+def layer_shell(description: Mapping[str, Any], weight: Tensor | None = None) -> nn.Module:
+    """Build a described layer around a weight; without one around zeros, as its bias is.
+
+    Raises:
+        ValueError: There is no such layer.
+    """
+    kind, arguments = description["kind"], {**description["arguments"]}
+    with torch.device("meta"):
+        if kind == "Conv1D":
+            from transformers.pytorch_utils import Conv1D
+
+            layer: Any = Conv1D(arguments["nf"], arguments["nx"])
+        else:
+            cls = next((each for each in _ARGUMENTS if each.__name__ == kind), None)
+            if cls is None:
+                raise ValueError(f"an adapter stands beside no layer {kind!r}")
+            plain = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+            layer = cls(**plain, **({} if cls is nn.Embedding else {"bias": description["bias"]}))
+    for name, parameter in list(layer.named_parameters()):
+        value = torch.zeros(parameter.shape) if weight is None or name != "weight" else weight.detach()
+        value = value if weight is None else value.to(weight.device, weight.dtype)
+        setattr(layer, name, nn.Parameter(value, requires_grad=False))
+    return layer
