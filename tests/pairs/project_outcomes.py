@@ -43,6 +43,7 @@ SHORT: dict[str, Callable[[Any], Method]] = {
     "MaskedPruning": lambda project: peft.MaskedPruning(0.5, "taylor", start=1, end=3, every=1),
     "MixtureGrowth": lambda project: peft.MixtureGrowth(at="step:2"),
     "NMSparsity": lambda project: peft.NMSparsity("2:4"),
+    "PeftAdapter": lambda project: peft.PeftAdapter({"peft_type": "LORA", "r": 2}, targets="all-linear"),
     "RMT": lambda project: peft.RMT(source=project.data(), warm_up=4),
     "RoTTA": lambda project: peft.RoTTA(capacity=4, every=4),
     "SAP": lambda project: peft.SAP(start=2, end=3, every=1),

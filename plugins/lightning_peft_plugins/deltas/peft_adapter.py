@@ -116,9 +116,9 @@ class PeftAdapter(Method):
                 if description not in checked:
                     check_merge(found.config, path, description)
                     checked.append(description)
-                base = layer_shell(description, layer.weight.detach().clone())
-                part = TunerPart(found.config, path, description, base)
-            check_unchanged(prefix + path, base, layer.weight.detach(), found.config)
+                before = layer.weight.detach().cpu()  # where the same numbers are drawn for every device
+                part = TunerPart(found.config, path, description, base := layer_shell(description, before.clone()))
+            check_unchanged(prefix + path, base, before, found.config)
             self.put_part(module, prefix + path, part.to(layer.weight.device))
 
     def trained(self, module: nn.Module) -> Iterable[str | nn.Parameter]:

@@ -16,4 +16,5 @@ class TestPeftAdapter(MethodTester):
     methods = [
         lambda: adapter("LORA", r=2, use_dora=True),
         lambda: adapter("ADALORA", init_r=4, target_r=2, total_step=10, tinit=1),
+        lambda: adapter("HRA", r=2),
     ]

@@ -20,6 +20,7 @@ _ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: _CONV,
     nn.Conv3d: _CONV,
 }
+_TYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def described_layer(path: str, layer: Any) -> dict[str, Any]:
@@ -30,27 +31,29 @@ def described_layer(path: str, layer: Any) -> dict[str, Any]:
 
     Example:
         >>> described_layer("fc", nn.Linear(4, 2))
-        {'kind': 'Linear', 'bias': True, 'arguments': {'in_features': 4, 'out_features': 2}}
+        {'dtype': 'float32', 'bias': True, 'kind': 'Linear', 'arguments': {'in_features': 4, 'out_features': 2}}
     """
-    bias = getattr(layer, "bias", None) is not None
+    dtype = str(layer.weight.dtype).removeprefix("torch.") if getattr(layer, "weight", None) is not None else ""
+    found: dict[str, Any] = {"dtype": dtype, "bias": getattr(layer, "bias", None) is not None}
     if has_class(layer, "Conv1D"):
-        return {"kind": "Conv1D", "bias": bias, "arguments": {"nf": layer.nf, "nx": layer.nx}}
+        return {**found, "kind": "Conv1D", "arguments": {"nf": layer.nf, "nx": layer.nx}}
     cls = plain_class(layer)
-    if cls not in _ARGUMENTS or isinstance(getattr(layer, "padding", 0), str):
+    if cls not in _ARGUMENTS or dtype not in _TYPES or isinstance(getattr(layer, "padding", 0), str):
         known = ", ".join(each.__name__ for each in _ARGUMENTS)
         raise MisconfigurationException(
             f"{path} is a {public_class(layer)}, and a checkpoint can only rebuild an adapter beside one of {known} and "
             f"Conv1D, with numbers for the padding. Leave it out: exclude_modules=[{path.rpartition('.')[2]!r}] in config."
         )
-    found = {name: getattr(layer, name) for name in _ARGUMENTS[cls]}
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
-    return {"kind": cls.__name__, "bias": bias, "arguments": plain}
+    given = {name: getattr(layer, name) for name in _ARGUMENTS[cls]}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    return {**found, "kind": cls.__name__, "arguments": plain}
 
 
 def layer_shell(description: Mapping[str, Any], weight: Tensor | None = None) -> nn.Module:
     """Build a described layer around a weight; without one around zeros, as its bias is.
 
     Raises:
+        KeyError: There is no such type of numbers.
         ValueError: There is no such layer.
     """
     kind, arguments = description["kind"], {**description["arguments"]}
@@ -65,8 +68,8 @@ def layer_shell(description: Mapping[str, Any], weight: Tensor | None = None) ->
                 raise ValueError(f"an adapter stands beside no layer {kind!r}")
             plain = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
             layer = cls(**plain, **({} if cls is nn.Embedding else {"bias": description["bias"]}))
+    own = torch.zeros((), dtype=_TYPES[description["dtype"]]) if weight is None else weight.detach()
     for name, parameter in list(layer.named_parameters()):
-        value = torch.zeros(parameter.shape) if weight is None or name != "weight" else weight.detach()
-        value = value if weight is None else value.to(weight.device, weight.dtype)
+        value = own if name == "weight" and weight is not None else own.new_zeros(parameter.shape)
         setattr(layer, name, nn.Parameter(value, requires_grad=False))
-    return layer
+    return layer  # type: ignore[no-any-return]

@@ -27,6 +27,7 @@ def check_merge(config: Mapping[str, Any], path: str, description: Mapping[str, 
     Raises:
         MisconfigurationException: PEFT cannot merge it, or what it leaves computes something else.
     """
+    description = {**description, "dtype": "float32"}  # half of it rounds too much to tell
     base = layer_shell(description)
     for tensor in base.parameters():
         tensor.normal_(std=1.0 if tensor.ndim == 1 else 0.1)

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import Lane
-from lightning_peft.weights.layer_part import LayerPart
+from lightning_peft import Lane, LayerPart
 from lightning_peft_plugins.deltas._peft_adapter.injection import peft_layer
 from lightning_peft_plugins.deltas._peft_adapter.layer_shell import layer_shell
 
