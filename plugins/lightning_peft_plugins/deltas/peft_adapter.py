@@ -17,6 +17,7 @@ from lightning_peft.network.resolve import resolve_network
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft.network.tunable import TUNABLE, share_trained, tunable
 from lightning_peft.weights.parts import placed_parts
+from lightning_peft_plugins.deltas._peft_adapter.adapter_check import check_adapter, check_unchanged
 from lightning_peft_plugins.deltas._peft_adapter.injection import (
     Injection,
     check_installed,
@@ -24,7 +25,6 @@ from lightning_peft_plugins.deltas._peft_adapter.injection import (
     plain_config,
 )
 from lightning_peft_plugins.deltas._peft_adapter.layer_shell import described_layer, layer_shell
-from lightning_peft_plugins.deltas._peft_adapter.merge_check import check_merge, check_unchanged
 from lightning_peft_plugins.deltas._peft_adapter.step_calls import StepCalls
 from lightning_peft_plugins.deltas._peft_adapter.tuner_part import TunerPart
 
@@ -114,7 +114,7 @@ class PeftAdapter(Method):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(torch.initial_seed() ^ zlib.crc32(f"{self.name}/{prefix}{path}".encode()))
                 if description not in checked:
-                    check_merge(found.config, path, description)
+                    check_adapter(found.config, path, description)
                     checked.append(description)
                 before = layer.weight.detach().cpu()  # where the same numbers are drawn for every device
                 part = TunerPart(found.config, path, description, base := layer_shell(description, before.clone()))

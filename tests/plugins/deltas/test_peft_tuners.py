@@ -249,6 +249,11 @@ REJECTED = {
     "model": (peft.VeraConfig(r=2, target_modules=MIXED), "shared state", None),
     "prompt": (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "prompt learning", None),
     "nothing": (peft.LoraConfig(target_modules=["absent"]), "not found in the base model", {"target_modules": ["out"]}),
+    "remembers": (
+        peft.LoraConfig(r=2, target_modules=["mixed"], velora_config=peft.VeloraConfig()),
+        "remembers lora_velora_initialized",
+        {},
+    ),
     "unmerged": (peft.LilyConfig(r=2, target_modules=MIXED), "cannot be merged", None),
 }
 
@@ -278,6 +283,8 @@ def test_what_could_not_be_kept_is_rejected_and_the_advice_works(name) -> None:
         ({"peft_type": "LORA", "megatron_config": {"a": 1}, "megatron_core": "os"}, "modules to import"),
         ({"peft_type": "LORA", "init_lora_weights": "eva"}, "pass over data"),
         ({"peft_type": "ADALORA"}, "total_step"),
+        ({"peft_type": "ADAMSS", "use_asa": True}, "Leave use_asa out"),
+        ({"peft_type": "LORA", "monteclora_config": {"monteclora_n": 4}}, "Leave monteclora_config out"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:`init_lora_weights` is 'eva'")

@@ -20,6 +20,7 @@ from lightning_peft.network.deep_copy import deep_copy
 
 ADAPTER = "default"
 _OF_DATA = ("eva", "lora_ga")
+_OF_LOOP = ("use_asa", "monteclora_config")
 _NOT_FROM_FILES = ("megatron_config", "megatron_core", "auto_mapping")  # PEFT imports what these name
 
 
@@ -103,9 +104,14 @@ def built_config(data: Mapping[str, Any]) -> Any:
             f"init_lora_weights={data['init_lora_weights']!r} needs a pass over data that PEFT leaves to its user, and without "
             "it would be something else. Set init_lora_weights=True."
         )
+    if asked := next((name for name in _OF_LOOP if data.get(name)), None):
+        raise MisconfigurationException(
+            f"{asked} needs more of a training loop than PeftAdapter gives it, and remembers what no file would hold. Leave "
+            f"{asked} out."
+        )
     try:
         return cls(**arguments)
-    except (TypeError, ValueError) as error:
+    except (ImportError, TypeError, ValueError) as error:
         raise MisconfigurationException(f"{cls.__name__} does not take config: {error}") from error
 
 
