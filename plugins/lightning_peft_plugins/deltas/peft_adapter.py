@@ -8,13 +8,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_peft import Lane, Method, Resource, Run, Step
 from lightning_peft.arguments import one_of
 from lightning_peft.network.resolve import resolve_network
-from lightning_peft.network.targets import TargetSpec
+from lightning_peft.network.targets import TargetSpec, select
 from lightning_peft.network.tunable import TUNABLE, share_trained, tunable
 from lightning_peft.weights.parts import placed_parts
 from lightning_peft_plugins.deltas._peft_adapter.adapter_check import check_adapter, check_unchanged
@@ -39,7 +40,7 @@ class PeftAdapter(Method):
     Args:
         config: A configuration of PEFT such as ``peft.OFTConfig(...)``, or its data as in ``adapter_config.json``.
         targets: Layers that get an adapter, in this library's grammar, instead of the configuration's ``target_modules``.
-        exclude: Layers among ``targets`` that get none.
+        exclude: Layers that get none, instead of its ``exclude_modules``.
         tune: Which parameters are trained as they are: ``"bias"``, ``"norm"``, ``"head"`` (the layers that write the logits).
         keep: Leave the adapters on the module after the fit, for :func:`lightning_peft.switch` and further training.
         checkpoint: ``"trained"`` leaves what is frozen out of checkpoints, which then need the same base to be loaded.
@@ -81,6 +82,9 @@ class PeftAdapter(Method):
         for part in self.tune:
             one_of("tune", part, TUNABLE)
         self.data = plain_config(config)
+        for argument, theirs in (("targets", "target_modules"), ("exclude", "exclude_modules")):
+            if getattr(self, argument) is not None and self.data.get(theirs):
+                raise MisconfigurationException(f"{argument}= and {theirs} of config say the same. Leave one of them out.")
         self.stays, self.checkpoint = keep, checkpoint
         self._calls = StepCalls(self.data)
 
@@ -91,10 +95,14 @@ class PeftAdapter(Method):
         """Name of the network in the module, and what PEFT would put into it."""
         name, network = resolve_network(module, self.network)
         prefix = f"{name}." if name else ""
-        chosen = [path.removeprefix(prefix) for path in self.select(module)]
         # As one pattern, for of a list PEFT also takes layers whose names end so.
-        data = {**self.data, "target_modules": "|".join(map(re.escape, chosen))} if chosen else self.data
-        return prefix, injection(data, network)
+        said = {}
+        if self.targets is not None:
+            said["target_modules"] = "|".join(re.escape(path.removeprefix(prefix)) for path in self.select(module))
+        elif self.exclude is not None:
+            left_out = select(module, self.exclude)
+            said["exclude_modules"] = "|".join(re.escape(path.removeprefix(prefix)) for path in left_out)
+        return prefix, injection({**self.data, **said}, network)
 
     def claims(self, module: nn.Module) -> Iterable[str]:
         """The weights that get an adapter."""

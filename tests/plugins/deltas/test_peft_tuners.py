@@ -305,6 +305,30 @@ def test_two_deltas_on_one_weight_and_masks_beside_are_a_conflict() -> None:
             trainer(callbacks=[PeftAdapter(TUNERS["oft"]), other]).fit(Tuned(torch.float32), LOADER)
 
 
+def test_what_is_excluded_stays_free_for_others() -> None:
+    module = Tuned(torch.float32)
+    adapter = PeftAdapter(TUNERS["oft"], exclude=["mixed"])
+    trainer(callbacks=[adapter, MagnitudePruning(0.5, targets=["mixed"], exclude=())]).fit(module, LOADER)
+    assert list(adapter.claims(module)) == ["model.out.weight"]
+    for arguments in ({"targets": ["mixed"]}, {"exclude": ["mixed"]}):
+        theirs = {"target_modules": ["mixed"], "exclude_modules": ["out"]}
+        with pytest.raises(MisconfigurationException, match="say the same"):
+            PeftAdapter({"peft_type": "LORA", **theirs}, **arguments)
+
+
+def test_layers_that_no_file_could_rebuild_are_rejected() -> None:
+    class Own(nn.Linear):
+        pass
+
+    module = Tuned(torch.float32)
+    module.model.mixed = Own(32, 16)
+    config = {"peft_type": "LORA", "r": 2, "target_modules": MIXED}
+    with pytest.raises(MisconfigurationException, match=r"exclude=\['model.mixed'\]"):
+        trainer(callbacks=[PeftAdapter(config)]).fit(module, LOADER)
+    trainer(callbacks=[PeftAdapter(config, exclude=["model.mixed"])]).fit(module, LOADER)
+    assert type(module.model.mixed) is Own
+
+
 def test_a_damaged_file_is_told_and_imports_nothing(tmp_path) -> None:
     module = Tuned()
     runner = trainer(callbacks=[PeftAdapter(TUNERS["lora"])])

@@ -91,8 +91,8 @@ def _call(part: TunerPart, base: nn.Module, inputs: Tensor) -> Tensor:
 
 
 _CURE = (
-    "Choose layers without a bias, or a tuner that only changes weights, for instance LORA, OFT, LOHA or ADALORA; with PEFT's "
-    "own get_peft_model the adapter stays in the network."
+    "Choose layers without a bias (exclude= the others), or a tuner that only changes weights, for instance LORA, OFT, LOHA or "
+    "ADALORA; with PEFT's own get_peft_model the adapter stays in the network."
 )
 
 

@@ -42,7 +42,7 @@ def described_layer(path: str, layer: Any) -> dict[str, Any]:
         known = ", ".join(each.__name__ for each in _ARGUMENTS)
         raise MisconfigurationException(
             f"{path} is a {public_class(layer)}, and a checkpoint can only rebuild an adapter beside one of {known} and "
-            f"Conv1D, with numbers for the padding. Leave it out: exclude_modules=[{path.rpartition('.')[2]!r}] in config."
+            f"Conv1D, with numbers for the padding. Leave it out: exclude=[{path!r}]."
         )
     given = {name: getattr(layer, name) for name in _ARGUMENTS[cls]}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
