@@ -102,11 +102,11 @@ def _cells(rows: Sequence[WeightChange]) -> tuple[Cell, Cell, Cell]:
 
 
 def _curves(seeds: Sequence[Learnt], names: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
-    """Return mean share and mean effective rank of the matrices that have one, each with its place."""
+    """Return mean share and mean effective rank of the matrices that have one above zero, each with its place."""
     found, curves = _by_name(seeds), {}
     for key in ("relative", "effective_rank"):
         means = [(place, _mean(getattr(row, key) for row in found.get(name, []))) for place, name in enumerate(names)]
-        curves[key] = [(place, mean) for place, mean in means if mean is not None]
+        curves[key] = [(place, mean) for place, mean in means if mean]  # axes are logarithmic
     return curves
 
 

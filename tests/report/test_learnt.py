@@ -88,3 +88,9 @@ def test_trials_of_earlier_versions_have_no_section() -> None:
 
 def test_a_training_that_changed_no_matrix_has_no_section() -> None:
     assert learnt_section({"full": [Trial("full", 0, learnt=Learnt().as_data())]}) is None
+
+
+def test_a_training_that_moved_nothing_is_drawn_too(tmp_path) -> None:
+    still = trial("composed", change("fc", 0, 0, 0, 0, relative=0.0))
+    run_report(RunEvidence("r", "", "", still, weigh({"state_dict": {}}))).save(tmp_path)
+    assert (tmp_path / "learnt.png").is_file()

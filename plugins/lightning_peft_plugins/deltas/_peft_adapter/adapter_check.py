@@ -71,17 +71,22 @@ def _left_behind(part: TunerPart, base: nn.Module, inputs: Tensor) -> str:
     before = _held(part)
     _call(part.train(), base, inputs).sum().backward()
     after = _held(part)
-    return next((name for name in {**before, **after} if before.get(name) != after.get(name)), "")
+    changed = (name for name in {**before, **after} if before.get(name) != after.get(name))
+    return next(changed, "").partition(" ")[0]
 
 
 def _held(part: TunerPart) -> dict[str, Any]:
-    """Plain values and tensors among the attributes of an adapter's modules, and in their dicts."""
-    found = {}
-    for module in part.tuner.modules():
-        for name, value in vars(module).items():
+    """What an adapter's modules hold beside their state dict: plain values and tensors in attributes, buffers not saved."""
+    found: dict[str, Any] = {}
+    for path, module in part.tuner.named_modules():
+        own = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
+        own |= {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+        for name, value in own.items():
             for key, entry in value.items() if isinstance(value, dict) else [("", value)]:
-                if not name.startswith("_") and name != "training" and isinstance(entry, (bool, int, float, str, Tensor)):
-                    found[f"{name} {key}".strip()] = id(entry) if isinstance(entry, Tensor) else entry
+                if isinstance(entry, Tensor):
+                    found[f"{name} {path} {key}"] = (id(entry), entry._version)
+                elif isinstance(entry, (bool, int, float, str)):
+                    found[f"{name} {path} {key}"] = entry
     return found
 
 
