@@ -20,7 +20,7 @@ def changes(names: Sequence[str], runs: Mapping[str, Mapping[str, Points]]) -> C
 
     Args:
         names: Matrices in the order of the network.
-        runs: For each run its points, place and value, under ``"relative"`` and ``"effective_rank"``.
+        runs: For each run its points, place and value above zero, under ``"relative"`` and ``"effective_rank"``.
     """
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -35,9 +35,10 @@ def changes(names: Sequence[str], runs: Mapping[str, Mapping[str, Points]]) -> C
             axis.set_xticks(range(len(names)), [name.removesuffix(".weight") for name in names], rotation=38, ha="right")
         else:
             axis.set(xlabel="matrix, in the order of the network")
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_minor_locator(NullLocator())
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        if any(points[key] for points in runs.values()):
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_minor_locator(NullLocator())
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes[0].legend()
     return figure
