@@ -17,6 +17,7 @@ from lightning_peft.arguments import one_of
 from lightning_peft.network.resolve import resolve_network
 from lightning_peft.network.targets import TargetSpec, select
 from lightning_peft.network.tunable import TUNABLE, share_trained, tunable
+from lightning_peft.structure.forms import Form
 from lightning_peft.weights.parts import placed_parts
 from lightning_peft_plugins.deltas._peft_adapter.adapter_check import check_adapter, check_unchanged
 from lightning_peft_plugins.deltas._peft_adapter.injection import (
@@ -160,8 +161,15 @@ class PeftAdapter(Method):
         """The end of the rank budget's schedule."""
         yield from self._calls.awaited(run.step)
 
+    def finish(self, run: Run) -> None:
+        """Let go of the adapters."""
+        self._calls.finish()
+
     def state(self) -> dict[str, Any]:
         return self._calls.state()
+
+    def state_form(self, tensors: Mapping[str, Tensor] | None) -> Form:
+        return self._calls.form
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._calls.load_state(state)

@@ -347,3 +347,18 @@ def test_a_damaged_file_is_told_and_imports_nothing(tmp_path) -> None:
         torch.save(broken, tmp_path / "broken.ckpt")
         with pytest.raises(CheckpointError, match="do not fit"):
             lightning_peft.load_from_checkpoint(Tuned, tmp_path / "broken.ckpt")
+
+
+def test_a_damaged_state_of_adalora_is_told(tmp_path) -> None:
+    runner = trainer(callbacks=[PeftAdapter(TUNERS["adalora"])])
+    runner.fit(Tuned(), LOADER)
+    runner.save_checkpoint(tmp_path / "whole.ckpt")
+    broken = torch.load(tmp_path / "whole.ckpt", weights_only=True)
+    (key,) = broken["callbacks"]
+    assert broken["callbacks"][key]["state"]["rank_pattern"]
+    broken["callbacks"][key]["state"]["rank_pattern"] = {"mixed": ["yes"]}
+    torch.save(broken, tmp_path / "broken.ckpt")
+    with pytest.raises(MisconfigurationException, match="rank_pattern"):
+        trainer(callbacks=[PeftAdapter(TUNERS["adalora"])], max_epochs=2).fit(
+            Tuned(), LOADER, ckpt_path=tmp_path / "broken.ckpt"
+        )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.structure.forms import Form, dict_of, fields, flag, list_of, maybe, tensor
 from lightning_peft_plugins.deltas._peft_adapter.injection import ADAPTER, built_config
 
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
@@ -25,7 +26,7 @@ class StepCalls:
         self._adaptive = data["peft_type"] == "ADALORA"
         self._config = built_config(data) if self._adaptive else None
         self._model: Any = None
-        self._restored: dict[str, Any] = {}
+        self._restored: dict[str, Any] = {**{name: {} for name in _SCORES}, "rank_pattern": None} if self._adaptive else {}
         self._last = -1
 
     @property
@@ -45,8 +46,8 @@ class StepCalls:
         adapters = _Adapters(tuners)
         allocator = RankAllocator(adapters, self._config, ADAPTER)
         for name in _SCORES:
-            setattr(allocator, name, dict(self._restored.get(name, {})))
-        self._config.rank_pattern = self._restored.get("rank_pattern")
+            setattr(allocator, name, dict(self._restored[name]))
+        self._config.rank_pattern = self._restored["rank_pattern"]
         # What PEFT's AdaLoraModel is to its own method.
         self._model = SimpleNamespace(
             model=adapters, peft_config={ADAPTER: self._config}, trainable_adapter_name=ADAPTER, rankallocator=allocator
@@ -84,12 +85,22 @@ class StepCalls:
         ranks = [int(factor.count_nonzero()) for name, factor in self._model.model.named_parameters() if ".lora_E." in name]
         return {"rank": sum(ranks) / max(1, len(ranks))}
 
+    def finish(self) -> None:
+        """Let go of the adapters; what a resumed run goes on with can still be asked for."""
+        self._restored, self._model = self.state(), None
+
     def state(self) -> dict[str, Any]:
         """What a resumed run goes on with."""
         if self._model is None:
             return self._restored
         scores = {name: dict(getattr(self._model.rankallocator, name)) for name in _SCORES}
         return {**scores, "rank_pattern": self._config.rank_pattern}
+
+    @property
+    def form(self) -> Form:
+        """What :meth:`state` looks like."""
+        forms = {**{name: dict_of(tensor()) for name in _SCORES}, "rank_pattern": maybe(dict_of(list_of(flag)))}
+        return fields(forms if self._adaptive else {})
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state` gave."""
