@@ -167,7 +167,7 @@ def _built(
     cli.model.configure_model()
     modules = [copy.deepcopy(cli.model) for _ in paths]
     for module, path in zip(modules, paths, strict=True):
-        checkpoint = baked(read_checkpoint(path, trusted=trusted))
+        checkpoint = baked(read_checkpoint(path, trusted=trusted), cli.model.state_dict())
         restore(module, checkpoint["state_dict"], journal.read(sections.read(checkpoint)))
     with interruptible(cli.trainer):
         cli.trainer.test(modules[0], datamodule=cli.datamodule, verbose=False)

@@ -6,18 +6,21 @@ import contextlib
 import itertools
 import shlex
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from rich.console import Console
+from torch import Tensor
 
 from lightning_peft.baking.bake import bake_checkpoint, read_checkpoint
+from lightning_peft.cli.beside import quiet
 from lightning_peft.cli.console import Outcome, facts, grid
 from lightning_peft.cli.folders import CONFIG, held, try_hold
 from lightning_peft.cli.interrupts import going_on
-from lightning_peft.cli.launch import methods_in, parse
+from lightning_peft.cli.launch import launch, methods_in, parse
 from lightning_peft.cli.loading import find_loading
 from lightning_peft.cli.recipes import Recipe, UsageError, find_for
 from lightning_peft.cli.trial import CURVES, RESULT, Job, preflight, train
@@ -26,6 +29,7 @@ from lightning_peft.report.plots import available
 from lightning_peft.report.proof import prove
 from lightning_peft.report.run import RunEvidence, outcome_table, run_report
 from lightning_peft.report.weights import weigh
+from lightning_peft.structure import checkpoint as sections
 
 DENSE, COMPOSED = "dense", "composed"
 # Enough for events at tenths of a training, two epochs because much goes wrong where one ends.
@@ -138,9 +142,10 @@ def _run(
             f"[dim]{place}/{len(jobs)}[/] {job.name} ({what}){', done already' if job.finished else ''}", highlight=False
         )
         trials[job.name] = train(job, console)
-    bake_checkpoint(out / "model.ckpt", out / "baked.ckpt", trusted=trusted)
     checkpoint = read_checkpoint(out / "model.ckpt", trusted=trusted)
-    weights = weigh(checkpoint)
+    base = _base(checkpoint, recipe, overrides, methods)
+    bake_checkpoint(out / "model.ckpt", out / "baked.ckpt", trusted=trusted, base=base)
+    weights = weigh(checkpoint, base)
     baked = out / "baked.ckpt"
     state = read_checkpoint(baked, trusted=trusted)["state_dict"]
     loading = find_loading(parse(recipe, overrides, ()), baked, out / "model.ckpt", state, trusted=trusted)
@@ -176,6 +181,18 @@ def _run(
     made = [*files, out / "model.ckpt", out / "baked.ckpt"]
     facts_data = [asdict(fact) for fact in report.facts]
     return Outcome({**report.data, "facts": facts_data, "out": str(out), "files": [str(path) for path in made]}, show)
+
+
+def _base(
+    checkpoint: Mapping[str, Any], recipe: Recipe, overrides: Sequence[str], methods: Sequence[str]
+) -> dict[str, Tensor] | None:
+    """Build the module anew for the tensors that a checkpoint of what was trained leaves out; ``None`` for a whole one."""
+    section = sections.read(checkpoint)
+    if section is None or not section.get("base"):
+        return None
+    module = launch(recipe, overrides, methods, quiet).model
+    module.configure_model()
+    return dict(module.state_dict())
 
 
 def _command(name: str, overrides: Sequence[str], *, baseline: bool, trusted: bool) -> str:

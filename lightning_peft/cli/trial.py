@@ -21,6 +21,7 @@ from lightning_peft.cli.launch import RecipeCLI, interruptible, launch, parse, q
 from lightning_peft.cli.progress import EpochLines, ForwardMeter, RandomState, Stopwatch
 from lightning_peft.cli.recipes import Recipe, UsageError
 from lightning_peft.contract import methods_of, ordered
+from lightning_peft.measure.change_recorder import ChangeRecorder
 from lightning_peft.measure.confidence import ConfidenceRecorder, reliability_bins
 from lightning_peft.measure.flop_meter import FlopMeter
 from lightning_peft.report.trial import Trial
@@ -106,8 +107,9 @@ def train(job: Job, console: Console) -> Trial:
     if not job.kept:  # what a run that failed early had logged
         shutil.rmtree(job.folder / CURVES, ignore_errors=True)
     stopwatch, meter, confidence, forward = Stopwatch(), FlopMeter(), ConfidenceRecorder(), ForwardMeter()
+    changes = ChangeRecorder()
     lines = EpochLines(console, job.name, stopwatch)
-    own = [stopwatch, meter, RandomState(), confidence, forward, lines, LastEpoch(job.checkpoint)]
+    own = [stopwatch, meter, RandomState(), confidence, forward, changes, lines, LastEpoch(job.checkpoint)]
     overruled: list[str] = []
 
     def adjust(arguments: dict[str, Any]) -> None:
@@ -140,6 +142,7 @@ def train(job: Job, console: Console) -> Trial:
         calibration=reliability_bins(confidence.confidence, confidence.correct) if confidence.confidence else [],
         calibration_errors={name: list(pair) for name, pair in confidence.table().items()},
         forward_flops=forward.flops,
+        learnt=changes.learnt.as_data(),
         notes=overruled,
         made_with=digest(made_with),
     )

@@ -13,6 +13,7 @@ from lightning_peft.report import plots as plots
 from lightning_peft.report.calibration import WHY_SEVERAL, calibration_errors_table
 from lightning_peft.report.contents import Cell, Fact, Figure, Section, Table
 from lightning_peft.report.curves import Curves
+from lightning_peft.report.learnt import learnt_section
 from lightning_peft.report.reach import Reach, reach_data, reach_section
 from lightning_peft.report.report import Report
 from lightning_peft.report.trial import Trial, duration, flop_text, is_share, lower_is_better, show, show_difference
@@ -87,6 +88,7 @@ def comparison_report(comparison: Comparison) -> Report:
         ),
         *([reach_section(reach)] if reach else []),
         *_calibration(comparison),
+        *([learnt] if (learnt := learnt_section(comparison.trials)) else []),
         Section("Every training", (), (_every(comparison, metrics),)),
     )
     data = {

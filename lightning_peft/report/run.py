@@ -13,6 +13,7 @@ from lightning_peft.report import plots as plots
 from lightning_peft.report.calibration import WHY_SEVERAL, calibration_errors_table
 from lightning_peft.report.contents import Fact, Figure, Section, Table, number
 from lightning_peft.report.curves import Curve, Curves, first_logged, over_cost, over_epochs, over_steps
+from lightning_peft.report.learnt import learnt_section
 from lightning_peft.report.proof import proof_data, proof_fact, proof_section
 from lightning_peft.report.report import Report
 from lightning_peft.report.trial import (
@@ -82,7 +83,8 @@ def run_report(evidence: RunEvidence) -> Report:
         )
     if evidence.loading_note:
         sections.append(Section("Loading it", (evidence.loading_note,), code="\n".join(evidence.loading)))
-    sections.extend(section for section in (_training(evidence), _calibration(evidence)) if section is not None)
+    learnt = learnt_section({trial.name: [trial] for trial in evidence.trials})
+    sections.extend(section for section in (_training(evidence), _calibration(evidence), learnt) if section is not None)
     if evidence.proofs:
         sections.append(proof_section(evidence.proofs))
     sections.append(weights_section(evidence.weights))

@@ -36,6 +36,8 @@ class Trial:
         nonzero: How many of them are not zero in the final, baked module.
         calibration: Reliability bins of the test samples; empty when they could not be told from the module.
         calibration_errors: Calibration of the test samples by each estimator, as it is and with a fitted temperature.
+        learnt: What training changed, as :class:`~lightning_peft.measure.weight_changes.Learnt` has it as data; empty when it
+            was not measured.
         notes: Settings of the recipe that were overruled, a sentence each.
         made_with: Digest of all its settings; empty in files of versions that did not write one.
     """
@@ -54,6 +56,7 @@ class Trial:
     calibration: Bins = field(default_factory=list)
     calibration_errors: dict[str, list[float]] = field(default_factory=dict)
     forward_flops: float = 0.0
+    learnt: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     made_with: str = ""
 

@@ -62,6 +62,7 @@ CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "PHM": lambda: peft.PHM(terms=1, targets="all-weights", exclude=(), checkpoint="full"),
     "PSKD": peft.PSKD,
     "PiSSA": lambda: peft.PiSSA(rank=2, targets="all-weights", exclude=(), checkpoint="full"),
+    "PeftAdapter": lambda: peft.PeftAdapter({"peft_type": "LOHA", "r": 2}, targets="all-weights", checkpoint="full"),
     "RDumb": lambda: peft.RDumb(lr=0.1, e_margin=2.0, d_margin=2.0),
     "RMT": lambda: peft.RMT(lr=0.1, source=batches(3), warm_up=4),
     "ROID": lambda: peft.ROID(lr=0.1),

@@ -57,6 +57,7 @@ SHORT: dict[str, Callable[[Any], Method]] = {
     "OLoRA": lambda project: peft.OLoRA(rank=2),
     "PHM": lambda project: peft.PHM(terms=1),
     "PiSSA": lambda project: peft.PiSSA(rank=2),
+    "PeftAdapter": lambda project: peft.PeftAdapter({"peft_type": "LORA", "r": 2}, targets="all-linear"),
     "RMT": lambda project: peft.RMT(source=project.data(), warm_up=4),
     "RandLoRA": lambda project: peft.RandLoRA(rank=2, alpha=4),
     "RoTTA": lambda project: peft.RoTTA(capacity=4, every=4),

@@ -1,0 +1,1 @@
+"""Layers of Hugging Face PEFT beside those of a module, for PeftAdapter."""
