@@ -25,6 +25,7 @@ CLASSES, STEPS = 4, 4
 
 CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "BALoRA": lambda: peft.BALoRA(rank=2, targets="all-weights", exclude=(), checkpoint="full"),
+    "AdaLoRA": lambda: peft.AdaLoRA(rank=2, target=1, targets="all-weights", exclude=(), checkpoint="full"),
     "BatchNormAdapt": peft.BatchNormAdapt,
     "BlockPruning": lambda: peft.BlockPruning(1, start=2),
     "Bone": lambda: peft.Bone(rank=1, targets="all-weights", exclude=(), checkpoint="full"),

@@ -30,6 +30,7 @@ def own_loss(project: Any, batch: Any) -> Any:
 # What a training of eight steps needs to be told; all others are at their defaults.
 SHORT: dict[str, Callable[[Any], Method]] = {
     "BALoRA": lambda project: peft.BALoRA(rank=2),
+    "AdaLoRA": lambda project: peft.AdaLoRA(rank=2, target=1),
     "BlockPruning": lambda project: peft.BlockPruning(1, start=2),
     "Bone": lambda project: peft.Bone(rank=1),
     "CoTTA": lambda project: peft.CoTTA(views=2),
