@@ -34,6 +34,7 @@ CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "CorDA": lambda: peft.CorDA(rank=2, looks=1, targets="all-weights", exclude=(), checkpoint="full"),
     "DeYO": lambda: peft.DeYO(lr=0.1, e_threshold=2.0, drop=-1.0),
     "DoRA": lambda: peft.DoRA(rank=2, targets="all-weights", exclude=(), checkpoint="full"),
+    "DyLoRA": lambda: peft.DyLoRA(rank=2, targets="all-weights", exclude=(), checkpoint="full"),
     "EATA": lambda: peft.EATA(lr=0.1, fisher_alpha=0.0, e_margin=2.0, d_margin=2.0),
     "ETA": lambda: peft.ETA(lr=0.1, e_margin=2.0, d_margin=2.0),
     "EVA": lambda: peft.EVA(rank=2, looks=1, targets="all-weights", exclude=(), checkpoint="full"),

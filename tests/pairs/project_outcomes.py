@@ -36,6 +36,7 @@ SHORT: dict[str, Callable[[Any], Method]] = {
     "CoTTA": lambda project: peft.CoTTA(views=2),
     "CorDA": lambda project: peft.CorDA(rank=2, looks=1),
     "DoRA": lambda project: peft.DoRA(rank=2),
+    "DyLoRA": lambda project: peft.DyLoRA(rank=2),
     "EATA": lambda project: peft.EATA(fisher_alpha=0.0),
     "EVA": lambda project: peft.EVA(rank=2, looks=1),
     "FLoRA": lambda project: peft.FLoRA(rank=2),
