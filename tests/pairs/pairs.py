@@ -46,6 +46,7 @@ CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "GroupEnvelope": lambda: peft.GroupEnvelope(0.5, exclude=(), end=3),
     "ISSP": lambda: peft.ISSP(0.5, exclude=(), end=3),
     "KaSA": lambda: peft.KaSA(rank=1, targets="all-weights", exclude=(), checkpoint="full"),
+    "IncreLoRA": lambda: peft.IncreLoRA(warmup=0, every=1, exclude=(), checkpoint="full"),
     "LAME": lambda: peft.LAME(neighbours=2),
     "LayerGrowth": lambda: peft.LayerGrowth(at="step:2", start=2),
     "LoLDU": lambda: peft.LoLDU(rank=2, targets="all-weights", exclude=(), checkpoint="full"),

@@ -44,6 +44,7 @@ SHORT: dict[str, Callable[[Any], Method]] = {
     "GroupEnvelope": lambda project: peft.GroupEnvelope(0.5, end=3),
     "ISSP": lambda project: peft.ISSP(0.5, end=3),
     "KaSA": lambda project: peft.KaSA(rank=1),
+    "IncreLoRA": lambda project: peft.IncreLoRA(warmup=0, every=1, top=100),
     "LAME": lambda project: peft.LAME(neighbours=2),
     "LayerGrowth": lambda project: peft.LayerGrowth(at="step:2", start=1),
     "LoLDU": lambda project: peft.LoLDU(rank=2),

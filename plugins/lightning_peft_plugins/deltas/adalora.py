@@ -218,7 +218,10 @@ class AdaLoRA(ScaledDelta):
         return fields({"sensitivity": averages, "uncertainty": averages, "kept": dict_of(list_of(whole()), tensors)})
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.importance.sensitivity, self.importance.uncertainty = dict(state["sensitivity"]), dict(state["uncertainty"])
+        seen = self.importance  # which changes its tensors in place
+        seen.sensitivity, seen.uncertainty = (
+            {key: value.clone() for key, value in state[name].items()} for name in ("sensitivity", "uncertainty")
+        )
         self._kept = dict(state["kept"])
 
 

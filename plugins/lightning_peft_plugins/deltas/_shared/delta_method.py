@@ -48,6 +48,7 @@ class DeltaMethod(Method):
 
     Attributes:
         kind: Form of the deltas.
+        part: What stands beside a layer.
     """
 
     lane = Lane.DELTA
@@ -55,6 +56,7 @@ class DeltaMethod(Method):
     weight_maps = (DeltaMap,)
     parts = (DeltaPart,)
     kind: ClassVar[type[Form]]
+    part: ClassVar[type[DeltaPart]] = DeltaPart
 
     def __init__(
         self,
@@ -133,7 +135,7 @@ class DeltaMethod(Method):
             if place.side == "weight":
                 self.map_weight(module, place.tensor, DeltaMap(form))
             else:
-                self.put_part(module, place.path, DeltaPart(form, self.dropout))
+                self.put_part(module, place.path, self.part(form, self.dropout))
 
     def _check(self, found: Sequence[Place]) -> None:
         """See that the tensors can have deltas of this rank, and dropout where it is asked for."""
