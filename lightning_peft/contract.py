@@ -49,7 +49,7 @@ class Contract:
     - :meth:`batch_start` before and :meth:`loss` inside every ``training_step``;
     - :meth:`compute_gradients` around the forward and backward passes of a real optimizer step, :meth:`before_step` before
       its gradients are clipped, :meth:`after_clipping` after that, and :meth:`after_step` after the step;
-    - :meth:`epoch_end` after every training epoch, :meth:`validation_end` after every validation;
+    - :meth:`epoch_end` after every training epoch, :meth:`validation_start` and :meth:`validation_end` around every validation;
     - :meth:`calibrate` to act on a trained network block by block, outside of any run;
     - :meth:`adapt_start` and :meth:`adapt` (lane ``ADAPT``) to answer the network's calls in ``test`` and its like;
     - :meth:`metrics` for numbers worth a curve, :meth:`state` and :meth:`load_state` for what must survive a crash, and
@@ -256,6 +256,9 @@ class Contract:
 
     def epoch_end(self, run: Run) -> None:
         """Act after a training epoch, on every rank."""
+
+    def validation_start(self, run: Run) -> None:
+        """Act before a validation, the sanity check too; one within an epoch may come amid accumulated batches."""
 
     def validation_end(self, run: Run) -> None:
         """Act after a validation, within a fit or on its own, on every rank; not after the sanity check."""

@@ -325,7 +325,9 @@ class Hub:
             method.batch_start(self.run, batch)
 
     def start_validation(self) -> None:
-        """Let layers compute with baked weights where a method wants those judged."""
+        """Tell every method that a validation comes, and let layers compute with baked weights where one wants those judged."""
+        for method in self.methods:
+            method.validation_start(self.run)
         validating.show_baked(self.run.module, self.methods, on=True)
 
     def end_validation(self) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.compose.run import Run
 from lightning_peft.optim.optimizers import place_parameters
+from lightning_peft.weights.attachment import Attachment
 from lightning_peft.weights.maps import MappedTensor, mapped_tensors
 from lightning_peft.weights.parts import placed_parts
 
@@ -19,6 +20,7 @@ def place_maps(trainer: Trainer, mapped: MappedTensor) -> None:
         parameters = dict(weight_map.named_parameters(f"{mapped.name}.{weight_map.kind}"))
         settings = (weight_map.optimizer_overrides, weight_map.lr_scale)
         place_parameters(trainer.optimizers, schedulers, parameters, mapped.stored, *settings)
+        _place_faster(trainer, weight_map, f"{mapped.name}.{weight_map.kind}")
 
 
 def place_parts(trainer: Trainer, module: nn.Module) -> None:
@@ -32,6 +34,15 @@ def place_parts(trainer: Trainer, module: nn.Module) -> None:
         if parameters and sibling is not None:
             part = placed.part
             place_parameters(trainer.optimizers, schedulers, parameters, sibling, part.optimizer_overrides, part.lr_scale)
+        _place_faster(trainer, placed.part, placed.name)
+
+
+def _place_faster(trainer: Trainer, attachment: Attachment, prefix: str) -> None:
+    """Give parameters of an attachment a multiple of the learning rate of others of it."""
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    for name, (other, factor) in attachment.faster.items():
+        one = {f"{prefix}.{name}": attachment.get_parameter(name)}
+        place_parameters(trainer.optimizers, schedulers, one, attachment.get_parameter(other), {}, factor)
 
 
 class MapGroups:

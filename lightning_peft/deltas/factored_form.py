@@ -25,6 +25,10 @@ class FactoredForm(Form):
         """Return ``A``, shape ``(rank, inputs)``, and ``B``, ``(outputs, rank)``, each a stack where the weight is one."""
         raise NotImplementedError
 
+    def written_factors(self) -> tuple[Tensor, Tensor]:
+        """Return factors of the same product for a file, without rows and columns that add nothing for good."""
+        return self.factors()
+
     def delta(self) -> Tensor:
         down, up = self.factors()
         return self.scale * (up @ down)

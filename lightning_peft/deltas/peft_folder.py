@@ -46,7 +46,7 @@ def save_peft(
     """Write an adapter as a folder that ``peft.PeftModel.from_pretrained`` reads.
 
     Any delta that is a product of thin matrices is written as the LoRA that it is, for instance one of PiSSA as a LoRA of twice
-    its rank beside the unchanged base.
+    its rank beside the unchanged base, and one of AdaLoRA with the ranks that it was left.
 
     Args:
         module: The module, with a delta on it: in training, or after a fit of a method with ``keep=True``.
@@ -71,7 +71,7 @@ def save_peft(
     for path, layer, form, _ in found:
         inner = _within(prefix, path)
         shape = form.layout.shape[1:] if not form.layout.transposed else form.layout.shape[:1]
-        down, up = (factor.detach().cpu() for factor in form.factors())
+        down, up = (factor.detach().cpu() for factor in form.written_factors())
         magnitude = form.magnitude.detach().cpu() if isinstance(form, DecomposedForm) else None
         table = isinstance(layer, nn.Embedding)
         tensors |= peft_files.layer_keys(inner, down.reshape(-1, *shape), up, table, len(shape) - 1, magnitude)

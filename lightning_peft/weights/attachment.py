@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ class Attachment(nn.Module):
         optimizer_overrides: Hyperparameters of the parameter group its own parameters train in, for instance
             ``{"weight_decay": 0.0}``.
         lr_scale: Factor on the learning rate of that group.
+        faster: Parameters of it that learn at a multiple of another's rate: ``{"up": ("down", 16.0)}``.
     """
 
     kind: ClassVar[str]
@@ -39,6 +40,7 @@ class Attachment(nn.Module):
     stays: bool = False
     optimizer_overrides: ClassVar[dict[str, float]] = {}
     lr_scale: float = 1.0
+    faster: Mapping[str, tuple[str, float]] = {}
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments as plain data, so that a file can be baked without the model's class."""

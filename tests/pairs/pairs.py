@@ -25,6 +25,7 @@ CLASSES, STEPS = 4, 4
 
 CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "BALoRA": lambda: peft.BALoRA(rank=2, targets="all-weights", exclude=(), checkpoint="full"),
+    "AdaLoRA": lambda: peft.AdaLoRA(rank=2, target=1, targets="all-weights", exclude=(), checkpoint="full"),
     "BatchNormAdapt": peft.BatchNormAdapt,
     "BlockPruning": lambda: peft.BlockPruning(1, start=2),
     "Bone": lambda: peft.Bone(rank=1, targets="all-weights", exclude=(), checkpoint="full"),
@@ -33,6 +34,7 @@ CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "CorDA": lambda: peft.CorDA(rank=2, looks=1, targets="all-weights", exclude=(), checkpoint="full"),
     "DeYO": lambda: peft.DeYO(lr=0.1, e_threshold=2.0, drop=-1.0),
     "DoRA": lambda: peft.DoRA(rank=2, targets="all-weights", exclude=(), checkpoint="full"),
+    "DyLoRA": lambda: peft.DyLoRA(rank=2, targets="all-weights", exclude=(), checkpoint="full"),
     "EATA": lambda: peft.EATA(lr=0.1, fisher_alpha=0.0, e_margin=2.0, d_margin=2.0),
     "ETA": lambda: peft.ETA(lr=0.1, e_margin=2.0, d_margin=2.0),
     "EVA": lambda: peft.EVA(rank=2, looks=1, targets="all-weights", exclude=(), checkpoint="full"),
@@ -44,6 +46,7 @@ CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "GroupEnvelope": lambda: peft.GroupEnvelope(0.5, exclude=(), end=3),
     "ISSP": lambda: peft.ISSP(0.5, exclude=(), end=3),
     "KaSA": lambda: peft.KaSA(rank=1, targets="all-weights", exclude=(), checkpoint="full"),
+    "IncreLoRA": lambda: peft.IncreLoRA(warmup=0, every=1, exclude=(), checkpoint="full"),
     "LAME": lambda: peft.LAME(neighbours=2),
     "LayerGrowth": lambda: peft.LayerGrowth(at="step:2", start=2),
     "LoLDU": lambda: peft.LoLDU(rank=2, targets="all-weights", exclude=(), checkpoint="full"),

@@ -29,7 +29,7 @@ class LoRA(LowRank):
 
     Example:
         >>> LoRA(rank=4, tune=("head",))
-        LoRA(rank=4, scaling='rank', init='lora', dropout=0.0, tune=('head',), targets='auto', ...)
+        LoRA(rank=4, scaling='rank', init='lora', lr_ratio=1.0, dropout=0.0, tune=('head',), ...)
         >>> LoRA(targets=["attn.qkv"], qkv="qv").qkv
         'qv'
     """

@@ -18,7 +18,7 @@ class OLoRA(LowRank):
 
     Example:
         >>> OLoRA(rank=4)
-        OLoRA(rank=4, scaling='rank', dropout=0.0, ...)
+        OLoRA(rank=4, scaling='rank', lr_ratio=1.0, ...)
     """
 
     fixed_arguments = frozenset({"init"})

@@ -18,7 +18,7 @@ class PiSSA(LowRank):
 
     Example:
         >>> PiSSA(rank=4)
-        PiSSA(rank=4, scaling='rank', dropout=0.0, ...)
+        PiSSA(rank=4, scaling='rank', lr_ratio=1.0, ...)
     """
 
     fixed_arguments = frozenset({"init"})

@@ -20,6 +20,9 @@ from lightning_peft.weights.parts import placed_parts
 METHODS: dict[str, Callable[..., Any]] = {
     "LoRA": lambda **k: lightning_peft.LoRA(2, 3, **k),
     "DoRA": lambda **k: lightning_peft.DoRA(2, 3, **k),
+    "AdaLoRA": lambda **k: lightning_peft.AdaLoRA(2, 1, 3, **k),
+    "DyLoRA": lambda **k: lightning_peft.DyLoRA(3, alpha=3, at=2, **k),
+    "IncreLoRA": lambda **k: lightning_peft.IncreLoRA(1, 2, 3, **k),
     "PiSSA": lambda **k: lightning_peft.PiSSA(2, 3, **k),
     "OLoRA": lambda **k: lightning_peft.OLoRA(2, 3, **k),
     "SORSA": lambda **k: lightning_peft.SORSA(2, alpha=3, **k),
@@ -40,6 +43,9 @@ METHODS: dict[str, Callable[..., Any]] = {
 TRAINABLE = {
     "LoRA": 2 * (4 + 6),
     "DoRA": 2 * (4 + 6) + 4,
+    "AdaLoRA": 2 * (4 + 6) + 2,
+    "DyLoRA": 3 * (4 + 6),
+    "IncreLoRA": (4 + 1) * (4 + 6 + 1),  # room for the rank of four, and one in reserve
     "PiSSA": 2 * (4 + 6),
     "OLoRA": 2 * (4 + 6),
     "SORSA": 2 * (4 + 6) + 2,
@@ -143,7 +149,8 @@ def test_stacks_of_matrices_have_a_delta_each() -> None:
         whole, config = module.layer.weights.detach(), form.config()  # type: ignore[operator]
         if name != "NOLA":  # whose coefficients are those of all matrices
             alone = type(form)(type(form.layout)(torch.Size([4, 6])), **config).double()
-            alone.load_state_dict({key: value[1] for key, value in form.state_dict().items()}, strict=True)
+            state = {key: value if key.endswith("_extra_state") else value[1] for key, value in form.state_dict().items()}
+            alone.load_state_dict(state, strict=True)
             torch.testing.assert_close(whole[1], alone.on_weight(first[1]), msg=name)
 
 

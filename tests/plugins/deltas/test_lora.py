@@ -13,6 +13,7 @@ class TestLoRA(MethodTester):
         lambda: LoRA(rank=2, exclude=None, checkpoint="full"),
         lambda: LoRA(rank=2, alpha=4, tune=("head",), checkpoint="full"),
         lambda: LoRA(rank=2, scaling="root", targets="all-weights", checkpoint="full"),
+        lambda: LoRA(rank=2, lr_ratio=4, tune=("bias",), checkpoint="full"),
         lambda: LowRank(rank=2, alpha=1, scaling="root", tune=("bias", "norm"), checkpoint="full"),
     ]
 

@@ -48,6 +48,7 @@ class DeltaMethod(Method):
 
     Attributes:
         kind: Form of the deltas.
+        part: What stands beside a layer.
     """
 
     lane = Lane.DELTA
@@ -55,6 +56,7 @@ class DeltaMethod(Method):
     weight_maps = (DeltaMap,)
     parts = (DeltaPart,)
     kind: ClassVar[type[Form]]
+    part: ClassVar[type[DeltaPart]] = DeltaPart
 
     def __init__(
         self,
@@ -93,15 +95,19 @@ class DeltaMethod(Method):
         """
         form.reset(weight, generator)
 
-    def forms(self, module: nn.Module) -> Iterator[tuple[str, Any]]:
-        """Yield the forms on a module, each with the name of its tensor, those beside layers first."""
+    def deltas(self, module: nn.Module) -> Iterator[tuple[str, DeltaPart | DeltaMap]]:
+        """Yield the deltas on a module, each with the name of its tensor, those beside layers first."""
         for placed in placed_parts(module):
             if placed.part.method == self.name and isinstance(placed.part, DeltaPart):
-                yield f"{placed.path}.weight".removeprefix("."), placed.part.form
+                yield f"{placed.path}.weight".removeprefix("."), placed.part
         for mapped in mapped_tensors(module):
             for each in mapped.maps:
                 if each.method == self.name and isinstance(each, DeltaMap):
-                    yield mapped.name, each.form
+                    yield mapped.name, each
+
+    def forms(self, module: nn.Module) -> Iterator[tuple[str, Any]]:
+        """Yield their forms in the same way."""
+        return ((name, delta.form) for name, delta in self.deltas(module))
 
     def places(self, module: nn.Module) -> list[Place]:
         """The tensors that get a delta, each with the side of its layer on which that acts."""
@@ -129,7 +135,7 @@ class DeltaMethod(Method):
             if place.side == "weight":
                 self.map_weight(module, place.tensor, DeltaMap(form))
             else:
-                self.put_part(module, place.path, DeltaPart(form, self.dropout))
+                self.put_part(module, place.path, self.part(form, self.dropout))
 
     def _check(self, found: Sequence[Place]) -> None:
         """See that the tensors can have deltas of this rank, and dropout where it is asked for."""

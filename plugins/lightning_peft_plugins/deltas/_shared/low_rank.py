@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from lightning.pytorch import LightningModule
 from torch import Generator, Tensor, nn
 
-from lightning_peft.arguments import one_of
+from lightning_peft.arguments import one_of, positive
 from lightning_peft.deltas.low_rank_form import LowRankForm
 from lightning_peft.deltas.sides import Place
 from lightning_peft_plugins.deltas._shared.scaled_delta import ScaledDelta
@@ -22,6 +23,7 @@ class LowRank(ScaledDelta):
         scaling: What it is divided by: ``"rank"``, or ``"root"`` of the rank (Kalajdzievski, rsLoRA, 2023, arXiv 2312.03732).
         init: First values: ``"lora"``, a random ``A`` and no ``B``; ``"pissa"`` and ``"olora"`` take a part of the weight out
             of it, to train that.
+        lr_ratio: Factor on the learning rate of ``B`` (Hayou et al., LoRA+, ICML 2024, arXiv 2402.12354; they take 16).
         **kwargs: Those of :class:`~lightning_peft_plugins.deltas._shared.delta_method.DeltaMethod`.
     """
 
@@ -34,11 +36,19 @@ class LowRank(ScaledDelta):
         alpha: float | None = None,
         scaling: Literal["rank", "root"] = "rank",
         init: Literal["lora", "pissa", "olora"] = "lora",
+        lr_ratio: float = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(rank, alpha, scaling, **kwargs)
         one_of("init", init, STARTS)
-        self.init = init
+        positive("lr_ratio", lr_ratio, "It is a factor on the learning rate of B.")
+        self.init, self.lr_ratio = init, lr_ratio
+
+    def attach(self, module: LightningModule) -> None:
+        """Put the deltas on, ``B`` with its own learning rate."""
+        super().attach(module)
+        for _, delta in self.deltas(module):
+            delta.faster = {} if self.lr_ratio == 1 else {"form.up": ("form.down", self.lr_ratio)}
 
     def arguments(self, place: Place) -> dict[str, Any]:
         return super().arguments(place) | {"table": isinstance(place.layer, nn.Embedding)}

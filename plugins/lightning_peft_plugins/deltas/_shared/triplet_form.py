@@ -48,6 +48,15 @@ class TripletForm(LowRankForm):
         values = torch.cat([self.values, self.values.new_ones(*self.values.shape[:-1], self.taken)], -1)
         return down * values.unsqueeze(-1), up
 
+    def written_factors(self) -> tuple[Tensor, Tensor]:
+        down, up = self.factors()
+        if self.layout.stacked:
+            return down, up
+        kept = self.values != 0
+        kept[0] |= ~kept.any()  # a file has no rank of zero
+        kept = torch.cat([kept, kept.new_ones(self.taken)])
+        return down[kept], up[:, kept]
+
     @classmethod
     def trainable(cls, layout: Layout, rank: int, **arguments: Any) -> int:
         return super().trainable(layout, rank) + layout.matrix_shape[:-2].numel() * rank

@@ -1,0 +1,1 @@
+"""What AdaLoRA alone needs: how much every triplet matters."""

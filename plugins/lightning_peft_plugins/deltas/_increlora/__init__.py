@@ -1,0 +1,1 @@
+"""What IncreLoRA alone needs: a form with room for further ranks, and its score from the calls of a layer."""

@@ -1,0 +1,36 @@
+"""A product beside a linear layer whose gradient is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from lightning_peft.deltas.delta_part import DeltaPart
+from lightning_peft.weights.layer_part import Follows
+
+
+class ScoredPart(DeltaPart):
+    """Shows its form the gradient for the product, which nothing else here computes: that of the outputs times the inputs."""
+
+    form: Any
+
+    @property
+    def follows(self) -> Follows:  # type: ignore[override]
+        """Inputs and outputs of every block are those of the weight."""
+        down = {f"form.down.{place}": {1: ("weight", 1)} for place in range(len(self.form.down))}
+        return down | {f"form.up.{place}": {0: ("weight", 0)} for place in range(len(self.form.up))}
+
+    def around(self, call: Callable[..., Any], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output: Tensor = super().around(call, layer, args, kwargs)
+        form = self.form
+        if form.watched and output.requires_grad:
+            inputs = (args[0] if args else next(iter(kwargs.values()))).detach()
+
+            def see(gradient: Tensor) -> None:
+                flat = gradient.flatten(0, -2)
+                form.see(flat.T @ inputs.flatten(0, -2).to(flat.dtype))
+
+            output.register_hook(see)
+        return output
