@@ -25,6 +25,7 @@ CLASSES, STEPS = 4, 4
 
 CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "BatchNormAdapt": peft.BatchNormAdapt,
+    "BitFit": lambda: peft.BitFit(checkpoint="full"),
     "BlockPruning": lambda: peft.BlockPruning(1, start=2),
     "CMF": lambda: peft.CMF(lr=0.1),
     "CoTTA": lambda: peft.CoTTA(views=2, threshold=1.0),
@@ -46,6 +47,7 @@ CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "MaskedPruning": lambda: peft.MaskedPruning(0.5, "taylor", exclude=(), start=1, end=3, every=1),
     "MixtureGrowth": lambda: peft.MixtureGrowth(at="step:2"),
     "NMSparsity": lambda: peft.NMSparsity("2:4", targets="all-weights"),
+    "NormTuning": lambda: peft.NormTuning(checkpoint="full"),
     "PERP": lambda: peft.PERP(exclude=()),
     "PSKD": peft.PSKD,
     "RDumb": lambda: peft.RDumb(lr=0.1, e_margin=2.0, d_margin=2.0),
