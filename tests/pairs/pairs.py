@@ -57,6 +57,7 @@ CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "SAP": lambda: peft.SAP(exclude=(), start=2, end=3, every=1),
     "SAR": lambda: peft.SAR(lr=0.1, e_margin=2.0),
     "SelfSupervisedAdapt": lambda: peft.SelfSupervisedAdapt(sharpness, lr=0.1),
+    "SSF": lambda: peft.SSF(checkpoint="full"),
     "StageSharing": lambda: peft.StageSharing([2, 2], at="step:2"),
     "StructuredPruning": lambda: peft.StructuredPruning(0.4, start=2),
     "T3A": peft.T3A,

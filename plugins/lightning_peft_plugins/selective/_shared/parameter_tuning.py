@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal
 
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 
 from lightning_peft import Lane, Method, Run
 from lightning_peft.arguments import one_of
-from lightning_peft.network.layers import own_parameters
 from lightning_peft.network.targets import TargetSpec, excluded, select
 from lightning_peft.network.tunable import share_trained, tunable
+from lightning_peft_plugins.selective._shared.untied_heads import described_heads, untied_heads
 
 
 class ParameterTuning(Method):
@@ -75,22 +74,12 @@ class ParameterTuning(Method):
         return {parameter: layer for parameter, layer in found if module.get_submodule(layer) in chosen}
 
     def _heads(self, module: nn.Module) -> dict[nn.Parameter, str]:
-        """Parameters of the layers that write the logits, but for layers that share one with another."""
-        if not self.head:
-            return {}
-        holders = Counter(parameter for layer in module.modules() for parameter in own_parameters(layer).values())
-        found = tunable(module, ("head",))
-        tied = {layer for parameter, layer in found.items() if holders[parameter] > 1}
-        return {parameter: layer for parameter, layer in found.items() if layer not in tied}
+        return untied_heads(module)[0] if self.head else {}
 
     def describe(self, module: nn.Module) -> str:
         """Count what is trained, and say what of the head is not."""
         own, head = self._of_kind(module), self._heads(module)
-        parts = [f"{len(own)} {self.called[len(own) != 1]}"]
-        if head:
-            parts.append(f"the head ({', '.join(dict.fromkeys(head.values()))})")
-        if tied := set(tunable(module, ("head",)).values()) - set(head.values()) if self.head else set():
-            parts.append(f"the head ({', '.join(sorted(tied))}) is tied to another layer and stays frozen")
+        parts = [f"{len(own)} {self.called[len(own) != 1]}", *(described_heads(module) if self.head else ())]
         return f"{', '.join(parts)}, {sum(p.numel() for p in {**own, **head}):,} parameters"
 
     def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
