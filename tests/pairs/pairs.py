@@ -38,6 +38,7 @@ CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "FisherEstimator": peft.FisherEstimator,
     "GBLM": lambda: peft.GBLM(0.5, exclude=()),
     "GroupEnvelope": lambda: peft.GroupEnvelope(0.5, exclude=(), end=3),
+    "HFT": lambda: peft.HFT(every=2),
     "ISSP": lambda: peft.ISSP(0.5, exclude=(), end=3),
     "LAME": lambda: peft.LAME(neighbours=2),
     "LayerGrowth": lambda: peft.LayerGrowth(at="step:2", start=2),

@@ -35,6 +35,7 @@ SHORT: dict[str, Callable[[Any], Method]] = {
     "EATA": lambda project: peft.EATA(fisher_alpha=0.0),
     "FOA": lambda project: peft.FOA(source=project.data(), population=3),
     "GroupEnvelope": lambda project: peft.GroupEnvelope(0.5, end=3),
+    "HFT": lambda project: peft.HFT(every=3),
     "ISSP": lambda project: peft.ISSP(0.5, end=3),
     "LAME": lambda project: peft.LAME(neighbours=2),
     "LayerGrowth": lambda project: peft.LayerGrowth(at="step:2", start=1),

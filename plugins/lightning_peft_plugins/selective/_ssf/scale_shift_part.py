@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import Lane
-from lightning_peft.weights.layer_part import Follows, LayerPart
+from lightning_peft import Lane, LayerPart
+from lightning_peft.weights.layer_part import Follows
 from lightning_peft_plugins.selective.functional.ssf import scale_and_shift, scaled_weight, shifted_bias
 
 
