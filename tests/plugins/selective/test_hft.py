@@ -194,7 +194,7 @@ def test_what_nobody_optimises_and_what_was_frozen_before_stay_so() -> None:
     assert {name for name, p in run.module.named_parameters() if not p.requires_grad} == {"model.4.bias"}
 
 
-def test_gradients_that_are_set_to_zero_do_not_move_what_is_frozen() -> None:
+def test_gradients_that_are_set_to_zero_bring_no_state_back() -> None:
     class Zeroed(Plain):
         def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
             optimizer.zero_grad(set_to_none=False)
@@ -202,7 +202,7 @@ def test_gradients_that_are_set_to_zero_do_not_move_what_is_frozen() -> None:
     rounds = Rounds()
     fit([HFT()], style=Zeroed, after=[rounds], max_epochs=4)
     assert any(now != later for now, later in zip(rounds.frozen, rounds.frozen[1:], strict=False))
-    assert not any(frozen & changed for frozen, changed in zip(rounds.frozen, rounds.changed, strict=True))
+    assert not any(frozen & moved for frozen, moved in zip(rounds.frozen, rounds.stateful, strict=True))
 
 
 def test_others_name_what_they_train_beside() -> None:
