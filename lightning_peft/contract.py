@@ -43,7 +43,7 @@ class Contract:
     and override the few of these they need, each called in lane order whatever the order of the callbacks list:
 
     - :meth:`attach` once the module is complete and before optimizers exist: weight maps, layer parts, structure;
-    - :meth:`trained` to say what a fit trains, the rest being frozen;
+    - :meth:`trained` to say what a fit trains, the rest being frozen, and :meth:`next_trained` to say something else later;
     - :meth:`start` when training is about to begin, after a checkpoint was restored;
     - :meth:`wrap_optimizer` once, to wrap or replace an optimizer;
     - :meth:`batch_start` before and :meth:`loss` inside every ``training_step``;
@@ -159,7 +159,8 @@ class Contract:
         """Say which parameters of the module a fit trains, by qualified name or as they are; ``None`` has no say.
 
         Everything that no method names is frozen for the fit, before optimizers are made, and given back afterwards. Weight
-        maps follow: a reparametrisation is trained with its weight, a delta or a mask always. Asked again after an edit.
+        maps follow: a reparametrisation is trained with its weight, a delta or a mask always. Asked again after an edit, and
+        when :meth:`next_trained` says so.
         """
         return None
 
@@ -199,6 +200,14 @@ class Contract:
         are. :meth:`batch_start` comes next. Declare ``Resource.STRUCTURE`` in :meth:`writes_now`: others may count channels.
         """
         return None
+
+    def next_trained(self, run: Run) -> bool:
+        """Say whether :meth:`trained` names others from now on; asked before every step, after edits.
+
+        What is frozen then loses its gradient and its optimizer state. Until optimizers are made :meth:`trained` is to name
+        all that it will ever name, or nothing.
+        """
+        return False
 
     def structure_changed(self, module: LightningModule, change: Change) -> None:
         """Called after an edit: rename or drop state kept by tensor name. :meth:`attach` has run again if it was asked to."""

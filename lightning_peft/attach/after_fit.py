@@ -90,8 +90,9 @@ def _stashed_parts(parts: Mapping[str, stash.StashedParts]) -> dict[str, Any]:
         path: [{**record, "state": state} for record, state in zip(held.records, held.states, strict=True)]
         for path, held in parts.items()
     }
-    weights = {part_states.weight_name(path): held.value for path, held in parts.items() if held.value is not None}
-    merged = [part_states.weight_name(path) for path, held in parts.items() if held.merges and held.value is None]
+    name = part_states.tensor_name
+    weights = {name(path, key): value for path, held in parts.items() for key, value in held.values.items()}
+    merged = [name(path, key) for path, held in parts.items() for key in held.into if key not in held.values]
     return part_states.section_of(records, weights, merged)
 
 

@@ -315,6 +315,7 @@ class Hub:
                 self._edit()
             finally:
                 self.run.batch = None
+            self._choose_trained()
         self._gradients_pending = True
         self._pace.batch()
         if self._terms is not None:
@@ -323,6 +324,13 @@ class Hub:
             self.run.samples.advance()
         for method in self.methods:
             method.batch_start(self.run, batch)
+
+    def _choose_trained(self) -> None:
+        """Train other parameters from here on if a method says so."""
+        asked = [method.next_trained(self.run) for method in self.methods]  # every one, whatever the first says
+        if any(asked):
+            self._trained.choose_again()
+            rewrap(self.run.trainer)
 
     def start_validation(self) -> None:
         """Tell every method that a validation comes, and let layers compute with baked weights where one wants those judged."""

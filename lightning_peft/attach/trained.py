@@ -76,6 +76,19 @@ class TrainedParameters:
         finally:
             self.freeze()
 
+    def choose_again(self) -> None:
+        """Ask the methods anew, between two steps; what is frozen now leaves neither a gradient nor optimizer state behind."""
+        optimizers = self._run.trainer.optimizers
+        before = [parameter for parameter in self._run.module.parameters() if parameter.requires_grad]
+        with self.lifted():
+            pass
+        self.check()
+        for parameter in before:
+            if not parameter.requires_grad:
+                parameter.grad = None
+                for optimizer in optimizers:
+                    optimizer.state.pop(parameter, None)
+
     def check(self) -> None:
         """See that what is to be trained is in an optimizer.
 

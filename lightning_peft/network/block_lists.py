@@ -116,7 +116,7 @@ def entry_names(module: nn.Module, path: str, places: Iterable[int]) -> list[str
         ['body.1']
     """
     names = list(module.get_submodule(path)._modules)
-    return [f"{path}.{names[place]}" for place in places]
+    return [f"{path}.{names[place]}".removeprefix(".") for place in places]
 
 
 def is_equal(blocks: BlockList) -> bool:

@@ -45,18 +45,18 @@ def write(
     records: PartRecords = {}
     weights: dict[str, Tensor] = {}
     merged: list[str] = []
-    for path, _, stack in part_stacks(module, every_name=True):
+    for path, layer, stack in part_stacks(module, every_name=True):
         if stack.recorded:
             records[path] = [{**part.record(), "state": own} for part, own in zip(stack.recorded, states[path], strict=True)]
-        name = weight_name(path)
-        if not stack.merges or name not in state:
-            continue
-        if name in mapped:  # the stored value is at hand, and is not what the file's weight is any more
-            beside.setdefault(stored_key(name), state[name])
-            merged.append(name)
-        else:
-            weights[name] = state[name]
-        state[name] = stack.merged(state[name])
+        for name, key in ((tensor_name(path, key), key) for key in stack.into(layer)):
+            if name not in state:
+                continue
+            if name in mapped:  # the stored value is at hand, and is not what the file's weight is any more
+                beside.setdefault(stored_key(name), state[name])
+                merged.append(name)
+            else:
+                weights[name] = state[name]
+            state[name] = stack.merged(key, state[name])
     return section_of(records, weights, merged)
 
 
@@ -83,9 +83,9 @@ def together(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]
     return section_of(records, weights, [*one.get(MERGED, ()), *other.get(MERGED, ())])
 
 
-def weight_name(path: str) -> str:
-    """Return the name of a layer's weight."""
-    return f"{path}.weight" if path else "weight"
+def tensor_name(path: str, key: str) -> str:
+    """Return the name of a tensor that a layer holds."""
+    return f"{path}.{key}" if path else key
 
 
 def states_of(module: nn.Module) -> PartStates:
@@ -180,12 +180,14 @@ def merge(state: MutableMapping[str, Tensor], section: Mapping[str, Any], done: 
         CheckpointError: A part cannot go into the weight, or does not fit it.
     """
     for path, entries in read(section).items():
-        name = weight_name(path)
-        for record in entries if name not in done else ():
+        weight, bias = (tensor_name(path, key) for key in ("weight", "bias"))
+        if weight in done and bias not in (section.get("base") or {}):  # a bias that is left out is the base's, without them
+            continue
+        for record in entries:
             part = rebuild_part(record)
             if part.training_only or not record["enabled"]:
                 continue
-            if not part.merges:
+            if not part.merges and weight not in done:
                 raise CheckpointError(
                     f"The part {part.kind!r} of {record['method']} on {path} computes something that no weight can, so it "
                     f"cannot be baked. Evaluate the file with Trainer(callbacks=[{record['method']}(...)]).test(module, "
@@ -194,7 +196,10 @@ def merge(state: MutableMapping[str, Tensor], section: Mapping[str, Any], done: 
             try:
                 part.load_state_dict(record["state"])
                 with torch.no_grad():
-                    state[name] = part.merged(state[name]).detach()  # type: ignore[operator]
+                    for key in part.into:
+                        name = tensor_name(path, key)
+                        if name not in done and (key == "weight" or name in state):
+                            state[name] = part.merged_into(key, state[name]).detach()
             except Exception as error:  # what stands in a damaged file nobody can foresee
                 raise CheckpointError(f"The state of the part {part.kind!r} on {path} does not fit: {error!r}") from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -71,7 +71,7 @@ def settle(module: nn.Module) -> None:
     for mapped in mapped_tensors(module):
         mapped.chain.pristine, mapped.chain.version = None, mapped.stored._version
     for _, layer, stack in part_stacks(module):
-        stack.pristine, stack.version = None, stack.count(layer)
+        stack.pristine, stack.version = {}, stack.count(layer)
 
 
 def _final_value(mapped: MappedTensor, leave: Leave, stay: Collection[Attachment]) -> Tensor:
@@ -88,20 +88,21 @@ def _final_value(mapped: MappedTensor, leave: Leave, stay: Collection[Attachment
 def _detach_parts(module: nn.Module, leave: Leave, values: dict[int, Tensor], stay: Collection[Attachment]) -> None:
     """Take the parts off, and let them into the values of mapped tensors or into plain weights."""
     for _, layer, stack in list(part_stacks(module)):
-        weight = layer._parameters.get("weight")
         leaving = [part for part in stack if part not in stay]
         untouched = leave == "pristine" and stack.version == stack.count(layer)
-        value = values.get(id(weight)) if is_mapped(layer, "weight") else weight
-        if untouched and not is_mapped(layer, "weight"):
-            value = stack.pristine
-        elif value is not None and not untouched and (merging := [part for part in stack.merging if part not in stay]):
-            value = stack.merged(value, merging)
+        for name in dict.fromkeys([*stack.pristine, *stack.into(layer)]):
+            stored: Any = layer._parameters[name]
+            mapped = is_mapped(layer, name)
+            value = values.get(id(stored)) if mapped else stored
+            if untouched and not mapped:
+                value = stack.pristine.get(name, stored)
+            elif value is not None and not untouched:
+                value = stack.merged(name, value, [part for part in stack.merging if part not in stay])
+            if id(stored) in values and value is not None:
+                values[id(stored)] = value
+            elif value is not None and value is not stored:
+                stored.copy_(value)
         take_parts(layer, stack, leaving)
-        if weight is not None and value is not None and value is not weight:
-            if id(weight) in values:
-                values[id(weight)] = value
-            else:
-                weight.copy_(value)
 
 
 def check_stay(module: nn.Module, stay: Collection[Attachment]) -> None:
@@ -119,9 +120,11 @@ def check_stay(module: nn.Module, stay: Collection[Attachment]) -> None:
     for path, layer, stack in part_stacks(module):
         merging = [part for part in stack if part.merges]
         _check_order(path, stack.parts, merging, stay)
-        chain = layer.weight_maps.get("weight") if isinstance(layer, MappedLayer) else None
-        maps: Sequence[WeightMap] = [] if chain is None else chain.maps
-        _check_order(f"{path}.weight", [*maps, *merging], merging, stay)
+        for name in stack.into(layer):
+            chain = layer.weight_maps.get(name) if isinstance(layer, MappedLayer) else None
+            maps: Sequence[WeightMap] = [] if chain is None else chain.maps
+            entering = [part for part in merging if name in part.into]
+            _check_order(f"{path}.{name}", [*maps, *entering], entering, stay)
 
 
 def _check_order(name: str, entries: Sequence[Attachment], baked: Sequence[Attachment], stay: Collection[Attachment]) -> None:
@@ -134,5 +137,5 @@ def _check_order(name: str, entries: Sequence[Attachment], baked: Sequence[Attac
                 f"{kept.owner} keeps {kept.kind!r} on {name}, and {entry.kind!r} of {entry.owner} stands outside of it, so the "
                 f"stored weight cannot take it in when the run ends. Keep both ({entry.method or entry.owner}.stays = True), "
                 f"bake the first one before (lightning_peft.bake(module)), or leave the layer out of one of them with "
-                f"exclude=[{name.removesuffix('.weight')!r}]."
+                f"exclude=[{name.removesuffix('.weight').removesuffix('.bias')!r}]."
             )

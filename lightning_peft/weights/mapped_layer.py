@@ -402,8 +402,8 @@ def final_value(layer: nn.Module, name: str) -> Tensor:
     if isinstance(layer, MappedLayer):
         if name in layer.weight_maps:
             value = layer.weight_maps[name].bake(stored)
-        if name == "weight" and layer.part_stack is not None:
-            value = layer.part_stack.merged(value)
+        if layer.part_stack is not None and name in layer.part_stack.into(layer):
+            value = layer.part_stack.merged(name, value)
     return value
 
 
@@ -418,8 +418,8 @@ def _baked_twin(layer: MappedLayer) -> nn.Module:
     if layer.part_stack is not None:
         state["_forward_pre_hooks"] = layer.part_stack.without_marks(layer)
     state["_parameters"] = parameters = copy.copy(layer._parameters)
-    merging = layer.part_stack is not None and layer.part_stack.merges
-    for name in {**layer.weight_maps, **({"weight": None} if merging else {})}:
+    merging = [] if layer.part_stack is None else layer.part_stack.into(layer)
+    for name in dict.fromkeys([*layer.weight_maps, *merging]):
         stored: Any = parameters[name]
         value = final_value(layer, name)
         known = _TWINS.get(id(stored))

@@ -246,4 +246,4 @@ def forget_pristine(module: nn.Module) -> None:
     for mapped in mapped_tensors(module):
         mapped.chain.pristine = None
     for _, _, stack in part_stacks(module):
-        stack.pristine = None
+        stack.pristine = {}

@@ -17,13 +17,14 @@ class PartStack:
 
     Attributes:
         parts: The parts.
-        pristine: Weight the layer had before the training of its parts was taken up again, while going back means anything.
-        version: Counts in-place changes of the parts and of the weight; ``pristine`` is void once it has moved on.
+        pristine: Tensors that the layer had before the training of its parts was taken up again, by name, while going back
+            means anything.
+        version: Counts in-place changes of the parts and of what they go into; ``pristine`` is void once it has moved on.
     """
 
     def __init__(self) -> None:
         self.parts: list[LayerPart] = []
-        self.pristine: Tensor | None = None
+        self.pristine: dict[str, Tensor] = {}
         self.version = 0
 
     def __iter__(self) -> Iterator[LayerPart]:
@@ -71,18 +72,23 @@ class PartStack:
         """Whether there are such parts."""
         return bool(self.merging)
 
+    def into(self, layer: nn.Module) -> list[str]:
+        """Names of the layer's own tensors that parts of :attr:`merging` go into."""
+        names = {name: None for part in self.merging for name in part.into}
+        return [name for name in names if layer._parameters.get(name) is not None]
+
     @torch.no_grad()
-    def merged(self, weight: Tensor, parts: Iterable[LayerPart] | None = None) -> Tensor:
-        """Return the weight with every part of :attr:`merging`, or with some of them."""
+    def merged(self, name: str, value: Tensor, parts: Iterable[LayerPart] | None = None) -> Tensor:
+        """Return one of the layer's own tensors with every part of :attr:`merging`, or with some of them."""
         for part in self.merging if parts is None else parts:
-            weight = part.merged(weight)  # type: ignore[operator]
-        return weight.detach()
+            value = part.merged_into(name, value)
+        return value.detach()
 
     def count(self, layer: nn.Module) -> int:
-        """Count in-place changes of the parts' tensors and of the layer's weight until now."""
+        """Count in-place changes of the parts' tensors and of the layer's own until now."""
         tensors = [tensor for part in self.parts for tensor in (*part.parameters(), *part.buffers())]
-        weight = layer._parameters.get("weight")
-        return sum(tensor._version for tensor in [*tensors, *([] if weight is None else [weight])])
+        own = [tensor for tensor in layer._parameters.values() if tensor is not None]
+        return sum(tensor._version for tensor in [*tensors, *own])
 
     def mark(self, layer: nn.Module) -> None:
         """Keep the layer out of PyTorch's fused encoder layer, which passes calls by but looks for hooks."""

@@ -142,7 +142,7 @@ def check_masks(path: str, part: LayerPart, weight_map: WeightMap) -> None:
     Raises:
         MisconfigurationException: The map is a mask, and the part would.
     """
-    if weight_map.lane >= Lane.MASK and part.merges and part.lane < Lane.MASK:
+    if weight_map.lane >= Lane.MASK and part.merges and part.lane < Lane.MASK and not part.keeps_zeros:
         raise MisconfigurationException(
             f"{path}.weight is under the mask {weight_map.kind!r} of {weight_map.owner}, and the part {part.kind!r} of "
             f"{part.owner} would fill in its zeros when it is merged into the weight. Leave the layer out of one of the two "

@@ -32,20 +32,20 @@ class StashedTensor:
 
 @dataclass(slots=True)
 class StashedParts:
-    """The parts of one layer, its own weight where they went into it, and how to see that the layer is what was left.
+    """The parts of one layer, its own tensors that they went into, and how to see that the layer is what was left.
 
     Attributes:
-        value: The weight without them; ``None`` where it stayed as it is, or is under weight maps.
+        values: Tensors without them, by name; those under weight maps are stashed with these.
         records: What :meth:`LayerPart.record` gave, innermost first.
         states: Their tensors.
-        merges: Whether they went into its weight.
+        into: Names of the tensors that they went into.
         contents: Digest of every tensor that the layer holds, by name.
     """
 
-    value: Tensor | None
+    values: dict[str, Tensor]
     records: list[dict[str, Any]]
     states: list[dict[str, Any]]
-    merges: bool
+    into: list[str]
     contents: dict[str, int]
 
 
@@ -76,12 +76,13 @@ def fill(module: nn.Module, stay: Collection[Attachment] = frozenset()) -> None:
     for path, layer, stack in part_stacks(module, every_name=True):
         if not stack.recorded or any(part in stay for part in stack):
             continue
-        weight: Any = layer._parameters.get("weight") if stack.merges and f"{path}.weight".lstrip(".") not in stash else None
+        into = stack.into(layer)
+        own: Any = {name: layer._parameters[name] for name in into if f"{path}.{name}".lstrip(".") not in stash}
         parts[path] = StashedParts(
-            None if weight is None else weight.detach().clone(),
+            {name: tensor.detach().clone() for name, tensor in own.items()},
             [part.record() for part in stack.recorded],
             [_copied(part.state_dict()) for part in stack.recorded],
-            stack.merges,
+            into,
             {},
         )
     _STASHES[module] = stash
@@ -151,10 +152,10 @@ def restore_parts(module: nn.Module, held: dict[str, StashedParts]) -> None:
         stashed = held.get(path)
         if stashed is None or [(record["name"], record["part"]) for record in stashed.records] != stack.names:
             continue
-        weight: Any = layer._parameters.get("weight")
-        if stashed.value is not None:
-            stack.pristine = weight.detach().clone()
-            weight.copy_(stashed.value)
+        for name, value in stashed.values.items():
+            own: Any = layer._parameters[name]
+            stack.pristine[name] = own.detach().clone()
+            own.copy_(value)
         for part, record, state in zip(stack.recorded, stashed.records, stashed.states, strict=True):
             part.load_state_dict(state)
             part.enabled = record["enabled"]

@@ -1,0 +1,1 @@
+"""Adam with an age for every coordinate, and the candidates that SpIEL collects."""

@@ -1,0 +1,1 @@
+"""Where SSF finds the channels of a layer, and what it puts beside it."""
