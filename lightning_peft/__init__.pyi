@@ -30,12 +30,15 @@ from lightning_peft.report.compare_deployments import compare_deployments as com
 from lightning_peft.weights.layer_part import LayerPart as LayerPart
 from lightning_peft.weights.maps import WeightMap as WeightMap
 from lightning_peft.weights.switch import switch as switch
+from lightning_peft_plugins.deltas.adalora import AdaLoRA as AdaLoRA
 from lightning_peft_plugins.deltas.ba_lora import BALoRA as BALoRA
 from lightning_peft_plugins.deltas.bone import Bone as Bone
 from lightning_peft_plugins.deltas.corda import CorDA as CorDA
 from lightning_peft_plugins.deltas.dora import DoRA as DoRA
+from lightning_peft_plugins.deltas.dylora import DyLoRA as DyLoRA
 from lightning_peft_plugins.deltas.eva import EVA as EVA
 from lightning_peft_plugins.deltas.flora import FLoRA as FLoRA
+from lightning_peft_plugins.deltas.increlora import IncreLoRA as IncreLoRA
 from lightning_peft_plugins.deltas.kasa import KaSA as KaSA
 from lightning_peft_plugins.deltas.loldu import LoLDU as LoLDU
 from lightning_peft_plugins.deltas.lora import LoRA as LoRA
@@ -44,6 +47,7 @@ from lightning_peft_plugins.deltas.lora_xs import LoRAXS as LoRAXS
 from lightning_peft_plugins.deltas.miss import MiSS as MiSS
 from lightning_peft_plugins.deltas.nola import NOLA as NOLA
 from lightning_peft_plugins.deltas.olora import OLoRA as OLoRA
+from lightning_peft_plugins.deltas.peft_adapter import PeftAdapter as PeftAdapter
 from lightning_peft_plugins.deltas.phm import PHM as PHM
 from lightning_peft_plugins.deltas.pissa import PiSSA as PiSSA
 from lightning_peft_plugins.deltas.randlora import RandLoRA as RandLoRA
@@ -68,6 +72,12 @@ from lightning_peft_plugins.pruning.trained_rank_pruning import TrainedRankPruni
 from lightning_peft_plugins.pruning.wanda import Wanda as Wanda
 from lightning_peft_plugins.regularizers.pskd import PSKD as PSKD
 from lightning_peft_plugins.regularizers.weight_compander import WeightCompander as WeightCompander
+from lightning_peft_plugins.selective.bitfit import BitFit as BitFit
+from lightning_peft_plugins.selective.hft import HFT as HFT
+from lightning_peft_plugins.selective.lift import LIFT as LIFT
+from lightning_peft_plugins.selective.norm_tuning import NormTuning as NormTuning
+from lightning_peft_plugins.selective.spiel import SpIEL as SpIEL
+from lightning_peft_plugins.selective.ssf import SSF as SSF
 from lightning_peft_plugins.sparsity.nm_sparsity import NMSparsity as NMSparsity
 from lightning_peft_plugins.test_time.batch_norm_adapt import BatchNormAdapt as BatchNormAdapt
 from lightning_peft_plugins.test_time.cmf import CMF as CMF

@@ -29,8 +29,8 @@ def own_loss(project: Any, batch: Any) -> Any:
 
 # What a training of eight steps needs to be told; all others are at their defaults.
 SHORT: dict[str, Callable[[Any], Method]] = {
-    "BALoRA": lambda project: peft.BALoRA(rank=2),
     "AdaLoRA": lambda project: peft.AdaLoRA(rank=2, target=1),
+    "BALoRA": lambda project: peft.BALoRA(rank=2),
     "BlockPruning": lambda project: peft.BlockPruning(1, start=2),
     "Bone": lambda project: peft.Bone(rank=1),
     "CoTTA": lambda project: peft.CoTTA(views=2),
@@ -44,8 +44,8 @@ SHORT: dict[str, Callable[[Any], Method]] = {
     "GroupEnvelope": lambda project: peft.GroupEnvelope(0.5, end=3),
     "HFT": lambda project: peft.HFT(every=3),
     "ISSP": lambda project: peft.ISSP(0.5, end=3),
-    "KaSA": lambda project: peft.KaSA(rank=1),
     "IncreLoRA": lambda project: peft.IncreLoRA(warmup=0, every=1, top=100),
+    "KaSA": lambda project: peft.KaSA(rank=1),
     "LAME": lambda project: peft.LAME(neighbours=2),
     "LIFT": lambda project: peft.LIFT(rank=2, every=3),
     "LayerGrowth": lambda project: peft.LayerGrowth(at="step:2", start=1),
@@ -61,8 +61,8 @@ SHORT: dict[str, Callable[[Any], Method]] = {
     "NOLA": lambda project: peft.NOLA(rank=2, bases=4),
     "OLoRA": lambda project: peft.OLoRA(rank=2),
     "PHM": lambda project: peft.PHM(terms=1),
-    "PiSSA": lambda project: peft.PiSSA(rank=2),
     "PeftAdapter": lambda project: peft.PeftAdapter({"peft_type": "LORA", "r": 2}, targets="all-linear"),
+    "PiSSA": lambda project: peft.PiSSA(rank=2),
     "RMT": lambda project: peft.RMT(source=project.data(), warm_up=4),
     "RandLoRA": lambda project: peft.RandLoRA(rank=2, alpha=4),
     "RoTTA": lambda project: peft.RoTTA(capacity=4, every=4),
