@@ -25,12 +25,12 @@ class CorDA(BatchStart):
         rank: Singular directions to train.
         alpha: Numerator of the scale.
         looks: Optimizer steps whose inputs are looked at before the deltas are trained.
-        part: ``"first"`` trains what the inputs use most (the paper's instruction-previewed mode), for the task they come from;
+        directions: ``"first"`` trains what the inputs use most (the paper's instruction-previewed mode), for the task they come from;
             ``"last"`` what they use least, so that what they know is preserved (its knowledge-preserved mode).
         **kwargs: Those of :class:`~lightning_peft_plugins.deltas._shared.scaled_delta.ScaledDelta`.
 
     Example:
-        >>> CorDA(rank=4, part="last").part
+        >>> CorDA(rank=4, directions="last").directions
         'last'
     """
 
@@ -42,12 +42,12 @@ class CorDA(BatchStart):
         rank: int = 8,
         alpha: float | None = None,
         looks: int = 8,
-        part: Literal["first", "last"] = "first",
+        directions: Literal["first", "last"] = "first",
         **kwargs: Any,
     ) -> None:
         super().__init__(rank, alpha, looks, **kwargs)
-        one_of("part", part, ("first", "last"))
-        self.part = part
+        one_of("directions", directions, ("first", "last"))
+        self.directions = directions
 
     def arguments(self, place: Place) -> dict[str, Any]:
         return super().arguments(place) | {"taken": self.rank}
@@ -60,7 +60,7 @@ class CorDA(BatchStart):
         damped, inverse = _inverted(second / second.diagonal().mean().clamp_min(torch.finfo(seen.dtype).tiny))
         left, values, right = torch.linalg.svd(weight @ damped, full_matrices=False)
         right = right @ inverse
-        part = slice(form.rank) if self.part == "first" else slice(len(values) - form.rank, None)
+        part = slice(form.rank) if self.directions == "first" else slice(len(values) - form.rank, None)
         root = (values[part] / form.scale).sqrt()
         form.start_as(root.unsqueeze(1) * right[part], left[:, part] * root)
 

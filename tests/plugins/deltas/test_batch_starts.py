@@ -103,7 +103,7 @@ def test_eva_adds_up_all_it_sees() -> None:
 
 @pytest.mark.parametrize(("part", "mode"), [("first", "ipm"), ("last", "kpm")])
 def test_corda_begins_as_in_peft(part: Any, mode: str) -> None:
-    notes = trained(CorDA(3, 6, looks=1, part=part))
+    notes = trained(CorDA(3, 6, looks=1, directions=part))
     net = network()
     corda = CordaConfig(corda_method=mode)
     config = expected(peft.LoraConfig(r=3, lora_alpha=6, init_lora_weights="corda", corda_config=corda))
