@@ -40,11 +40,13 @@ class DeltaPart(LayerPart):
 
     @property
     def follows(self) -> Follows | None:  # type: ignore[override]
-        """Inputs and outputs of the product are those of the weight; forms of other tensors let nothing be cut."""
-        if not isinstance(self.form, LowRankForm) or self.form.taken:
+        """Inputs and outputs of the products are those of the weight; forms of other tensors let nothing be cut."""
+        if not isinstance(self.form, LowRankForm):
             return None
         inputs, outputs = (0, 1) if self.form.layout.transposed else (1, 0)
-        found = {"form.down": {1: ("weight", inputs)}, "form.up": {0: ("weight", outputs)}}
+        found: dict[str, dict[int, tuple[str, int]]] = {}
+        for start in ("", "taken_") if self.form.taken else ("",):
+            found |= {f"form.{start}down": {1: ("weight", inputs)}, f"form.{start}up": {0: ("weight", outputs)}}
         return found | ({"form.magnitude": {0: ("weight", outputs)}} if isinstance(self.form, DecomposedForm) else {})
 
     def around(self, call: Callable[..., Any], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

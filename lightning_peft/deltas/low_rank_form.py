@@ -40,7 +40,7 @@ class LowRankForm(FactoredForm):
         self.up = nn.Parameter(torch.zeros(*stack, outputs, rank))
         self.taken = taken
         if taken:
-            self.register_buffer("taken_down", torch.zeros(*stack, taken, inputs))
+            self.register_buffer("taken_down", torch.zeros(*stack, taken, *beside))
             self.register_buffer("taken_up", torch.zeros(*stack, outputs, taken))
 
     @property
@@ -81,20 +81,25 @@ class LowRankForm(FactoredForm):
         """
         if self.taken != down.shape[-2]:
             self.taken = down.shape[-2]
-            self.register_buffer("taken_down", torch.empty_like(down))
+            beside = self.down.shape[self.up.ndim - 1 :]
+            self.register_buffer("taken_down", down.new_empty(*down.shape[:-1], *beside))
             self.register_buffer("taken_up", torch.empty_like(up))
         with torch.no_grad():
-            self.taken_down.copy_(down)
+            self.taken_down.copy_(down.view_as(self.taken_down))
             self.taken_up.copy_(up)
 
     def rows(self) -> Tensor:
         """``A`` as a matrix, or as a stack of them."""
-        return self.down if self.layout.stacked else self.down.flatten(1)
+        return self._matrix(self.down)
+
+    def _matrix(self, down: Tensor) -> Tensor:
+        return down if self.layout.stacked else down.flatten(1)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         if not self.taken:
             return self.rows(), self.up
-        return torch.cat([self.rows(), self.taken_down], -2), torch.cat([self.up, self.taken_up / -self.scale], -1)
+        down = torch.cat([self.rows(), self._matrix(self.taken_down)], -2)
+        return down, torch.cat([self.up, self.taken_up / -self.scale], -1)
 
     def config(self) -> dict[str, Any]:
         return {"rank": self.rank, "scale": self.scale, "table": self.table, "taken": self.taken}

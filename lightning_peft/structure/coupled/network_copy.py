@@ -13,6 +13,7 @@ from torch import nn
 from lightning_peft.structure.coupled.example import call
 from lightning_peft.structure.depth import copied
 from lightning_peft.weights.maps import parameters_with_maps
+from lightning_peft.weights.parts import part_stacks, take_parts
 
 
 class NetworkCopy:
@@ -30,6 +31,8 @@ class NetworkCopy:
     def __init__(self, network: nn.Module, name: str, example: Mapping[str, Any]) -> None:
         self.example, self.name = example, name or type(network).__name__
         plain = copied(network, masked=True).eval().requires_grad_(True)
+        for _, layer, stack in list(part_stacks(plain)):  # what goes into a weight has that weight's inputs and outputs
+            take_parts(layer, stack, stack.merging)
         self.device, self.module = torch.device("meta"), _on_meta(plain)
         try:
             self.call()

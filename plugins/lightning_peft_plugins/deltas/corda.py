@@ -25,8 +25,8 @@ class CorDA(BatchStart):
         rank: Singular directions to train.
         alpha: Numerator of the scale.
         looks: Optimizer steps whose inputs are looked at before the deltas are trained.
-        directions: ``"first"`` trains what the inputs use most (the paper's instruction-previewed mode), for the task they come from;
-            ``"last"`` what they use least, so that what they know is preserved (its knowledge-preserved mode).
+        directions: ``"first"`` trains what the inputs use most (the paper's instruction-previewed mode), for the task they come
+            from; ``"last"`` what they use least, so that what they know is preserved (its knowledge-preserved mode).
         **kwargs: Those of :class:`~lightning_peft_plugins.deltas._shared.scaled_delta.ScaledDelta`.
 
     Example:

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 import lightning_peft
-from lightning_peft import DoRA, LoRA, StructuredPruning
+from lightning_peft import DoRA, LoRA, PiSSA, StructuredPruning
 from lightning_peft.attach.hook_checks import ConflictError
 from lightning_peft.structure.errors import CheckpointError
 from lightning_peft.testing.callbacks import every_epoch
@@ -28,6 +28,17 @@ def test_deltas_follow_a_cut_and_resume(tmp_path: Path) -> None:
     plain = fit([LoRA(rank=2, targets="all-weights", exclude=None)], style=Conv, max_epochs=3)
     assert sizes(whole.module) != sizes(plain.module), "nothing was cut"
     resumed = fit(both(), style=Conv, resume=tmp_path / "epoch=1.ckpt", max_epochs=3)
+    assert_same(whole, resumed, "uninterrupted against resumed after the cut")
+
+
+def test_what_was_taken_off_a_weight_follows_its_cut(tmp_path: Path) -> None:
+    def methods() -> list[Any]:
+        return [PiSSA(rank=2, targets="all-weights", exclude=None, checkpoint="full"), StructuredPruning(0.3, start=2)]
+
+    whole = fit(methods(), style=Conv, after=[every_epoch(tmp_path)], max_epochs=3)
+    plain = fit([PiSSA(rank=2, targets="all-weights", exclude=None)], style=Conv, max_epochs=3)
+    assert sizes(whole.module) != sizes(plain.module), "nothing was cut"
+    resumed = fit(methods(), style=Conv, resume=tmp_path / "epoch=1.ckpt", max_epochs=3)
     assert_same(whole, resumed, "uninterrupted against resumed after the cut")
 
 
