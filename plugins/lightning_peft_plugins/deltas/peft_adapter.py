@@ -26,7 +26,7 @@ from lightning_peft_plugins.deltas._peft_adapter.injection import (
     injection,
     plain_config,
 )
-from lightning_peft_plugins.deltas._peft_adapter.layer_shell import described_layer, layer_shell
+from lightning_peft_plugins.deltas._peft_adapter.layer_shell import described_layers, layer_shell
 from lightning_peft_plugins.deltas._peft_adapter.step_calls import StepCalls
 from lightning_peft_plugins.deltas._peft_adapter.tuner_part import TunerPart
 
@@ -93,8 +93,13 @@ class PeftAdapter(Method):
         return {**super().config(), "config": self.data}
 
     def injection(self, module: nn.Module) -> tuple[str, Injection]:
-        """Name of the network in the module, and what PEFT would put into it."""
-        name, network = resolve_network(module, self.network)
+        """What names of layers begin with in the module, and what PEFT would put into the network, or into the whole module."""
+        try:
+            name, network = resolve_network(module, self.network)
+        except MisconfigurationException:
+            if self.network is not None:
+                raise
+            name, network = "", module
         prefix = f"{name}." if name else ""
         # As one pattern, for of a list PEFT also takes layers whose names end so.
         said = {}
@@ -114,21 +119,20 @@ class PeftAdapter(Method):
         """Put the adapters beside their layers."""
         prefix, found = self.injection(module)
         present = {placed.path for placed in self._placed(module)}
+        layers = {prefix + path: module.get_submodule(prefix + path) for path in found.paths}
+        descriptions = described_layers({name: layer for name, layer in layers.items() if name not in present})
         checked: list[dict[str, Any]] = []
-        for path in found.paths:
-            if prefix + path in present:
-                continue
-            layer = module.get_submodule(prefix + path)
-            description = described_layer(prefix + path, layer)
+        for name, description in descriptions.items():
+            path, layer = name.removeprefix(prefix), layers[name]
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(torch.initial_seed() ^ zlib.crc32(f"{self.name}/{prefix}{path}".encode()))
+                torch.manual_seed(torch.initial_seed() ^ zlib.crc32(f"{self.name}/{name}".encode()))
                 if description not in checked:
                     check_adapter(found.config, path, description)
                     checked.append(description)
                 before = layer.weight.detach().cpu()  # where the same numbers are drawn for every device
                 part = TunerPart(found.config, path, description, base := layer_shell(description, before.clone()))
-            check_unchanged(prefix + path, base, before, found.config)
-            self.put_part(module, prefix + path, part.to(layer.weight.device))
+            check_unchanged(name, base, before, found.config)
+            self.put_part(module, name, part.to(layer.weight.device))
 
     def trained(self, module: nn.Module) -> Iterable[str | nn.Parameter]:
         """What PEFT trains of the adapters and beside them, and what :attr:`tune` names."""

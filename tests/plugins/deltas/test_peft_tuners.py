@@ -329,6 +329,30 @@ def test_layers_that_no_file_could_rebuild_are_rejected() -> None:
     assert type(module.model.mixed) is Own
 
 
+def test_a_module_of_several_networks_is_looked_at_as_a_whole() -> None:
+    class Two(Tuned):
+        def __init__(self) -> None:
+            super().__init__(torch.float32)
+            self.other = nn.Linear(4, 300)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return (self.other(self.model(batch)) - 1).square().mean()
+
+    module, before = Two(), Two()
+    data = {"peft_type": "HRA", "r": 2, "target_modules": ["model.mixed", "other"]}
+    trainer(callbacks=[PeftAdapter(data)]).fit(module, LOADER)
+    old = before.state_dict()
+    moved = [key for key, value in module.state_dict().items() if not torch.equal(value, old[key])]
+    assert moved == ["model.mixed.weight", "other.weight"]
+    kept = Two()
+    trainer(callbacks=[PeftAdapter(data, keep=True)]).fit(kept, LOADER)
+    again = copy.deepcopy(kept)  # its adapters are on it already, and PEFT has not seen it
+    trainer(callbacks=[PeftAdapter(data, keep=True)]).fit(again, LOADER)
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), Two().model.parameters(), strict=True))
+    with pytest.raises(MisconfigurationException, match="network='mode'"):
+        trainer(callbacks=[PeftAdapter(TUNERS["hra"], network="mode")]).fit(Two(), LOADER)
+
+
 def test_a_damaged_file_is_told_and_imports_nothing(tmp_path) -> None:
     module = Tuned()
     runner = trainer(callbacks=[PeftAdapter(TUNERS["lora"])])

@@ -17,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_peft.network.deep_copy import deep_copy
+from lightning_peft.weights.map_modules import MapModules
 
 ADAPTER = "default"
 _OF_DATA = ("eva", "lora_ga")
@@ -125,7 +126,7 @@ def injection(data: Mapping[str, Any], network: nn.Module) -> Injection:
     Raises:
         MisconfigurationException: PEFT refuses, or it would do more than put adapter layers round layers.
     """
-    question = (str(data), *(name for name, _ in network.named_modules()))
+    question = (str(data), *(name for name, _ in type(network).named_modules(network)))  # without parts that stand on it
     known = _FOUND.get(network)
     if known is None or known[0] != question:
         _FOUND[network] = known = (question, _injected(data, network))
@@ -177,7 +178,9 @@ def _without_values(network: nn.Module) -> nn.Module:
     for tensor in (*network.parameters(), *network.buffers()):
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return deep_copy(network, memo)
+    twin = deep_copy(network, memo)
+    MapModules.hide(twin)  # adapters that stand beside layers already are none of PEFT's business
+    return twin
 
 
 def peft_layer(data: Mapping[str, Any], path: str, layer: nn.Module) -> Any:

@@ -23,27 +23,34 @@ _ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
 _TYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def described_layer(path: str, layer: Any) -> dict[str, Any]:
-    """Return what :func:`layer_shell` takes, as plain data.
+def described_layers(layers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what :func:`layer_shell` takes for each layer, as plain data.
 
     Raises:
-        MisconfigurationException: A layer of this class cannot be built from its arguments.
+        MisconfigurationException: A layer cannot be built from its arguments; all of these are named.
 
     Example:
-        >>> described_layer("fc", nn.Linear(4, 2))
+        >>> described_layers({"fc": nn.Linear(4, 2)})["fc"]
         {'dtype': 'float32', 'bias': True, 'kind': 'Linear', 'arguments': {'in_features': 4, 'out_features': 2}}
     """
+    found = {path: _described(layer) for path, layer in layers.items()}
+    if odd := [path for path, description in found.items() if description is None]:
+        known = ", ".join(each.__name__ for each in _ARGUMENTS)
+        raise MisconfigurationException(
+            f"{odd[0]} is a {public_class(layers[odd[0]])}, and a checkpoint can only rebuild an adapter beside one of {known} "
+            f"and Conv1D, with numbers for the padding. Leave out exclude={odd!r}, beside what is left out now."
+        )
+    return {path: description for path, description in found.items() if description is not None}
+
+
+def _described(layer: Any) -> dict[str, Any] | None:
     dtype = str(layer.weight.dtype).removeprefix("torch.") if getattr(layer, "weight", None) is not None else ""
     found: dict[str, Any] = {"dtype": dtype, "bias": getattr(layer, "bias", None) is not None}
     if has_class(layer, "Conv1D"):
         return {**found, "kind": "Conv1D", "arguments": {"nf": layer.nf, "nx": layer.nx}}
     cls = plain_class(layer)
     if cls not in _ARGUMENTS or dtype not in _TYPES or isinstance(getattr(layer, "padding", 0), str):
-        known = ", ".join(each.__name__ for each in _ARGUMENTS)
-        raise MisconfigurationException(
-            f"{path} is a {public_class(layer)}, and a checkpoint can only rebuild an adapter beside one of {known} and "
-            f"Conv1D, with numbers for the padding. Leave it out: exclude=[{path!r}]."
-        )
+        return None
     given = {name: getattr(layer, name) for name in _ARGUMENTS[cls]}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
     return {**found, "kind": cls.__name__, "arguments": plain}

@@ -23,7 +23,7 @@ class TunerPart(LayerPart):
     Args:
         config: PEFT's configuration, its targets found, as plain data.
         path: Name of the layer in the network, which PEFT looks up in patterns of ranks.
-        layer: The layer, as :func:`~lightning_peft_plugins.deltas._peft_adapter.layer_shell.described_layer` says.
+        layer: The layer, as :func:`~lightning_peft_plugins.deltas._peft_adapter.layer_shell.described_layers` says.
         base: A layer like it, for whose weight the adapter is initialised; it may be changed.
     """
 
