@@ -24,8 +24,8 @@ from lightning_peft.testing.trace import difference, trace, without
 CLASSES, STEPS = 4, 4
 
 CONFIGURATIONS: dict[str, Callable[[], Method]] = {
-    "BALoRA": lambda: peft.BALoRA(rank=2, targets="all-weights", exclude=(), checkpoint="full"),
     "AdaLoRA": lambda: peft.AdaLoRA(rank=2, target=1, targets="all-weights", exclude=(), checkpoint="full"),
+    "BALoRA": lambda: peft.BALoRA(rank=2, targets="all-weights", exclude=(), checkpoint="full"),
     "BatchNormAdapt": peft.BatchNormAdapt,
     "BlockPruning": lambda: peft.BlockPruning(1, start=2),
     "Bone": lambda: peft.Bone(rank=1, targets="all-weights", exclude=(), checkpoint="full"),
@@ -45,8 +45,8 @@ CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "GBLM": lambda: peft.GBLM(0.5, exclude=()),
     "GroupEnvelope": lambda: peft.GroupEnvelope(0.5, exclude=(), end=3),
     "ISSP": lambda: peft.ISSP(0.5, exclude=(), end=3),
-    "KaSA": lambda: peft.KaSA(rank=1, targets="all-weights", exclude=(), checkpoint="full"),
     "IncreLoRA": lambda: peft.IncreLoRA(warmup=0, every=1, exclude=(), checkpoint="full"),
+    "KaSA": lambda: peft.KaSA(rank=1, targets="all-weights", exclude=(), checkpoint="full"),
     "LAME": lambda: peft.LAME(neighbours=2),
     "LayerGrowth": lambda: peft.LayerGrowth(at="step:2", start=2),
     "LoLDU": lambda: peft.LoLDU(rank=2, targets="all-weights", exclude=(), checkpoint="full"),

@@ -29,8 +29,8 @@ def own_loss(project: Any, batch: Any) -> Any:
 
 # What a training of eight steps needs to be told; all others are at their defaults.
 SHORT: dict[str, Callable[[Any], Method]] = {
-    "BALoRA": lambda project: peft.BALoRA(rank=2),
     "AdaLoRA": lambda project: peft.AdaLoRA(rank=2, target=1),
+    "BALoRA": lambda project: peft.BALoRA(rank=2),
     "BlockPruning": lambda project: peft.BlockPruning(1, start=2),
     "Bone": lambda project: peft.Bone(rank=1),
     "CoTTA": lambda project: peft.CoTTA(views=2),
@@ -43,8 +43,8 @@ SHORT: dict[str, Callable[[Any], Method]] = {
     "FOA": lambda project: peft.FOA(source=project.data(), population=3),
     "GroupEnvelope": lambda project: peft.GroupEnvelope(0.5, end=3),
     "ISSP": lambda project: peft.ISSP(0.5, end=3),
-    "KaSA": lambda project: peft.KaSA(rank=1),
     "IncreLoRA": lambda project: peft.IncreLoRA(warmup=0, every=1, top=100),
+    "KaSA": lambda project: peft.KaSA(rank=1),
     "LAME": lambda project: peft.LAME(neighbours=2),
     "LayerGrowth": lambda project: peft.LayerGrowth(at="step:2", start=1),
     "LoLDU": lambda project: peft.LoLDU(rank=2),
