@@ -273,6 +273,9 @@ class Hears(ToyEntropy):
     def epoch_end(self, run):
         self.heard.append("epoch")
 
+    def validation_start(self, run):
+        self.heard.append("sanity" if run.trainer.sanity_checking else "validation")
+
     def validation_end(self, run):
         self.heard.append(f"{run.trainer.state.fn.value} {'val' in str(run.trainer.callback_metrics)}")
 
@@ -286,6 +289,6 @@ def test_batches_and_validations_are_heard_of():
     methods = [Hears(), Hears(name="other")]
     batch = ["batch 16", "loss"]
     fit(methods, style=Validates, data=loader(32, 16), num_sanity_val_steps=1, accumulate_grad_batches=2)
-    assert methods[0].heard == methods[1].heard == [*batch, *batch, "step", "fit True", "epoch"]
+    assert methods[0].heard == methods[1].heard == ["sanity", *batch, *batch, "step", "validation", "fit True", "epoch"]
     trainer(callbacks=[method := Hears()]).validate(Validates(), loader(8), verbose=False)
-    assert method.heard == ["validate True"]
+    assert method.heard == ["validation", "validate True"]

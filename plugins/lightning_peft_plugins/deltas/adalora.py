@@ -167,7 +167,7 @@ class AdaLoRA(ScaledDelta):
 
     def _chosen(self) -> dict[str, Tensor]:
         """Mark the triplets that matter most, as many as the budget allows; of equal ones the first."""
-        scores = {name: self.importance.of(name, form) for name, form in self._forms.items()}
+        scores = self.importance.of(self._forms)
         flat = torch.cat([score.flatten() for score in scores.values()])
         kept = torch.zeros_like(flat, dtype=torch.bool)
         kept[flat.argsort(descending=True, stable=True)[: self._budget]] = True

@@ -128,6 +128,12 @@ class DyLoRA(LowRank):
     def arguments(self, place: Place) -> dict[str, Any]:
         return super().arguments(place) | {"at": self.at, "frozen": self.frozen}
 
+    def attach(self, module: LightningModule) -> None:
+        """Put the deltas on; those that are there from an earlier fit work as this one is told to."""
+        super().attach(module)
+        for _, form in self.forms(module):
+            form.at, form.frozen = self.at, self.frozen
+
     def draw(self, step: int) -> int:
         """Return the ``b`` of a step, the same in every process and after a resume.
 

@@ -191,18 +191,18 @@ def test_importance_by_hand() -> None:
     """Gradients of one: |w g| is |w|. Averages with 1/2 and 1/4: w/2 and w/8 after a step, 3w/4 and 3w/32 + w/16 after two."""
     form = form_of([[2.0, -4.0]], [1.0], [[3.0], [5.0]])
     seen = TripletImportance(0.5, 0.75)
-    assert seen.of("w", form).tolist() == [0.0]
+    assert seen.of({"w": form})["w"].tolist() == [0.0]
     seen.see({"w": form})
     one = lambda w: (w / 2) * (w / 2) / 4  # noqa: E731 - a formula
     expected = one(1) + (one(2) + one(4)) / 2 + (one(3) + one(5)) / 2
-    assert seen.of("w", form).tolist() == pytest.approx([expected])
+    assert seen.of({"w": form})["w"].tolist() == pytest.approx([expected])
     seen.see({"w": form})
     two = lambda w: (3 * w / 4) * ((w / 8) * 0.75 + (w / 4) * 0.25)  # noqa: E731
     expected = two(1) + (two(2) + two(4)) / 2 + (two(3) + two(5)) / 2
-    assert seen.of("w", form).tolist() == pytest.approx([expected])
+    assert seen.of({"w": form})["w"].tolist() == pytest.approx([expected])
     form.values.grad = None
     seen.see({"w": form})
-    assert seen.of("w", form).tolist() == pytest.approx([expected])
+    assert seen.of({"w": form})["w"].tolist() == pytest.approx([expected])
 
 
 def test_a_scaled_gradient_is_seen_as_it_is() -> None:
@@ -212,7 +212,7 @@ def test_a_scaled_gradient_is_seen_as_it_is() -> None:
     for parameter in form.parameters():
         parameter.grad = parameter.grad * 1024  # type: ignore[operator]
     scaled.see({"w": form}, 1024.0)
-    assert torch.equal(plain.of("w", form), scaled.of("w", form))
+    assert torch.equal(plain.of({"w": form})["w"], scaled.of({"w": form})["w"])
 
 
 class Counts(Callback):

@@ -175,6 +175,15 @@ def test_the_rank_of_evaluations_is_what_remains() -> None:
     assert not torch.allclose(module(inputs), other(inputs), atol=1e-4)
 
 
+def test_an_adapter_that_stays_works_as_the_next_fit_is_told_to() -> None:
+    module = Plain().train()
+    fit([DyLoRA(3, keep=True, **WHOLE)], module=module)
+    DyLoRA.truncate(module, 1)
+    method = DyLoRA(3, frozen=True, keep=True, **WHOLE)
+    fit([method], module=module)
+    assert {(form.at, form.frozen) for _, form in method.forms(module)} == {(3, True)}
+
+
 def test_refusals_name_what_to_change() -> None:
     for wrong, message in (({"least": 3}, r"least=3 .*rank=2"), ({"at": 0}, r"at=0 .*rank=2")):
         with pytest.raises(MisconfigurationException, match=message):

@@ -56,15 +56,22 @@ class TripletImportance:
     def _held(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return self.sensitivity, self.uncertainty
 
-    def of(self, name: str, form: TripletForm) -> Tensor:
-        """Return the importance of every triplet of a form, in the shape of its values: equation 7 with the mean of vectors.
+    def of(self, forms: Mapping[str, TripletForm]) -> dict[str, Tensor]:
+        """Return the importance of every triplet, in the shape of a form's values: equation 7 with the mean of vectors.
 
-        Zero for a form of which nothing was seen.
+        Zero for forms of which nothing was seen.
         """
-        if f"{name}.values" not in self.sensitivity:
-            return torch.zeros_like(form.values)
-        down, values, up = (self.sensitivity[f"{name}.{part}"] * self.uncertainty[f"{name}.{part}"] for part in PARTS)
-        return values + down.flatten(values.ndim).mean(-1) + up.mean(-2)
+        scores, found = {}, {}
+        if keys := list(self.sensitivity):
+            averages = ([held[key] for key in keys] for held in self._held)
+            scores = dict(zip(keys, torch._foreach_mul(*averages), strict=True))
+        for name, form in forms.items():
+            if f"{name}.values" not in scores:
+                found[name] = torch.zeros_like(form.values)
+                continue
+            down, values, up = (scores[f"{name}.{part}"] for part in PARTS)
+            found[name] = values + down.flatten(values.ndim).mean(-1) + up.mean(-2)
+        return found
 
     def fits(self, forms: Mapping[str, TripletForm]) -> bool:
         """Whether what was seen is of these forms; also puts it on their device."""
