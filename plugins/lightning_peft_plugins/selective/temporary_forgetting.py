@@ -97,8 +97,18 @@ class TemporaryForgetting(Method):
         return parameter_names(self.select(module))
 
     def start(self, run: Run) -> None:
-        """Know when it was done last: a file holds the state after its step."""
+        """Know when it was done last: a file holds the state after its step.
+
+        Raises:
+            MisconfigurationException: Other methods freeze what would begin anew.
+        """
         self._forgot_at = run.step
+        for name, layer in self.select(run.module).items():
+            if not run.frozen.isdisjoint(own_parameters(layer).values()):
+                raise MisconfigurationException(
+                    f"{self.name}: other methods freeze parameters of {name} for this fit, so what begins anew would stay "
+                    f"as it was drawn. Leave it out, exclude=[{name!r}], or have them train it, for instance tune=('head',)."
+                )
 
     def after_step(self, run: Run) -> None:
         """Begin anew when it is time to."""

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 import lightning_peft
-from lightning_peft import TemporaryForgetting, WeightCompander
+from lightning_peft import LoRA, TemporaryForgetting, WeightCompander
 from lightning_peft.testing import MethodTester, Reference, Task
 from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import BatchNorm, Plain, loader, trainer
@@ -172,6 +172,9 @@ def test_what_cannot_begin_anew_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match=re.escape("model.1 are frozen. Name trained layers in targets=")):
         fit([TemporaryForgetting(every=2, targets="norm")], style=Still)
     fit([TemporaryForgetting(every=2, targets=["model.0"])], style=Still)
+    with pytest.raises(MisconfigurationException, match=re.escape("exclude=['model.4'], or have them train it")):
+        fit([TemporaryForgetting(every=2, targets=["model.4"]), LoRA(rank=2)])
+    fit([TemporaryForgetting(every=2, targets=["model.4"]), LoRA(rank=2, tune=("head",))])
     for arguments, message in (({"every": 0}, "every=0 must be at least 1"), ({"std": 0.0}, "std=0.0 must be above 0")):
         with pytest.raises(MisconfigurationException, match=re.escape(message)):
             TemporaryForgetting(**arguments)  # type: ignore[arg-type]
