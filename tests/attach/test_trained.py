@@ -326,3 +326,68 @@ def test_an_error_of_the_step_itself_stays_what_it_is() -> None:
 
     with pytest.raises(TypeError, match="of my own"):
         fit([ToyTuning()], style=Wrong)
+
+
+class Turns(ToyTuning):
+    """Trains one layer after the other, by the step."""
+
+    def __init__(self, layers: tuple[str, ...], every: int = 2, name: str | None = None) -> None:
+        super().__init__(name=name)
+        self.layers, self.every = layers, every
+        self._turn = -1
+
+    def next_trained(self, run: Any) -> bool:
+        before, self._turn = self._turn, run.step // self.every
+        return self._turn != before
+
+    def trained(self, module: nn.Module) -> Any:
+        layer = None if self._turn < 0 else self.layers[self._turn % len(self.layers)]
+        return None if layer is None else [name for name, _ in module.named_parameters() if name.startswith(layer)]
+
+
+class Stateful(Look):
+    """What an optimizer keeps state for after each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[set[str]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        names = {p: name for name, p in pl_module.named_parameters()}
+        self.kept.append({names[p].rpartition(".")[0] for p, state in trainer.optimizers[0].state.items() if state})
+
+
+def test_methods_that_take_turns_are_all_asked_and_frozen_layers_keep_no_state() -> None:
+    look = Stateful()
+    methods = [Turns(("model.0", "model.2"), name="first"), Turns(("model.4", "model.2"), every=3, name="second")]
+    run = fit(methods, after=[look], max_epochs=2)
+    first = ["model.0"] * 2 + ["model.2"] * 2 + ["model.0"] * 2 + ["model.2"] * 2
+    second = ["model.4"] * 3 + ["model.2"] * 3 + ["model.4"] * 2
+    assert look.kept == [{one, other} for one, other in zip(first, second, strict=True)]
+    assert all({name.rpartition(".")[0] for name in names} == kept for names, kept in zip(look.trained, look.kept, strict=True))
+    assert all(p.requires_grad for p in run.module.parameters())
+
+
+def test_turns_of_what_no_optimizer_has_are_refused() -> None:
+    class Partly(Plain):
+        def configure_optimizers(self) -> Any:
+            return self.make_optimizer(self.model[:3].parameters())
+
+    with pytest.raises(MisconfigurationException, match=r"model\.4\.weight is to be trained, but no optimizer has it"):
+        fit([Turns(("model.0", "model.4"))], style=Partly)
+    fit([Turns(("model.0", "model.2"))], style=Partly)
+
+
+def test_turns_resume_and_accumulate(tmp_path: Path) -> None:
+    """Files are saved within a turn; a turn never begins within a window of accumulation."""
+
+    def methods() -> list[Any]:
+        return [Turns(("model.0", "model.2", "model.4"), every=3)]
+
+    whole = fit(methods(), after=[every_epoch(tmp_path)], max_epochs=3)
+    for epoch in (0, 1):
+        resumed = fit(methods(), resume=tmp_path / f"epoch={epoch}.ckpt", seed=3, max_epochs=3)
+        assert_same(whole, resumed, f"uninterrupted against resumed after epoch {epoch}")
+    look = Stateful()
+    fit(methods(), after=[look], max_epochs=6, accumulate_grad_batches=2)
+    assert [names[0] for names in look.trained] == [f"model.{place}.weight" for place in (0, 2, 4, 0) for _ in range(6)]

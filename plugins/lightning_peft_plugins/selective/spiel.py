@@ -15,8 +15,8 @@ from lightning_peft import Resource, Run
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft.optim.optimizers import owner
 from lightning_peft.optim.wrapped import innermost
-from lightning_peft.structure.forms import Form
-from lightning_peft.weights.sparse_values import SparseValues
+from lightning_peft.structure.forms import Form, dict_of, fields, tensor
+from lightning_peft.weights.sparse_values import SparseValues, carried
 from lightning_peft_plugins.selective._shared.sparse_update import SparseUpdate
 from lightning_peft_plugins.selective._spiel.aged_adam import AgedAdam, counts_ages
 from lightning_peft_plugins.selective._spiel.candidates import Candidates, candidates_form, summed
@@ -75,6 +75,7 @@ class SpIEL(SparseUpdate):
             raise MisconfigurationException(f"window={window} must be at least 1 and below every={every}.")
         self.density, self.every, self.window, self.rate = density, every, window, rate
         self._candidates: dict[str, Candidates] = {}
+        self._ages: dict[str, Tensor] = {}
         self._watched: set[nn.Parameter] = set()
 
     def count(self, weight: Tensor) -> int:
@@ -91,7 +92,15 @@ class SpIEL(SparseUpdate):
         """Let Adam count the age of every coordinate."""
         if not counts_ages(innermost(optimizer)):
             return optimizer
-        return AgedAdam(optimizer, lambda: {values.values for _, values in self.maps(run.module)})
+        return AgedAdam(
+            optimizer, lambda: {values.values: self._age(mapped.name, values) for mapped, values in self.maps(run.module)}
+        )
+
+    def _age(self, name: str, values: SparseValues) -> Tensor:
+        """Steps that Adam has taken with each coordinate."""
+        if name not in self._ages:
+            self._ages[name] = torch.zeros(len(values.indices), device=values.indices.device)
+        return self._ages[name]
 
     # The gradients of whole weights, in a window. A weight is frozen, so neither the optimizer nor DDP looks at its gradient.
 
@@ -142,23 +151,24 @@ class SpIEL(SparseUpdate):
             indices = values.indices.clone()
             indices[slots] = candidates.indices[places]
             chosen[mapped.name], grown[mapped.name] = indices.sort().values, places
+            self._ages[mapped.name] = carried(self._age(mapped.name, values), values.indices, chosen[mapped.name])
         self.move(run, chosen, fold=False)
         for mapped, values in self.maps(run.module):
             if mapped.name in grown:
-                self._seed(run, values, seen[mapped.name], grown[mapped.name])
+                self._seed(run, mapped.name, values, seen[mapped.name], grown[mapped.name])
 
-    def _seed(self, run: Run, values: SparseValues, candidates: Candidates, places: Tensor) -> None:
+    def _seed(self, run: Run, name: str, values: SparseValues, candidates: Candidates, places: Tensor) -> None:
         """Let Adam know of grown coordinates what was seen of them."""
         found = owner(run.trainer.optimizers, values.values)
-        state = {} if found is None else run.trainer.optimizers[found[0]].state.get(values.values, {})
-        if found is None or "age" not in state:
+        optimizer = None if found is None else run.trainer.optimizers[found[0]]
+        if found is None or not isinstance(optimizer, AgedAdam):
             return
-        betas = run.trainer.optimizers[found[0]].param_groups[found[1]]["betas"]
+        state, betas = optimizer.state[values.values], optimizer.param_groups[found[1]]["betas"]
         at = torch.searchsorted(values.indices, candidates.indices[places])
         moments = seeded_moments(candidates.total[places], candidates.squares[places], candidates.samples, betas)
         for key, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
             state[key][at] = moment.to(state[key].dtype)
-        state["age"][at] = candidates.samples
+        self._ages[name][at] = candidates.samples
 
     def finish(self, run: Run) -> None:
         """Leave the weights as frozen as they were."""
@@ -170,17 +180,19 @@ class SpIEL(SparseUpdate):
             yield f"coordinates were chosen by their gradients, after step {self.window}"
 
     def state(self) -> dict[str, Any]:
-        """What was seen in the window that is open."""
-        return {name: candidates.state() for name, candidates in self._candidates.items()}
+        """What was seen in the window that is open, and the ages of coordinates."""
+        return {"seen": {name: candidates.state() for name, candidates in self._candidates.items()}, "ages": self._ages}
 
     def state_form(self, tensors: Mapping[str, Tensor] | None) -> Form:
-        return candidates_form(tensors)
+        return fields({"seen": candidates_form(tensors), "ages": dict_of(tensor(), tensors)})
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._candidates = {name: Candidates(**seen) for name, seen in state.items()}
+        self._candidates = {name: Candidates(**seen) for name, seen in state["seen"].items()}
+        self._ages = {name: age.clone() for name, age in state["ages"].items()}
 
     def start(self, run: Run) -> None:
         """Have what was loaded where the weights are."""
-        for mapped, _ in self.maps(run.module):
+        for mapped, values in self.maps(run.module):
+            self._ages[mapped.name] = self._age(mapped.name, values).to(mapped.stored.device)
             if mapped.name in self._candidates:
                 self._candidates[mapped.name].to(mapped.stored.device)

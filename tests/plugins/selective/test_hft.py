@@ -105,6 +105,8 @@ def test_categories_of_networks_that_are_no_llama() -> None:
     found = categories_of(resnet)
     assert {each.place for each in found} == set(range(8))
     assert {each.name for each in found if each.place == 0} == {"layer1.0/matrices", "layer1.0/vectors"}
+    odd = [each.more for each in found if len(each.layers) == 3]
+    assert odd == [False, False, True, True, False, False], "convolutions and norms of the three blocks that change the size"
     assert [each.layers for each in categories_of(Plain())] == [("model.0", "model.2")]
 
 

@@ -142,7 +142,8 @@ def test_while_all_are_of_one_age_it_is_adam(kind: Any, decay: float) -> None:
     start, gradients = torch.randn(4, generator=draw), torch.randn(6, 4, generator=draw)
     mine, theirs = (nn.Parameter(start.clone()) for _ in range(2))
     other, same = (nn.Parameter(start.clone()) for _ in range(2))
-    optimizer = AgedAdam(kind([mine, other], lr=0.1, weight_decay=decay), lambda: {mine})
+    age = torch.zeros(4)
+    optimizer = AgedAdam(kind([mine, other], lr=0.1, weight_decay=decay), lambda: {mine: age})
     plain = kind([theirs, same], lr=0.1, weight_decay=decay)
     for gradient in gradients:
         for parameter in (mine, other, theirs, same):
@@ -152,7 +153,8 @@ def test_while_all_are_of_one_age_it_is_adam(kind: Any, decay: float) -> None:
     torch.testing.assert_close(mine, theirs)
     assert torch.equal(other, same)
     assert torch.equal(mine.grad, gradients[-1])  # type: ignore[arg-type]
-    assert optimizer.state[mine]["age"].tolist() == [6] * 4
+    assert age.tolist() == [6] * 4
+    assert optimizer.state[mine].keys() == plain.state[theirs].keys()
 
 
 @pytest.mark.parametrize("option", ["amsgrad", "maximize", "fused"])
@@ -183,7 +185,7 @@ class Watch(Callback):
         self.indices.append(values.indices.clone())
         self.weights.append(pl_module.model[2].weight.detach().clone())
         states = trainer.optimizers[0].state.values()
-        self.bytes.append(sum(state[key].numel() * 4 for state in states for key in ("exp_avg", "exp_avg_sq", "age")))
+        self.bytes.append(sum(state[key].numel() * 4 for state in states for key in ("exp_avg", "exp_avg_sq")))
 
 
 def test_only_the_chosen_coordinates_move_and_cost_state() -> None:
@@ -201,7 +203,8 @@ def test_only_the_chosen_coordinates_move_and_cost_state() -> None:
     moved = [step for step in range(11) if not torch.equal(watch.indices[step], watch.indices[step + 1])]
     assert set(moved) <= {0, 4, 8}, "the windows end after the steps 2, 6 and 10"
     assert 0 in moved
-    assert watch.bytes == [3 * 4 * 2 * 25] * 12
+    assert watch.bytes == [2 * 4 * 2 * 25] * 12
+    assert sum(len(age) for age in method._ages.values()) == 50
     changed = [name for name, value in module.state_dict().items() if not torch.equal(value, before[name])]
     assert changed == ["model.0.weight", "model.2.weight"]
     assert all(p.requires_grad for p in module.parameters())
@@ -237,7 +240,18 @@ def test_a_resume_in_a_window_knows_what_was_seen(tmp_path: Path) -> None:
     for epoch in range(3):
         resumed = fit(methods(), resume=tmp_path / f"epoch={epoch}.ckpt", seed=8, max_epochs=4)
         assert_same(run, resumed, f"uninterrupted against resumed after epoch {epoch}")
-    assert torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)["callbacks"]["lightning_peft/spiel"]["state"]
+    assert torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)["callbacks"]["lightning_peft/spiel"]["state"]["seen"]
+
+
+def test_ages_are_counted_in_half_precision_too(tmp_path: Path) -> None:
+    """Three hundred steps in bfloat16, whose whole numbers end at 256; and moments whose correction it rounds to nothing."""
+    method = SpIEL(density=0.1, every=400, window=2)
+    module = fit([method], after=[every_epoch(tmp_path)], max_epochs=75, precision="bf16-true").module
+    assert all(value.isfinite().all() for value in module.state_dict().values())
+    file = torch.load(tmp_path / "epoch=74.ckpt", weights_only=True)
+    ages = file["callbacks"]["lightning_peft/spiel"]["state"]["ages"]["model.2.weight"]
+    assert set(ages.tolist()) == {300.0}, "grown ones are as old as the window that they were seen in"
+    assert file["optimizer_states"][0]["state"]
 
 
 def test_masked_weights_grow_nothing() -> None:

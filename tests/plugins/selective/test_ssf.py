@@ -21,11 +21,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 import lightning_peft
-from lightning_peft import SSF, BitFit, LoRA, NMSparsity
+from lightning_peft import SSF, BitFit, LoRA, NMSparsity, StructuredPruning
 from lightning_peft.functional import is_nm, scale_and_shift, scaled_weight, shifted_bias
 from lightning_peft.testing import MethodTester, Reference, Task
 from lightning_peft.testing.callbacks import every_epoch
-from lightning_peft.testing.modules import BatchNorm, Plain, loader, trainer
+from lightning_peft.testing.modules import BatchNorm, Conv, Plain, loader, trainer
 from lightning_peft.testing.runs import assert_same, fit
 from lightning_peft.weights.parts import placed_parts, put_part
 from lightning_peft_plugins.selective._ssf.channels import channels_of
@@ -238,6 +238,21 @@ def test_biases_trained_beside_are_folded_too(tmp_path: Path) -> None:
     )
     with torch.no_grad():
         torch.testing.assert_close(seen[0], run.module.eval().logits(next(iter(loader(8)))[0]))
+
+
+def test_scales_follow_a_cut_of_channels(tmp_path: Path) -> None:
+    def methods() -> list[Any]:
+        return [SSF(noise=0.3, checkpoint="full"), StructuredPruning(0.3, start=2)]
+
+    whole = fit(methods(), style=Conv, after=[every_epoch(tmp_path)], max_epochs=3)
+    plain = fit(methods()[:1], style=Conv, max_epochs=3)
+    shapes = [[p.shape for p in run.module.parameters()] for run in (whole, plain)]
+    assert shapes[0] != shapes[1], "nothing was cut"
+    resumed = fit(methods(), style=Conv, resume=tmp_path / "epoch=1.ckpt", max_epochs=3)
+    assert_same(whole, resumed, "uninterrupted against resumed after the cut")
+    lightning_peft.bake_checkpoint(tmp_path / "epoch=2.ckpt", tmp_path / "plain.ckpt")
+    state = torch.load(tmp_path / "plain.ckpt", weights_only=True)["state_dict"]
+    torch.testing.assert_close(state, dict(whole.module.state_dict()), atol=1e-6, rtol=1e-6)
 
 
 def test_what_stays_can_be_switched_off(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -24,21 +24,23 @@ class Category:
         name: Qualified name of the block and what the category is called.
         place: Place of the block among all.
         layers: Names of the layers.
+        more: Whether more than half are frozen where they are odd in number.
     """
 
     name: str
     place: int
     layers: tuple[str, ...]
+    more: bool = False
 
     def draw(self, seed: int, turn: int) -> list[str]:
-        """Draw the half that is frozen in a round; of an odd number one more in every second block.
+        """Draw the half that is frozen in a round.
 
         Example:
             >>> category = Category("blocks.0/attn", 0, ("q", "k", "v", "o"))
-            >>> category.draw(0, 0), len(Category("blocks.1/mlp", 1, ("up", "down", "gate")).draw(0, 0))
+            >>> category.draw(0, 0), len(Category("blocks.1/mlp", 1, ("up", "down", "gate"), more=True).draw(0, 0))
             (['v', 'o'], 2)
         """
-        count = (len(self.layers) + self.place % 2) // 2
+        count = (len(self.layers) + self.more) // 2
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{turn}/{self.name}".encode()))
         drawn = torch.randperm(len(self.layers), generator=generator)[:count].tolist()
         return [self.layers[index] for index in sorted(drawn)]
@@ -48,8 +50,9 @@ def categories_of(module: nn.Module, spared: Collection[nn.Module] = ()) -> list
     """Sort the layers of a network that hold parameters of their own.
 
     Layers of one child of a block are a category if there are two matrices in it (the projections of an attention); matrices
-    alone in their child are one together; layers that hold vectors alone, norms above all, are another. A network without a
-    list of blocks is one block, but for its head.
+    alone in their child are one together; layers that hold vectors alone, norms above all, are another. Of the categories of
+    one kind with an odd number of layers, every second one has more than half of them frozen. A network without a list of
+    blocks is one block, but for its head.
 
     Args:
         module: The network, or a module that holds it.
@@ -64,10 +67,16 @@ def categories_of(module: nn.Module, spared: Collection[nn.Module] = ()) -> list
     names = [name for path, blocks in lists.items() for name in entry_names(module, path, blocks.blocks)]
     if not names:
         spared = {*spared, *heads(list(module.modules()))}
-    return [each for place, name in enumerate(names or [""]) for each in _of_block(module, name, place, spared)]
+    odd: Counter[str] = Counter()
+    found = []
+    for place, block in enumerate(names or [""]):
+        for kind, layers in _of_block(module, block, spared).items():
+            found.append(Category(f"{block}/{kind}", place, tuple(layers), more=odd[kind] % 2 == 1))
+            odd[kind] += len(layers) % 2
+    return found
 
 
-def _of_block(module: nn.Module, block: str, place: int, spared: Collection[nn.Module]) -> Iterator[Category]:
+def _of_block(module: nn.Module, block: str, spared: Collection[nn.Module]) -> dict[str, list[str]]:
     layers = {
         path: layer
         for path, layer in module.get_submodule(block).named_modules(prefix=block)
@@ -78,8 +87,7 @@ def _of_block(module: nn.Module, block: str, place: int, spared: Collection[nn.M
     found: dict[str, list[str]] = {}
     for path, kind in kinds.items():
         found.setdefault(kind if kind == VECTORS or sizes[kind] > 1 else ALONE, []).append(path)
-    for kind, paths in found.items():
-        yield Category(f"{block}/{kind}", place, tuple(paths))
+    return found
 
 
 def _has_matrix(layer: nn.Module) -> bool:

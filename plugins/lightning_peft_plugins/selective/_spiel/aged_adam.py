@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,20 +17,21 @@ from lightning_peft.optim.optimizers import trained_by
 class AgedAdam(WrappedOptimizer):
     """Stands before Adam or AdamW, and takes the steps of some parameters itself.
 
-    They are Adam's own, but for the number of steps in the correction of a bias: each coordinate has its own,
-    ``state["age"]``. While all are as old as the training, the result is that of Adam.
+    They are Adam's own, but for the number of steps in the correction of a bias: each coordinate has its own. While all are as
+    old as the training, the result is that of Adam. The ages are not part of the optimizer's state, whose tensors take the type
+    of their parameter when it is loaded: in half precision nothing grows older than 256.
 
     Args:
         inner: The optimizer.
-        aged: Returns those parameters.
+        ages: Returns those parameters, each with the ages of its coordinates in single precision.
 
     Raises:
         MisconfigurationException: It is used in a form of its own that this is not.
     """
 
-    def __init__(self, inner: Optimizer, aged: Callable[[], Collection[nn.Parameter]]) -> None:
+    def __init__(self, inner: Optimizer, ages: Callable[[], Mapping[nn.Parameter, Tensor]]) -> None:
         super().__init__(inner)
-        self._aged = aged
+        self._ages = ages
         for name in ("amsgrad", "maximize", "fused", "capturable", "differentiable"):
             if any(group.get(name) for group in inner.param_groups):
                 raise MisconfigurationException(
@@ -44,7 +45,7 @@ class AgedAdam(WrappedOptimizer):
 
         def computed() -> Any:
             loss = None if closure is None else closure()
-            for parameter in trained_by(self.inner).intersection(self._aged()):
+            for parameter in trained_by(self.inner).intersection(self._ages()):
                 if parameter.grad is not None:
                     held[parameter], parameter.grad = parameter.grad, None
             return loss
@@ -52,22 +53,23 @@ class AgedAdam(WrappedOptimizer):
         if closure is None:
             computed()
         loss = self.inner.step(None if closure is None else computed)  # type: ignore[arg-type]
+        ages = self._ages()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter in held:
-                    self._update(parameter, held[parameter], group)
+                    self._update(parameter, held[parameter], ages[parameter], group)
                     parameter.grad = held[parameter]
         return loss
 
     @torch.no_grad()
-    def _update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameter: nn.Parameter, gradient: Tensor, age: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros(())  # Adam looks for it when it is unpickled
-            state.update({key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq", "age")})
+            state["step"] = torch.zeros(())
+            state.update({key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")})
         rate, (beta1, beta2) = float(group["lr"]), group["betas"]
         state["step"] += 1
-        age = state["age"].add_(1)
+        age.add_(1)
         if group["weight_decay"]:
             if group.get("decoupled_weight_decay") or isinstance(self.inner, torch.optim.AdamW):
                 parameter.mul_(1 - rate * group["weight_decay"])

@@ -50,12 +50,12 @@ def summed(candidates: Candidates | None, gradient: Tensor, count: int) -> Candi
         >>> summed(first, torch.tensor([9.0, 1.0, 1.0]), 2).total.tolist()
         [-2.0, 3.0]
     """
+    indices = gradient.abs().topk(count).indices.sort().values if candidates is None else candidates.indices
+    seen = gradient[indices]
+    seen = seen.to(torch.promote_types(seen.dtype, torch.float32))
     if candidates is None:
-        indices = gradient.abs().topk(count).indices.sort().values
-        zeros = torch.zeros_like(gradient[indices])
-        candidates = Candidates(indices, zeros, zeros.clone(), 0)
-    seen = gradient[candidates.indices]
-    return Candidates(candidates.indices, candidates.total + seen, candidates.squares + seen.square(), candidates.samples + 1)
+        return Candidates(indices, seen, seen.square(), 1)
+    return Candidates(indices, candidates.total + seen, candidates.squares + seen.square(), candidates.samples + 1)
 
 
 def candidates_form(tensors: Mapping[str, Tensor] | None) -> Form:
