@@ -20,12 +20,14 @@ from lightning_peft.cli.interrupts import going_on
 from lightning_peft.cli.launch import methods_in, parse
 from lightning_peft.cli.loading import find_loading
 from lightning_peft.cli.recipes import Recipe, UsageError, find_for
-from lightning_peft.cli.trial import CURVES, RESULT, Job, preflight, train
+from lightning_peft.cli.trial import CURVES, RESULT, Job, base_of, preflight, train
 from lightning_peft.report.curves import read_curves
 from lightning_peft.report.plots import available
 from lightning_peft.report.proof import prove
 from lightning_peft.report.run import RunEvidence, outcome_table, run_report
 from lightning_peft.report.weights import weigh
+from lightning_peft.structure import checkpoint as sections
+from lightning_peft.structure.partial import leaves_out
 
 DENSE, COMPOSED = "dense", "composed"
 # Enough for events at tenths of a training, two epochs because much goes wrong where one ends.
@@ -138,9 +140,10 @@ def _run(
             f"[dim]{place}/{len(jobs)}[/] {job.name} ({what}){', done already' if job.finished else ''}", highlight=False
         )
         trials[job.name] = train(job, console)
-    bake_checkpoint(out / "model.ckpt", out / "baked.ckpt", trusted=trusted)
     checkpoint = read_checkpoint(out / "model.ckpt", trusted=trusted)
-    weights = weigh(checkpoint)
+    base = base_of(composed).state_dict() if leaves_out(sections.read(checkpoint)) else None
+    bake_checkpoint(out / "model.ckpt", out / "baked.ckpt", trusted=trusted, base=base)
+    weights = weigh(checkpoint, base)
     baked = out / "baked.ckpt"
     state = read_checkpoint(baked, trusted=trusted)["state_dict"]
     loading = find_loading(parse(recipe, overrides, ()), baked, out / "model.ckpt", state, trusted=trusted)

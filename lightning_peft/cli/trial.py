@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
@@ -82,6 +83,16 @@ def preflight(job: Job) -> None:
         return
     quiet_lightning()
     _printed_plan(launch(job.recipe, job.arguments(), job.without, quiet))
+
+
+def base_of(job: Job) -> LightningModule:
+    """Build the module that a job's training began with.
+
+    Raises:
+        UsageError: It cannot be built.
+    """
+    quiet_lightning()
+    return launch(job.recipe, job.arguments(), job.without, quiet).model
 
 
 def train(job: Job, console: Console) -> Trial:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_peft.baking.bake import baked
 from lightning_peft.structure import checkpoint as files
+from lightning_peft.structure.partial import filled
 from lightning_peft.structure.plain_state import joined
 from lightning_peft.weights.mapped_layer import stored_key
 
@@ -86,20 +87,21 @@ class Weights:
         }
 
 
-def weigh(checkpoint: Mapping[str, Any]) -> Weights:
+def weigh(checkpoint: Mapping[str, Any], base: Mapping[str, Tensor] | None = None) -> Weights:
     """Count the weights of a checkpoint.
 
     Args:
         checkpoint: What :func:`lightning_peft.baking.bake.read_checkpoint` returned; baked ones work too.
+        base: Tensors by name, for a checkpoint that holds only what was trained on them.
 
     Raises:
-        CheckpointError: The recorded weight maps do not fit the tensors.
+        CheckpointError: The recorded weight maps do not fit the tensors, or the base is missing or another one.
     """
     section = files.read(checkpoint)
     maps: Mapping[str, Sequence[dict[str, Any]]] = {} if section is None else section["weights"]
-    stored = joined(checkpoint["state_dict"], section)
+    stored = joined(filled(checkpoint["state_dict"], section, base), section)
     state: dict[str, Tensor] = {
-        name: value for name, value in baked(checkpoint)["state_dict"].items() if isinstance(value, Tensor)
+        name: value for name, value in baked(checkpoint, base)["state_dict"].items() if isinstance(value, Tensor)
     }
     values = {name: value for name, value in state.items() if value.is_floating_point() and not _is_statistic(name)}
     rows = tuple(_row(name, value, maps.get(name, ())) for name, value in values.items() if value.ndim > 1)
