@@ -202,13 +202,13 @@ STUDIES = {
     "deltas_reviews": Study(
         deltas(("head",)),
         "Rotten Tomatoes, MiniLM",
-        lambda lr: TextClassifier(lr=lr, head_lr_scale=1e-3 / lr),
+        lambda lr: TextClassifier(lr=lr, head_lr_scale=5e-3 / lr),
         lambda args: ReviewsDataModule(
-            "rotten_tomatoes", max_length=32, batch_size=16, eval_batch_size=50, train_size=args.train_size, test_size=800
+            "rotten_tomatoes", max_length=32, batch_size=8, eval_batch_size=50, train_size=args.train_size, test_size=800
         ),
         clip=1.0,
         columns=(("test/accuracy", "accuracy, %", 100), ("test/loss", "test loss", 1), *COSTS),
-        rates=rated(1e-4, 1e-3, 3e-3),
+        rates=rated(1e-4, 3e-3, 3e-3),
     ),
     "deltas_groceries": Study(
         deltas(("head",)),
@@ -217,7 +217,7 @@ STUDIES = {
         groceries,
         clip=1.0,
         columns=(("test/accuracy", "accuracy, %", 100), ("test/loss", "test loss", 1), *COSTS),
-        rates=rated(5e-4, 2e-3, 5e-3),
+        rates=rated(1e-4, 1e-3, 5e-3),
     ),
 }
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -214,9 +215,27 @@ def test_plain_random_network_needs_nothing_from_a_registry(monkeypatch, tmp_pat
     logits, labels = module.logits_and_labels((torch.rand(2, 3, 32, 32), torch.tensor([0, 4])))
     assert logits.shape == (2, 5)
     assert labels.tolist() == [0, 4]
-    module.on_train_epoch_start()
+    module.on_train_batch_start(None, 0)
     assert all(layer.training for layer in module.modules()), "random BatchNorm statistics are not worth keeping"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_batch_norm_stays_frozen_in_an_epoch_that_is_resumed_in_its_middle(tmp_path):
+    pytest.importorskip("timm")
+    from lightning_peft_recipes.image_classifier import TimmClassifier
+
+    module = TimmClassifier(model="resnet18", num_classes=5, weights=None)
+    module.freeze_batch_norm = True
+    before = {name: value.clone() for name, value in module.named_buffers()}
+    data = torch.utils.data.TensorDataset(torch.rand(8, 3, 32, 32), torch.arange(8) % 5)
+    for end in (2, 4):
+        last = tmp_path / "last.ckpt"
+        trainer = quick_trainer(tmp_path, max_steps=end, max_epochs=1, enable_checkpointing=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*val_dataloader|.*before the epoch ended|.*num_workers")
+            trainer.fit(module, torch.utils.data.DataLoader(data, 2), ckpt_path=last if end > 2 else None, weights_only=True)
+        trainer.save_checkpoint(last)
+    assert all(torch.equal(value, before[name]) for name, value in module.named_buffers() if "running" in name)
 
 
 @pytest.mark.network

@@ -27,8 +27,8 @@ PROMPTS = {
     ],
 }
 STORY = (
-    "Once upon a time, there was a little girl named Lily. She loved to play outside in the sunshine. One day, she saw a big, red "
-    "ball in the sky."
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the sunshine. One day, she saw a big, "
+    "red ball in the sky."
 )
 
 
@@ -75,11 +75,11 @@ def test_a_book_is_cut_into_parts_that_follow_each_other(alice):
     data.prepare_data()
     data.setup()
     text = read_book("carroll-alice")
-    assert text.startswith("[Alice's Adventures in Wonderland by Lewis Carroll 1865]\n\nCHAPTER I. Down the Rabbit-Hole\n\nAlice was")
+    assert text.startswith("[Alice's Adventures in Wonderland by Lewis Carroll 1865]\n\nCHAPTER I. Down the Rabbit-Hole\n\nAl")
     assert "\n" not in text.replace("\n\n", "")
     ids = data.load_tokenizer().encode(text).ids
     parts = [data.load_ids(split, data.tokenizer).tolist() for split in ("train", "val", "test")]
-    assert sum(parts, []) == ids
+    assert [token for part in parts for token in part] == ids
     assert [round(len(part) / len(ids), 3) for part in parts] == [0.8, 0.1, 0.1]
     assert data._splits["val"].flatten().tolist() == parts[1][:320]
     assert next(iter(data.test_dataloader()))["input_ids"].shape == (2, 16)
