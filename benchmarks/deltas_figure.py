@@ -17,10 +17,10 @@ from methods import STUDIES
 def main() -> None:
     """Read the results and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="JSON: study to what methods.py wrote for it")
+    parser.add_argument("results", nargs="+", type=Path, help="what methods.py wrote, named as its study")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    found = json.loads(args.results.read_text())
+    found = {path.stem: json.loads(path.read_text()) for path in args.results}
     rows = list(dict.fromkeys(variant for results in found.values() for variant in results))
     figure, axes = plt.subplots(1, len(found), figsize=(11, 0.9 + 0.36 * len(rows)), sharey=True, layout="constrained")
     for axis, (name, results) in zip(axes, found.items(), strict=True):
