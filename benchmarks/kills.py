@@ -22,12 +22,12 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
@@ -48,11 +48,13 @@ from lightning_peft import (
 )
 from lightning_peft.structure.checkpoint import CheckpointError
 from lightning_peft.testing.modules import Plain, deepened, loader
-from lightning_peft.testing.runs import fit
+from lightning_peft.testing.runs import Fit, fit
 from lightning_peft.testing.trace import difference
 
 EPOCHS, BATCHES = 3, 4
 Make = Callable[[], Method]
+Train = Callable[[Path, int], None]
+"""Trains to the end in a folder, from the last checkpoint if there is one; the number is that of the attempt."""
 
 STRUCTURE: list[Make | None] = [
     None,
@@ -85,9 +87,10 @@ def combination(draw: random.Random) -> list[Make]:
             return [make for make in chosen if make is not None]
 
 
-def same_batches() -> DataLoader[tuple[torch.Tensor, ...]]:
-    """Every batch holds the same samples."""
-    return DataLoader(loader(8).dataset, batch_sampler=[list(range(8))] * BATCHES)
+def same_batches(template: DataLoader[Any]) -> DataLoader[Any]:
+    """Every batch holds the same samples of a loader's data."""
+    sampler = [list(range(8))] * BATCHES
+    return DataLoader(template.dataset, batch_sampler=sampler, collate_fn=template.collate_fn)
 
 
 class Saver(ModelCheckpoint):
@@ -105,29 +108,23 @@ class Saver(ModelCheckpoint):
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
-def train(makes: list[Make], folder: Path, attempt: int) -> None:
+def train(methods: list[Method], folder: Path, attempt: int, after: Sequence[Callback] = (), **settings: Any) -> Fit:
     """Train to the end, from the last checkpoint if there is one, and write what came of it."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     last = folder / "last.ckpt"
     found = last if last.exists() else None
     # What is drawn after a resume must come from the checkpoint, so the seed is another one.
-    run = fit(
-        [make() for make in makes],
-        style=deepened(Plain),
-        seed=attempt if found else 0,
-        after=[Saver(folder)],
-        data=same_batches(),
-        resume=found,
-        max_epochs=EPOCHS,
-    )
+    seed, callbacks = attempt if found else 0, [*after, Saver(folder)]
+    run = fit(methods, seed=seed, after=callbacks, resume=found, max_epochs=EPOCHS, **settings)
     torch.save(run.state() | {"module": dict(run.module.state_dict())}, folder / "part")
     (folder / "part").rename(folder / "final.pt")
+    return run
 
 
-def attempt(makes: list[Make], folder: Path, number: int, kill_after: float | None) -> tuple[bool, float]:
+def attempt(train: Train, folder: Path, number: int, kill_after: float | None = None) -> tuple[bool, float]:
     """Train in a process of its own; return whether it reached the end, and how long it ran."""
-    process = multiprocessing.get_context("fork").Process(target=_guarded, args=(makes, folder, number))
+    process = multiprocessing.get_context("fork").Process(target=_guarded, args=(train, folder, number))
     start = time.monotonic()
     process.start()
     process.join(kill_after)
@@ -139,9 +136,9 @@ def attempt(makes: list[Make], folder: Path, number: int, kill_after: float | No
     return process.exitcode == 0, time.monotonic() - start
 
 
-def _guarded(makes: list[Make], folder: Path, number: int) -> None:
+def _guarded(train: Train, folder: Path, number: int) -> None:
     try:
-        train(makes, folder, number)
+        train(folder, number)
     except BaseException:
         (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
         sys.exit(1)
@@ -155,15 +152,19 @@ def _error(folder: Path) -> str:
 def run_once(draw: random.Random, folder: Path, kills: int) -> tuple[str, int, str | None]:
     """Return the methods of one run, how often it was killed, and the first difference."""
     makes = combination(draw)
+
+    def tiny(folder: Path, number: int) -> None:
+        train([make() for make in makes], folder, number, style=deepened(Plain), data=same_batches(loader(8)))
+
     name = " + ".join(repr(make()) for make in makes)
     whole, killed = folder / "whole", folder / "killed"
     whole.mkdir()
     killed.mkdir()
-    _, seconds = attempt(makes, whole, 0, None)
+    _, seconds = attempt(tiny, whole, 0, None)
     ended, count = False, 0
     while not ended:
         last = count >= kills
-        ended, _ = attempt(makes, killed, count + 5, None if last else draw.uniform(0.1, 1.0) * seconds)
+        ended, _ = attempt(tiny, killed, count + 5, None if last else draw.uniform(0.1, 1.0) * seconds)
         count += not ended
     states = [torch.load(path / "final.pt", weights_only=True) for path in (whole, killed)]
     return name, count, difference(*states)

@@ -1,4 +1,4 @@
-"""What each method does to accuracy and calibration on real photographs: several seeds, stated as they come out.
+"""What each method does to accuracy and calibration on real data: several seeds, stated as they come out.
 
     python benchmarks/methods.py --study sparsity --seeds 0 1 2 --output docs/evidence/sparsity
 
@@ -14,33 +14,54 @@ import logging
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from adapter_costs import AdapterCosts, closed_count
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_peft import PSKD, NMSparsity, WeightCompander
+from lightning_peft import PERP, PSKD, DoRA, LoRA, NMSparsity, WeightCompander
+from lightning_peft.contract import methods_of
 from lightning_peft.functional import is_nm
 from lightning_peft.measure.calibration import calibration_table, mean_table
 from lightning_peft.report.calibration import calibration_errors_table
 from lightning_peft.report.markdown import table_to_markdown
 from lightning_peft_recipes.cifar10 import CIFAR10DataModule
-from lightning_peft_recipes.classification import ImageClassifier
+from lightning_peft_recipes.classification import Classifier, ImageClassifier
 from lightning_peft_recipes.groceries import GroceriesDataModule
 from lightning_peft_recipes.image_classifier import TimmClassifier
+from lightning_peft_recipes.language_model import PretrainedLanguageModel
+from lightning_peft_recipes.prose import ProseDataModule
+from lightning_peft_recipes.reviews import ReviewsDataModule
+from lightning_peft_recipes.text_classifier import TextClassifier
 
 Variants = dict[str, Callable[[], list[Callback]]]
 Run = dict[str, Any]
 Results = dict[str, dict[str, Run]]
-METRICS = ("test/accuracy", "test/ece", "test/loss")
+Columns = tuple[tuple[str, str, float], ...]
+"""Key of a run, heading and unit of a column."""
+
+ZEROS: Columns = (
+    ("test/accuracy", "accuracy, %", 100),
+    ("test/ece", "ECE, %", 100),
+    ("test/loss", "test loss", 1),
+    ("zeros", "zero weights, %", 100),
+    ("seconds", "training, s", 1),
+)
+COSTS: Columns = (
+    ("trainables", "trained, thousand", 1e-3),
+    ("step_ms", "step, ms", 1),
+    ("memory_mb", "memory beside weights, MB", 1),
+    ("file_kb", "file, kB", 1),
+)
 
 
 def sparse(pattern: str, recipe: str) -> Callable[[], list[Callback]]:
@@ -51,18 +72,30 @@ def sparse(pattern: str, recipe: str) -> Callable[[], list[Callback]]:
 
 @dataclass(frozen=True)
 class Study:
-    """Variants and what they are trained on."""
+    """Variants and what they are trained on.
+
+    Attributes:
+        variants: Name to what makes the methods.
+        setting: Data and network, in words.
+        module: Makes the module for a learning rate.
+        data: Makes the data module.
+        clip: Norm to clip gradients at.
+        columns: What the table shows.
+        rates: Learning rates of variants that do not take ``--lr``.
+    """
 
     variants: Variants
     setting: str
-    module: Callable[[argparse.Namespace], ImageClassifier]
+    module: Callable[[float], LightningModule]
     data: Callable[[argparse.Namespace], LightningDataModule]
     clip: float | None = None
+    columns: Columns = ZEROS
+    rates: Mapping[str, float] = field(default_factory=dict)
 
 
-def lite0(args: argparse.Namespace) -> ImageClassifier:
+def lite0(lr: float) -> ImageClassifier:
     """EfficientNet-Lite0 with its ImageNet weights."""
-    return TimmClassifier(lr=args.lr, head_lr_scale=10)
+    return TimmClassifier(lr=lr, head_lr_scale=10)
 
 
 def groceries(args: argparse.Namespace) -> LightningDataModule:
@@ -85,6 +118,36 @@ class CIFAR10ResNet(ImageClassifier):
     def head(self) -> nn.Module:
         """The linear layer."""
         return self.model.get_classifier()
+
+
+def deltas(head: Sequence[str] = ()) -> Variants:
+    """Members of the deltas' family, none with more trained parameters than LoRA of rank 8, and their ends.
+
+    Args:
+        head: What each trains beside its deltas.
+    """
+
+    def tuned(*parts: str) -> Callable[[], list[Callback]]:
+        return lambda: [PERP(tune=(*parts, *head), lora=None, checkpoint="trained")]
+
+    return {
+        "full": list,
+        "LoRA r=8": lambda: [LoRA(rank=8, tune=head)],
+        "LoRA r=8, root": lambda: [LoRA(rank=8, scaling="root", tune=head)],
+        "DoRA r=7": lambda: [DoRA(rank=7, tune=head)],
+        "LoRA r=4": lambda: [LoRA(rank=4, tune=head)],
+        "norm": tuned("norm"),
+        **({"bias": tuned("bias"), "head": tuned()} if head else {}),
+    }
+
+
+def rated(full: float, matrices: float, numbers: float) -> dict[str, float]:
+    """Learning rates of the variants of :func:`deltas`: of all weights, of matrices beside them, of single numbers and heads.
+
+    A scale that is larger by the root of the rank stands for a rate that is smaller.
+    """
+    rates = dict.fromkeys(deltas(("head",)), matrices)
+    return rates | dict.fromkeys(("norm", "bias", "head"), numbers) | {"full": full, "LoRA r=8, root": matrices / 8**0.5}
 
 
 PATTERNS, SPARSITY_RECIPES = ("2:4", "1:8", "1:16"), ("ste", "sr-ste", "mdgf-exponential")
@@ -124,23 +187,55 @@ STUDIES = {
             "fitted": lambda: [WeightCompander(init="fitted")],
         },
         "CIFAR-10, ResNet-18 of a quarter of the width",
-        lambda args: CIFAR10ResNet(args.lr),
+        CIFAR10ResNet,
         lambda args: CIFAR10DataModule(train_size=args.train_size, eval_batch_size=500),
+    ),
+    "deltas_stories": Study(
+        deltas(),
+        "Alice in Wonderland, story Llama of 15 M weights",
+        lambda lr: PretrainedLanguageModel(lr=lr),
+        lambda args: ProseDataModule(batch_size=4, eval_batch_size=8, train_size=args.train_size),
+        clip=1.0,
+        columns=(("test/perplexity", "perplexity", 1), *COSTS),
+        rates=rated(3e-4, 3e-3, 1e-2),
+    ),
+    "deltas_reviews": Study(
+        deltas(("head",)),
+        "Rotten Tomatoes, MiniLM",
+        lambda lr: TextClassifier(lr=lr, head_lr_scale=5e-3 / lr),
+        lambda args: ReviewsDataModule(
+            "rotten_tomatoes", max_length=32, batch_size=8, eval_batch_size=50, train_size=args.train_size, test_size=800
+        ),
+        clip=1.0,
+        columns=(("test/accuracy", "accuracy, %", 100), ("test/loss", "test loss", 1), *COSTS),
+        rates=rated(1e-4, 3e-3, 3e-3),
+    ),
+    "deltas_groceries": Study(
+        deltas(("head",)),
+        "groceries, EfficientNet-Lite0",
+        lambda lr: TimmClassifier(lr=lr, head_lr_scale=5e-3 / lr),
+        groceries,
+        clip=1.0,
+        columns=(("test/accuracy", "accuracy, %", 100), ("test/loss", "test loss", 1), *COSTS),
+        rates=rated(1e-4, 1e-3, 5e-3),
     ),
 }
 
 
 def run_once(study: Study, variant: str, seed: int, args: argparse.Namespace) -> Run:
-    """Train, test, and return the metrics with the share of zero weights in pointwise convolutions."""
+    """Train, test, and return the metrics with what else the study's columns show."""
     seed_everything(seed, verbose=False)
-    model, data, callbacks = study.module(args), study.data(args), study.variants[variant]()
+    model, data = study.module(study.rates.get(variant, args.lr)), study.data(args)
+    callbacks, costs = study.variants[variant](), AdapterCosts()
+    wanted = [key for key, _, _ in study.columns]
+    count = closed_count(model, methods_of(callbacks)) if "trainables" in wanted else 0
     trainer = Trainer(
         max_epochs=args.epochs,
         gradient_clip_val=study.clip,
         precision=args.precision,
         accelerator="auto",
         devices=1,
-        callbacks=callbacks,
+        callbacks=[costs, *callbacks] if "trainables" in wanted else callbacks,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -155,28 +250,39 @@ def run_once(study: Study, variant: str, seed: int, args: argparse.Namespace) ->
         if isinstance(callback, NMSparsity):
             weights = [layer.weight for layer in callback.select(model).values()]
             assert all(is_nm(weight, *callback.pattern, dim=1) for weight in weights), "not N:M after training"
-    trainer.callbacks = [callback for callback in trainer.callbacks if callback not in callbacks]
+    trainer.callbacks = [callback for callback in trainer.callbacks if callback not in (costs, *callbacks)]
     metrics = trainer.test(model, datamodule=data, verbose=False)[0]
-    calibration = calibration_table(*answers(model, data.test_dataloader()))
+    run: Run = {**{key: metrics[key] for key in wanted if key in metrics}, "seconds": seconds}
+    if "trainables" in wanted:
+        assert costs.trainables == count, f"{costs.trainables} parameters trained, {count} by the closed formula"
+        run |= costs.found()
+    if "test/ece" in wanted and isinstance(model, Classifier):
+        run["calibration"] = calibration_table(*answers(model, data.test_dataloader()))
+    if "zeros" in wanted:
+        run["zeros"] = zeros(model)
+    return run
+
+
+def zeros(model: nn.Module) -> float:
+    """Share of zero weights in pointwise convolutions."""
     weights = [module.weight for module in model.modules() if getattr(module, "kernel_size", None) == (1, 1)]
-    zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
-    return {**{key: metrics[key] for key in METRICS}, "zeros": zeros, "seconds": seconds, "calibration": calibration}
+    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
 @torch.no_grad()
-def answers(model: ImageClassifier, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
+def answers(model: Classifier, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
     """Logits and labels of all samples."""
     model.eval()
     pairs = [model.logits_and_labels(batch) for batch in batches]
     return torch.cat([logits for logits, _ in pairs]), torch.cat([labels for _, labels in pairs])
 
 
-def summarise(results: Results) -> list[tuple[str, ...]]:
+def summarise(results: Results, columns: Columns) -> list[tuple[str, ...]]:
     """One row per variant: mean and standard deviation over seeds."""
     rows = []
     for variant, runs in results.items():
         cells = [variant, str(len(runs))]
-        for key, scale in (("test/accuracy", 100), ("test/ece", 100), ("test/loss", 1), ("zeros", 100), ("seconds", 1)):
+        for key, _, scale in columns:
             values = [scale * run[key] for run in runs.values()]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}")
@@ -192,35 +298,37 @@ def calibration_text(results: Results) -> str:
     return table_to_markdown(table) if judged else ""
 
 
-HEAD = ("variant", "seeds", "accuracy, %", "ECE, %", "test loss", "zero weights, %", "training, s")
+def head(study: Study) -> tuple[str, ...]:
+    """Headings of a study's table."""
+    return ("variant", "seeds", *(heading for _, heading, _ in study.columns))
 
 
 def write(results: Results, args: argparse.Namespace) -> None:
     """Write OUTPUT.json and the table OUTPUT.md; what there is to say of it is written by hand."""
+    study = STUDIES[args.study]
     args.output.with_suffix(".json").write_text(json.dumps(results, indent=1))
     lines = [
-        f"# {args.study}: {STUDIES[args.study].setting}, {args.epochs} epochs",
+        f"# {args.study}: {study.setting}, {args.epochs} epochs",
         "",
         f"`python benchmarks/methods.py --study {args.study} --epochs {args.epochs} --lr {args.lr}`; mean ± std over seeds.",
         "",
-        f"| {' | '.join(HEAD)} |",
-        "|-" * len(HEAD) + "|",
-        *(f"| {' | '.join(row)} |" for row in summarise(results)),
+        f"| {' | '.join(head(study))} |",
+        "|-" * len(head(study)) + "|",
+        *(f"| {' | '.join(row)} |" for row in summarise(results, study.columns)),
         "",
         calibration_text(results),
     ]
     args.output.with_suffix(".md").write_text("\n".join(lines))
 
 
-def plot(results: Results, path: Path) -> None:
-    """Accuracy and calibration error of every variant: a dot a seed, a line at the mean."""
+def plot(results: Results, columns: Columns, path: Path) -> None:
+    """The first two columns of every variant, accuracy and calibration error: a dot a seed, a line at the mean."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 0.8 + 0.36 * len(results)), sharey=True, layout="constrained")
-    panels = (("test/accuracy", "test accuracy, %"), ("test/ece", "expected calibration error, %"))
-    for axis, (key, label) in zip(axes, panels, strict=True):
+    for axis, (key, label, scale) in zip(axes, columns[:2], strict=True):
         for row, runs in enumerate(results.values()):
-            values = [100 * run[key] for run in runs.values()]
+            values = [scale * run[key] for run in runs.values()]
             axis.plot(values, [row] * len(values), "o", color="C0", alpha=0.5, markeredgewidth=0)
             axis.plot([statistics.mean(values)] * 2, [row - 0.32, row + 0.32], color="black", linewidth=2)
         axis.set_xlabel(label)
@@ -243,7 +351,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--image-size", type=int, default=128, help="pixels of a photo")
-    parser.add_argument("--train-size", type=int, default=None, help="training images of CIFAR-10; all by default")
+    parser.add_argument(
+        "--train-size", type=int, default=None, help="training images of CIFAR-10, reviews or tokens; all by default"
+    )
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--threads", type=int, default=2)
@@ -266,9 +376,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             runs[str(seed)] = run_once(study, variant, seed, args)
             write(results, args)
     write(results, args)
-    plot(results, args.output.with_suffix(".png"))
-    table = Table(*HEAD, title=args.study)
-    for row in summarise(results):
+    plot(results, study.columns, args.output.with_suffix(".png"))
+    table = Table(*head(study), title=args.study)
+    for row in summarise(results, study.columns):
         table.add_row(*row)
     Console().print(table)
 

@@ -169,7 +169,7 @@ def load_from_checkpoint(
         )
     found = upgraded(read_checkpoint(path, trusted=trusted))
     section = files.read(found)
-    left_out = bool(section and section.get("base"))
+    left_out = partial.leaves_out(section)
     form = _as_saved if attached else baked
     checkpoint = _without_tensors(found) if left_out else form(found)
     filled = plain_state.with_versions(checkpoint["state_dict"], checkpoint["state_dict"])

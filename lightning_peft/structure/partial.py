@@ -63,6 +63,15 @@ def leave_out(
     return left
 
 
+def leaves_out(section: Mapping[str, Any] | None) -> bool:
+    """Say whether a checkpoint needs its base to be complete.
+
+    Args:
+        section: The library's part of it.
+    """
+    return bool(section and section.get("base"))
+
+
 def filled(
     state: Mapping[str, Any], section: Mapping[str, Any] | None, tensors: Mapping[str, Tensor] | None
 ) -> Mapping[str, Any]:

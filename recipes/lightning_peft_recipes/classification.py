@@ -92,7 +92,7 @@ class Classifier(LightningModule):
         """One optimizer with three parameter groups, stepped per batch by warm-up and cosine."""
         head = list(self.head().parameters())
         in_head = {id(parameter) for parameter in head}
-        body = [p for p in self.model.parameters() if p.requires_grad and id(p) not in in_head]
+        body = [p for p in self.model.parameters() if id(p) not in in_head]
         groups = [
             {"params": head, "lr": self.lr * self.head_lr_scale, "weight_decay": self.weight_decay},
             {"params": [p for p in body if p.ndim > 1], "weight_decay": self.weight_decay},

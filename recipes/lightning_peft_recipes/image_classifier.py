@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -80,8 +80,11 @@ class TimmClassifier(ImageClassifier):
         self.model = network.to(memory_format=torch.channels_last)
         self.freeze_batch_norm = freeze_batch_norm and weights is not None
 
-    def on_train_epoch_start(self) -> None:
-        """Keep the BatchNorm statistics: not in the constructor, since Lightning warns of frozen layers at the start."""
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Keep the BatchNorm statistics: not in the constructor, since Lightning warns of frozen layers at the start.
+
+        Nor once an epoch: one that is resumed in its middle does not start.
+        """
         if self.freeze_batch_norm:
             for layer in self.model.modules():
                 if isinstance(layer, nn.modules.batchnorm._BatchNorm):

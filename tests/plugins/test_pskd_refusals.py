@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss, nll_loss
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from lightning_peft_plugins.regularizers._pskd.checks import check_loss
 from lightning_peft_plugins.regularizers.pskd import PSKD
 
 
@@ -143,3 +144,10 @@ def test_identifiers_are_not_taken_for_positions() -> None:
     highest = 1_000_000 * len(data.dataset)  # type: ignore[arg-type]
     fit(PSKD(0.8, sample_index="2", num_samples=highest), Lit(), data)
     fit(PSKD(0.8, sample_index="2"), Lit(), DataLoader(Identified(100), batch_size=4))
+
+
+def test_a_cross_entropy_that_is_learnt_already_is_not_taken_for_another_loss() -> None:
+    for margin in torch.arange(5, 20, 0.05).tolist():
+        scattered = torch.randn(16, 14, generator=torch.Generator().manual_seed(0))
+        logits = (scattered + margin * torch.eye(14)[0]).requires_grad_()
+        check_loss(cross_entropy(logits, torch.zeros(16, dtype=torch.long)), logits)

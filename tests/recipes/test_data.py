@@ -3,11 +3,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from lightning import seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from recipe_helpers import needs, quick_trainer
 
 from lightning_peft.assets import open_member
@@ -214,9 +216,26 @@ def test_plain_random_network_needs_nothing_from_a_registry(monkeypatch, tmp_pat
     logits, labels = module.logits_and_labels((torch.rand(2, 3, 32, 32), torch.tensor([0, 4])))
     assert logits.shape == (2, 5)
     assert labels.tolist() == [0, 4]
-    module.on_train_epoch_start()
+    module.on_train_batch_start(None, 0)
     assert all(layer.training for layer in module.modules()), "random BatchNorm statistics are not worth keeping"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_batch_norm_stays_frozen_in_an_epoch_that_is_resumed_in_its_middle(tmp_path):
+    pytest.importorskip("timm")
+    from lightning_peft_recipes.image_classifier import TimmClassifier
+
+    data = torch.utils.data.TensorDataset(torch.rand(8, 3, 32, 32), torch.arange(8) % 5)
+    for resumed in (None, tmp_path / "epoch=0-step=2.ckpt"):
+        module = TimmClassifier(model="resnet18", num_classes=5, weights=None)
+        module.freeze_batch_norm = True
+        saver = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*val_dataloader|.*epoch ended|.*num_workers|.*not empty")
+            trainer = quick_trainer(tmp_path, max_epochs=1, callbacks=[saver])
+            trainer.fit(module, torch.utils.data.DataLoader(data, 2), ckpt_path=resumed, weights_only=True)
+        assert trainer.global_step == 4
+        assert all(bool((value == 0).all()) for name, value in module.named_buffers() if name.endswith("running_mean"))
 
 
 @pytest.mark.network

@@ -118,8 +118,8 @@ def test_the_tokenizer_learns_from_training_reviews_alone(empty_cache, monkeypat
 
     monkeypatch.setattr(review_texts, "learn_tokenizer", spy)
     data = ReviewTextsDataModule(source, vocab_size=300)
-    data._tokenizer()
-    data._tokenizer()
+    data.load_tokenizer()
+    data.load_tokenizer()
     (texts,) = seen  # the second time it comes from the cache
     assert texts == set(read_texts(data.sources, "train"))
     assert len(texts) == {"rotten_tomatoes": 5_971, "both": 5_971 + 17_433}[source]

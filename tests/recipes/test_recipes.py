@@ -13,6 +13,7 @@ from lightning_peft.cli.launch import launch, methods_in, parse
 from lightning_peft.cli.main import main
 from lightning_peft.cli.recipes import EXTRAS, UsageError, find, packaged, parse_header, read
 from lightning_peft.contract import methods_of
+from lightning_peft.network.layers import heads
 
 RECIPES = sorted(packaged())
 # What makes a run of each recipe short, and what builds its model without pretrained weights.
@@ -45,6 +46,17 @@ SHORT = {
         *("--data.image_size", "64", "--data.subset", "64", "--data.batch_size", "8"),
         *("--data.test_size", "40", "--trainer.max_epochs", "2"),
     ],
+    "language/lora_stories": [
+        *("--data.context", "16", "--data.batch_size", "2"),
+        *("--data.train_size", "128", "--data.val_size", "64", "--data.test_size", "64"),
+    ],
+    "language/lora_reviews": [
+        *("--data.max_length", "16", "--data.batch_size", "8", "--trainer.max_epochs", "1"),
+        *("--data.train_size", "24", "--data.val_size", "8", "--data.test_size", "8"),
+    ],
+    "vision/lora_groceries": [
+        *("--data.image_size", "64", "--data.subset", "32", "--data.batch_size", "8", "--trainer.max_epochs", "1"),
+    ],
 }
 OFFLINE = {
     "quickstart": ["--model.weights", "null"],
@@ -54,9 +66,12 @@ OFFLINE = {
     "language/grow_llama_reviews": [],
     "vision/grow_vit_cifar10": [],
     "vision/structured_groceries": ["--model.weights", "null"],
+    "vision/lora_groceries": ["--model.weights", "null"],
 }
 GROWTH = ["LayerGrowth"]
 SLICING = ["StructuredPruning"]
+LOW_RANK = ["LoRA"]
+ALONE = {"LayerGrowth": "layer_growth", "StructuredPruning": "structured_pruning", "LoRA": "lora"}
 TRAINING = ["NMSparsity", "WeightCompander", "PSKD"]
 TEST_TIME = ["BatchNormAdapt", "Tent", "ETA", "EATA", "SAR", "DeYO", "CoTTA", "ROID", "FisherEstimator"]
 METHODS = {
@@ -69,6 +84,9 @@ METHODS = {
     "language/grow_llama_reviews": GROWTH,
     "vision/grow_vit_cifar10": GROWTH,
     "vision/structured_groceries": SLICING,
+    "language/lora_stories": LOW_RANK,
+    "language/lora_reviews": LOW_RANK,
+    "vision/lora_groceries": LOW_RANK,
 }
 
 
@@ -96,7 +114,7 @@ def test_every_recipe_says_what_it_needs_and_parses(name) -> None:
     assert set(recipe.needs) <= set(EXTRAS)
     assert recipe.online, "the header names the usual online source"
     assert recipe.monitor.startswith("test/")
-    assert recipe.command == ("run" if METHODS[name] in (TRAINING, GROWTH, SLICING) else "adapt")
+    assert recipe.command == ("run" if METHODS[name] in (TRAINING, GROWTH, SLICING, LOW_RANK) else "adapt")
     assert methods_in(recipe, []) == METHODS[name]
     without = parse(recipe, SHORT[name], METHODS[name])
     assert without.config.trainer.callbacks == []
@@ -110,9 +128,8 @@ def test_a_recipe_without_pretrained_weights_is_built_offline_and_has_a_plan(nam
     if METHODS[name] is TRAINING:
         assert [row.name for row in plan(cli.model, methods).rows] == ["weight_compander", "nm_sparsity", "pskd"]
         return
-    if METHODS[name] in (GROWTH, SLICING):
-        expected = "layer_growth" if METHODS[name] is GROWTH else "structured_pruning"
-        assert [row.name for row in plan(cli.model, methods).rows] == [expected]
+    if METHODS[name] in (GROWTH, SLICING, LOW_RANK):
+        assert [row.name for row in plan(cli.model, methods).rows] == [ALONE[METHODS[name][0]]]
         return
     for method in methods:  # run one at a time
         assert [row.name for row in plan(cli.model, [method]).rows] == [method.name]
@@ -151,6 +168,33 @@ def test_the_recipe_that_slices_ends_smaller_and_is_measured(tmp_path, capsys) -
     files = ["report", str(out / "model.ckpt"), "--before", str(out / "dense/model.ckpt"), "--recipe", name]
     assert main([*files, "--out", str(tmp_path / "saved"), "--json", *short]) == 0, capsys.readouterr().err
     assert json.loads(capsys.readouterr().out)["predicted_speedup"] > 1.35  # 30 % of the operations are gone
+
+
+@pytest.mark.network
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in RECIPES if METHODS[name] is LOW_RANK])
+def test_recipes_of_deltas_keep_what_was_trained_and_end_in_an_ordinary_network(name, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    assert main(["run", name, "--out", str(out), "--json", *SHORT[name]]) == 0, capsys.readouterr().err
+    data = json.loads(capsys.readouterr().out)
+    assert find(name).monitor in data["composed"]["metrics"]
+    assert data["composed"]["steps"] == data["dense"]["steps"] > 0
+    assert data["composed"]["parameters"] == data["dense"]["parameters"], "the products are in the weights"
+    assert any("lightning_peft." not in line for line in data["loading"])
+    kept, whole = (torch.load(out / place, weights_only=True)["state_dict"] for place in ("model.ckpt", "baked.ckpt"))
+    model = launch(find(name), [*SHORT[name], "--trainer.logger", "false"]).model
+    before = model.state_dict()
+    writers = {id(parameter) for layer in heads(list(model.modules())) for parameter in layer.parameters()}
+    head = {key for key, value in model.state_dict(keep_vars=True).items() if id(value) in writers}
+    tuned = name != "language/lora_stories"  # whose head is the embedding: nothing of it is in the file, and it stays
+    assert set(whole) == set(before)
+    for key in head:
+        assert torch.equal(whole[key], before[key]) != tuned
+        assert (key in kept) == tuned
+    moved = {key for key in whole if not torch.equal(whole[key], before[key])} - head
+    assert len(moved) > 30
+    assert all(key.endswith("weight") and whole[key].ndim > 1 for key in moved)
+    assert (out / "report.html").read_text().count("data:image/png") >= 2
 
 
 def test_a_header_may_be_absent_and_must_be_right(tmp_path) -> None:
