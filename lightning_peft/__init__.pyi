@@ -78,6 +78,7 @@ from lightning_peft_plugins.selective.lift import LIFT as LIFT
 from lightning_peft_plugins.selective.norm_tuning import NormTuning as NormTuning
 from lightning_peft_plugins.selective.spiel import SpIEL as SpIEL
 from lightning_peft_plugins.selective.ssf import SSF as SSF
+from lightning_peft_plugins.selective.temporary_forgetting import TemporaryForgetting as TemporaryForgetting
 from lightning_peft_plugins.sparsity.nm_sparsity import NMSparsity as NMSparsity
 from lightning_peft_plugins.test_time.batch_norm_adapt import BatchNormAdapt as BatchNormAdapt
 from lightning_peft_plugins.test_time.cmf import CMF as CMF
