@@ -136,6 +136,8 @@ def restore(module: nn.Module, stash: dict[str, StashedTensor]) -> None:
         stashed = stash.get(mapped.name)
         if stashed is None or [item["map"] for item in stashed.records] != [weight_map.kind for weight_map in mapped.maps]:
             continue
+        if not all(_holds(weight_map, state) for weight_map, state in zip(mapped.maps, stashed.states, strict=True)):
+            continue
         if mapped.chain.pristine is None:
             mapped.chain.pristine = mapped.stored.detach().clone()
         mapped.stored.copy_(stashed.value)
@@ -152,6 +154,8 @@ def restore_parts(module: nn.Module, held: dict[str, StashedParts]) -> None:
         stashed = held.get(path)
         if stashed is None or [(record["name"], record["part"]) for record in stashed.records] != stack.names:
             continue
+        if [record["config"] for record in stashed.records] != [part.config() for part in stack.recorded]:
+            continue
         for name, value in stashed.values.items():
             own: Any = layer._parameters[name]
             stack.pristine[name] = own.detach().clone()
@@ -160,6 +164,12 @@ def restore_parts(module: nn.Module, held: dict[str, StashedParts]) -> None:
             part.load_state_dict(state)
             part.enabled = record["enabled"]
         stack.version = stack.count(layer)
+
+
+def _holds(attachment: Attachment, state: dict[str, Tensor]) -> bool:
+    """Whether a state has the shapes of an attachment's tensors: not after a fit with another rank."""
+    own = attachment.state_dict()
+    return own.keys() == state.keys() and all(own[key].shape == value.shape for key, value in state.items())
 
 
 # Neither the identity of a tensor nor its count of changes says whether its values are the same: assignments to ``.data`` leave

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Generator, Tensor, nn
 
 from lightning_peft.deltas.form import Form
 from lightning_peft.deltas.layout import Layout
 from lightning_peft.deltas.sides import Place
 from lightning_peft_plugins.deltas._shared.delta_method import DeltaMethod
+from lightning_peft_plugins.deltas._shared.dividing import check_divides
 
 
 class BlockForm(Form):
@@ -69,9 +69,4 @@ class Bone(DeltaMethod):
 
     def _check(self, found: Sequence[Place]) -> None:
         super()._check(found)
-        if odd := [place for place in found if any(size % self.rank for size in place.layout.matrix_shape[-2:])]:
-            raise MisconfigurationException(
-                f"{odd[0].tensor}, {tuple(odd[0].layout.matrix_shape)}, has no blocks of {self.rank} by {self.rank}. Give a "
-                f"rank= that divides both sides, or leave the layer out: exclude={[place.path for place in odd]!r} beside what "
-                "is excluded now; MiSS needs no such blocks."
-            )
+        check_divides(found, "rank", self.rank, "MiSS")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Generator, Tensor, nn
 
 from lightning_peft.arguments import positive
@@ -15,6 +14,7 @@ from lightning_peft.deltas.factored_form import FactoredForm
 from lightning_peft.deltas.layout import Layout
 from lightning_peft.deltas.sides import Place
 from lightning_peft_plugins.deltas._shared.delta_method import DeltaMethod
+from lightning_peft_plugins.deltas._shared.dividing import check_divides
 
 
 class HypercomplexForm(FactoredForm):
@@ -93,9 +93,4 @@ class PHM(DeltaMethod):
 
     def _check(self, found: Sequence[Place]) -> None:
         super()._check(found)
-        if odd := [place for place in found if any(size % self.terms for size in place.layout.matrix_shape[-2:])]:
-            raise MisconfigurationException(
-                f"terms={self.terms} does not divide both sides of {odd[0].tensor}, {tuple(odd[0].layout.matrix_shape)}. Give "
-                f"a number that does, or leave the layer out: exclude={[place.path for place in odd]!r} beside what is "
-                "excluded now."
-            )
+        check_divides(found, "terms", self.terms, "LoRA")
