@@ -33,7 +33,7 @@ WHOLE = {"exclude": None, "checkpoint": "full"}
 
 
 class SamePart(MethodTester):
-    """A delta that stands beside its layer as LoRA's does, with other factors: compiled once, in FLoRA's tests and in LoRA's."""
+    """A delta that stands beside its layer as LoRA's does, with other factors: compiled in the tests of LoRA and FLoRA."""
 
     def test_compiled(self, lead: Any) -> None:
         pytest.skip("the part is LoRA's")
