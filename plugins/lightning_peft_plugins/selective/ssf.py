@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft import Lane, Method, Run
 from lightning_peft.arguments import one_of
-from lightning_peft.network.layers import is_norm, is_weight
+from lightning_peft.network.layers import is_norm, is_weight, loose_matrices
 from lightning_peft.network.targets import TargetSpec, explicitly_named, select
 from lightning_peft.network.tunable import share_trained
 from lightning_peft.weights.parts import placed_parts
@@ -135,7 +135,7 @@ class SSF(Method):
         parts = [f"scales of {len(channels)} layers, {count:,} parameters"]
         if bare := [name for name, each in channels.items() if not each.shifted]:
             parts.append(f"no shift of {len(bare)} without a bias ({', '.join(bare[:3])}{', ...' * (len(bare) > 3)})")
-        if left := [name for name in found if name not in channels]:
+        if left := [*(name for name in found if name not in channels), *loose_matrices(module)]:
             parts.append(f"leaves {len(left)} alone ({', '.join(left[:3])}{', ...' * (len(left) > 3)})")
         return ", ".join([*parts, *(described_heads(module) if self.head else ())])
 

@@ -290,6 +290,29 @@ def test_arguments_are_checked_at_once(arguments: dict[str, Any], message: str) 
         SpIEL(**arguments)
 
 
+def test_files_hold_values_and_coordinates_alone(tmp_path: Path) -> None:
+    class Pretrained(Plain):
+        def build(self) -> None:
+            with torch.random.fork_rng():
+                torch.manual_seed(7)
+                super().build()
+
+    def methods() -> list[Any]:
+        return [SpIEL(density=0.1, every=4, window=2)]
+
+    run = fit(methods(), style=Pretrained, after=[every_epoch(tmp_path)], max_epochs=3)
+    assert not torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)["state_dict"]
+    again = lightning_peft.load_from_checkpoint(Pretrained, tmp_path / "epoch=2.ckpt")
+    assert all(torch.equal(p, q) for p, q in zip(run.module.parameters(), again.parameters(), strict=True))
+    resumed = fit(methods(), style=Pretrained, resume=tmp_path / "epoch=0.ckpt", seed=2, max_epochs=3)
+    assert_same(run, resumed, "uninterrupted against resumed")
+
+
+def test_what_no_layer_holds_is_named() -> None:
+    net = nn.ModuleDict({"mix": nn.MultiheadAttention(8, 2), "out": nn.Linear(8, 3)})
+    assert "6 of 64 weights in 1 layers, not mix.in_proj_weight" in str(lightning_peft.plan(net, [SpIEL(density=0.1)]))
+
+
 def test_a_choice_that_never_came_is_told() -> None:
     with pytest.warns(UserWarning, match="before coordinates were chosen by their gradients, after step 5"):
         trainer(callbacks=[SpIEL()]).fit(Plain(), loader(), loader())
