@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -288,6 +289,33 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
 def test_arguments_are_checked_at_once(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(MisconfigurationException, match=re.escape(message)):
         SpIEL(**arguments)
+
+
+def test_a_layer_that_is_called_late_gets_no_candidates_before() -> None:
+    class Late(Plain):
+        def logits(self, inputs: Tensor) -> Tensor:
+            net, self.calls = self.model, self.calls + 1
+            hidden = net[:2](inputs)
+            return net[3:](hidden if self.calls < 3 else net[2](hidden))  # type: ignore[no-any-return]
+
+        calls = 0
+
+    method = SpIEL(density=0.1, every=8, window=4)
+    watch = Watch(method)
+    fit([method], style=Late, after=[watch])
+    assert not torch.equal(watch.indices[2], watch.indices[3])
+    state = method._ages["model.2.weight"]
+    assert 2.0 in state.tolist(), "grown coordinates are as old as the steps in which their layer was called"
+
+
+def test_gradients_that_a_scaler_does_not_take_back_are_taken_back() -> None:
+    weight, other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    scaler = SimpleNamespace(get_scale=lambda: 8.0)
+    trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler), optimizers=[torch.optim.SGD([weight])])
+    run: Any = SimpleNamespace(trainer=trainer)
+    assert (SpIEL._scale(run, weight), SpIEL._scale(run, other)) == (1.0, 8.0)
+    trainer.precision_plugin = object()
+    assert SpIEL._scale(run, other) == 1.0
 
 
 def test_files_hold_values_and_coordinates_alone(tmp_path: Path) -> None:
