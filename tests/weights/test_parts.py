@@ -327,3 +327,52 @@ def test_maps_and_parts_leave_a_layer_in_any_order(net):
     detach_maps(net)
     assert type(net[0]) is nn.Linear
     assert "named_modules" not in vars(net)
+
+
+class Affine(Times):
+    """Goes into weight and bias."""
+
+    kind, keeps_zeros = "affine", True
+
+    def forward(self, output, inputs):
+        return 2 * output + 1
+
+    def merged(self, weight):
+        return 2 * weight
+
+    def merged_bias(self, bias):
+        return 2 * bias + 1
+
+
+def test_a_part_goes_into_the_bias_too(net):
+    before = copy.deepcopy(net)
+    part = put_part(net, "0", Affine(1))
+    assert part.into == ("weight", "bias")
+    expected = net(X)
+    for baked in (bake(copy.deepcopy(net)), pickle.loads(pickle.dumps(net))):
+        torch.testing.assert_close(baked(X), expected)
+        torch.testing.assert_close(baked[0].bias, 2 * before[0].bias + 1)
+    detach_maps(net, "pristine")
+    assert difference(dict(before.state_dict()), dict(net.state_dict())) is None
+    bare = nn.Sequential(nn.Linear(16, 3, bias=False))
+    put_part(bare, "0", Affine(1))
+    torch.testing.assert_close(bake(bare)(X), 2 * nn.functional.linear(X, bare[0].weight / 2))
+
+
+def test_of_two_parts_one_may_leave_the_bias_alone(net):
+    put_part(net, "0", Affine(1))
+    put_part(net, "0", LowRankPart(16, 16, 2, 1))
+    expected, bias = net(X), net[0].bias.clone()
+    torch.testing.assert_close(bake(net)(X), expected)
+    torch.testing.assert_close(net[0].bias, 2 * bias + 1)
+
+
+def test_a_part_that_keeps_zeros_stands_beside_a_mask(net):
+    attach_map(net, "0.weight", ThresholdMap(0.1))
+    put_part(net, "0", Affine(1))
+    zeros = net[0].weight == 0
+    baked = bake(net)
+    assert torch.equal(baked[0].weight == 0, zeros)
+    attach_map(net, "2.weight", ThresholdMap(0.1))
+    with pytest.raises(MisconfigurationException, match="would fill in its zeros"):
+        put_part(net, "2", LowRankPart(16, 16, 2, 1))

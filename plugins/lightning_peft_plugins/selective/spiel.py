@@ -76,6 +76,7 @@ class SpIEL(SparseUpdate):
         self.density, self.every, self.window, self.rate = density, every, window, rate
         self._candidates: dict[str, Candidates] = {}
         self._ages: dict[str, Tensor] = {}
+        self._adams: list[AgedAdam] = []
         self._watched: set[nn.Parameter] = set()
 
     def count(self, weight: Tensor) -> int:
@@ -92,9 +93,11 @@ class SpIEL(SparseUpdate):
         """Let Adam count the age of every coordinate."""
         if not counts_ages(innermost(optimizer)):
             return optimizer
-        return AgedAdam(
-            optimizer, lambda: {values.values: self._age(mapped.name, values) for mapped, values in self.maps(run.module)}
-        )
+        self._adams.append(AgedAdam(optimizer, lambda: self._all_ages(run)))
+        return self._adams[-1]
+
+    def _all_ages(self, run: Run) -> dict[nn.Parameter, Tensor]:
+        return {values.values: self._age(mapped.name, values) for mapped, values in self.maps(run.module)}
 
     def _age(self, name: str, values: SparseValues) -> Tensor:
         """Steps that Adam has taken with each coordinate."""
@@ -118,13 +121,21 @@ class SpIEL(SparseUpdate):
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Take the gradients of the weights away before the optimizer uses them, and sum those of the candidates."""
         for mapped, values in self.maps(run.module):
-            gradient = mapped.stored.grad
-            if gradient is None or mapped.stored not in self._watched or owner([optimizer], values.values) is None:
+            if mapped.stored not in self._watched or owner([optimizer], values.values) is None:
                 continue
-            mapped.stored.grad = None
-            whole_gradient = run.trainer.strategy.reduce(gradient.flatten(), reduce_op="mean")
-            if whole_gradient.isfinite().all():  # a gradient scaler skips a step that is not
-                self._candidates[mapped.name] = summed(self._candidates.get(mapped.name), whole_gradient, len(values.indices))
+            gradient, mapped.stored.grad = mapped.stored.grad, None
+            if gradient is None and run.trainer.world_size == 1:
+                continue
+            found = torch.zeros_like(mapped.stored) if gradient is None else gradient / self._scale(run, mapped.stored)
+            found = run.trainer.strategy.reduce(found.flatten(), reduce_op="mean")
+            if found.any() and found.isfinite().all():  # a layer was called; a gradient scaler skips a step that is not finite
+                self._candidates[mapped.name] = summed(self._candidates.get(mapped.name), found, len(values.indices))
+
+    @staticmethod
+    def _scale(run: Run, stored: nn.Parameter) -> float:
+        """What a gradient scaler multiplied a gradient with: it takes that from the gradients of optimizers alone."""
+        scaler = getattr(run.trainer.precision_plugin, "scaler", None)
+        return 1.0 if scaler is None or owner(run.trainer.optimizers, stored) is not None else float(scaler.get_scale())
 
     def _unwatch(self) -> None:
         for stored in self._watched:
@@ -159,11 +170,11 @@ class SpIEL(SparseUpdate):
 
     def _seed(self, run: Run, name: str, values: SparseValues, candidates: Candidates, places: Tensor) -> None:
         """Let Adam know of grown coordinates what was seen of them."""
-        found = owner(run.trainer.optimizers, values.values)
-        optimizer = None if found is None else run.trainer.optimizers[found[0]]
-        if found is None or not isinstance(optimizer, AgedAdam):
+        found = owner(self._adams, values.values)
+        state = {} if found is None else self._adams[found[0]].state.get(values.values, {})
+        if found is None or not state:  # another optimizer, or one that has taken no step yet
             return
-        state, betas = optimizer.state[values.values], optimizer.param_groups[found[1]]["betas"]
+        betas = self._adams[found[0]].param_groups[found[1]]["betas"]
         at = torch.searchsorted(values.indices, candidates.indices[places])
         moments = seeded_moments(candidates.total[places], candidates.squares[places], candidates.samples, betas)
         for key, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):

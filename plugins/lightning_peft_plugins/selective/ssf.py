@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft import Lane, Method, Run
 from lightning_peft.arguments import one_of
-from lightning_peft.network.layers import is_norm, is_weight
+from lightning_peft.network.layers import is_norm, is_weight, loose_matrices, public_class
 from lightning_peft.network.targets import TargetSpec, explicitly_named, select
 from lightning_peft.network.tunable import share_trained
 from lightning_peft.weights.parts import placed_parts
@@ -75,17 +75,17 @@ class SSF(Method):
             MisconfigurationException: A layer is named that cannot be, or none can.
         """
         found = self._found(module)
-        unfit = {name: layer for name, layer in found.items() if name not in self._channels(module, found)}
+        fit = self._channels(module, found)
+        unfit = [name for name in found if name not in fit]
         named = explicitly_named(module, self.targets)
-        if wrong := [name for name, layer in unfit.items() if layer in named] or (
-            list(unfit) if len(unfit) == len(found) else []
-        ):
+        wrong = [name for name in unfit if found[name] in named] if fit else unfit
+        if wrong:
             raise MisconfigurationException(
-                f"{self.name}: no scale can go into the weight of {wrong[0]}, {type(found[wrong[0]]).__name__}: its class "
+                f"{self.name}: no scale can go into the weight of {wrong[0]}, {public_class(found[wrong[0]])}: its class "
                 f"computes in its own way, or nobody calls it. Leave it out: exclude={wrong[:3]!r}"
-                f"{'.' if len(unfit) < len(found) else ', and name layers that compute as those of torch do in targets=.'}"
+                f"{'.' if fit else ', and name layers in targets= that compute as those of torch do.'}"
             )
-        return {name: layer for name, layer in found.items() if name not in unfit}
+        return {name: found[name] for name in fit}
 
     def _found(self, module: nn.Module) -> dict[str, nn.Module]:
         if self.targets is not None:
@@ -135,7 +135,7 @@ class SSF(Method):
         parts = [f"scales of {len(channels)} layers, {count:,} parameters"]
         if bare := [name for name, each in channels.items() if not each.shifted]:
             parts.append(f"no shift of {len(bare)} without a bias ({', '.join(bare[:3])}{', ...' * (len(bare) > 3)})")
-        if left := [name for name in found if name not in channels]:
+        if left := [*(name for name in found if name not in channels), *loose_matrices(module)]:
             parts.append(f"leaves {len(left)} alone ({', '.join(left[:3])}{', ...' * (len(left) > 3)})")
         return ", ".join([*parts, *(described_heads(module) if self.head else ())])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -288,6 +289,56 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
 def test_arguments_are_checked_at_once(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(MisconfigurationException, match=re.escape(message)):
         SpIEL(**arguments)
+
+
+def test_a_layer_that_is_called_late_gets_no_candidates_before() -> None:
+    class Late(Plain):
+        def logits(self, inputs: Tensor) -> Tensor:
+            net, self.calls = self.model, self.calls + 1
+            hidden = net[:2](inputs)
+            return net[3:](hidden if self.calls < 3 else net[2](hidden))  # type: ignore[no-any-return]
+
+        calls = 0
+
+    method = SpIEL(density=0.1, every=8, window=4)
+    watch = Watch(method)
+    fit([method], style=Late, after=[watch])
+    assert not torch.equal(watch.indices[2], watch.indices[3])
+    state = method._ages["model.2.weight"]
+    assert 2.0 in state.tolist(), "grown coordinates are as old as the steps in which their layer was called"
+
+
+def test_gradients_that_a_scaler_does_not_take_back_are_taken_back() -> None:
+    weight, other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    scaler = SimpleNamespace(get_scale=lambda: 8.0)
+    trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler), optimizers=[torch.optim.SGD([weight])])
+    run: Any = SimpleNamespace(trainer=trainer)
+    assert (SpIEL._scale(run, weight), SpIEL._scale(run, other)) == (1.0, 8.0)
+    trainer.precision_plugin = object()
+    assert SpIEL._scale(run, other) == 1.0
+
+
+def test_files_hold_values_and_coordinates_alone(tmp_path: Path) -> None:
+    class Pretrained(Plain):
+        def build(self) -> None:
+            with torch.random.fork_rng():
+                torch.manual_seed(7)
+                super().build()
+
+    def methods() -> list[Any]:
+        return [SpIEL(density=0.1, every=4, window=2)]
+
+    run = fit(methods(), style=Pretrained, after=[every_epoch(tmp_path)], max_epochs=3)
+    assert not torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)["state_dict"]
+    again = lightning_peft.load_from_checkpoint(Pretrained, tmp_path / "epoch=2.ckpt")
+    assert all(torch.equal(p, q) for p, q in zip(run.module.parameters(), again.parameters(), strict=True))
+    resumed = fit(methods(), style=Pretrained, resume=tmp_path / "epoch=0.ckpt", seed=2, max_epochs=3)
+    assert_same(run, resumed, "uninterrupted against resumed")
+
+
+def test_what_no_layer_holds_is_named() -> None:
+    net = nn.ModuleDict({"mix": nn.MultiheadAttention(8, 2), "out": nn.Linear(8, 3)})
+    assert "6 of 64 weights in 1 layers, not mix.in_proj_weight" in str(lightning_peft.plan(net, [SpIEL(density=0.1)]))
 
 
 def test_a_choice_that_never_came_is_told() -> None:

@@ -128,7 +128,9 @@ def test_layers_that_compute_in_their_own_way_are_left_alone() -> None:
         {"norm": GemmaRMSNorm(4), "mix": nn.MultiheadAttention(4, 2), "fc": nn.Linear(4, 4), "out": nn.Linear(4, 2)}
     )
     printed = str(lightning_peft.plan(net, [SSF()]))
-    assert "scales of 1 layers, 8 parameters, leaves 2 alone (norm, mix.out_proj), the head (out)" in printed
+    assert (
+        "scales of 1 layers, 8 parameters, leaves 3 alone (norm, mix.out_proj, mix.in_proj_weight), the head (out)" in printed
+    )
     for layers in (["norm"], ["mix.out_proj", "fc"]):
         with pytest.raises(MisconfigurationException, match=r"Leave it out: exclude=\['(norm|mix\.out_proj)'\]"):
             lightning_peft.plan(net, [SSF(targets=layers)])

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.arguments import one_of
 from lightning_peft.attach.averaging import averaged_modules
+from lightning_peft.network.layers import loose_matrices
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft.network.tunable import TUNABLE, share_trained, tunable
 from lightning_peft.weights.maps import MappedTensor, maps_of
@@ -116,11 +117,13 @@ class SparseUpdate(Method):
         return values(mapped.entering(values))
 
     def describe(self, module: nn.Module) -> str:
-        """Count the coordinates."""
+        """Count the coordinates, and name matrices that no layer of the usual kinds holds."""
         weights = [module.get_submodule(tensor.rpartition(".")[0]).weight for tensor in self.claims(module)]
         count = sum(self.count(weight) for weight in weights)  # type: ignore[arg-type]
         whole = sum(weight.numel() for weight in weights)  # type: ignore[operator]
         parts = [f"{count:,} of {whole:,} weights in {len(weights)} layers", *(f"{part} as they are" for part in self.tune)]
+        if unreached := loose_matrices(module):
+            parts.append(f"not {', '.join(unreached[:3])}{', ...' * (len(unreached) > 3)}")
         return ", ".join(parts)
 
     def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
