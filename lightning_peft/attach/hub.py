@@ -51,6 +51,7 @@ from lightning_peft.structure.carry import regroup
 from lightning_peft.weights import stash
 from lightning_peft.weights.attachment import Attachment
 from lightning_peft.weights.detach import attachments, check_stay, detach_maps
+from lightning_peft.weights.map_modules import shown_within
 from lightning_peft.weights.maps import forget_pristine, mapped_tensors
 from lightning_peft.weights.parts import placed_parts
 
@@ -204,6 +205,7 @@ class Hub:
             self._gradients = StepGradients(self.run, self.methods, self._terms, lambda: self.active)
             self._shims += [shim.install() for shim in self._gradients.shims()]
             self._shadow(module, "on_fit_start", self._fit_start)
+            self._shadow(module, "configure_optimizers", self._configure_optimizers)
         self._adapter = next((method for method in self.methods if method.lane == Lane.ADAPT), None)
         if self._adapter is not None and not self._fitting:
             self._evaluation = EvaluationShim(self.run.network, self._adapter.adapt, step_compiler(module)).install()
@@ -213,6 +215,10 @@ class Hub:
         rank_zero_info(str(plan))
 
     # Training.
+
+    def _configure_optimizers(self, inner: Callable[[], Any]) -> Any:
+        with shown_within(self.run.module):
+            return inner()
 
     def _fit_start(self, inner: Callable[[], None]) -> None:
         """Bind after every callback: finetuning ones replace the groups of a resumed optimizer in their ``on_fit_start``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -67,3 +68,30 @@ class MapModules:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self._root(), self.name)
+
+
+class WithinModules(MapModules):
+    """The same for a module within, when it is asked itself; whoever walks over all modules sees parts and maps at the end."""
+
+    def __call__(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        if memo is None:
+            yield from super().__call__(memo, prefix, remove_duplicate)
+        else:  # a walk from outside hands on what it has seen
+            yield from self._walk(memo, prefix, remove_duplicate)
+
+
+@contextmanager
+def shown_within(root: nn.Module) -> Iterator[None]:
+    """Show parts and maps to who asks a module within for its parameters, as ``configure_optimizers`` often does."""
+    paths = {path for path, layer in root.named_modules() if isinstance(layer, MappedLayer)}
+    above = {".".join(path.split(".")[:depth]) for path in paths for depth in range(1, path.count(".") + 2)}
+    within = [root.get_submodule(path) for path in sorted(above)]
+    for module in within:
+        WithinModules.show(module)
+    try:
+        yield
+    finally:
+        for module in within:
+            WithinModules.hide(module)

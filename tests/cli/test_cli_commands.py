@@ -60,7 +60,7 @@ def test_show_includes_a_card_packaged_beside_the_module(cli, tmp_path, monkeypa
 
 
 def test_unknown_names_suggest_the_nearest(cli, capsys) -> None:
-    assert "Did you mean PSKD?" in cli("show", "PSDK")[2]
+    assert "Did you mean PSKD" in cli("show", "PSDK")[2]
     assert "Did you mean groceries?" in cli("assets", "fetch", "grocery")[2]
     with pytest.raises(SystemExit, match="2"):
         main(["lst"])

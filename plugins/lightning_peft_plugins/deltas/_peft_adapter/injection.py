@@ -55,9 +55,16 @@ def plain_config(config: Any) -> dict[str, Any]:
 
     Args:
         config: The configuration, or its data as ``adapter_config.json`` has it.
+
+    Raises:
+        MisconfigurationException: It is neither.
     """
     if isinstance(config, Mapping):
         config = built_config(config)
+    if isinstance(config, type) or not hasattr(config, "peft_type") or not dataclasses.is_dataclass(config):
+        raise MisconfigurationException(
+            f"config={config!r} is no configuration of PEFT. Give one, such as peft.LoraConfig(target_modules=['query'])."
+        )
     defaults = {field.name: _default(field) for field in dataclasses.fields(config)}
     said = {name: getattr(config, name) for name, default in defaults.items() if getattr(config, name) != default}
     return {
