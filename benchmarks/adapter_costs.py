@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_peft import PERP, Method
 from lightning_peft.network.tunable import tunable
-from lightning_peft_plugins.deltas.low_rank import LowRank
+from lightning_peft_plugins.deltas._shared.delta_method import DeltaMethod
 
 WARMUP = 3  # steps that are not timed
 
@@ -82,8 +82,8 @@ def closed_count(module: nn.Module, methods: Iterable[Method]) -> int:
     tuned: set[nn.Parameter] = set()
     count = 0
     for method in methods:
-        assert isinstance(method, LowRank) or (isinstance(method, PERP) and method.lora is None)
-        places = method.places(module) if isinstance(method, LowRank) else []
-        count += sum(method.kind.trainable(place.layout, method.rank) for place in places)
+        assert isinstance(method, DeltaMethod) or (isinstance(method, PERP) and method.lora is None)
+        places = method.places(module) if isinstance(method, DeltaMethod) else []
+        count += sum(method.kind.trainable(place.layout, **method.arguments(place)) for place in places)
         tuned.update(tunable(module, method.tune, {place.path for place in places}))
     return count + sum(parameter.numel() for parameter in tuned)

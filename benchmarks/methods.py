@@ -28,7 +28,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_peft import PERP, PSKD, DoRA, LoRA, NMSparsity, WeightCompander
+from lightning_peft import EVA, PERP, PSKD, AdaLoRA, DoRA, LoRA, LoRAXS, MiSS, NMSparsity, PiSSA, WeightCompander
 from lightning_peft.contract import methods_of
 from lightning_peft.functional import is_nm
 from lightning_peft.measure.calibration import calibration_table, mean_table
@@ -136,6 +136,11 @@ def deltas(head: Sequence[str] = ()) -> Variants:
         "LoRA r=8, root": lambda: [LoRA(rank=8, scaling="root", tune=head)],
         "DoRA r=7": lambda: [DoRA(rank=7, tune=head)],
         "LoRA r=4": lambda: [LoRA(rank=4, tune=head)],
+        "PiSSA r=8": lambda: [PiSSA(rank=8, tune=head)],
+        "EVA r=8": lambda: [EVA(rank=8, looks=2, tune=head)],
+        "AdaLoRA r=7 to 5": lambda: [AdaLoRA(rank=7, target=5, tinit="10%", tfinal="30%", tune=head)],
+        "MiSS r=16": lambda: [MiSS(rank=16, tune=head)],
+        "LoRA-XS r=16": lambda: [LoRAXS(rank=16, tune=head)],
         "norm": tuned("norm"),
         **({"bias": tuned("bias"), "head": tuned()} if head else {}),
     }
@@ -144,10 +149,19 @@ def deltas(head: Sequence[str] = ()) -> Variants:
 def rated(full: float, matrices: float, numbers: float) -> dict[str, float]:
     """Learning rates of the variants of :func:`deltas`: of all weights, of matrices beside them, of single numbers and heads.
 
-    A scale that is larger by the root of the rank stands for a rate that is smaller.
+    A scale that is larger by the root of the rank stands for a rate that is smaller. PiSSA moves what the weight has most of, at
+    the rate of all weights.
     """
     rates = dict.fromkeys(deltas(("head",)), matrices)
-    return rates | dict.fromkeys(("norm", "bias", "head"), numbers) | {"full": full, "LoRA r=8, root": matrices / 8**0.5}
+    return (
+        rates
+        | dict.fromkeys(("norm", "bias", "head"), numbers)
+        | {
+            "full": full,
+            "PiSSA r=8": full,
+            "LoRA r=8, root": matrices / 8**0.5,
+        }
+    )
 
 
 PATTERNS, SPARSITY_RECIPES = ("2:4", "1:8", "1:16"), ("ste", "sr-ste", "mdgf-exponential")

@@ -20,6 +20,11 @@ COUNTS = {
     "LoRA r=8, root": 2 * 8 * (16 + 16) + HEAD,
     "DoRA r=7": 2 * (7 * (16 + 16) + 16) + HEAD,
     "LoRA r=4": 2 * 4 * (16 + 16) + HEAD,
+    "PiSSA r=8": 2 * 8 * (16 + 16) + HEAD,
+    "EVA r=8": 2 * 8 * (16 + 16) + HEAD,
+    "AdaLoRA r=7 to 5": 2 * 7 * (16 + 1 + 16) + HEAD,
+    "MiSS r=16": 2 * 16 * 16 + HEAD,
+    "LoRA-XS r=16": 2 * 16 * 16 + HEAD,
     "norm": HEAD,  # there are none
     "bias": 2 * 16 + HEAD,
     "head": HEAD,
