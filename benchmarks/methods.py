@@ -149,8 +149,8 @@ def deltas(head: Sequence[str] = ()) -> Variants:
 def rated(full: float, matrices: float, numbers: float) -> dict[str, float]:
     """Learning rates of the variants of :func:`deltas`: of all weights, of matrices beside them, of single numbers and heads.
 
-    A scale that is larger by the root of the rank stands for a rate that is smaller. PiSSA moves what the weight has most of, at
-    the rate of all weights.
+    A scale that is larger by the root of the rank stands for a rate that is smaller. PiSSA moves what the weight has most
+    of, at the rate of all weights.
     """
     rates = dict.fromkeys(deltas(("head",)), matrices)
     return (

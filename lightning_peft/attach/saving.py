@@ -270,7 +270,9 @@ class CheckpointHooks:
         shown = {path: [record["state"] for record in records] for path, records in parts.items()}
         modules = [self._module, *(averaging.averaged_modules(self._trainer) if self._fitting else [])]
         beside = section.get(part_states.COPIES, [])
-        states = beside if self._fitting and len(beside) == len(modules) else [shown] * len(modules)
+        states = [shown] * len(modules)
+        if self._fitting and len(beside) == len(modules):  # a module whose fit was over when it was saved had none on it
+            states = [each or shown for each in beside]
         for each, module in zip(states, modules, strict=True):
             part_states.check_states(each, module)
         for each, module in zip(states, modules, strict=True):

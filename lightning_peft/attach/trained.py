@@ -13,7 +13,7 @@ from torch import nn
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.compose.run import Run
 from lightning_peft.contract import Contract
-from lightning_peft.optim.optimizers import owner, parameter_names
+from lightning_peft.optim.optimizers import owner, parameter_names, trained_by
 from lightning_peft.weights.maps import mapped_tensors
 from lightning_peft.weights.parts import placed_parts
 
@@ -101,6 +101,24 @@ class TrainedParameters:
                 raise MisconfigurationException(
                     f"{names[parameter]} is to be trained, but no optimizer has it. Let configure_optimizers take "
                     "self.parameters(), or those with requires_grad."
+                )
+
+        self._check_scaler()
+
+    def _check_scaler(self) -> None:
+        """Under a gradient scaler, see that every optimizer has something to train; without a gradient its step fails.
+
+        Raises:
+            MisconfigurationException: One has not.
+        """
+        if not self._frozen or getattr(self._run.trainer.precision_plugin, "scaler", None) is None:
+            return
+        for place, optimizer in enumerate(self._run.trainer.optimizers):
+            if not any(parameter.requires_grad for parameter in trained_by(optimizer)):
+                raise MisconfigurationException(
+                    f"{self._names()} leave optimizer {place} nothing to train, and the gradient scaler of 16-mixed lets no "
+                    "optimizer take a step without gradients. Train with precision='bf16-mixed', or name some of its "
+                    "parameters among what is trained, for instance tune=('head',)."
                 )
 
     def thaw(self) -> None:
