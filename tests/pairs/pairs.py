@@ -47,7 +47,7 @@ CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "GroupEnvelope": lambda: peft.GroupEnvelope(0.5, exclude=(), end=3),
     "HFT": lambda: peft.HFT(every=2),
     "ISSP": lambda: peft.ISSP(0.5, exclude=(), end=3),
-    "IncreLoRA": lambda: peft.IncreLoRA(warmup=0, every=1, exclude=(), checkpoint="full"),
+    "IncreLoRA": lambda: peft.IncreLoRA(top=16, warmup=0, every=1, exclude=(), checkpoint="full"),
     "KaSA": lambda: peft.KaSA(rank=1, targets="all-weights", exclude=(), checkpoint="full"),
     "LAME": lambda: peft.LAME(neighbours=2),
     "LIFT": lambda: peft.LIFT(rank=1, every=2, targets="all-weights", exclude=(), checkpoint="full"),

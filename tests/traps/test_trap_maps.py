@@ -69,7 +69,7 @@ def test_t13_a_map_joins_an_optimizer_of_named_parameters():
     groups = fit([ToyScale()], style=Named).trainer.optimizers[0].param_groups
     assert [group["param_names"] for group in groups] == [
         ["0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"],
-        [f"model.{place}.weight.toy_scale.scale" for place in (0, 2, 4)],
+        [f"{place}.parametrizations.weight.0.scale" for place in (0, 2, 4)],  # as the part that was asked calls them
     ]
 
 
