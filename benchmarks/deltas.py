@@ -16,7 +16,7 @@ import platform
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -162,12 +162,16 @@ class InUse(TorchDispatchMode):
 
 
 def fit(name: str, variant: str, pipe: Connection, args: argparse.Namespace) -> None:
-    """Train in this process, a step at a time; the last step is counted and not timed."""
+    """Train in this process, a step at a time."""
+    train(name, *built(name, variant), pipe, args)
+
+
+def train(name: str, module: Tuned, callbacks: list[Callback], pipe: Connection, args: argparse.Namespace) -> None:
+    """Train a variant when its turn comes; one step more is taken than is timed."""
     quiet()
     torch.set_num_threads(args.threads)
-    module, callbacks = built(name, variant)
-    trainer = lean(callbacks=[Baton(pipe, time.perf_counter), *callbacks], max_steps=args.warmup + args.rounds + 1)
-    trainer.fit(module, batches(name, args.warmup + args.rounds + 1))
+    steps = args.warmup + args.rounds + 1
+    lean(callbacks=[Baton(pipe, time.perf_counter), *callbacks], max_steps=steps).fit(module, batches(name, steps))
 
 
 def lean(**settings: Any) -> Trainer:
@@ -198,35 +202,38 @@ def attaching(name: str, rounds: int) -> float:
     return statistics.median(shares)
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Compare the variants on one network."""
-    seconds = interleave(name, VARIANTS, args, fit)
+def timed(
+    name: str, variants: Sequence[str], against: str, args: argparse.Namespace, fit: Callable[..., None]
+) -> dict[str, dict[str, Any]]:
+    """Compare the steps of all variants with those of one, in turns."""
+    seconds = interleave(name, variants, args, fit)
     rows = {}
     for variant, times in seconds.items():
-        bytes_kept, peak = counted(name, variant)
-        ratio, interval = compared(times, seconds["peft"])
-        rows[variant] = {
-            "ms": 1000 * statistics.median(times),
-            "ratio": ratio,
-            "interval": interval,
-            "kept": bytes_kept,
-            "peak": peak,
-        }
+        ratio, interval = compared(times, seconds[against])
+        rows[variant] = {"ms": 1000 * statistics.median(times), "ratio": ratio, "interval": interval}
     return rows
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Command line."""
+    args = arguments(__doc__)
     quiet()
     about = {"torch": torch.__version__, "peft": peft.__version__, "python": platform.python_version(), "threads": args.threads}
-    results = {name: measure(name, args) for name in args.networks}
+    results = {name: timed(name, VARIANTS, "peft", args, fit) for name in args.networks}
+    for name, rows in results.items():
+        for variant, row in rows.items():
+            row["kept"], row["peak"] = counted(name, variant)
     attaches = {name: attaching(name, args.rounds // 3) for name in args.networks}
     for name, rows in results.items():
         table = Table(

@@ -10,17 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
-from deltas import NETWORKS, Kept, Tuned, batches, lean
+from deltas import NETWORKS, Kept, Tuned, arguments, batches, lean, timed, train
 from lightning.pytorch import Callback
-from overhead import Baton, compared, interleave, quiet
+from overhead import quiet
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -45,12 +42,8 @@ def built(name: str, variant: str) -> tuple[Tuned, list[Callback]]:
 
 
 def fit(name: str, variant: str, pipe: Connection, args: argparse.Namespace) -> None:
-    """Train in this process, a step at a time; the last step is counted and not timed."""
-    quiet()
-    torch.set_num_threads(args.threads)
-    module, callbacks = built(name, variant)
-    steps = args.warmup + args.rounds + 1
-    lean(callbacks=[Baton(pipe, time.perf_counter), *callbacks], max_steps=steps).fit(module, batches(name, steps))
+    """Train in this process, a step at a time."""
+    train(name, *built(name, variant), pipe, args)
 
 
 class State(Callback):
@@ -72,35 +65,15 @@ def weighed(name: str, variant: str) -> tuple[int, int]:
     return kept.bytes, state.bytes
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Compare the variants on one network."""
-    seconds = interleave(name, ("full", *METHODS), args, fit)
-    rows = {}
-    for variant, times in seconds.items():
-        ratio, interval = compared(times, seconds["full"])
-        kept, state = weighed(name, variant)
-        rows[variant] = {
-            "ms": 1000 * statistics.median(times),
-            "ratio": ratio,
-            "interval": interval,
-            "kept": kept,
-            "state": state,
-        }
-    return rows
-
-
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    args = arguments(__doc__)
     quiet()
     about = {"torch": torch.__version__, "python": platform.python_version(), "threads": args.threads}
-    results = {name: measure(name, args) for name in args.networks}
+    results = {name: timed(name, ("full", *METHODS), "full", args, fit) for name in args.networks}
+    for name, rows in results.items():
+        for variant, row in rows.items():
+            row["kept"], row["state"] = weighed(name, variant)
     for name, rows in results.items():
         table = Table("variant", "step, ms", "of full", "95 % interval", "kept, MB", "Adam's state, MB", title=name)
         for variant, row in rows.items():

@@ -7,18 +7,18 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft.assets import Asset
 from lightning_peft_recipes.corruptions import CORRUPTIONS, NOTE, SEVERITIES, cached_corruption
+from lightning_peft_recipes.split_loaders import SplitLoaders
 
 Batch = tuple[Tensor, Tensor]
 Prepare = Callable[[Tensor], Tensor]
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(SplitLoaders):
     """Base of the image data modules; a subclass says which images a split has, and how they become a batch.
 
     Args:
@@ -59,22 +59,6 @@ class ImageDataModule(LightningDataModule):
                 self._splits[split] = TensorDataset(images, labels)
                 if split == "test":
                     self._test_indices = numbers
-
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled training images."""
-        return self._loader("train", shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Validation images."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """Test images."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        """Test images."""
-        return self._loader("test")
 
     def shifts(self) -> dict[str, tuple[int, ...]]:
         """The 15 common corruptions, each at severities 1 to 5."""
@@ -121,7 +105,7 @@ class ImageDataModule(LightningDataModule):
             self.asset, subset, images, shift, severity, seed=self.corruption_seed, indices=self._test_indices
         )
 
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Batch]:
+    def loader(self, split: str, shuffle: bool = False) -> DataLoader[Batch]:
         data = self._splits[split]
         return DataLoader(
             data,

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -23,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_peft.assets import derived, open_member
 from lightning_peft_recipes.assets import MINILM, MOVIE_REVIEWS
+from lightning_peft_recipes.split_loaders import SplitLoaders
 from lightning_peft_recipes.subsets import stratified, subset_count
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ SPLITS = {"train": (0.0, 0.7), "val": (0.7, 0.8), "test": (0.8, 1.0)}
 """Share of the reviews, in the order of their hashes, that each split takes."""
 
 
-class ReviewsDataModule(LightningDataModule):
+class ReviewsDataModule(SplitLoaders):
     """Film reviews as batches of ``input_ids``, ``attention_mask`` (``[batch, tokens]``) and ``labels`` (``[batch]``).
 
     Duplicates are removed; 70 % of the rest train, 10 % validate, 20 % test, by the hash of the text, so the split never
@@ -96,22 +96,6 @@ class ReviewsDataModule(LightningDataModule):
             if split not in self._splits:
                 self._splits[split] = _Reviews(self._tokenised(split, tokenizer))
 
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Shuffled training reviews."""
-        return self._loader("train", shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Validation reviews."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Test reviews."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Test reviews."""
-        return self._loader("test")
-
     def shifts(self) -> dict[str, tuple[int, ...]]:
         """The other source; it has no severities."""
         return {source: () for source in SOURCES if source != self.source}
@@ -131,7 +115,7 @@ class ReviewsDataModule(LightningDataModule):
         tokenizer, _ = load_tokenizer(self.tokenizer, self.max_length)
         return _Reviews(self._tokenised("test", tokenizer, shift))
 
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[dict[str, Tensor]]:
+    def loader(self, split: str, shuffle: bool = False) -> DataLoader[dict[str, Tensor]]:
         return DataLoader(
             self._splits[split],
             batch_size=self.batch_size if split == "train" else self.eval_batch_size or self.batch_size,

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_peft_recipes.reviews import SPLITS, splits_for
+from lightning_peft_recipes.split_loaders import SplitLoaders
 from lightning_peft_recipes.subsets import subset_count
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-class TokenBlocksDataModule(LightningDataModule):
+class TokenBlocksDataModule(SplitLoaders):
     """Base of the data modules of running text; a subclass says what the tokenizer is and which tokens a split has.
 
     Batches are dictionaries of ``input_ids`` and the same ``labels``, both ``[batch, context]``. The model does the shift:
@@ -84,23 +84,7 @@ class TokenBlocksDataModule(LightningDataModule):
             if split not in self._splits:
                 self._splits[split] = self._blocks(split)
 
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Shuffled training blocks."""
-        return self._loader("train", shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Validation blocks."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Test blocks."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Test blocks."""
-        return self._loader("test")
-
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[dict[str, Tensor]]:
+    def loader(self, split: str, shuffle: bool = False) -> DataLoader[dict[str, Tensor]]:
         blocks = self._splits[split]
         return DataLoader(
             _Blocks(blocks),
