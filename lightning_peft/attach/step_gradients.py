@@ -133,11 +133,8 @@ class StepGradients:
         return users.loss  # Lightning does not step under a gradient scaler if this is None
 
     def _scale(self) -> float:
-        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
-
-    @property
-    def _scaler(self) -> Any:
-        return getattr(self._run.trainer.precision_plugin, "scaler", None)
+        scaler = self._run.gradient_scaler
+        return 1.0 if scaler is None else float(scaler.get_scale())
 
     # Once more.
 
@@ -185,7 +182,8 @@ class StepGradients:
 
     def _propagate(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Backward pass, but for the ``on_before_backward`` and ``on_after_backward`` of everybody's callbacks."""
-        self._run.module.backward(loss if self._scaler is None else self._scaler.scale(loss), *args, **kwargs)
+        scaler = self._run.gradient_scaler
+        self._run.module.backward(loss if scaler is None else scaler.scale(loss), *args, **kwargs)
 
     # Once more, by hand.
 

@@ -123,7 +123,7 @@ class StepTerms:
 
     def _checks(self, loss: Tensor) -> bool:
         """Whether to ask if the loss is finite: another device would have to be waited for, and a gradient scaler skips it."""
-        if getattr(self.run.trainer.precision_plugin, "scaler", None) is not None:
+        if self.run.gradient_scaler is not None:
             return False
         return loss.device.type == "cpu" or self._should_log
 

@@ -111,7 +111,7 @@ class TrainedParameters:
         Raises:
             MisconfigurationException: One has not.
         """
-        if not self._frozen or getattr(self._run.trainer.precision_plugin, "scaler", None) is None:
+        if not self._frozen or self._run.gradient_scaler is None:
             return
         for place, optimizer in enumerate(self._run.trainer.optimizers):
             if not any(parameter.requires_grad for parameter in trained_by(optimizer)):

@@ -166,8 +166,9 @@ def _built(
     cli = launch(recipe, overrides, methods_in(recipe, overrides), adjust)
     cli.model.configure_model()
     modules = [copy.deepcopy(cli.model) for _ in paths]
+    base = cli.model.state_dict()
     for module, path in zip(modules, paths, strict=True):
-        checkpoint = baked(read_checkpoint(path, trusted=trusted), cli.model.state_dict())
+        checkpoint = baked(read_checkpoint(path, trusted=trusted), base)
         restore(module, checkpoint["state_dict"], journal.read(sections.read(checkpoint)))
     with interruptible(cli.trainer):
         cli.trainer.test(modules[0], datamodule=cli.datamodule, verbose=False)

@@ -30,6 +30,7 @@ from lightning_peft.report.proof import prove
 from lightning_peft.report.run import RunEvidence, outcome_table, run_report
 from lightning_peft.report.weights import weigh
 from lightning_peft.structure import checkpoint as sections
+from lightning_peft.structure.partial import leaves_out
 
 DENSE, COMPOSED = "dense", "composed"
 # Enough for events at tenths of a training, two epochs because much goes wrong where one ends.
@@ -187,8 +188,7 @@ def _base(
     checkpoint: Mapping[str, Any], recipe: Recipe, overrides: Sequence[str], methods: Sequence[str]
 ) -> dict[str, Tensor] | None:
     """Build the module anew for the tensors that a checkpoint of what was trained leaves out; ``None`` for a whole one."""
-    section = sections.read(checkpoint)
-    if section is None or not section.get("base"):
+    if not leaves_out(sections.read(checkpoint)):
         return None
     module = launch(recipe, overrides, methods, quiet).model
     module.configure_model()

@@ -66,12 +66,17 @@ class Run:
         """Epoch being trained, from 0."""
         return self.trainer.current_epoch if self.late_epoch is None else self.late_epoch
 
+    @property
+    def gradient_scaler(self) -> Any:
+        """The scaler of ``16-mixed``, or ``None``."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
     def gradient_scale(self, optimizer: Optimizer) -> float:
         """Factor by which gradients are too large between the backward passes and the step: 1, unless one unscales by itself.
 
         An optimizer with ``fused=True`` under a gradient scaler does; what is added to its gradients is to be multiplied.
         """
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scaler = self.gradient_scaler
         unscales = getattr(innermost(optimizer), "_step_supports_amp_scaling", False)
         return float(scaler.get_scale()) if scaler is not None and unscales else 1.0
 

@@ -38,6 +38,12 @@ class Layout:
         return Size([others, first]) if self.transposed else Size([first, others])
 
     @property
+    def input_shape(self) -> Size:
+        """The dimensions of the inputs as the weight has them: a kernel's are apart."""
+        whole = self.stacked or self.transposed
+        return self.matrix_shape[-1:] if whole else self.shape[1:]
+
+    @property
     def largest_rank(self) -> int:
         """The rank that no matrix of this shape exceeds."""
         return min(self.matrix_shape[-2:])

@@ -34,8 +34,8 @@ class LowRankForm(FactoredForm):
     def __init__(self, layout: Layout, rank: int, scale: float = 1.0, table: bool = False, taken: int = 0) -> None:
         super().__init__(layout, rank)
         self.scale, self.table = scale, table
-        *stack, outputs, inputs = layout.matrix_shape
-        beside = layout.shape[1:] if not (layout.stacked or layout.transposed) else (inputs,)
+        *stack, outputs, _ = layout.matrix_shape
+        beside = layout.input_shape
         self.down = nn.Parameter(torch.zeros(*stack, rank, *beside))
         self.up = nn.Parameter(torch.zeros(*stack, outputs, rank))
         self.taken = taken
@@ -67,10 +67,14 @@ class LowRankForm(FactoredForm):
             down: Shape ``(rank, inputs)``.
             up: Shape ``(outputs, rank)``; the scale stands before the product of both.
         """
-        with torch.no_grad():
-            self.down.copy_(down.view_as(self.down))
-            self.up.copy_(up)
+        self.set_factors(down, up)
         self.take_off(down, self.scale * up)
+
+    @torch.no_grad()
+    def set_factors(self, down: Tensor, up: Tensor) -> None:
+        """Set both factors, given as matrices."""
+        self.down.copy_(down.view_as(self.down))
+        self.up.copy_(up)
 
     def take_off(self, down: Tensor, up: Tensor) -> None:
         """Take ``up @ down`` off the frozen weight for good; the weight itself stays the base's.

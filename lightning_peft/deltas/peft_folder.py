@@ -70,7 +70,7 @@ def save_peft(
     ranks, alphas, config = {}, {}, _new_config(found)
     for path, layer, form, _ in found:
         inner = _within(prefix, path)
-        shape = form.layout.shape[1:] if not form.layout.transposed else form.layout.shape[:1]
+        shape = form.layout.input_shape
         down, up = (factor.detach().cpu() for factor in form.written_factors())
         magnitude = form.magnitude.detach().cpu() if isinstance(form, DecomposedForm) else None
         table = isinstance(layer, nn.Embedding)

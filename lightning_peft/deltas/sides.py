@@ -18,6 +18,8 @@ from lightning_peft.network.layers import has_class, is_linear, own_parameters, 
 from lightning_peft.network.plain_class import plain_class
 from lightning_peft.weights.mapped_layer import MappedLayer
 
+_NOT_CALLED = "no layer is called with it"
+
 
 @dataclass(frozen=True)
 class Place:
@@ -38,6 +40,11 @@ class Place:
     layout: Layout
     side: Literal["activations", "weight"]
     reason: str = ""
+
+    @property
+    def called(self) -> bool:
+        """Whether the layer is called with the tensor, so that its inputs can be seen."""
+        return self.reason != _NOT_CALLED
 
     @property
     def seen(self) -> Tensor:
@@ -108,7 +115,7 @@ def why_on_weight(module: nn.Module, path: str, layer: Any, form: type[Form], ke
     """Say why calls of a layer cannot take a product in, so that it has to act on the weight; nothing where they can."""
     parent = module.get_submodule(path.rpartition(".")[0]) if path else None
     if key != "weight" or isinstance(parent, nn.MultiheadAttention):
-        return "no layer is called with it"
+        return _NOT_CALLED
     if form.beside == "none":
         return "it is no product of thin matrices"
     if plain_class(layer).forward is nn.Linear.forward:

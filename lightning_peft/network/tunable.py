@@ -6,9 +6,26 @@ from collections.abc import Collection
 
 from torch import nn
 
+from lightning_peft.arguments import one_of
 from lightning_peft.network.layers import heads, is_norm, own_parameters
 
 TUNABLE = ("bias", "norm", "head")
+
+
+def kinds_of(tune: Collection[str]) -> tuple[str, ...]:
+    """Read an argument ``tune=``: some of :data:`TUNABLE`, or one alone.
+
+    Raises:
+        MisconfigurationException: It names another kind.
+
+    Example:
+        >>> kinds_of("head"), kinds_of(["bias", "norm"])
+        (('head',), ('bias', 'norm'))
+    """
+    kinds = (tune,) if isinstance(tune, str) else tuple(tune)
+    for kind in kinds:
+        one_of("tune", kind, TUNABLE)
+    return kinds
 
 
 def tunable(module: nn.Module, kinds: Collection[str], mapped: Collection[str] = ()) -> dict[nn.Parameter, str]:

@@ -19,7 +19,7 @@ from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form, dict_of, fields, list_of, tensor, whole
 from lightning_peft_plugins.deltas._adalora.triplet_importance import TripletImportance
-from lightning_peft_plugins.deltas._shared.orthogonality import orthogonality
+from lightning_peft_plugins.deltas._shared.orthogonality import factor_gaps
 from lightning_peft_plugins.deltas._shared.scaled_delta import ScaledDelta
 from lightning_peft_plugins.deltas._shared.triplet_form import TripletForm
 
@@ -133,9 +133,7 @@ class AdaLoRA(ScaledDelta):
     def loss(self, step: Step) -> Tensor | None:
         if not self.gamma:
             return None
-        forms = list(self._forms.values())
-        gaps = [orthogonality(form.rows()) + orthogonality(form.up.mT) for form in forms]
-        return self.gamma * torch.stack(gaps).sum() / (2 * self._matrices)
+        return self.gamma * factor_gaps(self._forms.values()) / (2 * self._matrices)
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Note which triplets the step moves."""

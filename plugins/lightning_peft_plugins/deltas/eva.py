@@ -31,9 +31,6 @@ class EVA(BatchStart):
     kind = LowRankForm
     paper = "Paischer et al., Parameter Efficient Fine-tuning via Explained Variance Adaptation, 2024, arXiv 2410.07170"
 
-    def __init__(self, rank: int = 8, alpha: float | None = None, looks: int = 8, **kwargs: Any) -> None:
-        super().__init__(rank, alpha, looks, **kwargs)
-
     def see(self, name: str, layer: nn.Module, inputs: Tensor, output: Tensor) -> None:
         self.add(name, moments(inputs))
 

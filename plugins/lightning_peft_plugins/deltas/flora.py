@@ -59,9 +59,8 @@ class TuckerForm(FactoredForm):
 
 def _sizes(layout: Layout) -> tuple[list[int], list[int]]:
     """Numbers of matrices, and the sizes that each has: outputs, inputs, kernel."""
-    *stack, outputs, inputs = layout.matrix_shape
-    whole = layout.stacked or layout.transposed
-    return stack, [outputs, *([inputs] if whole else layout.shape[1:])]
+    *stack, outputs, _ = layout.matrix_shape
+    return stack, [outputs, *layout.input_shape]
 
 
 class FLoRA(ScaledDelta):
@@ -79,6 +78,3 @@ class FLoRA(ScaledDelta):
 
     kind = TuckerForm
     paper = "Si et al., FLoRA: Low-Rank Core Space for N-dimension, 2024, arXiv 2405.14739"
-
-    def __init__(self, rank: int = 8, alpha: float | None = None, **kwargs: Any) -> None:
-        super().__init__(rank, alpha, **kwargs)

@@ -172,7 +172,7 @@ class IncreLoRA(ScaledDelta):
         for form in self._forms.values():
             form.score = None
         now = run.trainer.strategy.reduce(now, reduce_op="mean")  # type: ignore[assignment]
-        if (scaler := getattr(run.trainer.precision_plugin, "scaler", None)) is not None:
+        if (scaler := run.gradient_scaler) is not None:
             now = now / scaler.get_scale()
             if not now.isfinite().all():
                 return False

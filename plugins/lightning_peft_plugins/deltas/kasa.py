@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from lightning_peft import Step
 from lightning_peft.deltas.low_rank_form import LowRankForm
 from lightning_peft.deltas.sides import Place
-from lightning_peft_plugins.deltas._shared.orthogonality import orthogonality
+from lightning_peft_plugins.deltas._shared.orthogonality import factor_gaps
 from lightning_peft_plugins.deltas._shared.scaled_delta import ScaledDelta
 from lightning_peft_plugins.deltas._shared.triplet_form import TripletForm
 
@@ -62,5 +62,4 @@ class KaSA(ScaledDelta):
     def loss(self, step: Step) -> Tensor:
         forms = [form for _, form in self.forms(step.run.module)]
         sizes = torch.stack([form.values.square().sum() for form in forms]).sum()
-        gaps = torch.stack([orthogonality(form.rows()) + orthogonality(form.up.mT) for form in forms]).sum()
-        return (self.beta * sizes + self.gamma * gaps) / len(forms)
+        return (self.beta * sizes + self.gamma * factor_gaps(forms)) / len(forms)

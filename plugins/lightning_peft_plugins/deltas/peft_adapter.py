@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 from lightning_peft import Lane, Method, Resource, Run, Step
 from lightning_peft.arguments import one_of
 from lightning_peft.network.resolve import resolve_network
+from lightning_peft.network.seeds import named_seed
 from lightning_peft.network.targets import TargetSpec, select
-from lightning_peft.network.tunable import TUNABLE, share_trained, tunable
+from lightning_peft.network.tunable import kinds_of, share_trained, tunable
 from lightning_peft.structure.forms import Form
 from lightning_peft.weights.parts import placed_parts
 from lightning_peft_plugins.deltas._peft_adapter.adapter_check import check_adapter, check_unchanged
@@ -79,9 +79,7 @@ class PeftAdapter(Method):
         super().__init__(targets=targets, exclude=exclude, network=network, name=name)
         check_installed()
         one_of("checkpoint", checkpoint, ("full", "trained"))
-        self.tune = (tune,) if isinstance(tune, str) else tuple(tune)
-        for part in self.tune:
-            one_of("tune", part, TUNABLE)
+        self.tune = kinds_of(tune)
         self.data = plain_config(config)
         for argument, theirs in (("targets", "target_modules"), ("exclude", "exclude_modules")):
             if getattr(self, argument) is not None and self.data.get(theirs):
@@ -125,7 +123,7 @@ class PeftAdapter(Method):
         for name, description in descriptions.items():
             path, layer = name.removeprefix(prefix), layers[name]
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(torch.initial_seed() ^ zlib.crc32(f"{self.name}/{name}".encode()))
+                torch.manual_seed(named_seed(f"{self.name}/{name}"))
                 if description not in checked:
                     check_adapter(found.config, path, description)
                     checked.append(description)

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from lightning_peft import Run, Step
 from lightning_peft.arguments import positive
-from lightning_peft_plugins.deltas._shared.orthogonality import orthogonality
+from lightning_peft_plugins.deltas._shared.orthogonality import factor_gaps
 from lightning_peft_plugins.deltas._shared.scaled_delta import ScaledDelta
 from lightning_peft_plugins.deltas._shared.triplet_form import TripletForm
 
@@ -46,8 +46,7 @@ class SORSA(ScaledDelta):
 
     def loss(self, step: Step) -> Tensor:
         forms = [form for _, form in self.forms(step.run.module)]
-        gaps = [orthogonality(form.rows()) + orthogonality(form.up.mT) for form in forms]
-        return self.gamma / self._rate * torch.stack(gaps).sum() / (2 * len(gaps))
+        return self.gamma / self._rate * factor_gaps(forms) / (2 * len(forms))
 
 
 def _peak(group: Mapping[str, Any]) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.arguments import one_of
 from lightning_peft.network.targets import SENSITIVE, TargetSpec
-from lightning_peft.network.tunable import TUNABLE, share_trained, tunable
+from lightning_peft.network.tunable import TUNABLE, kinds_of, share_trained, tunable
 from lightning_peft.weights.maps import mapped_tensors
 from lightning_peft_plugins.pruning.functional.perp import MaskLoRAMap, ScaleLoRAMap
 
@@ -64,9 +64,7 @@ class PERP(Method):
         name: str | None = None,
     ) -> None:
         super().__init__(targets=targets, exclude=exclude or None, name=name)
-        self.tune = (tune,) if isinstance(tune, str) else tuple(tune)
-        for part in self.tune:
-            one_of("tune", part, TUNABLE)
+        self.tune = kinds_of(tune)
         one_of("lora", lora, (*LORA, None))
         if not self.tune and lora is None:
             raise MisconfigurationException("Nothing would be trained: name parts with tune=, or a map with lora=.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft import Resource, Run
+from lightning_peft.network.seeds import named_seed
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft.optim.optimizers import owner
 from lightning_peft.optim.wrapped import innermost
@@ -85,7 +85,7 @@ class SpIEL(SparseUpdate):
 
     def first(self, tensor: str, weight: Tensor) -> Tensor:
         """A random choice."""
-        seed = torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(f"{self.name}/{tensor}".encode()))
+        seed = torch.Generator().manual_seed(named_seed(f"{self.name}/{tensor}"))
         drawn = torch.randperm(weight.numel(), generator=seed)[: self.count(weight)]
         return drawn.sort().values.to(weight.device)
 
@@ -134,7 +134,7 @@ class SpIEL(SparseUpdate):
     @staticmethod
     def _scale(run: Run, stored: nn.Parameter) -> float:
         """What a gradient scaler multiplied a gradient with: it takes that from the gradients of optimizers alone."""
-        scaler = getattr(run.trainer.precision_plugin, "scaler", None)
+        scaler = run.gradient_scaler
         return 1.0 if scaler is None or owner(run.trainer.optimizers, stored) is not None else float(scaler.get_scale())
 
     def _unwatch(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from lightning_peft import Lane, Method, Run
 from lightning_peft.arguments import one_of
 from lightning_peft.network.layers import is_norm, is_weight, loose_matrices, public_class
+from lightning_peft.network.seeds import named_seed
 from lightning_peft.network.targets import TargetSpec, explicitly_named, select
 from lightning_peft.network.tunable import share_trained
 from lightning_peft.weights.parts import placed_parts
@@ -112,7 +112,7 @@ class SSF(Method):
             assert weight is not None
             if weight.dtype == torch.float64:
                 part.to(weight.dtype)
-            seed = torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(f"{self.name}/{name}".encode()))
+            seed = torch.Generator().manual_seed(named_seed(f"{self.name}/{name}"))
             if self.noise:
                 with torch.no_grad():
                     for parameter in part.parameters():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_peft
-from lightning_peft import IncreLoRA, LayerGrowth, NMSparsity, StructuredPruning
+from lightning_peft import IncreLoRA, LayerGrowth, NMSparsity, Run, StructuredPruning
 from lightning_peft.testing import MethodTester
 from lightning_peft.testing.callbacks import StopAfter, every_epoch
 from lightning_peft.testing.modules import Conv, Plain, deepened, loader
@@ -287,7 +287,7 @@ def test_scores_are_unscaled_and_those_of_a_step_that_is_skipped_left_out() -> N
     scaler = SimpleNamespace(get_scale=lambda: 1024.0)
     strategy = SimpleNamespace(reduce=lambda value, reduce_op: value)
     trainer = SimpleNamespace(strategy=strategy, precision_plugin=SimpleNamespace(scaler=scaler))
-    run: Any = SimpleNamespace(trainer=trainer)
+    run: Any = Run(trainer, nn.Module(), "", nn.Module())  # type: ignore[arg-type]
     form.score = torch.tensor(2048.0)
     assert method._see(run)
     assert method._scores.tolist() == pytest.approx([0.15 * 2])

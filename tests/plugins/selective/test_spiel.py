@@ -17,7 +17,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 import lightning_peft
-from lightning_peft import NMSparsity, SpIEL
+from lightning_peft import NMSparsity, Run, SpIEL
 from lightning_peft.functional import is_nm, reallocated, seeded_moments
 from lightning_peft.testing import MethodTester, Reference, Task
 from lightning_peft.testing.callbacks import every_epoch
@@ -312,7 +312,7 @@ def test_gradients_that_a_scaler_does_not_take_back_are_taken_back() -> None:
     weight, other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     scaler = SimpleNamespace(get_scale=lambda: 8.0)
     trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler), optimizers=[torch.optim.SGD([weight])])
-    run: Any = SimpleNamespace(trainer=trainer)
+    run: Any = Run(trainer, nn.Module(), "", nn.Module())  # type: ignore[arg-type]
     assert (SpIEL._scale(run, weight), SpIEL._scale(run, other)) == (1.0, 8.0)
     trainer.precision_plugin = object()
     assert SpIEL._scale(run, other) == 1.0

@@ -82,11 +82,11 @@ class BatchStart(ScaledDelta):
         self._watched = {
             place.tensor: place
             for place in self.places(run.module)
-            if place.tensor not in self._kept and place.reason != "no layer is called with it" and is_linear(place.layer)
+            if place.tensor not in self._kept and place.called and is_linear(place.layer)
         }
         if run.step >= self.looks or not self._watched:
             return
-        if getattr(run.trainer.precision_plugin, "scaler", None) is not None:
+        if run.gradient_scaler is not None:
             raise MisconfigurationException(
                 f"{self.name} trains no delta in its first {self.looks} steps, and the gradient scaler of 16-mixed wants a "
                 "gradient in every step. Train with precision='bf16-mixed'."

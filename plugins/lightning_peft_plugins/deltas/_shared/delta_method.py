@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -18,8 +17,9 @@ from lightning_peft.deltas.delta_part import DeltaPart
 from lightning_peft.deltas.form import Form
 from lightning_peft.deltas.sides import Place, places
 from lightning_peft.network.layers import heads
+from lightning_peft.network.seeds import named_seed
 from lightning_peft.network.targets import TargetSpec
-from lightning_peft.network.tunable import TUNABLE, share_trained, tunable
+from lightning_peft.network.tunable import kinds_of, share_trained, tunable
 from lightning_peft.weights.maps import mapped_tensors
 from lightning_peft.weights.parts import placed_parts
 
@@ -75,9 +75,7 @@ class DeltaMethod(Method):
         if not 0 <= dropout < 1:
             raise MisconfigurationException(f"dropout={dropout} must be at least 0 and below 1.")
         one_of("checkpoint", checkpoint, ("full", "trained"))
-        self.tune = (tune,) if isinstance(tune, str) else tuple(tune)
-        for part in self.tune:
-            one_of("tune", part, TUNABLE)
+        self.tune = kinds_of(tune)
         self.rank, self.dropout = rank, dropout
         self.stays, self.checkpoint = keep, checkpoint
 
@@ -129,8 +127,7 @@ class DeltaMethod(Method):
             if weight.dtype == torch.float64:  # else in single precision whatever the weight has: few numbers, small steps
                 form.to(weight.dtype)
             matrix = place.layout.matrix(weight.detach()).to(next(form.parameters()).dtype)
-            seed = torch.initial_seed() ^ zlib.crc32(f"{self.name}/{place.tensor}".encode())
-            self.begin(form, matrix, torch.Generator().manual_seed(seed))
+            self.begin(form, matrix, torch.Generator().manual_seed(named_seed(f"{self.name}/{place.tensor}")))
             form.to(weight.device)
             if place.side == "weight":
                 self.map_weight(module, place.tensor, DeltaMap(form))

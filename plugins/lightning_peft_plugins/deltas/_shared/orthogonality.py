@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,3 +24,8 @@ def orthogonality(rows: Tensor) -> Tensor:
     """
     gap = rows @ rows.mT - torch.eye(rows.shape[-2], dtype=rows.dtype, device=rows.device)
     return torch.linalg.matrix_norm(gap).sum()
+
+
+def factor_gaps(forms: Iterable[Any]) -> Tensor:
+    """Add up :func:`orthogonality` of the rows of ``A`` and of the columns of ``B``, over low-rank forms."""
+    return torch.stack([orthogonality(form.rows()) + orthogonality(form.up.mT) for form in forms]).sum()

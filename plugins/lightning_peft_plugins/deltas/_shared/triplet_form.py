@@ -38,9 +38,9 @@ class TripletForm(LowRankForm):
             up: Shape ``(outputs, rank)``.
             values: Shape ``(rank,)``; ones by default.
         """
+        self.set_factors(down, up)
         with torch.no_grad():
             self.values.copy_(torch.ones_like(self.values) if values is None else values)
-        super().start_as(down, up)
         self.take_off(self.values.unsqueeze(-1) * down, self.scale * up)
 
     def factors(self) -> tuple[Tensor, Tensor]:

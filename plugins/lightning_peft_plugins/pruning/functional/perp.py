@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import zlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft import Lane, WeightMap
+from lightning_peft.network.seeds import named_seed
 
 
 def mask_lora(weight: Tensor, product: Tensor, scale: float) -> Tensor:
@@ -54,7 +54,7 @@ class _LowRankMap(WeightMap):
         self.shape, self.rank, self.alpha = torch.Size(shape), rank, alpha
         self.a = nn.Parameter(torch.empty(rank, self.shape[1:].numel()))
         self.b = nn.Parameter(torch.empty(self.shape[0], rank))
-        self.reset(torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(name.encode())))
+        self.reset(torch.Generator().manual_seed(named_seed(name)))
 
     def reset(self, generator: torch.Generator) -> None:
         """Set both factors so that the layer computes what it did."""

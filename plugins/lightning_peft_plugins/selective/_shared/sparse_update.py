@@ -15,7 +15,7 @@ from lightning_peft.arguments import one_of
 from lightning_peft.attach.averaging import averaged_modules
 from lightning_peft.network.layers import loose_matrices
 from lightning_peft.network.targets import TargetSpec
-from lightning_peft.network.tunable import TUNABLE, share_trained, tunable
+from lightning_peft.network.tunable import kinds_of, share_trained, tunable
 from lightning_peft.weights.maps import MappedTensor, maps_of
 from lightning_peft.weights.sparse_values import SparseValues, carried
 
@@ -49,9 +49,7 @@ class SparseUpdate(Method):
     ) -> None:
         super().__init__(targets=targets, exclude=exclude or None, name=name)
         one_of("checkpoint", checkpoint, ("full", "trained"))
-        self.tune = (tune,) if isinstance(tune, str) else tuple(tune)
-        for part in self.tune:
-            one_of("tune", part, TUNABLE)
+        self.tune = kinds_of(tune)
         self.checkpoint = checkpoint
 
     def count(self, weight: Tensor) -> int:
