@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from functools import cache
+from pathlib import Path
 
 import markdown
 import pytest
@@ -73,10 +74,18 @@ def test_overrides_in_a_recipes_comments_exist(path) -> None:
     assert_override(recipe, tuple(word for override in shown for word in override.split(" ", 1)))
 
 
+@cache
+def constants(script: Path) -> set[object]:
+    """The constants of a script and of the scripts beside it that it imports: one of them may read the command line."""
+    nodes = list(ast.walk(ast.parse(script.read_text())))
+    beside = [script.with_name(f"{node.module}.py") for node in nodes if isinstance(node, ast.ImportFrom)]
+    own = {node.value for node in nodes if isinstance(node, ast.Constant)}
+    return own.union(*(constants(path) for path in beside if path.exists()))
+
+
 @pytest.mark.parametrize("arguments", BENCHMARKS)
 def test_a_benchmark_has_these_flags(arguments: list[str]) -> None:
-    script = markdown.ROOT / arguments[0]
-    written = {node.value for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Constant)}
+    written = constants(markdown.ROOT / arguments[0])
     flags = [word for word in arguments[1:] if word.startswith("--")]
     assert [flag for flag in flags if not {flag, flag[2:]} & written] == []  # a loop may put the dashes before the names
 
