@@ -23,6 +23,7 @@ from lightning_peft.deltas.low_rank_form import LowRankForm
 from lightning_peft.deltas.sides import why_on_weight
 from lightning_peft.network.resolve import resolve_network
 from lightning_peft.weights.maps import attach_map, mapped_tensors
+from lightning_peft.weights.merge import check_unmerged
 from lightning_peft.weights.parts import placed_parts, put_part
 
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}
@@ -107,6 +108,7 @@ def load_peft(module: nn.Module, folder: str | Path, *, name: str = "lora", netw
         MisconfigurationException: The folder is damaged, pickled or of another kind, or does not fit the network. Nothing was
             changed then.
     """
+    check_unmerged(module, "another adapter")
     files, (prefix, net) = peft_files.read(Path(folder)), resolve_network(module, network)
     config = files.config
     unknown = sorted(
@@ -119,7 +121,7 @@ def load_peft(module: nn.Module, folder: str | Path, *, name: str = "lora", netw
             f"{folder} has settings that say nothing to this library: {', '.join(unknown)}.", UserWarning, stacklevel=2
         )
     layers = dict.fromkeys(layer for layer, _ in files.factors)
-    made = [_made(net, layer, files, config) for layer in layers]
+    made = [_made(net, layer, files, config, name) for layer in layers]
     own = net.state_dict(keep_vars=True)
     for key, value in files.others.items():
         if key not in own or own[key].shape != value.shape:
@@ -140,7 +142,7 @@ def load_peft(module: nn.Module, folder: str | Path, *, name: str = "lora", netw
     return paths
 
 
-def _made(net: nn.Module, name: str, files: peft_files.AdapterFiles, config: Any) -> DeltaPart | DeltaMap:
+def _made(net: nn.Module, name: str, files: peft_files.AdapterFiles, config: Any, adapter: str) -> DeltaPart | DeltaMap:
     """The delta of one layer, with the file's factors, for the side on which it can act."""
     down, up = files.factors[name, "down"], files.factors[name, "up"]
     try:
@@ -174,7 +176,7 @@ def _made(net: nn.Module, name: str, files: peft_files.AdapterFiles, config: Any
         if isinstance(form, DecomposedForm):
             form.magnitude.copy_(files.factors[name, "magnitude"])
     form.to(layer.weight.device)
-    if why_on_weight(net, name, layer, kind):
+    if why_on_weight(net, name, layer, kind, adapter):
         return DeltaMap(form)
     return DeltaPart(form, float(config.get("lora_dropout") or 0.0))
 
