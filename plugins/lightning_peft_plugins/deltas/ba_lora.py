@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 import lightning_peft
 from lightning_peft import Resource, Step
-from lightning_peft.arguments import positive
+from lightning_peft.arguments import not_negative, positive
 from lightning_peft.network.logits import as_logits
 from lightning_peft.network.modes import modes_kept
 from lightning_peft_plugins.deltas._shared.low_rank import LowRank
@@ -54,11 +53,8 @@ class BALoRA(LowRank):
         **kwargs: Any,
     ) -> None:
         super().__init__(rank, alpha, init="pissa", **kwargs)
-        if min(consistency, diversity, singular) < 0:
-            raise MisconfigurationException(
-                f"consistency={consistency}, diversity={diversity} and singular={singular} must not be negative. Zero leaves a "
-                "term out."
-            )
+        for argument, value in (("consistency", consistency), ("diversity", diversity), ("singular", singular)):
+            not_negative(argument, value, "Zero leaves the term out.")
         positive("top", top)
         self.consistency, self.diversity, self.singular, self.top = consistency, diversity, singular, top
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft import Run, Step
-from lightning_peft.arguments import positive
+from lightning_peft.arguments import decay, not_negative, positive
 from lightning_peft.compose.schedule import parse_point
 from lightning_peft.deltas.sides import Place
 from lightning_peft.optim.optimizers import trained_by
@@ -84,10 +84,9 @@ class IncreLoRA(ScaledDelta):
         most = 4 * target if most is None else most
         if not rank < target <= most:
             raise MisconfigurationException(f"target={target} must be above rank={rank} and at most most={most}.")
-        if not (0 < beta1 < 1 and 0 < beta2 < 1):
-            raise MisconfigurationException(f"beta1={beta1} and beta2={beta2} must be between 0 and 1.")
-        if gamma < 0:
-            raise MisconfigurationException(f"gamma={gamma} must not be negative. Zero leaves the penalty out.")
+        decay("beta1", beta1)
+        decay("beta2", beta2)
+        not_negative("gamma", gamma, "Zero leaves the penalty out.")
         positive("increment", increment)
         positive("top", top)
         self.target, self.increment, self.top, self.most = target, increment, top, most

@@ -15,13 +15,12 @@ from lightning_peft.arguments import one_of, positive
 from lightning_peft.deltas.delta_map import DeltaMap
 from lightning_peft.deltas.delta_part import DeltaPart
 from lightning_peft.deltas.form import Form
+from lightning_peft.deltas.on_module import Delta, deltas_on
 from lightning_peft.deltas.sides import Place, places
 from lightning_peft.network.layers import heads
 from lightning_peft.network.seeds import named_seed
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft.network.tunable import kinds_of, share_trained, tunable
-from lightning_peft.weights.maps import mapped_tensors
-from lightning_peft.weights.parts import placed_parts
 
 
 class DeltaMethod(Method):
@@ -93,15 +92,9 @@ class DeltaMethod(Method):
         """
         form.reset(weight, generator)
 
-    def deltas(self, module: nn.Module) -> Iterator[tuple[str, DeltaPart | DeltaMap]]:
-        """Yield the deltas on a module, each with the name of its tensor, those beside layers first."""
-        for placed in placed_parts(module):
-            if placed.part.method == self.name and isinstance(placed.part, DeltaPart):
-                yield f"{placed.path}.weight".removeprefix("."), placed.part
-        for mapped in mapped_tensors(module):
-            for each in mapped.maps:
-                if each.method == self.name and isinstance(each, DeltaMap):
-                    yield mapped.name, each
+    def deltas(self, module: nn.Module) -> Iterator[tuple[str, Delta]]:
+        """Yield the method's deltas on a module, each with the name of its tensor, those beside layers first."""
+        return ((name, delta) for name, delta in deltas_on(module) if delta.method == self.name)
 
     def forms(self, module: nn.Module) -> Iterator[tuple[str, Any]]:
         """Yield their forms in the same way."""
