@@ -93,6 +93,27 @@ def test_eva_reads_the_principal_components_that_peft_finds() -> None:
         torch.testing.assert_close(cosines, torch.ones(3), atol=1e-3, rtol=0)
 
 
+def test_eva_gives_weights_the_ranks_that_peft_gives_them() -> None:
+    notes = trained(EVA(3, looks=1, rho=2.0))
+    config = expected(peft.LoraConfig(r=3, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0)))
+    found = get_eva_state_dict(
+        network(),
+        [BATCHES[0]],
+        config,
+        forward_fn=lambda net, x: net(x),
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=None,
+        show_progress_bar=False,
+    )
+    theirs = {name: len(components) for name, components in found.items()}
+    assert sorted(theirs.values()) != [3, 3], "the ranks differ"
+    for name, rank in theirs.items():
+        form, last = notes.states[0][f"model.{name}.weight"], notes.states[-1][f"model.{name}.weight"]
+        assert len(form["down"]) == 6
+        assert [bool(row.any()) for row in form["down"]] == [True] * rank + [False] * (6 - rank)
+        assert last["up"].any(0).tolist() == [True] * rank + [False] * (6 - rank), "and they stay so"
+
+
 def test_eva_adds_up_all_it_sees() -> None:
     notes = trained(EVA(2, looks=LOOKS))
     inputs = BATCHES[:LOOKS].flatten(0, 1).double()
