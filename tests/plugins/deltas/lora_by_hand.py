@@ -44,7 +44,8 @@ def thin(task: Task, method: str, rank: int) -> list[Thin]:
             seed = torch.Generator().manual_seed(named_seed(f"{method}/{name}.weight"))
             bound = 1 / math.sqrt(layer.in_features)
             down = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=seed)
-            found.append(Thin(f"{name}.weight", layer, down.requires_grad_(), torch.zeros(layer.out_features, rank).requires_grad_()))
+            up = torch.zeros(layer.out_features, rank)
+            found.append(Thin(f"{name}.weight", layer, down.requires_grad_(), up.requires_grad_()))
     return found
 
 

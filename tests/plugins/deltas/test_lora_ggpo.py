@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lightning_peft import LoRA, LoRAGGPO
 from lightning_peft.deltas.layout import Layout
 from lightning_peft.testing import MethodTester, Reference, Task
-from lightning_peft.testing.modules import Plain, loader
+from lightning_peft.testing.modules import Plain
 from lightning_peft.testing.runs import fit
 from lightning_peft_plugins.deltas.lora_ggpo import PerturbedForm
 
@@ -102,7 +102,7 @@ class Watches(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *_: Any) -> None:
         if not trainer.fit_loop._should_accumulate():
             self.look(pl_module)
-        self.spreads += [spread for spread in self.method.spreads.values()]
+        self.spreads += list(self.method.spreads.values())
 
     def on_validation_start(self, trainer: Any, pl_module: LightningModule) -> None:
         self.look(pl_module)

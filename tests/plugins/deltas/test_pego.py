@@ -27,7 +27,8 @@ def by_the_paper(task: Task) -> list[float]:
     frozen = [each.layer.weight.clone() for each in layers]
 
     def step(number: int, inputs: Tensor, labels: Tensor) -> Tensor:
-        loss = F.cross_entropy(answers(inputs, layers, [w + each.product for w, each in zip(frozen, layers, strict=True)]), labels)
+        weights = [weight + each.product for weight, each in zip(frozen, layers, strict=True)]
+        loss = F.cross_entropy(answers(inputs, layers, weights), labels)
         term = torch.zeros(())
         for weight, each in zip(frozen, layers, strict=True):
             members = [torch.outer(each.up[:, i], each.down[i]) for i in range(3)]
@@ -58,7 +59,8 @@ def test_terms_are_those_of_the_official_code() -> None:
         term = pego_preserve(weight, down, up, recorded["members"]) + pego_diversify(down, up, recorded["members"])
         term.backward()
         for factor, key in ((down, "grad_down"), (up, "grad_up")):
-            torch.testing.assert_close(factor.grad, torch.tensor(recorded[part][key], dtype=torch.float64), atol=1e-10, rtol=1e-10)
+            gradient = torch.tensor(recorded[part][key], dtype=torch.float64)
+            torch.testing.assert_close(factor.grad, gradient, atol=1e-10, rtol=1e-10)
         total += term.detach()
     assert float(total) == pytest.approx(recorded["loss"], rel=1e-12)
 
@@ -93,7 +95,7 @@ def test_the_weight_that_is_kept_is_the_one_below_the_group() -> None:
 
 
 def test_a_group_that_is_wider_than_a_weight_is_refused_and_the_advice_works() -> None:
-    with pytest.raises(MisconfigurationException, match=r"a rank of 4 together, and model.4.weight has 3.*exclude=\['model.4'\]"):
+    with pytest.raises(MisconfigurationException, match=r"a rank of 4 together, and model.4.weight has 3.*=\['model.4'\]"):
         fit([PEGO(2, 2, exclude=None)])
     fit([PEGO(2, 2, exclude=["model.4"])], limit_train_batches=1)
 

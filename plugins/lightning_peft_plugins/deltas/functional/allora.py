@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lightning_peft_plugins.deltas.functional.thin_rows import row_norms
@@ -20,6 +19,7 @@ def row_rates(down: Tensor, up: Tensor, eta: float) -> Tensor:
         ``1 / sqrt(|(B A)_i| + 1 / eta^2)``, shape ``(..., outputs)``.
 
     Example:
+        >>> import torch
         >>> row_rates(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0], [0.75]]), 2.0)
         tensor([2.0000, 0.5000])
     """

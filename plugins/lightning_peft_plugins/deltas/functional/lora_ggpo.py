@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -19,6 +18,7 @@ def perturbation_spread(weight_norms: Tensor, gradient_norms: Tensor, sigma: flo
         ``(sigma |W_i| + beta |G_i|^2) / sqrt(outputs)``, the same shape.
 
     Example:
+        >>> import torch
         >>> perturbation_spread(torch.full((4,), 2.0), torch.full((4,), 3.0), 0.5, 0.1)
         tensor([0.9500, 0.9500, 0.9500, 0.9500])
     """

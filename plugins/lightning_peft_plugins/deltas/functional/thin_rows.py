@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -17,6 +16,7 @@ def row_norms(down: Tensor, up: Tensor) -> Tensor:
         Shape ``(..., outputs)``.
 
     Example:
+        >>> import torch
         >>> row_norms(torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0], [0.0]]))
         tensor([10.,  0.])
     """
