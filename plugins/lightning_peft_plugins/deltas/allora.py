@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -42,6 +43,8 @@ class RatedForm(LowRankForm):
 
     def delta(self) -> Tensor:
         whole = super().delta()
+        if not torch.is_grad_enabled():
+            return whole
         return whole + only_gradient(whole * (self.rates() - 1).unsqueeze(-1))
 
     def config(self) -> dict[str, Any]:
@@ -72,7 +75,6 @@ def only_gradient(value: Tensor) -> Tensor:
         value: Finite numbers.
 
     Example:
-        >>> import torch
         >>> x = torch.tensor(3.0, requires_grad=True)
         >>> zero = only_gradient(x * x)
         >>> zero.backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from official_values import values_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lightning_peft
 from lightning_peft import PEGO
 from lightning_peft.functional import pego_diversify, pego_preserve
 from lightning_peft.testing import MethodTester, Reference, Task
+from lightning_peft.testing.modules import Plain
 from lightning_peft.testing.runs import fit
 from lightning_peft_plugins.deltas._shared.frozen_weights import frozen_weights
 
@@ -92,6 +95,16 @@ def test_the_weight_that_is_kept_is_the_one_below_the_group() -> None:
     for name, weight in found.items():
         torch.testing.assert_close(weight, before[name], msg=name)
     assert not torch.allclose(module.attention.in_proj_weight, before["attention.in_proj_weight"])
+
+
+def test_a_group_that_stays_is_written_as_a_lora(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, base, inputs = Plain(), Plain(), torch.randn(4, 16)
+    base.load_state_dict(module.state_dict())
+    fit([PEGO(1, 3, keep=True, exclude=None)], module=module)
+    lightning_peft.save_peft(module, tmp_path / "adapter")
+    lightning_peft.load_peft(base, tmp_path / "adapter")
+    torch.testing.assert_close(base(inputs), module(inputs))
 
 
 def test_a_group_that_is_wider_than_a_weight_is_refused_and_the_advice_works() -> None:
