@@ -3,91 +3,26 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from torch.optim import Optimizer
 
 from lightning_peft import Resource, Run
-from lightning_peft.deltas.delta_part import DeltaPart
-from lightning_peft.deltas.layout import Layout
-from lightning_peft.deltas.low_rank_form import LowRankForm
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form as StateForm
 from lightning_peft.structure.forms import dict_of, fields, tensor
+from lightning_peft_plugins.deltas._lora_ggpo.perturbed_form import PerturbedForm
+from lightning_peft_plugins.deltas._lora_ggpo.perturbed_part import PerturbedPart
 from lightning_peft_plugins.deltas._shared.frozen_weights import frozen_weights
 from lightning_peft_plugins.deltas._shared.low_rank import LowRank
 from lightning_peft_plugins.deltas.functional.lora_ggpo import perturbation_spread
 from lightning_peft_plugins.deltas.functional.thin_rows import row_norms
-
-
-@torch.library.custom_op("lightning_peft::perturbation", mutates_args=())
-def perturbation(spread: Tensor, seed: Tensor, inputs: int) -> Tensor:
-    """Draw a matrix of normal numbers; an operator, since a compiler traces no generator.
-
-    Args:
-        spread: Standard deviations of its rows, shape ``(..., outputs)``.
-        seed: What it is drawn from, a whole number, on the CPU.
-        inputs: Columns.
-
-    Returns:
-        Shape ``(..., outputs, inputs)``. It is as large as a weight, so it is drawn where that is.
-    """
-    generator = torch.Generator(spread.device).manual_seed(int(seed))
-    drawn = torch.randn((*spread.shape, inputs), generator=generator, device=spread.device, dtype=spread.dtype)
-    return drawn * spread.unsqueeze(-1)
-
-
-@perturbation.register_fake
-def _(spread: Tensor, seed: Tensor, inputs: int) -> Tensor:
-    return spread.new_empty((*spread.shape, inputs))
-
-
-class PerturbedForm(LowRankForm):
-    """``scale B A``, and in training steps a random matrix beside it that is not learnt.
-
-    Attributes:
-        spread: Standard deviations of the rows of that matrix, shape ``(outputs,)``; ``None`` outside of training steps.
-        seed: What it is drawn from, the same in every call of a step.
-    """
-
-    kind = "perturbed"
-    beside = "linear"
-    reason = "its steps move the weight"
-
-    def __init__(self, layout: Layout, rank: int, scale: float = 1.0, table: bool = False, taken: int = 0) -> None:
-        super().__init__(layout, rank, scale, table, taken)
-        self.spread: Tensor | None = None
-        self.seed = torch.tensor(0)
-
-    def drawn(self) -> Tensor | None:
-        """The random matrix of the step; ``None`` outside of training steps."""
-        return None if self.spread is None else perturbation(self.spread, self.seed, self.layout.matrix_shape[-1])
-
-    def of(self, weight: Tensor) -> Tensor:
-        whole, drawn = super().of(weight), self.drawn()
-        return whole if drawn is None else whole + drawn.to(whole.dtype)
-
-
-class PerturbedPart(DeltaPart):
-    """Such a product beside a linear layer, whose inputs the random matrix reads too."""
-
-    kind = "perturbed_delta"
-    form: Any
-
-    def around(self, call: Callable[..., Any], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output: Tensor = super().around(call, layer, args, kwargs)
-        drawn = self.form.drawn()
-        if drawn is None:
-            return output
-        inputs = args[0] if args else next(iter(kwargs.values()))
-        return output + linear(inputs, drawn.to(inputs.dtype))
 
 
 class LoRAGGPO(LowRank):
@@ -199,7 +134,7 @@ class LoRAGGPO(LowRank):
         for name, form in self._forms.items():
             spread = None if step is None else self.spreads.get(name)
             form.spread = None if spread is None else spread.to(form.up.device)
-            form.seed = torch.tensor(zlib.crc32(f"{self.seed}/{step}/{name}".encode()))
+            form.seed = torch.tensor(zlib.crc32(f"{self.seed}/{step}/{name}".encode()), device="cpu")
 
     def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
         """Share of the parameters that are trained, and the mean standard deviation of what is added to weights."""

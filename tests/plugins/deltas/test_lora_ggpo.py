@@ -20,7 +20,7 @@ from lightning_peft.deltas.layout import Layout
 from lightning_peft.testing import MethodTester, Reference, Task
 from lightning_peft.testing.modules import Plain
 from lightning_peft.testing.runs import fit
-from lightning_peft_plugins.deltas.lora_ggpo import PerturbedForm
+from lightning_peft_plugins.deltas._lora_ggpo.perturbed_form import PerturbedForm
 
 WHOLE: dict[str, Any] = {"exclude": None, "checkpoint": "full"}
 
