@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft import Resource, Run
+from lightning_peft.arguments import not_negative
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form as StateForm
@@ -67,10 +67,8 @@ class LoRAGGPO(LowRank):
         **kwargs: Any,
     ) -> None:
         super().__init__(rank, alpha, init="lora", **kwargs)
-        if min(sigma, beta) < 0:
-            raise MisconfigurationException(
-                f"sigma={sigma} and beta={beta} must not be negative. Zero leaves a norm out; LoRA moves nothing."
-            )
+        for argument, value in (("sigma", sigma), ("beta", beta)):
+            not_negative(argument, value, "Zero leaves its norm out; LoRA moves nothing.")
         self.sigma, self.beta, self.seed = sigma, beta, seed
         self.spreads: dict[str, Tensor] = {}
         self._forms: dict[str, PerturbedForm] = {}
