@@ -26,6 +26,7 @@ class Form(nn.Module):
     Attributes:
         kind: Name in checkpoints.
         beside: Layers beside which it can stand; it acts on the weight of all others.
+        reason: Why it acts on those.
         rank: Its rank.
         share: Factor of the delta among several, see :func:`lightning_peft.blend`.
     """
@@ -33,6 +34,7 @@ class Form(nn.Module):
     share: float = 1.0
     kind: ClassVar[str]
     beside: ClassVar[Beside] = "none"
+    reason: ClassVar[str] = "it is no product of thin matrices"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -117,13 +117,13 @@ def why_on_weight(module: nn.Module, path: str, layer: Any, form: type[Form], na
     if key != "weight" or isinstance(parent, nn.MultiheadAttention):
         return _NOT_CALLED
     if form.beside == "none":
-        return "it is no product of thin matrices"
+        return form.reason
     if form.beside == "linear" and (others := _others(layer, name)):
-        return f"{others[0]} stands beside the layer, and its rows are scaled"
+        return f"{others[0]} stands beside the layer, and {form.reason}"
     if plain_class(layer).forward is nn.Linear.forward:
         return ""
     if form.beside == "linear":
-        return "its rows are scaled"
+        return form.reason
     if isinstance(layer, nn.Embedding):
         plain = layer.max_norm is None and not layer.scale_grad_by_freq and not layer.sparse
         return "" if plain else "its rows are looked up in a special way"

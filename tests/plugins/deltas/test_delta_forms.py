@@ -38,6 +38,9 @@ METHODS: dict[str, Callable[..., Any]] = {
     "NOLA": lambda **k: lightning_peft.NOLA(2, 3, bases=5, **k),
     "RandLoRA": lambda **k: lightning_peft.RandLoRA(3, 4, **k),
     "SoKA": lambda **k: lightning_peft.SoKA(2, **k),
+    "PEGO": lambda **k: lightning_peft.PEGO(1, 3, **k),
+    "LoRAGGPO": lambda **k: lightning_peft.LoRAGGPO(2, 3, **k),
+    "ALLoRA": lambda **k: lightning_peft.ALLoRA(2, **k),
 }
 # By hand, for a weight of 4 x 6 (outputs, inputs): the formulas of the papers with the numbers above.
 TRAINABLE = {
@@ -61,6 +64,9 @@ TRAINABLE = {
     "NOLA": 5 + 5,
     "RandLoRA": 2 * (3 + 4),
     "SoKA": 2 * (2 * 2 + 2 * 3),
+    "PEGO": 3 * (4 + 6),
+    "LoRAGGPO": 2 * (4 + 6),
+    "ALLoRA": 2 * (4 + 6),
 }
 IMAGES, ROWS = (torch.randn(size, generator=torch.Generator().manual_seed(0)).double() for size in ((2, 4, 5, 5), (3, 5, 6)))
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
