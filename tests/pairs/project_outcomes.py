@@ -75,6 +75,7 @@ SHORT: dict[str, Callable[[Any], Method]] = {
     "SpIEL": lambda project: peft.SpIEL(every=4, window=2),
     "StageSharing": lambda project: peft.StageSharing([2, 2], at="step:2"),
     "StructuredPruning": lambda project: peft.StructuredPruning(0.2, start=2),
+    "TLoRA": lambda project: peft.TLoRA(rank=1),
     "TemporaryForgetting": lambda project: peft.TemporaryForgetting(2, targets="all-linear", exclude=["first"]),
     "TrainedRankPruning": lambda project: peft.TrainedRankPruning(0.5, period=2),
 }

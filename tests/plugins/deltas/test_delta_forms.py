@@ -38,6 +38,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "NOLA": lambda **k: lightning_peft.NOLA(2, 3, bases=5, **k),
     "RandLoRA": lambda **k: lightning_peft.RandLoRA(3, 4, **k),
     "SoKA": lambda **k: lightning_peft.SoKA(2, **k),
+    "TLoRA": lambda **k: lightning_peft.TLoRA(2, 3, 2, **k),
 }
 # By hand, for a weight of 4 x 6 (outputs, inputs): the formulas of the papers with the numbers above.
 TRAINABLE = {
@@ -61,6 +62,7 @@ TRAINABLE = {
     "NOLA": 5 + 5,
     "RandLoRA": 2 * (3 + 4),
     "SoKA": 2 * (2 * 2 + 2 * 3),
+    "TLoRA": 3**2 * (2 * 2 + 3 * 3) + 2**2 * (2 + 2 + 2 + 3),  # 4 = 2 x 2, 6 = 2 x 3
 }
 IMAGES, ROWS = (torch.randn(size, generator=torch.Generator().manual_seed(0)).double() for size in ((2, 4, 5, 5), (3, 5, 6)))
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
@@ -158,7 +160,7 @@ def test_only_thin_products_stand_beside_a_layer() -> None:
     for name in METHODS:
         layer, form, _, _ = attached(name, "linear")
         beside = any(isinstance(placed.part, DeltaPart) for placed in placed_parts(layer))
-        assert beside == isinstance(form, FactoredForm) == (name not in ("Bone", "SoKA")), name
+        assert beside == isinstance(form, FactoredForm) == (name not in ("Bone", "SoKA", "TLoRA")), name
 
 
 @pytest.mark.parametrize("kind", ["bases", "low_rank"])
