@@ -91,6 +91,7 @@ CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "TemporaryForgetting": lambda: peft.TemporaryForgetting(2, std=0.1, targets=["network.head"]),
     "Tent": lambda: peft.Tent(lr=0.1),
     "TrainedRankPruning": lambda: peft.TrainedRankPruning(0.5, period=2, exclude=()),
+    "TriAdaptLoRA": lambda: peft.TriAdaptLoRA(target=2, every=1, end=2, exclude=(), checkpoint="full"),
     "Wanda": lambda: peft.Wanda(0.5, exclude=()),
     "WeightCompander": peft.WeightCompander,
 }

@@ -78,6 +78,7 @@ SHORT: dict[str, Callable[[Any], Method]] = {
     "TLoRA": lambda project: peft.TLoRA(rank=1),
     "TemporaryForgetting": lambda project: peft.TemporaryForgetting(2, targets="all-linear", exclude=["first"]),
     "TrainedRankPruning": lambda project: peft.TrainedRankPruning(0.5, period=2),
+    "TriAdaptLoRA": lambda project: peft.TriAdaptLoRA(target=2, every=1, end=2),
 }
 METHODS = {name: SHORT.get(name, lambda _, name=name: getattr(peft, name)()) for name in sorted(CONFIGURATIONS)}
 

@@ -23,6 +23,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "AdaLoRA": lambda **k: lightning_peft.AdaLoRA(2, 1, 3, **k),
     "DyLoRA": lambda **k: lightning_peft.DyLoRA(3, alpha=3, at=2, **k),
     "IncreLoRA": lambda **k: lightning_peft.IncreLoRA(1, 2, 3, **k),
+    "TriAdaptLoRA": lambda **k: lightning_peft.TriAdaptLoRA(1, 2, 3, **k),
     "PiSSA": lambda **k: lightning_peft.PiSSA(2, 3, **k),
     "OLoRA": lambda **k: lightning_peft.OLoRA(2, 3, **k),
     "SORSA": lambda **k: lightning_peft.SORSA(2, alpha=3, **k),
@@ -47,6 +48,7 @@ TRAINABLE = {
     "AdaLoRA": 2 * (4 + 6) + 2,
     "DyLoRA": 3 * (4 + 6),
     "IncreLoRA": (4 + 1) * (4 + 6 + 1),  # room for the rank of four, and one in reserve
+    "TriAdaptLoRA": 4 * (4 + 6) + 2 * (1 + 2 + 3 + 4),  # room for the rank of four
     "PiSSA": 2 * (4 + 6),
     "OLoRA": 2 * (4 + 6),
     "SORSA": 2 * (4 + 6) + 2,
