@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from lightning_peft.deltas.layout import Layout
 
 Beside = Literal["any", "linear", "none"]
-_LARGEST = 16  # times the weight; factors of full rank with what they began as, or three square bases, are below that
+LARGEST = 16  # times the weight, what a file may ask for; factors of full rank with what they began as are below that
 _FORMS: dict[str, type[Form]] = {}
 
 
@@ -100,7 +100,7 @@ def build_form(
         raise ValueError(f"there is no delta {kind!r} of rank {rank} for a weight of shape {shape}")
     with torch.device("meta"):  # nothing is allocated before its size is known
         size = sum(tensor.numel() for tensor in _FORMS[kind](layout, **arguments).state_dict().values())
-    if size > _LARGEST * layout.shape.numel():
+    if size > LARGEST * layout.shape.numel():
         raise ValueError(f"a delta {kind!r} with {arguments} would be {size:,} numbers for a weight of shape {shape}")
     form = _FORMS[kind](layout, **arguments)
     form.share = share

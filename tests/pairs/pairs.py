@@ -90,9 +90,11 @@ CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "StageSharing": lambda: peft.StageSharing([2, 2], at="step:2"),
     "StructuredPruning": lambda: peft.StructuredPruning(0.4, start=2),
     "T3A": peft.T3A,
+    "TLoRA": lambda: peft.TLoRA(rank=2, targets="all-weights", exclude=(), checkpoint="full"),
     "TemporaryForgetting": lambda: peft.TemporaryForgetting(2, std=0.1, targets=["network.head"]),
     "Tent": lambda: peft.Tent(lr=0.1),
     "TrainedRankPruning": lambda: peft.TrainedRankPruning(0.5, period=2, exclude=()),
+    "TriAdaptLoRA": lambda: peft.TriAdaptLoRA(target=2, every=1, end=2, exclude=(), checkpoint="full"),
     "Wanda": lambda: peft.Wanda(0.5, exclude=()),
     "WeightCompander": peft.WeightCompander,
 }

@@ -78,8 +78,10 @@ SHORT: dict[str, Callable[[Any], Method]] = {
     "SpIEL": lambda project: peft.SpIEL(every=4, window=2),
     "StageSharing": lambda project: peft.StageSharing([2, 2], at="step:2"),
     "StructuredPruning": lambda project: peft.StructuredPruning(0.2, start=2),
+    "TLoRA": lambda project: peft.TLoRA(rank=1),
     "TemporaryForgetting": lambda project: peft.TemporaryForgetting(2, targets="all-linear", exclude=["first"]),
     "TrainedRankPruning": lambda project: peft.TrainedRankPruning(0.5, period=2),
+    "TriAdaptLoRA": lambda project: peft.TriAdaptLoRA(target=2, every=1, end=2),
 }
 METHODS = {name: SHORT.get(name, lambda _, name=name: getattr(peft, name)()) for name in sorted(CONFIGURATIONS)}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def ranks_by_share(shares: Sequence[Tensor], budget: int) -> list[int]:
-    """Share a number of ranks out: the largest shares of all weights get one each (Paischer et al., EVA, 2024, arXiv 2410.07170).
+    """Share a number of ranks out: the largest shares of all weights get one each (Paischer et al., EVA, arXiv 2410.07170).
 
     Args:
         shares: For every weight, what its components explain, in falling order.
