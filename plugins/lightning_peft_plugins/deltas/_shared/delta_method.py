@@ -104,6 +104,7 @@ class DeltaMethod(Method):
         """The tensors that get a delta, each with the side of its layer on which that acts."""
         found = places(self, module, self.kind)
         self._check(found)
+        self._check_kept(module)
         return found
 
     def claims(self, module: nn.Module) -> Iterable[str]:
@@ -143,6 +144,16 @@ class DeltaMethod(Method):
                 f"dropout={self.dropout} could leave out. Set dropout=0, or leave the layer out: exclude=[{on_weight.path!r}]."
             )
 
+    def _check_kept(self, module: nn.Module) -> None:
+        """See that an adapter of this name that is on the module is one of this method's."""
+        for tensor, delta in self.deltas(module):
+            if delta.form.kind != self.kind.kind:
+                raise MisconfigurationException(
+                    f"The adapter {self.name!r} on {tensor} is one of {delta.owner}, which {type(self).__name__} cannot train "
+                    f"on. Train it with {delta.owner}(name={self.name!r}), give {type(self).__name__} another name, or make "
+                    "ordinary weights of it first: lightning_peft.bake(module)."
+                )
+
     def trained(self, module: nn.Module) -> Iterable[nn.Parameter]:
         """The deltas, and what :attr:`tune` names."""
         tuned = tunable(module, self.tune, {place.path for place in self.places(module)})
@@ -157,6 +168,10 @@ class DeltaMethod(Method):
         if on_weight:
             reasons = {place.reason for place in on_weight}
             parts.append(f"{len(on_weight)} of them on the weight ({'; '.join(sorted(reasons))})")
+        there = dict(self.forms(module))
+        kept = [(there[place.tensor].rank, self.arguments(place).get("rank")) for place in found if place.tensor in there]
+        if others := sorted({rank for rank, asked in kept if rank != asked is not None}):
+            parts.append(f"those that are on the module go on with rank {' and '.join(map(str, others))}")
         parts.extend(f"{part} as they are" for part in self.tune)
         writers = set(heads(list(module.modules()))) - {place.layer for place in found}
         if frozen := [name for name, layer in module.named_modules() if layer in writers and "head" not in self.tune]:
