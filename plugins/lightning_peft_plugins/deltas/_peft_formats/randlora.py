@@ -41,7 +41,8 @@ class RandLoraFormat(PeftFormat):
     dropout = "randlora_dropout"
 
     def forms(self, targets: Sequence[Target], saved: Saved) -> list[Form | None]:
-        rank = len(saved.layers[targets[0].name][_INNER])
+        first = saved.layers[targets[0].name][_INNER]
+        rank = len(first) if first.ndim else 0
         for target in targets:
             check_rank(target, rank)
             smaller = target.layout.largest_rank
