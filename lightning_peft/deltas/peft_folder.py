@@ -91,7 +91,7 @@ def load_peft(module: nn.Module, folder: str | Path, *, name: str | None = None,
 
     Args:
         module: The module, whose network has the weights that the adapter was trained beside.
-        folder: The folder, of a type that :doc:`deltas` names.
+        folder: The folder: of LoRA or DoRA, or of a type that an installed plugin reads (``MISS``, ``RANDLORA``, ``ADALORA``).
         name: Name to know the adapter by. That of the method which trains it on by default: ``"lora"`` of LoRA and DoRA,
             ``"mi_ss"`` of MiSS.
         network: Qualified name of the network that PEFT wrapped; found where it is the only one.

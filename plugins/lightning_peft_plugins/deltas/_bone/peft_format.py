@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_peft.deltas.form import Form
 from lightning_peft.deltas.peft_format import Adapted, Target, check_linear, check_rank, check_shapes, one_rank
-from lightning_peft_plugins.deltas._peft_formats.miss import BLOCK, MissFormat
+from lightning_peft_plugins.deltas._miss.peft_format import BLOCK, MissFormat
 from lightning_peft_plugins.deltas.bone import BlockForm
 
 
