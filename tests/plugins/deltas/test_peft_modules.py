@@ -167,3 +167,42 @@ def test_modules_that_are_not_whole_are_rejected(tmp_path: Path) -> None:
     after = module.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+class Doubled(nn.Module):
+    """Two layers of which one has the end of the other's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.body = nn.ModuleDict({"fc": nn.Linear(6, 6)})
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        written: Tensor = self.fc(self.body["fc"](inputs))
+        return written
+
+
+def test_ranks_and_scales_are_those_of_each_layer(tmp_path: Path) -> None:
+    """PEFT takes the names of patterns for the ends of names as well."""
+    config = peft.LoraConfig(
+        r=3, lora_alpha=3, target_modules=["fc"], init_lora_weights=False, rank_pattern={"^fc": 2}, alpha_pattern={"^fc": 7}
+    )
+    wrapped = peft.get_peft_model(Doubled(), config).eval()
+    wrapped.save_pretrained(str(tmp_path / "theirs"))
+    module = Doubled()
+    lightning_peft.load_peft(module, tmp_path / "theirs")
+    torch.testing.assert_close(module(INPUTS), wrapped(INPUTS), atol=1e-6, rtol=1e-6)
+    lightning_peft.save_peft(module, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(Doubled(), str(tmp_path / "ours"))
+    torch.testing.assert_close(again(INPUTS), wrapped(INPUTS), atol=1e-6, rtol=1e-6)
+
+
+def test_a_layer_that_its_owner_never_calls_has_no_place(tmp_path: Path) -> None:
+    """PEFT would put an adapter on it that changes nothing."""
+    module = Tuned()
+    module.model.add_module("attention", nn.MultiheadAttention(8, 2))
+    method = LoRA(2, targets=["attention.out_proj", "model.fc"], exclude=None, keep=True)
+    method.attach(module)
+    with pytest.raises(MisconfigurationException, match=r"no place for a delta of model\.attention\.out_proj\.weight"):
+        lightning_peft.save_peft(module, tmp_path / "adapter")
