@@ -18,14 +18,15 @@ from lightning_peft.deltas.delta_map import DeltaMap
 from lightning_peft.deltas.delta_part import DeltaPart
 from lightning_peft.deltas.factored_form import FactoredForm
 from lightning_peft.deltas.form import Form
+from lightning_peft.deltas.on_module import Delta, deltas_on
 from lightning_peft.deltas.peft_format import Adapted, PeftFormat, Saved, Target, target_of
 from lightning_peft.deltas.peft_formats import format_named
 from lightning_peft.deltas.sides import why_on_weight
 from lightning_peft.network.resolve import resolve_network
 from lightning_peft.weights.detach import attachments, detach_maps
-from lightning_peft.weights.maps import attach_map, mapped_tensors
+from lightning_peft.weights.maps import attach_map
 from lightning_peft.weights.merge import check_unmerged
-from lightning_peft.weights.parts import placed_parts, put_part
+from lightning_peft.weights.parts import put_part
 
 # What says how an adapter was made or found, and changes nothing of the one that is in the file.
 _OF_THE_PAST = {"peft_type", "target_modules", "exclude_modules", "modules_to_save", "bias", "fan_in_fan_out", "inference_mode"}
@@ -66,10 +67,10 @@ def save_peft(
     """
     folder, (prefix, net) = Path(folder), resolve_network(module, network)
     deltas = list(_adapter(module, name))
-    adapted = [Adapted(_within(prefix, path), layer, delta.form, dropout) for path, layer, delta, dropout in deltas]
+    adapted = [Adapted(_within(prefix, path), layer, delta.form) for path, layer, delta in deltas]
     kind = _format_for(adapted, own)
     tensors, config = kind.written(adapted)
-    tune = [each for _, _, delta, _ in deltas for each in delta.tuned]
+    tune = [each for _, _, delta in deltas for each in delta.tuned]
     names = peft_modules.tuned_names(module, tune, {path for path, *_ in deltas})
     tuned = peft_modules.tuned(net, [_within(prefix, each) for each in names], list(also), adapted, kind)
     shared = {key: value for key, value in tensors.items() if key in kind.shared}
@@ -80,7 +81,7 @@ def save_peft(
         "base_model_name_or_path": None,
         "inference_mode": True,
         "target_modules": _targets(net, [each.name for each in adapted]),
-        kind.dropout: adapted[0].dropout,
+        kind.dropout: max(delta.dropout if isinstance(delta, DeltaPart) else 0.0 for _, _, delta in deltas),
     }
     peft_files.write(folder, common | tuned.config | config, tensors | tuned.tensors, shared)
     return folder
@@ -130,7 +131,7 @@ def load_peft(module: nn.Module, folder: str | Path, *, name: str | None = None,
     return list(made)
 
 
-def _attach(module: nn.Module, made: Mapping[str, DeltaPart | DeltaMap]) -> None:
+def _attach(module: nn.Module, made: Mapping[str, Delta]) -> None:
     """Put all deltas on, or none."""
     before = frozenset(attachments(module))
     try:
@@ -144,7 +145,7 @@ def _attach(module: nn.Module, made: Mapping[str, DeltaPart | DeltaMap]) -> None
         raise
 
 
-def _delta(net: nn.Module, target: Target, form: Form, kind: PeftFormat, saved: Saved, name: str) -> DeltaPart | DeltaMap:
+def _delta(net: nn.Module, target: Target, form: Form, kind: PeftFormat, saved: Saved, name: str) -> Delta:
     """What stands on a layer with a form, on the side on which it can act."""
     form.to(target.device)
     if why_on_weight(net, target.name, target.layer, type(form), name):
@@ -167,11 +168,10 @@ def _warn_of_unknown(kind: PeftFormat, saved: Saved) -> None:
         )
 
 
-def _adapter(module: nn.Module, name: str | None) -> Iterator[tuple[str, nn.Module, DeltaPart | DeltaMap, float]]:
-    """Layer by layer: name, layer, delta and dropout of one method's adapter."""
-    parts = [(each.path, each.layer, each.part) for each in placed_parts(module) if isinstance(each.part, DeltaPart)]
-    maps = [(each, entry) for each in mapped_tensors(module) for entry in each.maps if isinstance(entry, DeltaMap)]
-    names = dict.fromkeys(entry.method for entry in (*(part for _, _, part in parts), *(entry for _, entry in maps)))
+def _adapter(module: nn.Module, name: str | None) -> Iterator[tuple[str, nn.Module, Delta]]:
+    """Layer by layer: name, layer and delta of one method's adapter."""
+    found = list(deltas_on(module))
+    names = dict.fromkeys(delta.method for _, delta in found)
     if name is None and len(names) > 1:
         raise MisconfigurationException(f"Several adapters are on the module: {', '.join(names)}. Say which with name=.")
     if not names or (name is not None and name not in names):
@@ -181,19 +181,16 @@ def _adapter(module: nn.Module, name: str | None) -> Iterator[tuple[str, nn.Modu
             "afterwards where the method has keep=True."
         )
     wanted = name or next(iter(names))
-    for tensor, entry in maps:
-        if entry.method != wanted:
+    for tensor, delta in found:
+        if delta.method != wanted:
             continue
-        path, _, key = tensor.name.rpartition(".")
+        path, _, key = tensor.rpartition(".")
         inside = isinstance(module.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention)
         if key != "weight" or inside:
             raise MisconfigurationException(
-                f"PEFT has no place for a delta of {tensor.name}. Leave it out when training: exclude=[{path!r}]."
+                f"PEFT has no place for a delta of {tensor}. Leave it out when training: exclude=[{path!r}]."
             )
-        yield path, tensor.layer, entry, 0.0
-    for path, layer, part in parts:
-        if part.method == wanted:
-            yield path, layer, part, part.dropout
+        yield path, module.get_submodule(path), delta
 
 
 def _format_for(adapted: Sequence[Adapted], own: bool) -> PeftFormat:

@@ -38,7 +38,9 @@ class Target:
 
     @property
     def _stored(self) -> Tensor:
-        weight = self.layer._parameters["weight"]
+        stack = self.layer.part_stack if isinstance(self.layer, MappedLayer) else None
+        beneath = stack.beneath.get("weight") if stack is not None else None  # where parts are merged
+        weight = self.layer._parameters["weight"] if beneath is None else beneath
         assert weight is not None
         return weight.detach()
 
@@ -55,12 +57,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Adapted:
-    """A layer with a delta that is to be written: name within the network, layer, form, dropout of its inputs."""
+    """A layer with a delta that is to be written: its name within the network, the layer, the form."""
 
     name: str
     layer: nn.Module
     form: Any
-    dropout: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,13 @@ def test_a_base_that_cannot_be_found_again_is_rejected(init: str, tmp_path: Path
     refused(tmp_path, f"initialised as '{init}', which changes the base.*path_initial_model_for_weight_conversion")
 
 
+def test_the_base_of_a_merged_module_is_the_one_beneath(tmp_path: Path) -> None:
+    module = trained(KaSA(2, alpha=6, **WHERE))
+    with lightning_peft.merge(module):
+        lightning_peft.save_peft(module, tmp_path / "adapter", own=True)
+    torch.testing.assert_close(through_peft(tmp_path / "adapter")(INPUTS), module.model(INPUTS), atol=1e-6, rtol=1e-6)
+
+
 def test_what_peft_has_no_place_for(tmp_path: Path) -> None:
     for method, message in (
         (lambda: SoKA(2, **WHERE), "is no product of thin matrices, and PEFT has no type"),
