@@ -101,9 +101,9 @@ def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except OSError:
         raise MisconfigurationException(f"{folder} has no {CONFIG}. Name the folder of an adapter that PEFT saved.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MisconfigurationException(f"{path} is damaged: {error}. Copy or save it again.") from None
     if not isinstance(config, dict):
         raise MisconfigurationException(f"{path} describes {config!r}, no adapter. Copy or save it again.")

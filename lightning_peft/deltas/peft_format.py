@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,9 +208,19 @@ def number(config: Mapping[str, Any], key: str, default: float | None = None) ->
         MisconfigurationException: There is none.
     """
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise MisconfigurationException(f"The adapter's {key} is {value!r}, not a positive number. Save it again.")
-    return value
+    if not is_number(value) or value <= 0:
+        raise MisconfigurationException(f"The adapter's {key} is {str(value)[:30]!r}, not a positive number. Save it again.")
+    return float(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a file is a number that can be counted with.
+
+    Example:
+        >>> is_number(2), is_number(True), is_number(float("nan")), is_number(10**400)
+        (True, False, False, False)
+    """
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < sys.float_info.max
 
 
 def check_linear(adapted: Sequence[Adapted], owner: str, *others: type[nn.Module]) -> None:

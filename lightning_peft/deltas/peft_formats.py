@@ -32,7 +32,7 @@ def format_of(config: Mapping[str, Any]) -> PeftFormat | None:
         base, _, variant = name.partition(".")
         if variant and base == peft_type and _switched_on(config, variant):
             return format_named(name)
-    return format_named(peft_type) if isinstance(peft_type, str) and peft_type in names else None
+    return format_named(peft_type) if peft_type in names and "." not in peft_type else None
 
 
 def known() -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft.deltas.decomposed_form import DecomposedForm
 from lightning_peft.deltas.low_rank_form import LowRankForm
-from lightning_peft.deltas.peft_format import Adapted, PeftFormat, Saved, Target, check_rank
+from lightning_peft.deltas.peft_format import Adapted, PeftFormat, Saved, Target, check_rank, is_number
 
 DOWN, UP, LENGTHS = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 _TABLE_UP, _TABLE_DOWN = "lora_embedding_A", "lora_embedding_B"  # PEFT keeps the transposed of an embedding's factors
@@ -27,7 +27,17 @@ class LoraFormat(PeftFormat):
     beginning = "lora_"
     tensors = (frozenset({DOWN, UP}), frozenset({_TABLE_UP, _TABLE_DOWN}))
     settings = frozenset({"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights"})
-    past = frozenset({"megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "qalora_group_size"})
+    past = frozenset(
+        {
+            "megatron_config",
+            "megatron_core",
+            "loftq_config",
+            "eva_config",
+            "corda_config",
+            "lora_ga_config",
+            "qalora_group_size",
+        }
+    )
     dropout = "lora_dropout"
     kind = LowRankForm
 
@@ -119,9 +129,11 @@ def _lengths(target: Target, lengths: Tensor, form: DecomposedForm) -> Tensor:
 def _alpha(config: Mapping[str, Any], name: str, rank: int) -> float:
     """The numerator of a layer's scale."""
     alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", rank))
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha:
-        raise MisconfigurationException(f"The adapter's alpha for {name!r} is {alpha!r}, not a number. Save it again.")
-    return alpha
+    if not is_number(alpha) or not alpha:
+        raise MisconfigurationException(
+            f"The adapter's alpha for {name!r} is {str(alpha)[:30]!r}, not a number. Save it again."
+        )
+    return float(alpha)
 
 
 def _pattern(patterns: Any, name: str, otherwise: Any) -> Any:
