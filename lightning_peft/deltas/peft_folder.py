@@ -140,7 +140,7 @@ def _attach(module: nn.Module, made: Mapping[str, Delta]) -> None:
                 attach_map(module, f"{path}.weight", delta)
             else:
                 put_part(module, path, delta)
-    except MisconfigurationException:
+    except BaseException:
         detach_maps(module, "pristine", stay=before)
         raise
 
