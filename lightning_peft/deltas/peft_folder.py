@@ -72,7 +72,7 @@ def save_peft(
     tensors, config = kind.written(adapted)
     tune = [each for _, _, delta in deltas for each in delta.tuned]
     names = peft_modules.tuned_names(module, tune, {path for path, *_ in deltas})
-    tuned = peft_modules.tuned(net, [_within(prefix, each) for each in names], list(also), adapted, kind)
+    tuned = peft_modules.tuned(net, _those_within(prefix, names), list(also), adapted, kind)
     shared = {key: value for key, value in tensors.items() if key in kind.shared}
     tensors = {key: value for key, value in tensors.items() if key not in shared}
     common = {
@@ -214,6 +214,19 @@ def _targets(net: nn.Module, names: Sequence[str]) -> list[str] | str:
     if any(path.endswith(tuple(f".{name}" for name in names)) for path in others):
         return "|".join(re.escape(name) for name in names)
     return list(names)
+
+
+def _those_within(prefix: str, names: Sequence[str]) -> list[str]:
+    """Names within the network; what was trained outside of it is said."""
+    outside = [name for name in names if prefix and not name.startswith(f"{prefix}.")]
+    if outside:
+        warnings.warn(
+            f"{', '.join(outside)} were trained too, and are not within the network {prefix!r} that PEFT will wrap, so "
+            "that they are not in the folder. Save them apart, or name an outer network: network=''.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return [_within(prefix, name) for name in names if name not in outside]
 
 
 def _within(prefix: str, path: str) -> str:

@@ -206,3 +206,15 @@ def test_a_layer_that_its_owner_never_calls_has_no_place(tmp_path: Path) -> None
     method.attach(module)
     with pytest.raises(MisconfigurationException, match=r"no place for a delta of model\.attention\.out_proj\.weight"):
         lightning_peft.save_peft(module, tmp_path / "adapter")
+
+
+def test_a_head_outside_the_network_is_said(tmp_path: Path) -> None:
+    module = Tuned()
+    module.head = nn.Linear(4, 2)
+    method = LoRA(2, **KEPT, tune="head")
+    method.attach(module)
+    with pytest.warns(UserWarning, match=r"head\.weight, head\.bias were trained too, and are not within the network 'model'"):
+        lightning_peft.save_peft(module, tmp_path / "adapter", network="model")
+    assert config_of(tmp_path / "adapter")["modules_to_save"] is None
+    lightning_peft.save_peft(module, tmp_path / "whole", network="")
+    assert "base_model.model.head.weight" in load_file(tmp_path / "whole" / WEIGHTS)
