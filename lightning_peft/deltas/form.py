@@ -46,6 +46,11 @@ class Form(nn.Module):
         self._layout, self.rank = layout, rank
 
     @property
+    def peft(self) -> str | None:
+        """Name of the type of adapter that PEFT has for it, see :mod:`~lightning_peft.deltas.peft_format`."""
+        return None
+
+    @property
     def layout(self) -> Layout:
         """How the weight is read as a matrix; follows the cuts that reach the form's parameters."""
         return self._layout

@@ -127,6 +127,8 @@ class DeltaMethod(Method):
                 self.map_weight(module, place.tensor, DeltaMap(form))
             else:
                 self.put_part(module, place.path, self.part(form, self.dropout))
+        for _, delta in self.deltas(module):
+            delta.tuned = tuple(dict.fromkeys((*delta.tuned, *self.tune)))
 
     def _check(self, found: Sequence[Place]) -> None:
         """See that the tensors can have deltas of this rank, and dropout where it is asked for."""
