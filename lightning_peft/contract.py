@@ -83,6 +83,7 @@ class Contract:
             the weights.
         validated_as: What validations see of its weight maps: ``"trained"`` as in training, ``"baked"`` as would be shipped.
         fixed_arguments: Constructor arguments of a base that the class gives itself, and does not take.
+        ties: Whether it gives all layers that share a tensor one map of it, where it is told to act on all of them.
         after: Names of methods of the same lane that act before this one, where otherwise names decide; set it on the class, or
             on the object: ``method.after = ("other",)``.
         restarts: Whether it lets learning-rate schedules begin again (``run.schedules``).
@@ -100,6 +101,7 @@ class Contract:
     paper: ClassVar[str] = ""
     spares_frozen: ClassVar[bool] = False
     fixed_arguments: ClassVar[frozenset[str]] = frozenset()
+    ties: ClassVar[bool] = False
 
     checkpoint: Literal["full", "trained"] = "full"
     stays: bool = False

@@ -16,6 +16,7 @@ from lightning_peft.deltas.form import Form
 from lightning_peft.deltas.layout import Layout, layout_of
 from lightning_peft.network.layers import has_class, is_linear, own_parameters, public_class
 from lightning_peft.network.plain_class import plain_class
+from lightning_peft.network.targets import tied_names
 from lightning_peft.weights.mapped_layer import MappedLayer
 
 _NOT_CALLED = "no layer is called with it"
@@ -47,6 +48,12 @@ class Place:
         return self.reason != _NOT_CALLED
 
     @property
+    def stored(self) -> nn.Parameter:
+        """The frozen tensor, which layers may share."""
+        value: Any = self.layer._parameters[self.tensor.rpartition(".")[2]]
+        return value
+
+    @property
     def seen(self) -> Tensor:
         """The tensor as maps below the delta make it."""
         value: Tensor = getattr(self.layer, self.tensor.rpartition(".")[2])
@@ -60,10 +67,17 @@ def places(method: Contract, module: nn.Module, form: type[Form]) -> list[Place]
         MisconfigurationException: A target has no matrix of its own, or one that no delta can stand on.
     """
     mapped, found = _mapped_by_others(method, module), []
+    tied = tied_names(module)
+    aliases = {name: first for first, names in tied.items() for name in names}
     for path, layer in method.select(module).items():
         for key, tensor in _matrices(path, layer).items():
             name = f"{path}.{key}" if path else key
-            reason = "other methods map it" if name in mapped else why_on_weight(module, path, layer, form, method.name, key)
+            if name in mapped:
+                reason = "other methods map it"
+            elif name in aliases:
+                reason = f"{' and '.join(tied[aliases[name]])} are one tensor"
+            else:
+                reason = why_on_weight(module, path, layer, form, method.name, key)
             side: Literal["activations", "weight"] = "weight" if reason else "activations"
             found.append(Place(path, layer, name, layout_of(layer, tensor, key), side, reason))
     return found

@@ -51,6 +51,7 @@ class DeltaMethod(Method):
     """
 
     lane = Lane.DELTA
+    ties = True
     writes = frozenset({Resource.DELTA})
     weight_maps = (DeltaMap,)
     parts = (DeltaPart,)
@@ -93,7 +94,17 @@ class DeltaMethod(Method):
         form.reset(weight, generator)
 
     def deltas(self, module: nn.Module) -> Iterator[tuple[str, Delta]]:
-        """Yield the method's deltas on a module, each with the name of its tensor, those beside layers first."""
+        """Yield the method's deltas on a module, each with the name of its tensor, those beside layers first.
+
+        The one of layers that share a tensor comes once, under the first of its names.
+        """
+        forms = set()
+        for name, delta in self._all_deltas(module):
+            if delta.form not in forms:
+                forms.add(delta.form)
+                yield name, delta
+
+    def _all_deltas(self, module: nn.Module) -> Iterator[tuple[str, Delta]]:
         return ((name, delta) for name, delta in deltas_on(module) if delta.method == self.name)
 
     def forms(self, module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -113,22 +124,29 @@ class DeltaMethod(Method):
 
     def attach(self, module: LightningModule) -> None:
         """Put the deltas on, where there is none yet."""
-        there = dict(self.forms(module))
+        there = dict(self._all_deltas(module))
+        forms: dict[nn.Parameter, Form] = {}  # layers that share a tensor share its form
         for place in self.places(module):
-            if place.tensor in there:
-                continue
-            form, weight = self.kind(place.layout, **self.arguments(place)), place.seen
-            if weight.dtype == torch.float64:  # else in single precision whatever the weight has: few numbers, small steps
-                form.to(weight.dtype)
-            matrix = place.layout.matrix(weight.detach()).to(next(form.parameters()).dtype)
-            self.begin(form, matrix, torch.Generator().manual_seed(named_seed(f"{self.name}/{place.tensor}")))
-            form.to(weight.device)
-            if place.side == "weight":
+            delta = there.get(place.tensor)
+            form = forms.get(place.stored) or (self._new_form(place) if delta is None else delta.form)
+            forms[place.stored] = form
+            if delta is not None:
+                delta.form = form  # a file has one for each layer
+            elif place.side == "weight":
                 self.map_weight(module, place.tensor, DeltaMap(form))
             else:
                 self.put_part(module, place.path, self.part(form, self.dropout))
-        for _, delta in self.deltas(module):
+        for _, delta in self._all_deltas(module):
             delta.tuned = tuple(dict.fromkeys((*delta.tuned, *self.tune)))
+
+    def _new_form(self, place: Place) -> Form:
+        """A form with its first values."""
+        form, weight = self.kind(place.layout, **self.arguments(place)), place.seen
+        if weight.dtype == torch.float64:  # else in single precision whatever the weight has: few numbers, small steps
+            form.to(weight.dtype)
+        matrix = place.layout.matrix(weight.detach()).to(next(form.parameters()).dtype)
+        self.begin(form, matrix, torch.Generator().manual_seed(named_seed(f"{self.name}/{place.tensor}")))
+        return form.to(weight.device)
 
     def _check(self, found: Sequence[Place]) -> None:
         """See that the tensors can have deltas of this rank, and dropout where it is asked for."""
@@ -165,7 +183,8 @@ class DeltaMethod(Method):
         """Say what stands where, and what is trained."""
         found = self.places(module)
         on_weight = [place for place in found if place.side == "weight"]
-        count = sum(self.kind.trainable(place.layout, **self.arguments(place)) for place in found)
+        apart = {place.stored: place for place in found}.values()
+        count = sum(self.kind.trainable(place.layout, **self.arguments(place)) for place in apart)
         parts = [f"rank {self.rank} on {len(found)} tensors, {count:,} parameters"]
         if on_weight:
             reasons = {place.reason for place in on_weight}

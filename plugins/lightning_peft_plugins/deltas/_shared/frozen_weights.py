@@ -23,7 +23,11 @@ def frozen_weights(module: nn.Module, method: str) -> Iterator[tuple[str, Any, T
     Yields:
         The name of the tensor, the form, and the weight as a matrix, without a graph and in the form's precision.
     """
+    seen = set()  # layers that share a weight share its delta
     for name, form, weight in _weights(module, method):
+        if form in seen:
+            continue
+        seen.add(form)
         yield name, form, form.layout.matrix(weight.detach()).to(next(form.parameters()).dtype)
 
 
