@@ -61,7 +61,7 @@ def places(method: Contract, module: nn.Module, form: type[Form]) -> list[Place]
     """
     mapped, found = _mapped_by_others(method, module), []
     for path, layer in method.select(module).items():
-        for key, tensor in _matrices(path, layer).items():
+        for key, tensor in matrices(path, layer).items():
             name = f"{path}.{key}" if path else key
             reason = "other methods map it" if name in mapped else why_on_weight(module, path, layer, form, key)
             side: Literal["activations", "weight"] = "weight" if reason else "activations"
@@ -85,8 +85,16 @@ def _mapped_by_others(method: Contract, module: nn.Module) -> set[str]:
     return names
 
 
-def _matrices(path: str, layer: nn.Module) -> dict[str, Tensor]:
-    """The matrices of a layer: its weight, or whatever else it holds."""
+def matrices(path: str, layer: nn.Module) -> dict[str, Tensor]:
+    """The matrices of a layer by the names of its parameters: its weight, or whatever else it holds.
+
+    Args:
+        path: Qualified name of the layer.
+        layer: The layer.
+
+    Raises:
+        MisconfigurationException: It has none of its own, or one that is computed by somebody else or not of floating point.
+    """
     own = own_parameters(layer)
     found = {key: tensor for key, tensor in own.items() if key == "weight" or ("weight" not in own and tensor.ndim in (2, 3))}
     if not found:
