@@ -12,15 +12,13 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import lightning_peft
 from lightning_peft import Lane, Method, Resource, Run, Step
 from lightning_peft.arguments import one_of
 from lightning_peft.deltas.sides import matrices
-from lightning_peft.network.logits import as_logits
-from lightning_peft.network.modes import modes_kept
 from lightning_peft.network.targets import TargetSpec, select
 from lightning_peft.network.tunable import kinds_of, tunable
 from lightning_peft.optim.optimizers import trained_by
+from lightning_peft.weights.frozen_answers import frozen_answers
 from lightning_peft.weights.maps import MappedTensor, maps_of
 from lightning_peft_plugins.selective._ramt.binary_mask import BinaryMask
 from lightning_peft_plugins.selective.functional.ramt import distance_from_answers, kept_share
@@ -145,7 +143,7 @@ class RAMT(Method):
     def _see(self, step: Step, masks: Mapping[str, Tensor]) -> None:
         """Add to the gradients of the distance from what the network answers without masks."""
         logits = step.logits.float() if step.logits.dtype in (torch.float16, torch.bfloat16) else step.logits
-        distance = distance_from_answers(logits, self._answers(step), self.temperature)
+        distance = distance_from_answers(logits, frozen_answers(step, self.name), self.temperature)
         scaler = step.run.gradient_scaler
         scale = 1.0 if scaler is None else float(scaler.get_scale())  # half precision would lose small gradients
         found = torch.autograd.grad(scale * distance, list(masks.values()), retain_graph=True, allow_unused=True)
@@ -153,13 +151,6 @@ class RAMT(Method):
             if gradient is not None:
                 gradient = gradient / scale / step.run.trainer.accumulate_grad_batches
                 self._pulls[name] = self._pulls[name] + gradient if name in self._pulls else gradient
-
-    def _answers(self, step: Step) -> Tensor:
-        """What the network says without the masks."""
-        network, call = step.run.network, step.call
-        off = lightning_peft.switch(step.run.module, self.name, on=False)
-        with torch.no_grad(), off, modes_kept(network):
-            return as_logits(network(*call.args, **call.kwargs))
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Drop what is not kept of the gradients of masks."""
