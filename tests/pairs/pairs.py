@@ -33,6 +33,7 @@ CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "CMF": lambda: peft.CMF(lr=0.1),
     "CoTTA": lambda: peft.CoTTA(views=2, threshold=1.0),
     "CorDA": lambda: peft.CorDA(rank=2, looks=1, targets="all-weights", exclude=(), checkpoint="full"),
+    "DSEE": lambda: peft.DSEE(rank=1, sparse=8, targets="all-weights", exclude=(), checkpoint="full"),
     "DeYO": lambda: peft.DeYO(lr=0.1, e_threshold=2.0, drop=-1.0),
     "DoRA": lambda: peft.DoRA(rank=2, targets="all-weights", exclude=(), checkpoint="full"),
     "DyLoRA": lambda: peft.DyLoRA(rank=2, targets="all-weights", exclude=(), checkpoint="full"),

@@ -35,6 +35,7 @@ SHORT: dict[str, Callable[[Any], Method]] = {
     "Bone": lambda project: peft.Bone(rank=1),
     "CoTTA": lambda project: peft.CoTTA(views=2),
     "CorDA": lambda project: peft.CorDA(rank=2, looks=1),
+    "DSEE": lambda project: peft.DSEE(rank=1, sparse=8),
     "DoRA": lambda project: peft.DoRA(rank=2),
     "DyLoRA": lambda project: peft.DyLoRA(rank=2),
     "EATA": lambda project: peft.EATA(fisher_alpha=0.0),
