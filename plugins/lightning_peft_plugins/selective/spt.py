@@ -48,7 +48,7 @@ class SPT(SparseUpdate):
         vector_ease: How easily a vector is trained as a whole.
         tune: Which parameters are trained as they are, beside the budget: ``"bias"``, ``"norm"``, ``"head"`` (the layers that
             write the logits).
-        targets: Layers whose weights are ranked.
+        targets: Layers whose weights are ranked; biases and normalisation layers are wherever they stand.
         exclude: Layers of which nothing is.
         checkpoint: ``"trained"`` leaves what did not change out of checkpoints, which then need the same base to be loaded.
         name: Name in logs and checkpoints.
@@ -115,7 +115,7 @@ class SPT(SparseUpdate):
         """How many numbers may be trained.
 
         Raises:
-            MisconfigurationException: None.
+            MisconfigurationException: Not one.
         """
         entries = sum(each.tensor.numel() for each in ranked.values())
         count = int(self.budget * entries + 1e-6) if self.budget < 1 else int(self.budget)
@@ -168,10 +168,10 @@ class SPT(SparseUpdate):
 
     def loss(self, step: Step) -> Tensor | None:
         """Zero; ranks wait for a gradient of everything."""
-        idle = [each for _, values in self.sensitive(step.run.module) for each in values.idle()]
-        if step.run.trainer.world_size == 1 or not idle:
+        if step.run.trainer.world_size == 1:
             return None
-        return torch.stack([0 * parameter.sum() for parameter in idle]).sum()
+        idle = [0 * each.sum() for _, values in self.sensitive(step.run.module) for each in values.idle()]
+        return torch.stack(idle).sum() if idle else None
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Add up squared gradients, and let no optimizer begin a state for what takes no part."""
