@@ -174,17 +174,21 @@ class SPT(SparseUpdate):
         return torch.stack(idle).sum() if idle else None
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
-        """Add up squared gradients, and let no optimizer begin a state for what takes no part."""
-        moved = trained_by(optimizer)
+        """Add up squared gradients."""
         for mapped, values in self.sensitive(run.module):
-            for parameter in values.idle():
-                if parameter in moved:
-                    parameter.grad = None
             if owner([optimizer], values.values) is None:
                 continue
             if (found := self._gradients.take(run, mapped.stored)) is not None:
                 seen = self.seen_squares.get(mapped.name)
                 self.seen_squares[mapped.name] = found.square() if seen is None else seen + found.square()
+
+    def after_clipping(self, run: Run, optimizer: Optimizer) -> None:
+        """Let no optimizer begin a state for what takes no part."""
+        moved = trained_by(optimizer)
+        for _, values in self.sensitive(run.module):
+            for parameter in values.idle():
+                if parameter in moved:
+                    parameter.grad = None
 
     def after_step(self, run: Run) -> None:
         """Choose what is trained, once enough was seen."""

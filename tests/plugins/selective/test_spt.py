@@ -167,6 +167,10 @@ def test_nothing_moves_at_first_and_then_the_chosen_numbers_alone() -> None:
     assert 0 < sum(values.tuned for values in watch.values.values()) <= 80
 
 
+def test_steps_in_which_nothing_is_trained_are_clipped() -> None:
+    fit([SPT(budget=80, looks=2)], gradient_clip_val=0.1, gradient_clip_algorithm="value")
+
+
 class Pretrained(Plain):
     def build(self) -> None:
         with torch.random.fork_rng():

@@ -29,10 +29,8 @@ class RoomyValues(SparseValues):
         self.indices = torch.arange(0) if indices is None else indices
 
     def forward(self, weight: Tensor) -> Tensor:
-        count = len(self.indices)
-        if not count:
-            return weight
-        added = torch.index_add(weight.flatten(), 0, self.indices, self.values[:count].to(weight.dtype))
+        # Without a coordinate too: a step of which nothing has a gradient is none.
+        added = torch.index_add(weight.flatten(), 0, self.indices, self.values[: len(self.indices)].to(weight.dtype))
         return added.view(weight.shape)
 
     @torch.no_grad()
