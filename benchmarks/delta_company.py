@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_peft import EATA, PSKD, FisherEstimator, LoRA, Method, NMSparsity, Tent, bake_checkpoint
+from lightning_peft import EATA, PSKD, AdaLoRA, FisherEstimator, LayerGrowth, LoRA, Method, NMSparsity, Tent, bake_checkpoint
 from lightning_peft.functional import is_nm
 from lightning_peft.structure.checkpoint import CheckpointError
 from lightning_peft.testing.modules import trainer
@@ -119,6 +120,23 @@ def scores_the_sum(run: Fit, data: LightningDataModule) -> str:
     return f"the scores of {len(found.scores)} tensors are those of the merged network to {worst:.0e}"
 
 
+def grows(run: Fit, data: LightningDataModule) -> str:
+    """The network has all its layers, and what all of them gained on what they were copied from has the ranks of the budget."""
+    (ada,) = (method for method in run.methods if isinstance(method, AdaLoRA))
+    small, layers, ranks = base_of(CASES["AdaLoRA + LayerGrowth"]), set(), 0
+    for name, layer in ada.select(run.module).items():
+        if found := re.search(r"\.layer\.(\d+)\.", name):  # every layer of the small network stands twice in a row
+            layers.add(found[1])
+            name = name.replace(found[0], f".layer.{int(found[1]) // 2}.")
+        base = small.get_submodule(name).weight.detach()  # type: ignore[operator, union-attr]
+        rounding = torch.finfo(base.dtype).eps * float(base.norm())  # of the weight that the product went into
+        ranks += int((torch.linalg.svdvals((layer.weight.detach() - base).double()) > rounding).sum())
+    budget = ada.target * len(ada.select(run.module))
+    assert len(layers) == 6
+    assert 0 < ranks <= budget, f"ranks {ranks} of a budget of {budget}"
+    return f"3 layers have become {len(layers)}, and their weights gained {ranks} ranks, of a budget of {budget}"
+
+
 @dataclass(frozen=True)
 class Case:
     """What is trained, and what must hold of it."""
@@ -140,6 +158,15 @@ CASES = {
     "LoRA, then Tent and EATA": Case(lambda: [low_rank()], minilm, reviews, adapts),
     "LoRA + FisherEstimator": Case(
         lambda: [low_rank(), FisherEstimator("train", samples=SCORED)], minilm, reviews, scores_the_sum
+    ),
+    "AdaLoRA + LayerGrowth": Case(
+        lambda: [
+            AdaLoRA(rank=6, target=4, tinit=2, tfinal=2, every=1, tune=("head",)),
+            LayerGrowth("interpolate", at="step:6", start=3),
+        ],
+        minilm,
+        reviews,
+        grows,
     ),
 }
 

@@ -32,6 +32,7 @@ _HOMES = {
     "load_baked": "baking.baked_folder",
     "load_from_checkpoint": "baking.bake",
     "load_peft": "deltas.peft_folder",
+    "merge": "weights.merge",
     "plan": "attach.plan",
     "save_baked": "baking.baked_folder",
     "save_peft": "deltas.peft_folder",
@@ -40,6 +41,7 @@ _HOMES = {
     "to_exported": "baking.portable",
     "to_onnx": "baking.portable",
     "split_low_rank": "baking.split_low_rank",
+    "unmerge": "weights.merge",
 }
 _SUBPACKAGES = ("functional", "registry", "shifts", "testing")
 

@@ -29,8 +29,11 @@ from lightning_peft.optim.wrapped import WrappedOptimizer as WrappedOptimizer
 from lightning_peft.report.compare_deployments import compare_deployments as compare_deployments
 from lightning_peft.weights.layer_part import LayerPart as LayerPart
 from lightning_peft.weights.maps import WeightMap as WeightMap
+from lightning_peft.weights.merge import merge as merge
+from lightning_peft.weights.merge import unmerge as unmerge
 from lightning_peft.weights.switch import switch as switch
 from lightning_peft_plugins.deltas.adalora import AdaLoRA as AdaLoRA
+from lightning_peft_plugins.deltas.allora import ALLoRA as ALLoRA
 from lightning_peft_plugins.deltas.ba_lora import BALoRA as BALoRA
 from lightning_peft_plugins.deltas.bone import Bone as Bone
 from lightning_peft_plugins.deltas.corda import CorDA as CorDA
@@ -42,12 +45,14 @@ from lightning_peft_plugins.deltas.increlora import IncreLoRA as IncreLoRA
 from lightning_peft_plugins.deltas.kasa import KaSA as KaSA
 from lightning_peft_plugins.deltas.loldu import LoLDU as LoLDU
 from lightning_peft_plugins.deltas.lora import LoRA as LoRA
+from lightning_peft_plugins.deltas.lora_ggpo import LoRAGGPO as LoRAGGPO
 from lightning_peft_plugins.deltas.lora_sb import LoRASB as LoRASB
 from lightning_peft_plugins.deltas.lora_xs import LoRAXS as LoRAXS
 from lightning_peft_plugins.deltas.miss import MiSS as MiSS
 from lightning_peft_plugins.deltas.nola import NOLA as NOLA
 from lightning_peft_plugins.deltas.olora import OLoRA as OLoRA
 from lightning_peft_plugins.deltas.peft_adapter import PeftAdapter as PeftAdapter
+from lightning_peft_plugins.deltas.pego import PEGO as PEGO
 from lightning_peft_plugins.deltas.phm import PHM as PHM
 from lightning_peft_plugins.deltas.pissa import PiSSA as PiSSA
 from lightning_peft_plugins.deltas.randlora import RandLoRA as RandLoRA
@@ -55,6 +60,8 @@ from lightning_peft_plugins.deltas.salt import SALT as SALT
 from lightning_peft_plugins.deltas.soka import SoKA as SoKA
 from lightning_peft_plugins.deltas.sorsa import SORSA as SORSA
 from lightning_peft_plugins.deltas.svfit import SVFit as SVFit
+from lightning_peft_plugins.deltas.t_lora import TLoRA as TLoRA
+from lightning_peft_plugins.deltas.tri_adapt_lora import TriAdaptLoRA as TriAdaptLoRA
 from lightning_peft_plugins.growth.layer_growth import LayerGrowth as LayerGrowth
 from lightning_peft_plugins.growth.mixture_growth import MixtureGrowth as MixtureGrowth
 from lightning_peft_plugins.growth.stage_sharing import StageSharing as StageSharing

@@ -92,6 +92,47 @@ def positive(argument: str, value: float, hint: str = "") -> None:
         raise MisconfigurationException(f"{argument}={value!r} must be positive.{f' {hint}' if hint else ''}")
 
 
+def not_negative(argument: str, value: float, hint: str = "") -> None:
+    """Check that an argument is zero or above.
+
+    Args:
+        argument: Its name.
+        value: What was given.
+        hint: What to do instead, a sentence.
+
+    Raises:
+        MisconfigurationException: It is negative.
+
+    Example:
+        >>> not_negative("gamma", -1.0, "Zero leaves the penalty out.")
+        Traceback (most recent call last):
+        ...
+        lightning...MisconfigurationException: gamma=-1.0 must not be negative. Zero leaves the penalty out.
+    """
+    if value < 0:
+        raise MisconfigurationException(f"{argument}={value!r} must not be negative.{f' {hint}' if hint else ''}")
+
+
+def decay(argument: str, value: float) -> None:
+    """Check that an argument can be the decay of a running average.
+
+    Args:
+        argument: Its name.
+        value: What was given.
+
+    Raises:
+        MisconfigurationException: It is not between 0 and 1.
+
+    Example:
+        >>> decay("beta1", 1.5)
+        Traceback (most recent call last):
+        ...
+        lightning...MisconfigurationException: beta1=1.5 must be between 0 and 1, the share of the average that stays.
+    """
+    if not 0 < value < 1:
+        raise MisconfigurationException(f"{argument}={value!r} must be between 0 and 1, the share of the average that stays.")
+
+
 def check_types(cls: type, given: Mapping[str, Any]) -> None:
     """Refuse arguments that are not of the annotated type, or NaN, before a constructor compares or splits them.
 

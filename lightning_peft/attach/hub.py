@@ -53,6 +53,7 @@ from lightning_peft.weights.attachment import Attachment
 from lightning_peft.weights.detach import attachments, check_stay, detach_maps
 from lightning_peft.weights.map_modules import shown_within
 from lightning_peft.weights.maps import forget_pristine, mapped_tensors
+from lightning_peft.weights.merge import unmerge
 from lightning_peft.weights.parts import placed_parts
 
 _HUBS: weakref.WeakKeyDictionary[nn.Module, Hub] = weakref.WeakKeyDictionary()
@@ -178,6 +179,7 @@ class Hub:
         # the maps, which invert what layers see and know nothing of them; averages last, for their callbacks copied the module
         # without maps and pair parameters by position.
         check_materialised(module)
+        unmerge(module)
         if self._fitting:
             self._first.make()
         self.run.network_name, self.run.network = network_of(self.methods, module)

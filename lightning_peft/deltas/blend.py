@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_peft.deltas.delta_map import DeltaMap
-from lightning_peft.deltas.delta_part import DeltaPart
 from lightning_peft.deltas.form import Form
-from lightning_peft.weights.detach import attachments
+from lightning_peft.deltas.on_module import deltas_on
+from lightning_peft.weights.merge import check_unmerged
 
 
 def blend(module: nn.Module, shares: Mapping[str, float]) -> None:
@@ -23,8 +22,8 @@ def blend(module: nn.Module, shares: Mapping[str, float]) -> None:
             adapter was trained with.
 
     Raises:
-        MisconfigurationException: A name that no adapter has, a share that is no finite number, or an adapter that is no sum
-            with its weight. Nothing was changed then.
+        MisconfigurationException: A name that no adapter has, a share that is no finite number, an adapter that is no sum with
+            its weight, or merged ones. Nothing was changed then.
 
     Example:
         .. code-block:: python
@@ -33,7 +32,8 @@ def blend(module: nn.Module, shares: Mapping[str, float]) -> None:
             lightning_peft.load_peft(module, "stories", name="stories")
             lightning_peft.blend(module, {"reviews": 0.7, "stories": 0.3})
     """
-    found = [each for each in attachments(module) if isinstance(each, (DeltaPart, DeltaMap))]
+    check_unmerged(module, "a blend")
+    found = [each for _, each in deltas_on(module)]
     for name, share in shares.items():
         own = [each for each in found if each.method == name]
         if not own:

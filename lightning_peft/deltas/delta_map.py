@@ -17,10 +17,14 @@ class DeltaMap(WeightMap):
 
     Args:
         form: The form, or what :func:`~lightning_peft.deltas.form.described` says of it.
+
+    Attributes:
+        tuned: What is trained as it is beside the delta: kinds or names of parameters.
     """
 
     kind = "weight_delta"
     lane = Lane.DELTA
+    tuned: tuple[str, ...] = ()
 
     def __init__(self, form: Form | Mapping[str, Any]) -> None:
         super().__init__()

@@ -27,10 +27,14 @@ class DeltaPart(LayerPart):
     Args:
         form: The form, or what :func:`~lightning_peft.deltas.form.described` says of it.
         dropout: Share of the inputs that the product does not see in training.
+
+    Attributes:
+        tuned: What is trained as it is beside the delta: kinds or names of parameters.
     """
 
     kind = "delta"
     lane = Lane.DELTA
+    tuned: tuple[str, ...] = ()
 
     def __init__(self, form: Form | Mapping[str, Any], dropout: float = 0.0) -> None:
         super().__init__()

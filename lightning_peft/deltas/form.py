@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from lightning_peft.deltas.layout import Layout
 
 Beside = Literal["any", "linear", "none"]
-_LARGEST = 16  # times the weight; factors of full rank with what they began as, or three square bases, are below that
+LARGEST = 16  # times the weight, what a file may ask for; factors of full rank with what they began as are below that
 _FORMS: dict[str, type[Form]] = {}
 
 
@@ -26,6 +26,7 @@ class Form(nn.Module):
     Attributes:
         kind: Name in checkpoints.
         beside: Layers beside which it can stand; it acts on the weight of all others.
+        reason: Why it acts on those.
         rank: Its rank.
         share: Factor of the delta among several, see :func:`lightning_peft.blend`.
     """
@@ -33,6 +34,7 @@ class Form(nn.Module):
     share: float = 1.0
     kind: ClassVar[str]
     beside: ClassVar[Beside] = "none"
+    reason: ClassVar[str] = "it is no product of thin matrices"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -42,6 +44,11 @@ class Form(nn.Module):
     def __init__(self, layout: Layout, rank: int) -> None:
         super().__init__()
         self._layout, self.rank = layout, rank
+
+    @property
+    def peft(self) -> str | None:
+        """Name of the type of adapter that PEFT has for it, see :mod:`~lightning_peft.deltas.peft_format`."""
+        return None
 
     @property
     def layout(self) -> Layout:
@@ -98,7 +105,7 @@ def build_form(
         raise ValueError(f"there is no delta {kind!r} of rank {rank} for a weight of shape {shape}")
     with torch.device("meta"):  # nothing is allocated before its size is known
         size = sum(tensor.numel() for tensor in _FORMS[kind](layout, **arguments).state_dict().values())
-    if size > _LARGEST * layout.shape.numel():
+    if size > LARGEST * layout.shape.numel():
         raise ValueError(f"a delta {kind!r} with {arguments} would be {size:,} numbers for a weight of shape {shape}")
     form = _FORMS[kind](layout, **arguments)
     form.share = share

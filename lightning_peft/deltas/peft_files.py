@@ -4,47 +4,83 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_peft.atomic_files import whole_folder
+from lightning_peft.deltas.peft_format import PeftFormat, Saved
+from lightning_peft.deltas.peft_formats import format_of, known
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_FACTORS = {
-    ".lora_magnitude_vector": "magnitude",
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_embedding_A": "up",
-    ".lora_embedding_B": "down",
-}
+_MODEL, _NETWORK = "base_model.", "base_model.model."
 
 
-@dataclass(frozen=True)
-class AdapterFiles:
-    """The content of a folder.
-
-    Attributes:
-        config: ``adapter_config.json``.
-        factors: ``(layer, "down", "up" or "magnitude")`` to tensor; those of embeddings, of which PEFT keeps the transposed, as
-            a layer's.
-        others: Parameters that were trained as they are, by name.
-    """
-
-    config: Mapping[str, Any]
-    factors: Mapping[tuple[str, str], Tensor]
-    others: Mapping[str, Tensor]
-
-
-def read(folder: Path) -> AdapterFiles:
+def read(folder: Path) -> tuple[PeftFormat, Saved]:
     """Read a folder.
 
     Raises:
-        MisconfigurationException: A file is missing, damaged, pickled, or of another kind of adapter than LoRA.
+        MisconfigurationException: A file is missing, damaged, pickled, of a type of adapter that nothing here reads, or without
+            a tensor that it should have.
     """
     config = _config(folder)
+    kind = format_of(config)
+    if kind is None:
+        types = ", ".join(name for name in known() if "." not in name)
+        raise MisconfigurationException(
+            f"{folder / CONFIG} describes {config.get('peft_type')!r}; this library reads {types}. Load it with PEFT."
+        )
+    path = folder / WEIGHTS
+    layers: dict[str, dict[str, Tensor]] = {}
+    shared, others = {}, {}
+    names = frozenset().union(*kind.complete(config))
+    for key, tensor in _tensors(folder).items():
+        whole = key.removeprefix(_MODEL)
+        if key.startswith(_MODEL) and whole in kind.shared:
+            shared[whole] = _numbers(path, key, tensor)
+            continue
+        name = key.removeprefix(_NETWORK)
+        if name == key:
+            raise MisconfigurationException(f"{path} holds {key!r}, which is no name that PEFT gives: {_NETWORK!r} is missing.")
+        ending = next((each for each in names | kind.shared if name.endswith(f".{each}")), None)
+        if ending is None and f".{kind.beginning}" in name:
+            raise MisconfigurationException(f"{path} holds {key!r}, a kind of tensor that this library does not read.")
+        if ending is None:
+            others[name] = tensor
+        elif ending in kind.shared:  # every layer has it once more
+            shared.setdefault(ending, _numbers(path, key, tensor))
+        else:
+            layers.setdefault(name.removesuffix(f".{ending}"), {})[ending] = _numbers(path, key, tensor)
+    for layer, tensors in layers.items():
+        _check_complete(path, layer, tensors, kind, config)
+    if not layers:
+        raise MisconfigurationException(f"{path} holds no adapter of any layer. It was not written to the end: save it again.")
+    saved = Saved(folder, config, layers, shared, others)
+    kind.check(saved)
+    return kind, saved
+
+
+def _check_complete(path: Path, layer: str, tensors: Mapping[str, Tensor], kind: PeftFormat, config: Mapping[str, Any]) -> None:
+    sets = kind.complete(config)
+    if frozenset(tensors) in sets:
+        return
+    nearest = max(sets, key=lambda each: len(each & tensors.keys()))
+    missing, more = (", ".join(sorted(each)) for each in (nearest - tensors.keys(), tensors.keys() - nearest))
+    raise MisconfigurationException(
+        f"{path} holds {'more' if not missing else 'not all'} of the adapter of {layer}: "
+        f"{f'{missing} is missing' if missing else f'{more} is of another kind'}. Save the adapter again."
+    )
+
+
+def _numbers(path: Path, key: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        raise MisconfigurationException(f"{path} holds {key!r} as {tensor.dtype}; adapters are of floating point.")
+    return tensor
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     if not path.is_file():
         pickled = " (adapter_model.bin is a pickle, which can run any code: load it with PEFT and save it anew)"
@@ -56,68 +92,41 @@ def read(folder: Path) -> AdapterFiles:
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise MisconfigurationException(f"{path} is damaged: {error}. Copy or save it again.") from None
-    factors, others = {}, {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(_PREFIX)
-        if name == key:
-            raise MisconfigurationException(f"{path} holds {key!r}, which is no name that PEFT gives: {_PREFIX!r} is missing.")
-        ending = next((each for each in _FACTORS if name.endswith(each)), None)
-        if ending is None and ".lora_" in name:
-            raise MisconfigurationException(f"{path} holds {key!r}, a kind of tensor that this library does not read.")
-        if ending is None:
-            others[name] = tensor
-        else:
-            value = tensor.T if "embedding" in ending else tensor.flatten() if "magnitude" in ending else tensor
-            factors[name.removesuffix(ending), _FACTORS[ending]] = value
-    wanted = ("down", "up", "magnitude") if config.get("use_dora") else ("down", "up")
-    for layer in dict.fromkeys(layer for layer, _ in factors):
-        if {part for each, part in factors if each == layer} != {*wanted}:
-            raise MisconfigurationException(f"{path} holds one factor of {layer} and not the other. Save the adapter again.")
-    return AdapterFiles(config, factors, others)
 
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except OSError:
         raise MisconfigurationException(f"{folder} has no {CONFIG}. Name the folder of an adapter that PEFT saved.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MisconfigurationException(f"{path} is damaged: {error}. Copy or save it again.") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        found = config.get("peft_type") if isinstance(config, dict) else config
-        raise MisconfigurationException(f"{path} describes {found!r}; this library reads 'LORA'. Load it with PEFT.")
+    if not isinstance(config, dict):
+        raise MisconfigurationException(f"{path} describes {config!r}, no adapter. Copy or save it again.")
     return config
 
 
-def layer_keys(
-    layer: str, down: Tensor, up: Tensor, embedding: bool, kernel: int, magnitude: Tensor | None = None
-) -> dict[str, Tensor]:
-    """Name the factors of a layer as PEFT does.
+def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> None:
+    """Write a folder, which appears only when it is complete.
 
     Args:
-        layer: Its name within the network.
-        down: ``A``.
-        up: ``B``, shape ``(outputs, rank)``.
-        embedding: Whether it is an embedding.
-        kernel: Dimensions of its kernel.
-        magnitude: Lengths of the rows of a DoRA.
+        folder: The folder; it must not exist or be empty.
+        config: Settings.
+        tensors: Tensors by their names within the network.
+        shared: Those that stand beside the network.
+
+    Raises:
+        MisconfigurationException: The folder is in use.
     """
-    start = f"{_PREFIX}{layer}"
-    if embedding:
-        return {f"{start}.lora_embedding_A": up.T.contiguous(), f"{start}.lora_embedding_B": down.T.contiguous()}
-    found = {
-        f"{start}.lora_A.weight": down.contiguous(),
-        f"{start}.lora_B.weight": up.reshape(*up.shape, *(1,) * kernel).contiguous(),
-    }
-    if magnitude is not None:  # for a convolution PEFT keeps it in the shape of the output
-        found[f"{start}.lora_magnitude_vector"] = magnitude.view(1, -1, *(1,) * kernel) if kernel else magnitude
-    return found
+    from safetensors.torch import save_file
 
-
-def whole_keys(name: str, value: Tensor) -> dict[str, Tensor]:
-    """Name a parameter that was trained as it is."""
-    return {f"{_PREFIX}{name}": value.contiguous()}
+    named = {f"{_NETWORK}{name}": value for name, value in tensors.items()}
+    named |= {f"{_MODEL}{name}": value for name, value in shared.items()}
+    values = {name: value.detach().cpu().clone().contiguous() for name, value in named.items()}
+    with whole_folder(folder) as part:
+        save_file(values, part / WEIGHTS, metadata={"format": "pt"})
+        (part / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")

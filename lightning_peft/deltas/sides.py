@@ -63,7 +63,7 @@ def places(method: Contract, module: nn.Module, form: type[Form]) -> list[Place]
     for path, layer in method.select(module).items():
         for key, tensor in matrices(path, layer).items():
             name = f"{path}.{key}" if path else key
-            reason = "other methods map it" if name in mapped else why_on_weight(module, path, layer, form, key)
+            reason = "other methods map it" if name in mapped else why_on_weight(module, path, layer, form, method.name, key)
             side: Literal["activations", "weight"] = "weight" if reason else "activations"
             found.append(Place(path, layer, name, layout_of(layer, tensor, key), side, reason))
     return found
@@ -119,17 +119,19 @@ def matrices(path: str, layer: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def why_on_weight(module: nn.Module, path: str, layer: Any, form: type[Form], key: str = "weight") -> str:
+def why_on_weight(module: nn.Module, path: str, layer: Any, form: type[Form], name: str, key: str = "weight") -> str:
     """Say why calls of a layer cannot take a product in, so that it has to act on the weight; nothing where they can."""
     parent = module.get_submodule(path.rpartition(".")[0]) if path else None
     if key != "weight" or isinstance(parent, nn.MultiheadAttention):
         return _NOT_CALLED
     if form.beside == "none":
-        return "it is no product of thin matrices"
+        return form.reason
+    if form.beside == "linear" and (others := _others(layer, name)):
+        return f"{others[0]} stands beside the layer, and {form.reason}"
     if plain_class(layer).forward is nn.Linear.forward:
         return ""
     if form.beside == "linear":
-        return "its rows are scaled"
+        return form.reason
     if isinstance(layer, nn.Embedding):
         plain = layer.max_norm is None and not layer.scale_grad_by_freq and not layer.sparse
         return "" if plain else "its rows are looked up in a special way"
@@ -137,3 +139,9 @@ def why_on_weight(module: nn.Module, path: str, layer: Any, form: type[Form], ke
         plain = layer.groups == 1 and layer.padding_mode == "zeros" and plain_class(layer) in CONVS
         return "" if plain else "its convolution has groups or padding of its own"
     return "" if has_class(layer, "Conv1D") else f"{public_class(layer)} computes in its own way"
+
+
+def _others(layer: Any, name: str) -> list[str]:
+    """Whose parts stand beside a layer already: what scales the rows of the weight would have to scale those too."""
+    parts = layer.part_stack.parts if isinstance(layer, MappedLayer) and layer.part_stack is not None else []
+    return [] if any(part.method == name for part in parts) else [part.owner for part in parts]

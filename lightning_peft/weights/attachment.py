@@ -51,6 +51,10 @@ class Attachment(nn.Module):
         """Name among those on the same tensor or layer."""
         return f"{self.method or self.owner}:{self.kind}"
 
+    def is_finite(self) -> bool:
+        """Whether all its parameters are finite numbers."""
+        return all(bool(parameter.isfinite().all()) for parameter in self.parameters())
+
     def detached(self) -> None:
         """Let go of whatever else than its layer it holds on to; called when it is taken off."""
 

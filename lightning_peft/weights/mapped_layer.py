@@ -157,6 +157,8 @@ class MappedLayer(StandIn):
         for chain in self.weight_maps.values():
             for weight_map in chain.maps:
                 weight_map._apply(fn)
+        if self.part_stack is not None:
+            self.part_stack.beneath = {name: fn(tensor) for name, tensor in self.part_stack.beneath.items()}
         for part in self.part_stack or ():
             part._apply(fn)
         return self
@@ -164,6 +166,8 @@ class MappedLayer(StandIn):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         own: OrderedDict[str, Any] = OrderedDict()
         super()._save_to_state_dict(own, prefix, keep_vars)
+        if self.part_stack is not None:
+            own.update({f"{prefix}{name}": tensor for name, tensor in self.part_stack.beneath.items()})
         stored = {f"{prefix}{name}": stored_key(f"{prefix}{name}") for name in self.weight_maps}
         destination.update({stored.get(key, key): value for key, value in own.items()})
         for start, weight_map in self._named_maps(prefix):
@@ -181,6 +185,8 @@ class MappedLayer(StandIn):
     ) -> None:
         stored = {f"{prefix}{name}": stored_key(f"{prefix}{name}") for name in self.weight_maps}
         mine = tuple(map(maps_prefix, stored))
+        if self.part_stack is not None:
+            self.part_stack.take_out(self)
         own = {key: value for key, value in state_dict.items() if key not in stored and not key.startswith(mine)}
         own |= {name: state_dict[key] for name, key in stored.items() if key in state_dict}
         entered = self._enter(state_dict, prefix, own, error_msgs)

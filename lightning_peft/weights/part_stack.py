@@ -20,12 +20,14 @@ class PartStack:
         pristine: Tensors that the layer had before the training of its parts was taken up again, by name, while going back
             means anything.
         version: Counts in-place changes of the parts and of what they go into; ``pristine`` is void once it has moved on.
+        beneath: Tensors of the layer without the parts, by name, while those are in them; see :func:`lightning_peft.merge`.
     """
 
     def __init__(self) -> None:
         self.parts: list[LayerPart] = []
         self.pristine: dict[str, Tensor] = {}
         self.version = 0
+        self.beneath: dict[str, Tensor] = {}
 
     def __iter__(self) -> Iterator[LayerPart]:
         return iter(self.parts)
@@ -46,7 +48,7 @@ class PartStack:
 
     def call(self, own: Callable[..., Any], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a call of the layer, whose own ``forward`` is the innermost."""
-        return self._through(len(self.parts), own, layer, args, kwargs)
+        return self._through(0 if self.beneath else len(self.parts), own, layer, args, kwargs)
 
     def _through(
         self, depth: int, own: Callable[..., Any], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -65,7 +67,7 @@ class PartStack:
     @property
     def merging(self) -> list[LayerPart]:
         """The parts that go into the weight when the layer becomes an ordinary one, innermost first."""
-        return [part for part in self.parts if part.enabled and part.merges]
+        return [] if self.beneath else [part for part in self.parts if part.enabled and part.merges]
 
     @property
     def merges(self) -> bool:
@@ -83,6 +85,13 @@ class PartStack:
         for part in self.merging if parts is None else parts:
             value = part.merged_into(name, value)
         return value.detach()
+
+    @torch.no_grad()
+    def take_out(self, layer: nn.Module) -> None:
+        """Give the layer back what it had before its parts were merged into it."""
+        for name, tensor in self.beneath.items():
+            layer._parameters[name].copy_(tensor)  # type: ignore[union-attr]
+        self.beneath = {}
 
     def count(self, layer: nn.Module) -> int:
         """Count in-place changes of the parts' tensors and of the layer's own until now."""

@@ -95,6 +95,11 @@ def put_part(module: nn.Module, path: str, part: PartT) -> PartT:
     present = next((entry for entry in stack or () if entry.key == part.key), None)
     if present is not None:
         return present  # type: ignore[return-value]
+    if stack is not None and stack.beneath:
+        raise MisconfigurationException(
+            f"The parts on {path} are merged into its weight, where no other can join them. Call "
+            "lightning_peft.unmerge(module) first."
+        )
     _check_called(module, path, layer, part)
     if part.merges:
         _check_weight(path, layer, part)

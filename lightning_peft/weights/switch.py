@@ -10,6 +10,7 @@ from torch import nn
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.weights.attachment import Attachment
 from lightning_peft.weights.detach import attachments
+from lightning_peft.weights.merge import check_unmerged
 
 
 class switch:  # noqa: N801 - used as a function, and as a context manager like torch.set_grad_enabled
@@ -25,7 +26,7 @@ class switch:  # noqa: N801 - used as a function, and as a context manager like 
 
     Raises:
         MisconfigurationException: The method has nothing on the module, or stores weights in another form: without the map
-            they would mean nothing.
+            they would mean nothing; or its parts are merged, see :func:`lightning_peft.merge`.
 
     Example:
         .. code-block:: python
@@ -48,6 +49,7 @@ class switch:  # noqa: N801 - used as a function, and as a context manager like 
 
 
 def _of(module: nn.Module, method: str) -> list[Attachment]:
+    check_unmerged(module, "a switch")
     present = attachments(module)
     found = [each for each in present if each.method == method]
     if not found:

@@ -18,7 +18,11 @@ import lightning_peft
 from lightning_peft import NMSparsity, WeightCompander
 from lightning_peft.deltas import sides
 from lightning_peft.functional import is_nm
-from lightning_peft.testing.modules import trainer
+from lightning_peft.testing import runs
+from lightning_peft.testing.modules import Plain, loader, trainer
+from lightning_peft.weights.maps import mapped_tensors
+from lightning_peft.weights.parts import placed_parts
+from lightning_peft_plugins.deltas.dora import DoRA
 from lightning_peft_plugins.deltas.lora import LoRA
 
 BATCH = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -212,3 +216,22 @@ def fit(module: LightningModule, method: LoRA) -> None:
 def test_arguments_that_make_no_sense(settings: Any, words: str) -> None:
     with pytest.raises(MisconfigurationException, match=words):
         LoRA(**settings)
+
+
+def test_lengths_on_top_of_another_adapter_scale_its_rows_too() -> None:
+    """Beside a layer they would see the frozen weight alone, and would scale nothing at all outside of another part."""
+    module = Plain()
+    runs.fit([LoRA(4, keep=True)], module=module)
+    runs.fit([DoRA(4, keep=True, name="lengths")], module=module.train())
+    inputs = next(iter(loader(8)))[0]
+    live = module.eval().logits(inputs)
+    weight, bias = (module.model[0].state_dict()[key] for key in ("parametrizations.weight.original", "bias"))
+    maps = {each.name: each.maps for each in mapped_tensors(module)}
+    part = next(each.part for each in placed_parts(module))
+    form: Any = maps["model.0.weight"][0].form  # type: ignore[attr-defined]
+    whole = weight + form.scale * form.up @ form.down
+    rows = whole * (form.magnitude / whole.norm(dim=1)).unsqueeze(1)
+    lora: Any = part.form
+    expected = inputs @ (rows + lora.scale * lora.up @ lora.down).T + bias
+    torch.testing.assert_close(module.model[0](inputs), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lightning_peft.bake(module).logits(inputs), live, atol=1e-5, rtol=1e-5)

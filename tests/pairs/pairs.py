@@ -24,6 +24,7 @@ from lightning_peft.testing.trace import difference, trace, without
 CLASSES, STEPS = 4, 4
 
 CONFIGURATIONS: dict[str, Callable[[], Method]] = {
+    "ALLoRA": lambda: peft.ALLoRA(rank=2, targets="all-weights", exclude=(), checkpoint="full"),
     "AdaLoRA": lambda: peft.AdaLoRA(rank=2, target=1, targets="all-weights", exclude=(), checkpoint="full"),
     "BALoRA": lambda: peft.BALoRA(rank=2, targets="all-weights", exclude=(), checkpoint="full"),
     "BatchNormAdapt": peft.BatchNormAdapt,
@@ -55,6 +56,7 @@ CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "LayerGrowth": lambda: peft.LayerGrowth(at="step:2", start=2),
     "LoLDU": lambda: peft.LoLDU(rank=2, targets="all-weights", exclude=(), checkpoint="full"),
     "LoRA": lambda: peft.LoRA(rank=2, targets="all-weights", exclude=(), checkpoint="full"),
+    "LoRAGGPO": lambda: peft.LoRAGGPO(rank=2, targets="all-weights", exclude=(), checkpoint="full"),
     "LoRASB": lambda: peft.LoRASB(rank=2, looks=1, targets="all-weights", exclude=(), checkpoint="full"),
     "LoRAXS": lambda: peft.LoRAXS(rank=2, targets="all-weights", exclude=(), checkpoint="full"),
     "MEMO": lambda: peft.MEMO(views=2, lr=0.1),
@@ -66,6 +68,7 @@ CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "NOLA": lambda: peft.NOLA(rank=2, bases=4, targets="all-weights", exclude=(), checkpoint="full"),
     "NormTuning": lambda: peft.NormTuning(checkpoint="full"),
     "OLoRA": lambda: peft.OLoRA(rank=2, targets="all-weights", exclude=(), checkpoint="full"),
+    "PEGO": lambda: peft.PEGO(rank=1, members=2, targets="all-weights", exclude=(), checkpoint="full"),
     "PERP": lambda: peft.PERP(exclude=()),
     "PHM": lambda: peft.PHM(terms=1, targets="all-weights", exclude=(), checkpoint="full"),
     "PSKD": peft.PSKD,
@@ -91,9 +94,11 @@ CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "StageSharing": lambda: peft.StageSharing([2, 2], at="step:2"),
     "StructuredPruning": lambda: peft.StructuredPruning(0.4, start=2),
     "T3A": peft.T3A,
+    "TLoRA": lambda: peft.TLoRA(rank=2, targets="all-weights", exclude=(), checkpoint="full"),
     "TemporaryForgetting": lambda: peft.TemporaryForgetting(2, std=0.1, targets=["network.head"]),
     "Tent": lambda: peft.Tent(lr=0.1),
     "TrainedRankPruning": lambda: peft.TrainedRankPruning(0.5, period=2, exclude=()),
+    "TriAdaptLoRA": lambda: peft.TriAdaptLoRA(target=2, every=1, end=2, exclude=(), checkpoint="full"),
     "Wanda": lambda: peft.Wanda(0.5, exclude=()),
     "WeightCompander": peft.WeightCompander,
 }

@@ -29,6 +29,7 @@ def own_loss(project: Any, batch: Any) -> Any:
 
 # What a training of eight steps needs to be told; all others are at their defaults.
 SHORT: dict[str, Callable[[Any], Method]] = {
+    "ALLoRA": lambda project: peft.ALLoRA(rank=2),
     "AdaLoRA": lambda project: peft.AdaLoRA(rank=2, target=1),
     "BALoRA": lambda project: peft.BALoRA(rank=2),
     "BlockPruning": lambda project: peft.BlockPruning(1, start=2),
@@ -52,6 +53,7 @@ SHORT: dict[str, Callable[[Any], Method]] = {
     "LayerGrowth": lambda project: peft.LayerGrowth(at="step:2", start=1),
     "LoLDU": lambda project: peft.LoLDU(rank=2),
     "LoRA": lambda project: peft.LoRA(rank=2),
+    "LoRAGGPO": lambda project: peft.LoRAGGPO(rank=2),
     "LoRASB": lambda project: peft.LoRASB(rank=2, looks=1),
     "LoRAXS": lambda project: peft.LoRAXS(rank=2),
     "MEMO": lambda project: peft.MEMO(views=2),
@@ -61,6 +63,7 @@ SHORT: dict[str, Callable[[Any], Method]] = {
     "NMSparsity": lambda project: peft.NMSparsity("2:4"),
     "NOLA": lambda project: peft.NOLA(rank=2, bases=4),
     "OLoRA": lambda project: peft.OLoRA(rank=2),
+    "PEGO": lambda project: peft.PEGO(rank=1, members=2),
     "PHM": lambda project: peft.PHM(terms=1),
     "PeftAdapter": lambda project: peft.PeftAdapter({"peft_type": "LORA", "r": 2}, targets="all-linear"),
     "PiSSA": lambda project: peft.PiSSA(rank=2),
@@ -79,8 +82,10 @@ SHORT: dict[str, Callable[[Any], Method]] = {
     "SpIEL": lambda project: peft.SpIEL(every=4, window=2),
     "StageSharing": lambda project: peft.StageSharing([2, 2], at="step:2"),
     "StructuredPruning": lambda project: peft.StructuredPruning(0.2, start=2),
+    "TLoRA": lambda project: peft.TLoRA(rank=1),
     "TemporaryForgetting": lambda project: peft.TemporaryForgetting(2, targets="all-linear", exclude=["first"]),
     "TrainedRankPruning": lambda project: peft.TrainedRankPruning(0.5, period=2),
+    "TriAdaptLoRA": lambda project: peft.TriAdaptLoRA(target=2, every=1, end=2),
 }
 METHODS = {name: SHORT.get(name, lambda _, name=name: getattr(peft, name)()) for name in sorted(CONFIGURATIONS)}
 

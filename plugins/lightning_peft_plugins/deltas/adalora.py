@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft import Run, Step
-from lightning_peft.arguments import positive
+from lightning_peft.arguments import decay, not_negative, positive
 from lightning_peft.compose.schedule import ResolvedSchedule, parse_point
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.structure.edits import Change
@@ -73,10 +73,9 @@ class AdaLoRA(ScaledDelta):
         super().__init__(rank, alpha, "rank", **kwargs)
         if not 0 < target <= rank:
             raise MisconfigurationException(f"target={target} must be from 1 to rank={rank}, of which the rest is given away.")
-        if not (0 < beta1 < 1 and 0 < beta2 < 1):
-            raise MisconfigurationException(f"beta1={beta1} and beta2={beta2} must be between 0 and 1.")
-        if gamma < 0:
-            raise MisconfigurationException(f"gamma={gamma} must not be negative. Zero leaves the penalty out.")
+        decay("beta1", beta1)
+        decay("beta2", beta2)
+        not_negative("gamma", gamma, "Zero leaves the penalty out.")
         positive("every", every)
         self.target, self.every, self.gamma = target, every, gamma
         self.tinit, self.tfinal = parse_point(tinit), parse_point(tfinal)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_peft import Resource, Step
-from lightning_peft.arguments import positive
+from lightning_peft.arguments import not_negative, positive
 from lightning_peft.weights.frozen_answers import frozen_answers
 from lightning_peft_plugins.deltas._shared.low_rank import LowRank
 from lightning_peft_plugins.deltas.functional.ba_lora import consistency, leading_share, sameness
@@ -52,11 +51,8 @@ class BALoRA(LowRank):
         **kwargs: Any,
     ) -> None:
         super().__init__(rank, alpha, init="pissa", **kwargs)
-        if min(consistency, diversity, singular) < 0:
-            raise MisconfigurationException(
-                f"consistency={consistency}, diversity={diversity} and singular={singular} must not be negative. Zero leaves a "
-                "term out."
-            )
+        for argument, value in (("consistency", consistency), ("diversity", diversity), ("singular", singular)):
+            not_negative(argument, value, "Zero leaves the term out.")
         positive("top", top)
         self.consistency, self.diversity, self.singular, self.top = consistency, diversity, singular, top
 

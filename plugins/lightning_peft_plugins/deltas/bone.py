@@ -28,6 +28,10 @@ class BlockForm(Form):
         *stack, outputs, _ = layout.matrix_shape
         self.blocks = nn.Parameter(torch.zeros(*stack, outputs // rank, rank, rank))
 
+    @property
+    def peft(self) -> str:
+        return "MISS.bat"
+
     def reset(self, weight: Tensor, generator: Generator) -> None:
         nn.init.zeros_(self.blocks)
 

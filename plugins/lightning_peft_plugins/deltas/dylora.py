@@ -11,13 +11,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_peft import Run
-from lightning_peft.deltas.delta_map import DeltaMap
-from lightning_peft.deltas.delta_part import DeltaPart
 from lightning_peft.deltas.layout import Layout
 from lightning_peft.deltas.low_rank_form import LowRankForm
+from lightning_peft.deltas.on_module import deltas_on
 from lightning_peft.deltas.sides import Place
 from lightning_peft.structure.edits import Change
-from lightning_peft.weights.detach import attachments
 from lightning_peft_plugins.deltas._shared.low_rank import LowRank
 
 
@@ -192,8 +190,7 @@ class DyLoRA(LowRank):
         Raises:
             MisconfigurationException: There is no such adapter on the module, or it has fewer rows.
         """
-        deltas = [each for each in attachments(module) if each.method == name and isinstance(each, (DeltaPart, DeltaMap))]
-        forms = [each.form for each in deltas if isinstance(each.form, NestedForm)]
+        forms = [each.form for _, each in deltas_on(module) if each.method == name and isinstance(each.form, NestedForm)]
         if not forms:
             raise MisconfigurationException(
                 f"No adapter of DyLoRA called {name!r} is on the module. Train it with DyLoRA(keep=True), and give its name."

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from lightning_peft import Run, Step
-from lightning_peft.arguments import positive
+from lightning_peft import Run
+from lightning_peft.arguments import decay, positive
 from lightning_peft.compose.schedule import parse_point
 from lightning_peft.deltas.sides import Place
-from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form, fields, tensor, whole
 from lightning_peft_plugins.deltas._increlora.growing_form import GrowingForm
 from lightning_peft_plugins.deltas._increlora.scored_part import ScoredPart
+from lightning_peft_plugins.deltas._shared.growing_ranks import GrowingRanks
 from lightning_peft_plugins.deltas._shared.orthogonality import orthogonality
-from lightning_peft_plugins.deltas._shared.scaled_delta import ScaledDelta
 
 
-class IncreLoRA(ScaledDelta):
+class IncreLoRA(GrowingRanks):
     """IncreLoRA (Zhang et al. 2023): every weight begins with few triplets, and those that matter most get more.
 
     The next triplets of every weight learn in advance: their vectors are trained with a value of 1e-5 between them, which is
@@ -54,7 +50,6 @@ class IncreLoRA(ScaledDelta):
         2
     """
 
-    fixed_arguments = frozenset({"scaling"})
     kind = GrowingForm
     part = ScoredPart
     parts = (ScoredPart,)
@@ -79,34 +74,21 @@ class IncreLoRA(ScaledDelta):
         rescale: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(rank, target if alpha is None else alpha, "rank", **kwargs)
-        increment = max(1, target // 2) if increment is None else increment
-        most = 4 * target if most is None else most
-        if not rank < target <= most:
-            raise MisconfigurationException(f"target={target} must be above rank={rank} and at most most={most}.")
-        if not (0 < beta1 < 1 and 0 < beta2 < 1):
-            raise MisconfigurationException(f"beta1={beta1} and beta2={beta2} must be between 0 and 1.")
-        if gamma < 0:
-            raise MisconfigurationException(f"gamma={gamma} must not be negative. Zero leaves the penalty out.")
-        positive("increment", increment)
+        super().__init__(rank, target, alpha, increment, warmup, most, gamma, rescale, **kwargs)
+        decay("beta1", beta1)
+        decay("beta2", beta2)
         positive("top", top)
-        self.target, self.increment, self.top, self.most = target, increment, top, most
-        self.warmup, self.every = parse_point(warmup), None if every is None else parse_point(every)
-        self.beta1, self.beta2, self.gamma, self.rescale = beta1, beta2, gamma, rescale
-        self.ranks: dict[str, int] = {}
-        self._forms: dict[str, GrowingForm] = {}
+        self.top, self.every = top, None if every is None else parse_point(every)
+        self.beta1, self.beta2 = beta1, beta2
         self._scores, self._gaps = torch.zeros(0), torch.zeros(0)
-        self._first, self._length, self._grown_at = 0, 1, 0
 
     def arguments(self, place: Place) -> dict[str, Any]:
-        most = min(self.most, place.layout.largest_rank)
-        blocks = (most - self.rank) // self.increment + 1  # one more, to be in reserve behind the last
-        return super().arguments(place) | {"scale": self.alpha, "increment": self.increment, "blocks": blocks}
+        given = super().arguments(place)
+        return given | {"blocks": given["blocks"] + 1}  # one more, to be in reserve behind the last
 
     def start(self, run: Run) -> None:
         """Place the growths in the training."""
-        self._find_forms(run.module)
-        self._first = run.place(self.warmup, "warmup=")
+        super().start(run)
         if self.every is not None:
             self._length = max(1, run.place(self.every, "every="))
         else:
@@ -114,21 +96,11 @@ class IncreLoRA(ScaledDelta):
             self._length = max(1, (run.total_steps // 2 - self._first) // rounds)
 
     def _find_forms(self, module: nn.Module) -> None:
-        self._forms = dict(self.forms(module))
-        self._note_ranks()
+        super()._find_forms(module)
         if len(self._scores) != len(self._forms):
             self._scores, self._gaps = torch.zeros(len(self._forms)), torch.zeros(len(self._forms))
         for form in self._forms.values():
             form.watched = self._missing >= self.increment
-
-    def _note_ranks(self) -> None:
-        self.ranks = {name: form.ranks for name, form in self._forms.items()}
-
-    @property
-    def _missing(self) -> int:
-        """Triplets that are still to come."""
-        room = sum(form.rank + self.increment * (form.blocks - 1) for form in self._forms.values())
-        return min(self.target * len(self._forms), room) - sum(self.ranks.values())
 
     def structure_changed(self, module: LightningModule, change: Change) -> None:
         """Go on with the weights there are now. Their scores are compared, so those of all are found anew."""
@@ -138,32 +110,18 @@ class IncreLoRA(ScaledDelta):
             for form in self._forms.values():
                 form.reserve()
 
-    def loss(self, step: Step) -> Tensor | None:
-        terms = []
-        if self.gamma:
-            gaps, count = zip(*map(_penalty, self._forms.values()), strict=True)
-            terms.append(self.gamma * torch.stack(gaps).sum() / sum(count))
-        if step.run.trainer.world_size > 1:  # ranks wait for a gradient of everything
-            terms += [0 * parameter.sum() for form in self._forms.values() for parameter in form.idle()]
-        return torch.stack(terms).sum() if terms else None
+    def gap(self) -> Tensor:
+        gaps, count = zip(*map(_penalty, self._forms.values()), strict=True)
+        return torch.stack(gaps).sum() / sum(count)
 
-    @torch.no_grad()
-    def before_step(self, run: Run, optimizer: Optimizer) -> None:
+    def consider(self, run: Run) -> None:
         """See how much the weights matter, and let the best grow when the time has come; before the step, as the authors do."""
-        moved = trained_by(optimizer)
-        if not any(form.values[0] in moved for form in self._forms.values()):
-            return
-        for form in self._forms.values():
-            for parameter in form.idle():
-                parameter.grad = None  # nothing moves, and no optimizer begins a state for it
-        if self._missing < self.increment:
-            return
         if run.step == 0:
             for form in self._forms.values():
                 form.reserve()
-        due = run.step > self._first and run.step % self._length == 0 and run.step != self._grown_at
+        due = self.due(run.step)
         if self._see(run) and due:
-            self._grow(run.step)
+            self.grow((self._scores * self._gaps).tolist(), self.top, run.step)
 
     def _see(self, run: Run) -> bool:
         """Take the scores of the step in; not of one that a gradient scaler will skip."""
@@ -180,35 +138,11 @@ class IncreLoRA(ScaledDelta):
         self._gaps = torch.lerp((now - self._scores).abs(), self._gaps.to(now), self.beta2)
         return True
 
-    def _grow(self, step: int) -> None:
-        scores = (self._scores * self._gaps).tolist()
-        ranking = sorted(zip(scores, self._forms.values(), strict=True), key=lambda pair: -pair[0])
-        growing = [form for _, form in ranking if not form.full]
-        for form in growing[: min(self.top, self._missing // self.increment)]:
-            form.grow(self.rescale)
-        self._grown_at = step
-        self._note_ranks()
-        if self._missing < self.increment:
-            for form in self._forms.values():
-                form.settle()
-            said = ", ".join(f"{rank} of {name}" for name, rank in self.ranks.items())
-            rank_zero_info(f"{self.name}: the ranks have grown to {self.target} on average at step {step}: {said}.")
-
     def finish(self, run: Run) -> None:
         """Let go of the forms."""
         for form in self._forms.values():
             form.watched, form.score = False, None
-        self._forms = {}
-
-    def awaited(self, run: Run) -> Iterator[str]:
-        """The last growth."""
-        if self._forms and self._missing >= self.increment:
-            mean = sum(self.ranks.values()) / len(self.ranks)
-            yield f"ranks had grown to target={self.target} on average; they are at {mean:.3g}"
-
-    def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
-        """Share of the parameters that are trained, with the room there is, and the mean rank."""
-        return {**super().metrics(run), "rank": sum(self.ranks.values()) / max(1, len(self.ranks))}
+        super().finish(run)
 
     def state(self) -> dict[str, Any]:
         """What was seen of the weights; the blocks that count are with the forms."""

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Generator, Tensor
 
 from lightning_peft import Step
+from lightning_peft.arguments import not_negative
 from lightning_peft.deltas.low_rank_form import LowRankForm
 from lightning_peft.deltas.sides import Place
 from lightning_peft_plugins.deltas._shared.orthogonality import factor_gaps
@@ -39,8 +40,8 @@ class KaSA(ScaledDelta):
 
     def __init__(self, rank: int = 8, alpha: float = 16, beta: float = 1e-4, gamma: float = 1e-3, **kwargs: Any) -> None:
         super().__init__(rank, alpha, **kwargs)
-        if min(beta, gamma) < 0:
-            raise MisconfigurationException(f"beta={beta} and gamma={gamma} must not be negative. Zero leaves a penalty out.")
+        for argument, value in (("beta", beta), ("gamma", gamma)):
+            not_negative(argument, value, "Zero leaves the penalty out.")
         self.beta, self.gamma = beta, gamma
 
     def _check(self, found: Sequence[Place]) -> None:

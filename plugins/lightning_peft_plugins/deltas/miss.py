@@ -25,6 +25,10 @@ class SharedForm(FactoredForm):
         *stack, outputs, _ = layout.matrix_shape
         self.up = nn.Parameter(torch.zeros(*stack, outputs, rank))
 
+    @property
+    def peft(self) -> str:
+        return "MISS"
+
     def reset(self, weight: Tensor, generator: Generator) -> None:
         nn.init.zeros_(self.up)
 

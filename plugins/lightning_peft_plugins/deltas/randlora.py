@@ -20,29 +20,46 @@ class ScaledBasesForm(FactoredForm):
 
     As many products as make up the smaller side of the weight. ``L``, :attr:`inner`, has shape ``(rank, products)`` and starts
     as zero; ``G``, :attr:`outer`, ``(products, smaller side)`` and starts as one over its longer side. The random matrices come
-    from a seed, are the same for all weights of one shape, and are in no file.
+    from a seed, are the same for all weights of one shape, and are in no file, unless others are given.
 
     Args:
         layout: How the weight is read as a matrix.
         rank: Rank of one product.
         scale: Factor of the sum.
         seed: What the random matrices are drawn from.
+        given: Whether they come from elsewhere instead, by :meth:`set_bases`; files have them then.
     """
 
     kind = "scaled_bases"
     small: Tensor
     large: Tensor
 
-    def __init__(self, layout: Layout, rank: int, scale: float = 1.0, seed: int = 0) -> None:
+    def __init__(self, layout: Layout, rank: int, scale: float = 1.0, seed: int = 0, given: bool = False) -> None:
         super().__init__(layout, rank)
-        self.scale, self.seed = scale, seed
+        self.scale, self.seed, self.given = scale, seed, given
         *stack, outputs, inputs = layout.matrix_shape
         sides = sorted((outputs, inputs))
         products = -(-sides[0] // rank)
         self.inner = nn.Parameter(torch.zeros(*stack, rank, products))
         self.outer = nn.Parameter(torch.full((*stack, products, sides[0]), 1 / max(products, sides[0])))
-        for name, values in zip(("small", "large"), _drawn(rank, products, *sides, seed), strict=True):
-            self.register_buffer(name, values.to(self.inner.device), persistent=False)
+        shapes = (rank, 1, sides[0]), (sides[1], rank * products)
+        bases = map(torch.zeros, shapes) if given else _drawn(rank, products, *sides, seed)
+        for name, values in zip(("small", "large"), bases, strict=True):
+            self.register_buffer(name, values.to(self.inner.device), persistent=given)
+
+    @property
+    def peft(self) -> str:
+        return "RANDLORA"
+
+    def set_bases(self, small: Tensor, large: Tensor) -> None:
+        """Give it other random matrices.
+
+        Args:
+            small: ``A``, shape ``(rank, 1, smaller side)``.
+            large: Every ``B_k``, side by side, shape ``(larger side, products * rank)``.
+        """
+        self.small.copy_(small)
+        self.large.copy_(large)
 
     def reset(self, weight: Tensor, generator: Generator) -> None:
         """Nothing to draw: the diagonals start as they are made, and the bases are the seed's."""
@@ -56,7 +73,7 @@ class ScaledBasesForm(FactoredForm):
         return self.large.T.expand(*scaled.shape[:-2], -1, -1), scaled.mT
 
     def config(self) -> dict[str, Any]:
-        return {"rank": self.rank, "scale": self.scale, "seed": self.seed}
+        return {"rank": self.rank, "scale": self.scale, "seed": self.seed, "given": self.given}
 
     @classmethod
     def trainable(cls, layout: Layout, rank: int, **arguments: Any) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft import Lane, Method, Resource, Run, Step
-from lightning_peft.arguments import one_of
+from lightning_peft.arguments import not_negative, one_of, positive
 from lightning_peft.deltas.sides import matrices
 from lightning_peft.network.targets import TargetSpec, select
 from lightning_peft.network.tunable import kinds_of, tunable
@@ -86,10 +86,8 @@ class RAMT(Method):
             raise MisconfigurationException(
                 f"start={start} must be above threshold={threshold}, or every target weight begins as zero."
             )
-        if norm < 0:
-            raise MisconfigurationException(f"norm={norm} must not be negative. Zero leaves it out.")
-        if temperature <= 0:
-            raise MisconfigurationException(f"temperature={temperature} must be above 0.")
+        not_negative("norm", norm, "Zero leaves it out.")
+        positive("temperature", temperature)
         one_of("checkpoint", checkpoint, ("full", "trained"))
         self.dropout, self.start_value, self.threshold = dropout, start, threshold
         self.norm, self.temperature, self.seed = norm, temperature, seed

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_peft import Lane, Method, Run
-from lightning_peft.arguments import one_of
+from lightning_peft.arguments import not_negative, one_of
 from lightning_peft.network.layers import is_norm, is_weight, loose_matrices, public_class
 from lightning_peft.network.seeds import named_seed
 from lightning_peft.network.targets import TargetSpec, explicitly_named, select
@@ -62,8 +62,7 @@ class SSF(Method):
         name: str | None = None,
     ) -> None:
         super().__init__(targets=targets, exclude=exclude or None, name=name)
-        if noise < 0:
-            raise MisconfigurationException(f"noise={noise} must be at least 0.")
+        not_negative("noise", noise)
         one_of("checkpoint", checkpoint, ("full", "trained"))
         self.head, self.noise = head, noise
         self.stays, self.checkpoint = keep, checkpoint

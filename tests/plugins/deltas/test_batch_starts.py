@@ -75,10 +75,9 @@ def test_nothing_is_trained_before_it_begins(make: Any) -> None:
     assert changed > 1e-4 if make is LoRASB else changed < 1e-4  # which takes its first step by beginning
 
 
-def test_eva_reads_the_principal_components_that_peft_finds() -> None:
-    notes = trained(EVA(3, looks=1))
-    config = expected(peft.LoraConfig(r=3, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0)))
-    found = get_eva_state_dict(
+def components_of_peft(rho: float) -> dict[str, Tensor]:
+    config = expected(peft.LoraConfig(r=3, init_lora_weights="eva", eva_config=EvaConfig(rho=rho)))
+    found: dict[str, Tensor] = get_eva_state_dict(
         network(),
         [BATCHES[0]],
         config,
@@ -87,10 +86,26 @@ def test_eva_reads_the_principal_components_that_peft_finds() -> None:
         prepare_layer_inputs_fn=None,
         show_progress_bar=False,
     )
-    for name, components in found.items():
+    return found
+
+
+def test_eva_reads_the_principal_components_that_peft_finds() -> None:
+    notes = trained(EVA(3, looks=1))
+    for name, components in components_of_peft(rho=1.0).items():
         ours = notes.states[0][f"model.{name}.weight"]["down"]
         cosines = torch.nn.functional.cosine_similarity(ours, components.float()).abs()
         torch.testing.assert_close(cosines, torch.ones(3), atol=1e-3, rtol=0)
+
+
+def test_eva_gives_weights_the_ranks_that_peft_gives_them() -> None:
+    notes = trained(EVA(3, looks=1, rho=2.0))
+    theirs = {name: len(components) for name, components in components_of_peft(rho=2.0).items()}
+    assert sorted(theirs.values()) != [3, 3], "the ranks differ"
+    for name, rank in theirs.items():
+        form, last = notes.states[0][f"model.{name}.weight"], notes.states[-1][f"model.{name}.weight"]
+        assert len(form["down"]) == 6
+        assert [bool(row.any()) for row in form["down"]] == [True] * rank + [False] * (6 - rank)
+        assert last["up"].any(0).tolist() == [True] * rank + [False] * (6 - rank), "and they stay so"
 
 
 def test_eva_adds_up_all_it_sees() -> None:

@@ -23,6 +23,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "AdaLoRA": lambda **k: lightning_peft.AdaLoRA(2, 1, 3, **k),
     "DyLoRA": lambda **k: lightning_peft.DyLoRA(3, alpha=3, at=2, **k),
     "IncreLoRA": lambda **k: lightning_peft.IncreLoRA(1, 2, 3, **k),
+    "TriAdaptLoRA": lambda **k: lightning_peft.TriAdaptLoRA(1, 2, 3, **k),
     "PiSSA": lambda **k: lightning_peft.PiSSA(2, 3, **k),
     "OLoRA": lambda **k: lightning_peft.OLoRA(2, 3, **k),
     "SORSA": lambda **k: lightning_peft.SORSA(2, alpha=3, **k),
@@ -38,6 +39,10 @@ METHODS: dict[str, Callable[..., Any]] = {
     "NOLA": lambda **k: lightning_peft.NOLA(2, 3, bases=5, **k),
     "RandLoRA": lambda **k: lightning_peft.RandLoRA(3, 4, **k),
     "SoKA": lambda **k: lightning_peft.SoKA(2, **k),
+    "PEGO": lambda **k: lightning_peft.PEGO(1, 3, **k),
+    "LoRAGGPO": lambda **k: lightning_peft.LoRAGGPO(2, 3, **k),
+    "ALLoRA": lambda **k: lightning_peft.ALLoRA(2, **k),
+    "TLoRA": lambda **k: lightning_peft.TLoRA(2, 3, 2, **k),
     "DSEE": lambda **k: lightning_peft.DSEE(2, 3, 5, **k),
 }
 # By hand, for a weight of 4 x 6 (outputs, inputs): the formulas of the papers with the numbers above.
@@ -47,6 +52,7 @@ TRAINABLE = {
     "AdaLoRA": 2 * (4 + 6) + 2,
     "DyLoRA": 3 * (4 + 6),
     "IncreLoRA": (4 + 1) * (4 + 6 + 1),  # room for the rank of four, and one in reserve
+    "TriAdaptLoRA": 4 * (4 + 6) + 2 * (1 + 2 + 3 + 4),  # room for the rank of four
     "PiSSA": 2 * (4 + 6),
     "OLoRA": 2 * (4 + 6),
     "SORSA": 2 * (4 + 6) + 2,
@@ -62,6 +68,10 @@ TRAINABLE = {
     "NOLA": 5 + 5,
     "RandLoRA": 2 * (3 + 4),
     "SoKA": 2 * (2 * 2 + 2 * 3),
+    "PEGO": 3 * (4 + 6),
+    "LoRAGGPO": 2 * (4 + 6),
+    "ALLoRA": 2 * (4 + 6),
+    "TLoRA": 3**2 * (2 * 2 + 3 * 3) + 2**2 * (2 + 2 + 2 + 3),  # 4 = 2 x 2, 6 = 2 x 3
     "DSEE": 2 * (4 + 6) + 5,
 }
 IMAGES, ROWS = (torch.randn(size, generator=torch.Generator().manual_seed(0)).double() for size in ((2, 4, 5, 5), (3, 5, 6)))
@@ -160,7 +170,7 @@ def test_only_thin_products_stand_beside_a_layer() -> None:
     for name in METHODS:
         layer, form, _, _ = attached(name, "linear")
         beside = any(isinstance(placed.part, DeltaPart) for placed in placed_parts(layer))
-        assert beside == isinstance(form, FactoredForm) == (name not in ("Bone", "SoKA", "DSEE")), name
+        assert beside == isinstance(form, FactoredForm) == (name not in ("Bone", "SoKA", "TLoRA", "DSEE")), name
 
 
 @pytest.mark.parametrize("kind", ["bases", "low_rank"])

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_peft import LoRA, NMSparsity
+import lightning_peft
+from lightning_peft import DoRA, LoRA, NMSparsity
 from lightning_peft.testing.modules import trainer
 
 BATCH = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
@@ -56,3 +58,22 @@ def test_a_fit_that_failed_leaves_nothing_that_another_rank_trips_over() -> None
     with pytest.raises(KeyError, match="planned"):
         trainer(callbacks=[LoRA(2, exclude=None)], max_epochs=3).fit(module, BATCH[None])  # type: ignore[arg-type]
     trainer(callbacks=[LoRA(3, exclude=None)], max_epochs=1).fit(module, BATCH[None])  # type: ignore[arg-type]
+
+
+def test_an_adapter_of_another_method_is_not_trained_on_under_its_name() -> None:
+    module = Module()
+    trainer(callbacks=[LoRA(2, exclude=None, keep=True)], max_epochs=1).fit(module, BATCH[None])  # type: ignore[arg-type]
+    before = module.net(BATCH)
+    other = DoRA(2, exclude=None, keep=True, name="lora")
+    with pytest.raises(MisconfigurationException, match=r"LoRA\(name='lora'\).*bake\(module\)"):
+        trainer(callbacks=[other], max_epochs=1).fit(module, BATCH[None])  # type: ignore[arg-type]
+    assert torch.equal(module.net(BATCH), before)
+    lightning_peft.bake(module)
+    trainer(callbacks=[other], max_epochs=1).fit(module, BATCH[None])  # type: ignore[arg-type]
+
+
+def test_the_plan_says_which_rank_goes_on() -> None:
+    module = Module()
+    trainer(callbacks=[LoRA(2, exclude=None, keep=True)], max_epochs=1).fit(module, BATCH[None])  # type: ignore[arg-type]
+    assert "those that are on the module go on with rank 2" in str(lightning_peft.plan(module, [LoRA(4, exclude=None)]))
+    assert "go on" not in str(lightning_peft.plan(module, [LoRA(2, exclude=None)]))

@@ -21,7 +21,7 @@ from lightning_peft.testing import MethodTester
 from lightning_peft.testing.callbacks import StopAfter, every_epoch
 from lightning_peft.testing.modules import Conv, Plain, deepened, loader
 from lightning_peft.testing.runs import assert_same, fit
-from lightning_peft_plugins.deltas import increlora
+from lightning_peft_plugins.deltas._shared import growing_ranks
 
 WHOLE: dict[str, Any] = {"exclude": None, "checkpoint": "full"}
 
@@ -176,7 +176,7 @@ def test_the_last_growth_comes_at_half_of_the_training_unless_it_is_said() -> No
 
 def test_a_growth_that_is_rescaled_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     said = list[str]()
-    monkeypatch.setattr(increlora, "rank_zero_info", said.append)
+    monkeypatch.setattr(growing_ranks, "rank_zero_info", said.append)
 
     def jump(rescale: bool) -> float:
         method = IncreLoRA(1, 2, warmup=0, every=6, top=3, rescale=rescale, **WHOLE)

@@ -78,6 +78,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: LoRA(init="pisa"), "Did you mean pissa"),
     (lambda: lightning_peft.NOLA(bases=0), "bases=0 must be positive"),
     (lambda: lightning_peft.EVA(looks=0), "looks=0 must be positive"),
+    (lambda: lightning_peft.EVA(rho=0.5), "rho=0.5 must be at least 1"),
     (lambda: lightning_peft.CorDA(directions="middle"), "choose one of first, last"),
 ]
 

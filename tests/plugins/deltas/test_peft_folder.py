@@ -205,7 +205,7 @@ BROKEN = {
     "no config": "has no adapter_config.json",
     "half a config": "is damaged",
     "another kind": "describes 'IA3'",
-    "one factor": "one factor of",
+    "one factor": "not all of the adapter of",
     "another layer": "does not have",
     "a path": "does not have",
     "another shape": "rank for .* is 999|another network|have shapes",

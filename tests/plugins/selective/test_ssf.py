@@ -292,7 +292,7 @@ def test_halves_keep_their_type() -> None:
 
 
 def test_arguments_are_checked_at_once() -> None:
-    with pytest.raises(MisconfigurationException, match=re.escape("noise=-1 must be at least 0")):
+    with pytest.raises(MisconfigurationException, match=re.escape("noise=-1 must not be negative")):
         SSF(noise=-1)
     gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8))
     assert "tied to another layer" in str(lightning_peft.plan(gpt, [SSF()]))

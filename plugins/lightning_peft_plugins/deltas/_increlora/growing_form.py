@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Generator, Size, Tensor, nn
+from torch import Generator, Tensor, nn
 
 from lightning_peft.deltas.factored_form import FactoredForm
 from lightning_peft.deltas.form import Beside
 from lightning_peft.deltas.layout import Layout
+from lightning_peft_plugins.deltas._shared.blocks_form import LEAST, BlocksForm
 
-_LEAST = 1e-5  # added to the rank under the scale, and the value that triplets in reserve have
 _SPREAD = 0.02
 
 
-class GrowingForm(FactoredForm):
-    """``alpha / rank · B diag(E) A`` in blocks of triplets, of which the first ones count (Zhang et al., IncreLoRA, 2023).
+class GrowingForm(BlocksForm):
+    """``alpha / rank · B diag(E) A`` in blocks of triplets (Zhang et al., IncreLoRA, 2023).
 
-    The block after those that count may be in reserve: its values are small and fixed, its vectors are trained. Blocks behind
-    it take no part: nothing is computed with them, and they have neither gradients nor optimizer state.
+    The block after those that count may be in reserve: its values are small and fixed, its vectors are trained. The last one
+    never counts, and is there to be in reserve behind the others.
 
     Args:
         layout: How the weight is read as a matrix.
@@ -32,8 +31,7 @@ class GrowingForm(FactoredForm):
         blocks: Further blocks.
 
     Attributes:
-        grown: Further blocks that count.
-        reserved: Whether one more is in reserve.
+        reserved: Whether one more block than those that count is in reserve.
         watched: Whether gradients of the product are looked at.
         score: What was seen of them in the latest backward pass, see :meth:`see`.
     """
@@ -42,23 +40,11 @@ class GrowingForm(FactoredForm):
     beside: ClassVar[Beside] = "linear"
 
     def __init__(self, layout: Layout, rank: int, scale: float = 1.0, increment: int = 1, blocks: int = 1) -> None:
-        super().__init__(layout, rank)
-        self.alpha, self.increment, self.blocks = scale, increment, blocks
-        *stack, outputs, inputs = layout.matrix_shape
-        sizes = [rank, *[increment] * blocks]
-        self.down = nn.ParameterList(torch.zeros(*stack, size, inputs) for size in sizes)
-        self.values = nn.ParameterList(torch.zeros(*stack, size) for size in sizes)
-        self.up = nn.ParameterList(torch.zeros(*stack, outputs, size) for size in sizes)
-        self.grown, self.reserved, self.watched = 0, False, False
+        super().__init__(layout, rank, scale, increment, blocks)
+        stack = layout.matrix_shape[:-2]
+        self.values = nn.ParameterList(torch.zeros(*stack, size) for size in self.sizes)
+        self.reserved, self.watched = False, False
         self.score: Tensor | None = None
-
-    @property
-    def layout(self) -> Layout:
-        first = self._layout
-        if first.stacked or len(first.shape) != 2:
-            return first
-        sizes = [self.up[0].shape[0], self.down[0].shape[1]]
-        return replace(first, shape=Size(sizes[::-1] if first.transposed else sizes))
 
     def reset(self, weight: Tensor, generator: Generator) -> None:
         with torch.no_grad():
@@ -68,38 +54,23 @@ class GrowingForm(FactoredForm):
                 values.zero_()
 
     @property
-    def ranks(self) -> int:
-        """Triplets that count."""
-        return self.rank + self.increment * self.grown
+    def room(self) -> int:
+        return self.rank + self.increment * (self.blocks - 1)
 
     @property
     def used(self) -> int:
-        """Blocks that take part, the first one and one in reserve included."""
-        return 1 + self.grown + self.reserved
-
-    @property
-    def scale(self) -> float:  # type: ignore[override]
-        """Factor of the product; falls with every block that begins to count."""
-        return self.alpha / (self.ranks + _LEAST)
-
-    @property
-    def full(self) -> bool:
-        """Whether no block can begin to count any more: the last one stays in reserve."""
-        return self.grown + 1 >= self.blocks
+        """Blocks that take part, one in reserve included."""
+        return super().used + self.reserved
 
     @torch.no_grad()
     def reserve(self) -> None:
         """Take the next block in reserve."""
         self.reserved = True
-        self.values[self.grown + 1].fill_(_LEAST)
+        self.values[self.grown + 1].fill_(LEAST)
 
     @torch.no_grad()
     def grow(self, rescale: bool) -> None:
-        """Let the block in reserve count, and take the next one in reserve.
-
-        Args:
-            rescale: Multiply the values by what the scale loses, so that the product stays what it is.
-        """
+        """Let the block in reserve count, and take the next one in reserve; the values are what is rescaled."""
         before = self.scale
         self.grown += 1
         if rescale:
@@ -117,8 +88,7 @@ class GrowingForm(FactoredForm):
     def idle(self) -> Iterator[nn.Parameter]:
         """Yield the parameters that are not trained yet: values in reserve, and all of the blocks behind."""
         yield from self.values[1 + self.grown :]
-        for factors in (self.down, self.up):
-            yield from factors[self.used :]
+        yield from super().idle()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         values = torch.cat([*self.values[: self.used]], -1).unsqueeze(-1)
@@ -152,9 +122,6 @@ class GrowingForm(FactoredForm):
         if not (0 <= grown <= self.blocks - 1 and reserved in (0, 1)):
             raise ValueError(f"{grown} of {self.blocks} blocks cannot have grown")
         self.grown, self.reserved = grown, bool(reserved)
-
-    def config(self) -> dict[str, Any]:
-        return {"rank": self.rank, "scale": self.alpha, "increment": self.increment, "blocks": self.blocks}
 
     @classmethod
     def trainable(cls, layout: Layout, rank: int, *, increment: int = 1, blocks: int = 1, **arguments: Any) -> int:

@@ -7,20 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_peft.deltas.delta_part import DeltaPart
-from lightning_peft.weights.layer_part import Follows
+from lightning_peft_plugins.deltas._shared.blocks_part import BlocksPart
 
 
-class ScoredPart(DeltaPart):
+class ScoredPart(BlocksPart):
     """Shows its form the gradient for the product, which nothing else here computes: that of the outputs times the inputs."""
-
-    form: Any
-
-    @property
-    def follows(self) -> Follows:  # type: ignore[override]
-        """Inputs and outputs of every block are those of the weight."""
-        down = {f"form.down.{place}": {1: ("weight", 1)} for place in range(len(self.form.down))}
-        return down | {f"form.up.{place}": {0: ("weight", 0)} for place in range(len(self.form.up))}
 
     def around(self, call: Callable[..., Any], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output: Tensor = super().around(call, layer, args, kwargs)

@@ -65,6 +65,9 @@ class BatchStart(ScaledDelta):
         """
         raise NotImplementedError
 
+    def begun(self, forms: Mapping[str, Any]) -> None:
+        """Look over the forms that have their first values, by tensor, with :attr:`seen` for the last time."""
+
     def add(self, name: str, value: Tensor) -> None:
         """Add to what was seen of a layer in this step."""
         self._new[name] = value if name not in self._new else self._new[name] + value
@@ -117,11 +120,12 @@ class BatchStart(ScaledDelta):
             return
         self._calls.close()
         rates = [float(group["lr"]) for optimizer in run.trainer.optimizers for group in optimizer.param_groups]
-        for name, form in self.watched_forms(run.module):
-            if name in self.seen:
+        forms = {name: form for name, form in self.watched_forms(run.module) if name in self.seen}
+        with torch.no_grad():
+            for name, form in forms.items():
                 place, seen = self._watched[name], self.seen[name]
-                with torch.no_grad():
-                    self.begin_with(form, place.layout.matrix(place.seen.detach()).to(seen.dtype), seen, min(rates))
+                self.begin_with(form, place.layout.matrix(place.seen.detach()).to(seen.dtype), seen, min(rates))
+            self.begun(forms)
         self.seen = {}
 
     def watched_forms(self, module: nn.Module) -> list[tuple[str, Any]]:

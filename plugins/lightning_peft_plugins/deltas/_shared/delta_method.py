@@ -15,13 +15,12 @@ from lightning_peft.arguments import one_of, positive
 from lightning_peft.deltas.delta_map import DeltaMap
 from lightning_peft.deltas.delta_part import DeltaPart
 from lightning_peft.deltas.form import Form
+from lightning_peft.deltas.on_module import Delta, deltas_on
 from lightning_peft.deltas.sides import Place, places
 from lightning_peft.network.layers import heads
 from lightning_peft.network.seeds import named_seed
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft.network.tunable import kinds_of, share_trained, tunable
-from lightning_peft.weights.maps import mapped_tensors
-from lightning_peft.weights.parts import placed_parts
 
 
 class DeltaMethod(Method):
@@ -93,15 +92,9 @@ class DeltaMethod(Method):
         """
         form.reset(weight, generator)
 
-    def deltas(self, module: nn.Module) -> Iterator[tuple[str, DeltaPart | DeltaMap]]:
-        """Yield the deltas on a module, each with the name of its tensor, those beside layers first."""
-        for placed in placed_parts(module):
-            if placed.part.method == self.name and isinstance(placed.part, DeltaPart):
-                yield f"{placed.path}.weight".removeprefix("."), placed.part
-        for mapped in mapped_tensors(module):
-            for each in mapped.maps:
-                if each.method == self.name and isinstance(each, DeltaMap):
-                    yield mapped.name, each
+    def deltas(self, module: nn.Module) -> Iterator[tuple[str, Delta]]:
+        """Yield the method's deltas on a module, each with the name of its tensor, those beside layers first."""
+        return ((name, delta) for name, delta in deltas_on(module) if delta.method == self.name)
 
     def forms(self, module: nn.Module) -> Iterator[tuple[str, Any]]:
         """Yield their forms in the same way."""
@@ -111,6 +104,7 @@ class DeltaMethod(Method):
         """The tensors that get a delta, each with the side of its layer on which that acts."""
         found = places(self, module, self.kind)
         self._check(found)
+        self._check_kept(module)
         return found
 
     def claims(self, module: nn.Module) -> Iterable[str]:
@@ -133,6 +127,8 @@ class DeltaMethod(Method):
                 self.map_weight(module, place.tensor, DeltaMap(form))
             else:
                 self.put_part(module, place.path, self.part(form, self.dropout))
+        for _, delta in self.deltas(module):
+            delta.tuned = tuple(dict.fromkeys((*delta.tuned, *self.tune)))
 
     def _check(self, found: Sequence[Place]) -> None:
         """See that the tensors can have deltas of this rank, and dropout where it is asked for."""
@@ -150,6 +146,16 @@ class DeltaMethod(Method):
                 f"dropout={self.dropout} could leave out. Set dropout=0, or leave the layer out: exclude=[{on_weight.path!r}]."
             )
 
+    def _check_kept(self, module: nn.Module) -> None:
+        """See that an adapter of this name that is on the module is one of this method's."""
+        for tensor, delta in self.deltas(module):
+            if delta.form.kind != self.kind.kind:
+                raise MisconfigurationException(
+                    f"The adapter {self.name!r} on {tensor} is one of {delta.owner}, which {type(self).__name__} cannot train "
+                    f"on. Train it with {delta.owner}(name={self.name!r}), give {type(self).__name__} another name, or make "
+                    "ordinary weights of it first: lightning_peft.bake(module)."
+                )
+
     def trained(self, module: nn.Module) -> Iterable[nn.Parameter]:
         """The deltas, and what :attr:`tune` names."""
         tuned = tunable(module, self.tune, {place.path for place in self.places(module)})
@@ -164,6 +170,10 @@ class DeltaMethod(Method):
         if on_weight:
             reasons = {place.reason for place in on_weight}
             parts.append(f"{len(on_weight)} of them on the weight ({'; '.join(sorted(reasons))})")
+        there = dict(self.forms(module))
+        kept = [(there[place.tensor].rank, self.arguments(place).get("rank")) for place in found if place.tensor in there]
+        if others := sorted({rank for rank, asked in kept if rank != asked is not None}):
+            parts.append(f"those that are on the module go on with rank {' and '.join(map(str, others))}")
         parts.extend(f"{part} as they are" for part in self.tune)
         writers = set(heads(list(module.modules()))) - {place.layer for place in found}
         if frozen := [name for name, layer in module.named_modules() if layer in writers and "head" not in self.tune]:

@@ -38,3 +38,17 @@ def covariance(added: Tensor) -> Tensor:
     """
     number, sums = added[-1, -1], added[:-1, -1]
     return added[:-1, :-1] / number - torch.outer(sums, sums) / number**2
+
+
+def explained(covariance: Tensor) -> Tensor:
+    """Share of the inputs' variance along each principal component, the largest first.
+
+    Args:
+        covariance: Their covariance, shape ``(features, features)``.
+
+    Example:
+        >>> explained(torch.diag(torch.tensor([1.0, 3.0])))
+        tensor([0.7500, 0.2500])
+    """
+    values = torch.linalg.eigvalsh(covariance).flip(0).clamp_min(0)
+    return values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)

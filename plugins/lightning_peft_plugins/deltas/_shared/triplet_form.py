@@ -24,6 +24,10 @@ class TripletForm(LowRankForm):
         super().__init__(layout, rank, scale, table, taken)
         self.values = nn.Parameter(torch.zeros(*self.up.shape[:-2], rank))
 
+    @property
+    def peft(self) -> str:
+        return "LORA.kasa_config" if self.taken else "ADALORA"
+
     def reset(self, weight: Tensor, generator: Generator) -> None:
         with torch.no_grad():
             self.down.normal_(0, self.spread, generator=generator)

@@ -1,0 +1,1 @@
+"""What Bone alone needs: its type in folders of Hugging Face PEFT."""

@@ -1,0 +1,1 @@
+"""What RandLoRA alone needs: its type in folders of Hugging Face PEFT."""
