@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,15 @@ class Tap:
         """End a step and let go of its tensors."""
         self._open = False
         self.calls.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Remember no call meanwhile; those of before stay."""
+        before, self._open = self._open, False
+        try:
+            yield
+        finally:
+            self._open = before
 
     def last(self) -> Captured:
         """Return the latest call of this step.

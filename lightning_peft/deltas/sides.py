@@ -70,7 +70,7 @@ def places(method: Contract, module: nn.Module, form: type[Form]) -> list[Place]
     tied = tied_names(module)
     aliases = {name: first for first, names in tied.items() for name in names}
     for path, layer in method.select(module).items():
-        for key, tensor in _matrices(path, layer).items():
+        for key, tensor in matrices(path, layer).items():
             name = f"{path}.{key}" if path else key
             if name in mapped:
                 reason = "other methods map it"
@@ -99,8 +99,16 @@ def _mapped_by_others(method: Contract, module: nn.Module) -> set[str]:
     return names
 
 
-def _matrices(path: str, layer: nn.Module) -> dict[str, Tensor]:
-    """The matrices of a layer: its weight, or whatever else it holds."""
+def matrices(path: str, layer: nn.Module) -> dict[str, Tensor]:
+    """The matrices of a layer by the names of its parameters: its weight, or whatever else it holds.
+
+    Args:
+        path: Qualified name of the layer.
+        layer: The layer.
+
+    Raises:
+        MisconfigurationException: It has none of its own, or one that is computed by somebody else or not of floating point.
+    """
     own = own_parameters(layer)
     found = {key: tensor for key, tensor in own.items() if key == "weight" or ("weight" not in own and tensor.ndim in (2, 3))}
     if not found:

@@ -255,8 +255,14 @@ def check_tensors(state: Mapping[str, Any], module: nn.Module) -> None:
         CheckpointError: A tensor has another shape.
     """
     own = module.state_dict()
+    free = {
+        map_prefix(mapped.name, position) + key
+        for mapped in mapped_tensors(module, every_name=True)
+        for position, weight_map in enumerate(mapped.maps)
+        for key in weight_map.sized_by_file
+    }
     for name, value in state.items():
-        if not isinstance(value, Tensor) or name.endswith("_extra_state"):
+        if not isinstance(value, Tensor) or name.endswith("_extra_state") or name in free:
             continue  # modules read their own extra state, whatever its shape
         if name in own and isinstance(own[name], Tensor) and own[name].shape != value.shape:
             raise CheckpointError(

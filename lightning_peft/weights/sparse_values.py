@@ -56,10 +56,14 @@ class SparseValues(WeightMap):
     def set_extra_state(self, state: Tensor) -> None:
         if not isinstance(state, Tensor) or state.dtype != torch.int64 or state.shape != self.values.shape:
             raise ValueError("the saved coordinates are not as many whole numbers as there are values")
+        self.check_ascending(state)
+        self.indices = state.to(self.indices.device).clone()
+
+    def check_ascending(self, state: Tensor) -> None:
+        """Refuse saved coordinates that do not ascend within the weight."""
         inside = len(state) == 0 or (int(state[0]) >= 0 and int(state[-1]) < self.size)
         if not inside or not bool((state[1:] > state[:-1]).all()):
             raise ValueError("the saved coordinates do not ascend within the weight")
-        self.indices = state.to(self.indices.device).clone()
 
 
 def carried(tensor: Tensor, old: Tensor, new: Tensor) -> Tensor:

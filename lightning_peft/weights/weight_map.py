@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -17,9 +17,12 @@ class WeightMap(Attachment):
 
     Attributes:
         as_baked: Whether layers are given what :meth:`bake` returns: while what would be shipped is validated.
+        sized_by_file: Parameters whose size follows from the weight's values, so that a file may hold them in another. The map
+            takes that size when it is loaded, and refuses one that cannot be.
     """
 
     as_baked: bool = False
+    sized_by_file: ClassVar[frozenset[str]] = frozenset()
 
     def forward(self, weight: Tensor) -> Tensor:
         """Map the value coming from the lane below to the value for the lane above; same shape and dtype."""

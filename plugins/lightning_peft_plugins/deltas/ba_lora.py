@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import lightning_peft
 from lightning_peft import Resource, Step
 from lightning_peft.arguments import not_negative, positive
-from lightning_peft.network.logits import as_logits
-from lightning_peft.network.modes import modes_kept
+from lightning_peft.weights.frozen_answers import frozen_answers
 from lightning_peft_plugins.deltas._shared.low_rank import LowRank
 from lightning_peft_plugins.deltas.functional.ba_lora import consistency, leading_share, sameness
 
@@ -62,12 +60,5 @@ class BALoRA(LowRank):
         logits = step.logits.float() if step.logits.dtype in (torch.float16, torch.bfloat16) else step.logits
         term = self.diversity * sameness(logits) - self.singular * leading_share(logits, self.top)
         if self.consistency:
-            term = term + self.consistency * consistency(logits, self._before(step).to(logits.dtype))
+            term = term + self.consistency * consistency(logits, frozen_answers(step, self.name).to(logits.dtype))
         return term
-
-    def _before(self, step: Step) -> Tensor:
-        """What the network predicts without the delta."""
-        network, call = step.run.network, step.call
-        off = lightning_peft.switch(step.run.module, self.name, on=False)
-        with torch.no_grad(), off, modes_kept(network):
-            return as_logits(network(*call.args, **call.kwargs))

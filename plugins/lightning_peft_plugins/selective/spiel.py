@@ -18,6 +18,7 @@ from lightning_peft.optim.wrapped import innermost
 from lightning_peft.structure.forms import Form, dict_of, fields, tensor
 from lightning_peft.weights.sparse_values import SparseValues, carried
 from lightning_peft_plugins.selective._shared.sparse_update import SparseUpdate
+from lightning_peft_plugins.selective._shared.whole_gradients import WholeGradients
 from lightning_peft_plugins.selective._spiel.aged_adam import AgedAdam, counts_ages
 from lightning_peft_plugins.selective._spiel.candidates import Candidates, candidates_form, summed
 from lightning_peft_plugins.selective.functional.spiel import reallocated, seeded_moments
@@ -77,7 +78,7 @@ class SpIEL(SparseUpdate):
         self._candidates: dict[str, Candidates] = {}
         self._ages: dict[str, Tensor] = {}
         self._adams: list[AgedAdam] = []
-        self._watched: set[nn.Parameter] = set()
+        self._gradients = WholeGradients()
 
     def count(self, weight: Tensor) -> int:
         """The density's share, at least one."""
@@ -105,48 +106,25 @@ class SpIEL(SparseUpdate):
             self._ages[name] = torch.zeros(len(values.indices), device=values.indices.device)
         return self._ages[name]
 
-    # The gradients of whole weights, in a window. A weight is frozen, so neither the optimizer nor DDP looks at its gradient.
-
-    def _watches(self, run: Run) -> bool:
-        return run.step % self.every < self.window
+    # The gradients of whole weights, in a window.
 
     def batch_start(self, run: Run, batch: Any) -> None:
         """Have the weights get a gradient in a window."""
-        if self._watches(run):
-            for mapped, _ in self.maps(run.module):
-                if not mapped.stored.requires_grad:
-                    mapped.stored.requires_grad_(True)
-                    self._watched.add(mapped.stored)
+        if run.step % self.every < self.window:
+            self._gradients.watch(mapped.stored for mapped, _ in self.maps(run.module))
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Take the gradients of the weights away before the optimizer uses them, and sum those of the candidates."""
         for mapped, values in self.maps(run.module):
-            if mapped.stored not in self._watched or owner([optimizer], values.values) is None:
+            if owner([optimizer], values.values) is None:
                 continue
-            gradient, mapped.stored.grad = mapped.stored.grad, None
-            if gradient is None and run.trainer.world_size == 1:
-                continue
-            found = torch.zeros_like(mapped.stored) if gradient is None else gradient / self._scale(run, mapped.stored)
-            found = run.trainer.strategy.reduce(found.flatten(), reduce_op="mean")
-            if found.any() and found.isfinite().all():  # a layer was called; a gradient scaler skips a step that is not finite
+            if (found := self._gradients.take(run, mapped.stored)) is not None:
                 self._candidates[mapped.name] = summed(self._candidates.get(mapped.name), found, len(values.indices))
-
-    @staticmethod
-    def _scale(run: Run, stored: nn.Parameter) -> float:
-        """What a gradient scaler multiplied a gradient with: it takes that from the gradients of optimizers alone."""
-        scaler = run.gradient_scaler
-        return 1.0 if scaler is None or owner(run.trainer.optimizers, stored) is not None else float(scaler.get_scale())
-
-    def _unwatch(self) -> None:
-        for stored in self._watched:
-            stored.requires_grad_(False)
-            stored.grad = None
-        self._watched.clear()
 
     def after_step(self, run: Run) -> None:
         """Drop and grow when a window is over."""
         if self._candidates and run.step % self.every == self.window:
-            self._unwatch()
+            self._gradients.close()
             first = run.step < self.every
             self._reallocate(run, 1.0 if first else self.rate * max(0.0, 1 - run.step / run.total_steps))
             self._candidates = {}
@@ -183,7 +161,7 @@ class SpIEL(SparseUpdate):
 
     def finish(self, run: Run) -> None:
         """Leave the weights as frozen as they were."""
-        self._unwatch()
+        self._gradients.close()
 
     def awaited(self, run: Run) -> Iterable[str]:
         """The first choice by gradients."""

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from official_values import values_of
 
-from lightning_peft import BALoRA
+from lightning_peft import BALoRA, Lane, Method, Resource, Step
 from lightning_peft.functional import ba_consistency, ba_sameness, leading_share
 from lightning_peft.testing import MethodTester
 from lightning_peft.testing.runs import fit
@@ -49,6 +49,20 @@ def test_predictions_begin_where_the_network_was_and_the_base_is_what_they_are_h
         assert seen.terms[0] == pytest.approx(0, abs=1e-6)
         terms.append(seen.terms[-1] / weight)
     assert terms[0] > 10 * terms[1] > 0
+
+
+class Later(Method):
+    """Looks at the logits after the others."""
+
+    lane, reads = Lane.LOSS, frozenset({Resource.LOGITS})
+
+    def loss(self, step: Step) -> None:
+        assert step.logits.requires_grad
+        assert torch.equal(step.logits, step.tap.calls[0].output)  # type: ignore[union-attr]
+
+
+def test_others_see_the_call_of_the_user() -> None:
+    fit([BALoRA(2), Later()])
 
 
 def test_a_weight_below_zero_is_refused() -> None:

@@ -43,6 +43,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "LoRAGGPO": lambda **k: lightning_peft.LoRAGGPO(2, 3, **k),
     "ALLoRA": lambda **k: lightning_peft.ALLoRA(2, **k),
     "TLoRA": lambda **k: lightning_peft.TLoRA(2, 3, 2, **k),
+    "DSEE": lambda **k: lightning_peft.DSEE(2, 3, 5, **k),
 }
 # By hand, for a weight of 4 x 6 (outputs, inputs): the formulas of the papers with the numbers above.
 TRAINABLE = {
@@ -71,6 +72,7 @@ TRAINABLE = {
     "LoRAGGPO": 2 * (4 + 6),
     "ALLoRA": 2 * (4 + 6),
     "TLoRA": 3**2 * (2 * 2 + 3 * 3) + 2**2 * (2 + 2 + 2 + 3),  # 4 = 2 x 2, 6 = 2 x 3
+    "DSEE": 2 * (4 + 6) + 5,
 }
 IMAGES, ROWS = (torch.randn(size, generator=torch.Generator().manual_seed(0)).double() for size in ((2, 4, 5, 5), (3, 5, 6)))
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
@@ -157,7 +159,7 @@ def test_stacks_of_matrices_have_a_delta_each() -> None:
             for parameter in form.parameters():
                 parameter.add_(torch.randn(parameter.shape, dtype=parameter.dtype) / 3)
         whole, config = module.layer.weights.detach(), form.config()  # type: ignore[operator]
-        if name != "NOLA":  # whose coefficients are those of all matrices
+        if name not in ("NOLA", "DSEE"):  # whose coefficients, or whose places, are those of all matrices
             alone = type(form)(type(form.layout)(torch.Size([4, 6])), **config).double()
             state = {key: value if key.endswith("_extra_state") else value[1] for key, value in form.state_dict().items()}
             alone.load_state_dict(state, strict=True)
@@ -168,7 +170,7 @@ def test_only_thin_products_stand_beside_a_layer() -> None:
     for name in METHODS:
         layer, form, _, _ = attached(name, "linear")
         beside = any(isinstance(placed.part, DeltaPart) for placed in placed_parts(layer))
-        assert beside == isinstance(form, FactoredForm) == (name not in ("Bone", "SoKA", "TLoRA")), name
+        assert beside == isinstance(form, FactoredForm) == (name not in ("Bone", "SoKA", "TLoRA", "DSEE")), name
 
 
 @pytest.mark.parametrize("kind", ["bases", "low_rank"])

@@ -1,18 +1,20 @@
-"""LIFT and SpIEL beside runs of their official codes; what those chose and computed is in tests/fixtures."""
+"""LIFT, SpIEL and SaRA beside runs of their official codes; what those chose and computed is in tests/fixtures."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
+from official_training import Learner
 from official_values import filled, marks, values_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import LIFT
+from lightning_peft import LIFT, SaRA
 from lightning_peft.functional import reallocated, seeded_moments
 from lightning_peft.testing.modules import trainer
 
@@ -94,3 +96,31 @@ def test_spiel_drops_and_grows_what_the_official_code_does(case: dict[str, Any])
     expected_values = {i: 0.0 if i in grown else kept[i] for i in after.tolist()}
     recorded = dict(zip(case["after"], case["kept"], strict=True))
     assert {i: round(value, 3) for i, value in recorded.items()} == {i: round(value, 3) for i, value in expected_values.items()}
+
+
+def without_bias(*sizes: int) -> nn.Sequential:
+    """Linear layers and rectifiers, filled with sines in double precision."""
+    layers = [nn.Linear(*pair, bias=False) for pair in pairwise(sizes)]
+    return filled(nn.Sequential(*[each for layer in layers for each in (layer, nn.ReLU())][:-1]).double(), 0.6)
+
+
+def test_sara_trains_as_the_official_code_where_no_sign_is_lost() -> None:
+    """Eight steps of a network whose small entries are above zero. The official norm reaches no parameter: it was left out."""
+    net = without_bias(6, 8, 8, 3)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.where(parameter.abs() < 0.3, parameter.abs(), parameter))
+    images = torch.sin(torch.arange(32 * 6, dtype=torch.float64) * 0.9).view(32, 6)
+    data = DataLoader(TensorDataset(images, torch.arange(32) % 3), batch_size=4)
+    module = Learner(net, 0.02, torch.optim.AdamW, weight_decay=0.0)
+    method = SaRA(threshold=0.3, nuclear=0.0, reselect=None, exclude=())
+    trainer(callbacks=[method], precision="64-true").fit(module, data)
+    torch.testing.assert_close(module.losses, RECORDED["sara"]["losses"], rtol=1e-9, atol=1e-9)
+    weights = [marks(net[place].weight.detach()) for place in (0, 2, 4)]
+    torch.testing.assert_close(weights, RECORDED["sara"]["weights"], rtol=1e-9, atol=1e-9)
+
+
+def test_the_official_code_of_sara_begins_with_other_signs() -> None:
+    """What the card says of it: every small entry below zero is changed before the first step."""
+    weight = without_bias(6, 8)[0].weight.detach().flatten()
+    assert ((weight < 0) & (weight > -0.3)).nonzero().flatten().tolist() == RECORDED["sara"]["flipped"]

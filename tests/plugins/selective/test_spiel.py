@@ -23,6 +23,7 @@ from lightning_peft.testing import MethodTester, Reference, Task
 from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import Plain, loader, trainer
 from lightning_peft.testing.runs import assert_same, fit
+from lightning_peft_plugins.selective._shared.whole_gradients import WholeGradients
 from lightning_peft_plugins.selective._spiel.aged_adam import AgedAdam
 from lightning_peft_plugins.selective._spiel.candidates import candidates_form
 
@@ -313,9 +314,9 @@ def test_gradients_that_a_scaler_does_not_take_back_are_taken_back() -> None:
     scaler = SimpleNamespace(get_scale=lambda: 8.0)
     trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler), optimizers=[torch.optim.SGD([weight])])
     run: Any = Run(trainer, nn.Module(), "", nn.Module())  # type: ignore[arg-type]
-    assert (SpIEL._scale(run, weight), SpIEL._scale(run, other)) == (1.0, 8.0)
+    assert (WholeGradients.scale(run, weight), WholeGradients.scale(run, other)) == (1.0, 8.0)
     trainer.precision_plugin = object()
-    assert SpIEL._scale(run, other) == 1.0
+    assert WholeGradients.scale(run, other) == 1.0
 
 
 def test_files_hold_values_and_coordinates_alone(tmp_path: Path) -> None:

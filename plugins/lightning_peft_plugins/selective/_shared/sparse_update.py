@@ -65,6 +65,10 @@ class SparseUpdate(Method):
         """
         raise NotImplementedError
 
+    def values(self, weight: Tensor, indices: Tensor | int) -> SparseValues:
+        """Make the values of a weight, at coordinates or at so many of them."""
+        return SparseValues(weight.numel(), indices)
+
     def attach(self, module: LightningModule) -> None:
         """Put values on the weights, all zero."""
         present = {mapped.name for mapped, _ in self.maps(module)}
@@ -74,7 +78,7 @@ class SparseUpdate(Method):
             weight: Tensor = getattr(module.get_submodule(tensor.rpartition(".")[0]), "weight").detach()  # noqa: B009
             # In an evaluation nothing is trained, and a checkpoint brings coordinates along.
             indices = self.first(tensor, weight) if self.fits else self.count(weight)
-            values = SparseValues(weight.numel(), indices)
+            values = self.values(weight, indices)
             if weight.dtype == torch.float64:
                 values.to(weight.dtype)
             self.map_weight(module, tensor, values.to(weight.device))
@@ -104,9 +108,15 @@ class SparseUpdate(Method):
                 if module is run.module:
                     _carry_state(run.trainer.optimizers, values, chosen[mapped.name])
                 if fold:
-                    mapped.stored.copy_(mapped.chain.enter(self.seen(mapped, values), outermost=values))
-                    values.values.zero_()
+                    self.fold(mapped, values)
                 values.move(chosen[mapped.name])
+
+    @classmethod
+    @torch.no_grad()
+    def fold(cls, mapped: MappedTensor, values: SparseValues) -> None:
+        """Let values into their weight for good."""
+        mapped.stored.copy_(mapped.chain.enter(cls.seen(mapped, values), outermost=values))
+        values.values.zero_()
 
     @staticmethod
     @torch.no_grad()

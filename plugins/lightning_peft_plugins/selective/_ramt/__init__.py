@@ -1,0 +1,1 @@
+"""What RAMT alone needs."""

@@ -1,0 +1,1 @@
+"""What SaRA alone needs."""

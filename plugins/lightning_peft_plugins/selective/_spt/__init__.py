@@ -1,0 +1,1 @@
+"""What SPT alone needs."""
