@@ -38,6 +38,7 @@ from lightning_peft_plugins.deltas.ba_lora import BALoRA as BALoRA
 from lightning_peft_plugins.deltas.bone import Bone as Bone
 from lightning_peft_plugins.deltas.corda import CorDA as CorDA
 from lightning_peft_plugins.deltas.dora import DoRA as DoRA
+from lightning_peft_plugins.deltas.dsee import DSEE as DSEE
 from lightning_peft_plugins.deltas.dylora import DyLoRA as DyLoRA
 from lightning_peft_plugins.deltas.eva import EVA as EVA
 from lightning_peft_plugins.deltas.flora import FLoRA as FLoRA
@@ -83,7 +84,10 @@ from lightning_peft_plugins.selective.bitfit import BitFit as BitFit
 from lightning_peft_plugins.selective.hft import HFT as HFT
 from lightning_peft_plugins.selective.lift import LIFT as LIFT
 from lightning_peft_plugins.selective.norm_tuning import NormTuning as NormTuning
+from lightning_peft_plugins.selective.ramt import RAMT as RAMT
+from lightning_peft_plugins.selective.sara import SaRA as SaRA
 from lightning_peft_plugins.selective.spiel import SpIEL as SpIEL
+from lightning_peft_plugins.selective.spt import SPT as SPT
 from lightning_peft_plugins.selective.ssf import SSF as SSF
 from lightning_peft_plugins.selective.temporary_forgetting import TemporaryForgetting as TemporaryForgetting
 from lightning_peft_plugins.sparsity.nm_sparsity import NMSparsity as NMSparsity
