@@ -50,7 +50,7 @@ class Place:
     @property
     def stored(self) -> nn.Parameter:
         """The frozen tensor, which layers may share."""
-        value: Any = self.layer._parameters[self.tensor.rpartition(".")[2]]
+        value: nn.Parameter = self.layer._parameters[self.tensor.rpartition(".")[2]]  # type: ignore[assignment]
         return value
 
     @property
