@@ -22,6 +22,7 @@ from typing import Any
 import timm
 import torch
 from adapter_costs import AdapterCosts, closed_count
+from delta_members import MEMBERS, RATES
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from rich.console import Console
 from rich.progress import track
@@ -146,22 +147,28 @@ def deltas(head: Sequence[str] = ()) -> Variants:
     }
 
 
-def rated(full: float, matrices: float, numbers: float) -> dict[str, float]:
+def rated(full: float, matrices: float, numbers: float, others: Sequence[float]) -> dict[str, float]:
     """Learning rates of the variants of :func:`deltas`: of all weights, of matrices beside them, of single numbers and heads.
 
     A scale that is larger by the root of the rank stands for a rate that is smaller. PiSSA moves what the weight has most
-    of, at the rate of all weights.
+    of, at the rate of all weights. EVA, AdaLoRA, MiSS and LoRA-XS have ``others``, in this order.
     """
     rates = dict.fromkeys(deltas(("head",)), matrices)
     return (
         rates
         | dict.fromkeys(("norm", "bias", "head"), numbers)
+        | dict(zip(("EVA r=8", "AdaLoRA r=7 to 5", "MiSS r=16", "LoRA-XS r=16"), others, strict=True))
         | {
             "full": full,
             "PiSSA r=8": full,
             "LoRA r=8, root": matrices / 8**0.5,
         }
     )
+
+
+def alone(make: Callable[[], Callback]) -> Callable[[], list[Callback]]:
+    """One method as a variant."""
+    return lambda: [make()]
 
 
 PATTERNS, SPARSITY_RECIPES = ("2:4", "1:8", "1:16"), ("ste", "sr-ste", "mdgf-exponential")
@@ -211,7 +218,7 @@ STUDIES = {
         lambda args: ProseDataModule(batch_size=4, eval_batch_size=8, train_size=args.train_size),
         clip=1.0,
         columns=(("test/perplexity", "perplexity", 1), *COSTS),
-        rates=rated(3e-4, 3e-3, 1e-2),
+        rates=rated(3e-4, 3e-3, 1e-2, (9e-4, 3e-2, 3e-4, 9e-3)),
     ),
     "deltas_reviews": Study(
         deltas(("head",)),
@@ -222,7 +229,7 @@ STUDIES = {
         ),
         clip=1.0,
         columns=(("test/accuracy", "accuracy, %", 100), ("test/loss", "test loss", 1), *COSTS),
-        rates=rated(1e-4, 3e-3, 3e-3),
+        rates=rated(1e-4, 3e-3, 3e-3, (3e-4, 9e-3, 3e-4, 3e-3)),
     ),
     "deltas_groceries": Study(
         deltas(("head",)),
@@ -231,7 +238,16 @@ STUDIES = {
         groceries,
         clip=1.0,
         columns=(("test/accuracy", "accuracy, %", 100), ("test/loss", "test loss", 1), *COSTS),
-        rates=rated(1e-4, 1e-3, 5e-3),
+        rates=rated(1e-4, 1e-3, 5e-3, (1e-4, 1e-3, 3e-4, 1e-3)),
+    ),
+    "deltas_members": Study(
+        {name: alone(make) for name, make in MEMBERS.items()},
+        "groceries, EfficientNet-Lite0",
+        lambda lr: TimmClassifier(lr=lr, head_lr_scale=5e-3 / lr),
+        groceries,
+        clip=1.0,
+        columns=(("test/accuracy", "accuracy, %", 100), ("test/loss", "test loss", 1), *COSTS),
+        rates=RATES,
     ),
 }
 
