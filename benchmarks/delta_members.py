@@ -55,7 +55,32 @@ MEMBERS: Mapping[str, Callable[[], Callback]] = {
     "ALLoRA r=8": lambda: peft.ALLoRA(8, **HEAD),
 }
 TRIED = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-RATES: Mapping[str, float] = {}
+RATES: Mapping[str, float] = {  # of TRIED, by accuracy on the photos held out
+    "LoRA+ r=8": 0.0001,
+    "OLoRA r=8": 0.0001,
+    "SORSA r=7": 0.0001,
+    "KaSA r=7": 0.0001,
+    "CorDA r=8": 0.0001,
+    "LoRA-SB r=16": 0.0001,
+    "SVFit r=16": 0.0001,
+    "LoLDU r=16": 0.0001,
+    "Bone b=8": 0.0001,
+    "FLoRA r=7": 0.0001,
+    "SALT r=16": 0.0001,
+    "PHM r=7": 0.003,
+    "NOLA r=8": 0.0001,
+    "RandLoRA r=4": 0.0001,
+    "SoKA r=10": 0.0003,
+    "TLoRA r=11": 0.0001,
+    "DSEE r=7": 0.0001,
+    "BALoRA r=8": 0.0001,
+    "DyLoRA r=8": 0.0001,
+    "IncreLoRA r=3 of 6": 0.0001,
+    "TriAdaptLoRA r=4 of 8": 0.0001,
+    "PEGO 2 of r=4": 0.0001,
+    "LoRA-GGPO r=8": 0.0001,
+    "ALLoRA r=8": 0.0001,
+}
 
 
 def accuracy(member: str, lr: float) -> float:
