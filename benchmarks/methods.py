@@ -22,7 +22,6 @@ from typing import Any
 import timm
 import torch
 from adapter_costs import AdapterCosts, closed_count
-from delta_members import MEMBERS, RATES
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from rich.console import Console
 from rich.progress import track
@@ -166,11 +165,6 @@ def rated(full: float, matrices: float, numbers: float, others: Sequence[float])
     )
 
 
-def alone(make: Callable[[], Callback]) -> Callable[[], list[Callback]]:
-    """One method as a variant."""
-    return lambda: [make()]
-
-
 PATTERNS, SPARSITY_RECIPES = ("2:4", "1:8", "1:16"), ("ste", "sr-ste", "mdgf-exponential")
 STUDIES = {
     "sparsity": Study(
@@ -239,15 +233,6 @@ STUDIES = {
         clip=1.0,
         columns=(("test/accuracy", "accuracy, %", 100), ("test/loss", "test loss", 1), *COSTS),
         rates=rated(1e-4, 1e-3, 5e-3, (1e-4, 1e-3, 3e-4, 1e-3)),
-    ),
-    "deltas_members": Study(
-        {name: alone(make) for name, make in MEMBERS.items()},
-        "groceries, EfficientNet-Lite0",
-        lambda lr: TimmClassifier(lr=lr, head_lr_scale=5e-3 / lr),
-        groceries,
-        clip=1.0,
-        columns=(("test/accuracy", "accuracy, %", 100), ("test/loss", "test loss", 1), *COSTS),
-        rates=RATES,
     ),
 }
 
