@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_peft.weights.mapped_layer import is_mapped
+from lightning_peft.weights.maps import mapped_tensors
 from lightning_peft.weights.part_stack import PartStack
 from lightning_peft.weights.parts import part_stacks
 
@@ -40,9 +41,13 @@ class merge:  # noqa: N801 - used as a function, and as a context manager like t
     def __init__(self, module: nn.Module) -> None:
         self._stacks = [(layer, stack) for path, layer, stack in part_stacks(module) if _is_to_merge(path, layer, stack)]
         if not self._stacks:
+            mapped = next(
+                (f"{each.name} has {each.maps[0].kind!r} of {each.maps[0].owner}" for each in mapped_tensors(module)), ""
+            )
             raise MisconfigurationException(
                 "The module has no layer parts that could be merged, or they are merged already. They are on it after a fit "
                 "with keep=True, and after lightning_peft.load_peft(module, folder)."
+                + (f" {mapped}, which acts on the weight: lightning_peft.bake(module) merges that for good." if mapped else "")
             )
         with torch.no_grad():
             for layer, stack in self._stacks:

@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 import lightning_peft
-from lightning_peft import SSF, DoRA, LoRA, Method
+from lightning_peft import SSF, Bone, DoRA, LoRA, Method
 from lightning_peft.testing.modules import Plain, loader, mlp, trainer
 from lightning_peft.testing.runs import fit
 from lightning_peft.testing.toys.parts import GatePart
@@ -64,6 +64,14 @@ def test_a_layer_whose_weight_is_mapped_too_stays_as_it_is() -> None:
         assert not first.part_stack.beneath
         assert module.model[2].part_stack.beneath
     assert torch.equal(module.logits(INPUTS), expected)
+
+
+def test_what_acts_on_weights_alone_is_named_and_can_be_baked() -> None:
+    module = trained(Bone(1, keep=True, exclude=None))
+    with pytest.raises(MisconfigurationException, match=r"'weight_delta' of Bone.*bake\(module\)"):
+        lightning_peft.merge(module)
+    expected = module.logits(INPUTS)
+    torch.testing.assert_close(lightning_peft.bake(module).logits(INPUTS), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_files_copies_and_baking_know_of_it() -> None:
