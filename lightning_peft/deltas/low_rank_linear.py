@@ -71,7 +71,7 @@ class _LowRankLinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # a graph of this pass is wanted, in which `hidden` is no constant
             hidden = linear(read, down)
         flat = gradient.reshape(-1, gradient.shape[-1])
-        inner = (flat @ up) * ctx.scale
+        inner = (up.T @ flat.T).T.contiguous() * ctx.scale  # MKL takes a third of the time of `flat @ up`
         needs = ctx.needs_input_grad
         of_inputs = flat @ weight if needs[0] else None
         of_dropped = None
@@ -84,7 +84,7 @@ class _LowRankLinear(torch.autograd.Function):
             flat.T @ inputs.reshape(-1, inputs.shape[-1]) if needs[1] else None,
             flat.sum(0) if needs[2] else None,
             inner.T @ read.reshape(-1, read.shape[-1]) if needs[3] else None,
-            # this way round MKL takes half the time
+            # and half of it here
             (hidden.reshape(-1, hidden.shape[-1]).T @ flat).T * ctx.scale if needs[4] else None,
             None,
             of_dropped,
