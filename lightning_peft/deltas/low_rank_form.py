@@ -97,7 +97,7 @@ class LowRankForm(FactoredForm):
         return self._matrix(self.down)
 
     def _matrix(self, down: Tensor) -> Tensor:
-        return down if self.layout.stacked else down.flatten(1)
+        return down if down.ndim == 2 or self._layout.stacked else down.flatten(1)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         if not self.taken:
