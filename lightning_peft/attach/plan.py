@@ -210,13 +210,11 @@ def _check_ties(methods: Iterable[Contract], claims: dict[str, list[str]], modul
             others = [name for name in aliases.get(tensor, ()) if _layer(module, name) is not _layer(module, tensor)]
             if others and not (method.ties and claimed.issuperset(others)):
                 path, all_paths = tensor.rpartition(".")[0], [name.rpartition(".")[0] for name in (tensor, *others)]
-                all_of_them = (
-                    f"Name all of its layers, targets={all_paths!r} and exclude=None, leave" if method.ties else "Leave"
-                )
+                advice = f"Name all of its layers, targets={all_paths!r} and exclude=None, leave" if method.ties else "Leave"
                 raise MisconfigurationException(
                     f"{method.name} targets {tensor}, which is the same parameter as {', '.join(others)}"
                     f"{'' if claimed.isdisjoint(others) else ' (also targeted)'}: mapping one view would change the other. "
-                    f"{all_of_them} it out with exclude=[{path!r}], or untie the layers."
+                    f"{advice} it out with exclude=[{path!r}], or untie the layers."
                 )
 
 

@@ -57,11 +57,8 @@ def bake(module: ModuleT) -> ModuleT:
             "is, or switch them off first (part.enabled = False) to bake it without them."
         )
     for each in attachments(module):
-        if each.enabled and not each.is_finite():
-            raise MisconfigurationException(
-                f"The {each.kind} of {each.owner} holds a number that is not finite, and would take a weight along. Load the "
-                f"last checkpoint, or bake without it: lightning_peft.switch(module, {each.method!r}, on=False)."
-            )
+        if each.enabled:
+            each.check_finite()
     detach_maps(module, "baked")
     return module
 

@@ -223,19 +223,20 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < sys.float_info.max
 
 
-def check_linear(adapted: Sequence[Adapted], owner: str, *others: type[nn.Module]) -> None:
+def check_linear(adapted: Sequence[Adapted], owner: str, *others: type[nn.Module], transposed: bool = False) -> None:
     """Refuse layers beside which PEFT has no adapter of a type.
 
     Args:
         adapted: The layers.
         owner: Name of the adapters.
         *others: Layers beside linear ones that have it.
+        transposed: Whether those of transformers' ``Conv1D`` do.
 
     Raises:
         MisconfigurationException: One is of another kind.
     """
     for each in adapted:
-        if not isinstance(each.layer, (nn.Linear, *others)):
+        if not (isinstance(each.layer, (nn.Linear, *others)) or (transposed and each.form.layout.transposed)):
             raise MisconfigurationException(
                 f"PEFT has no {owner} for {each.name}, which is no linear layer. Write it as a LoRA, own=False, where it is a "
                 f"product of thin matrices, or leave it out when training: exclude=[{each.name!r}]."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_peft.compose.lanes import Lane
@@ -51,9 +52,17 @@ class Attachment(nn.Module):
         """Name among those on the same tensor or layer."""
         return f"{self.method or self.owner}:{self.kind}"
 
-    def is_finite(self) -> bool:
-        """Whether all its parameters are finite numbers."""
-        return all(bool(parameter.isfinite().all()) for parameter in self.parameters())
+    def check_finite(self) -> None:
+        """Refuse to go into a weight with what is no finite number.
+
+        Raises:
+            MisconfigurationException: A parameter holds such a number.
+        """
+        if not all(bool(parameter.isfinite().all()) for parameter in self.parameters()):
+            raise MisconfigurationException(
+                f"The {self.kind} of {self.owner} holds a number that is not finite, and would take a weight along. Load the "
+                f"last checkpoint, or go on without it: lightning_peft.switch(module, {self.method!r}, on=False)."
+            )
 
     def detached(self) -> None:
         """Let go of whatever else than its layer it holds on to; called when it is taken off."""

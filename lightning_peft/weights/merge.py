@@ -97,9 +97,6 @@ def _is_to_merge(path: str, layer: nn.Module, stack: PartStack) -> bool:
             f"The {other.kind} of {other.owner} on {path} computes something that no weight can. Switch it off first, "
             f"lightning_peft.switch(module, {other.method!r}, on=False), or leave everything unmerged."
         )
-    if odd := next((part for part in stack.merging if not part.is_finite()), None):
-        raise MisconfigurationException(
-            f"The {odd.kind} of {odd.owner} on {path} holds a number that is not finite, and would take a weight along. Load "
-            f"the last checkpoint, or switch it off: lightning_peft.switch(module, {odd.method!r}, on=False)."
-        )
+    for part in stack.merging:
+        part.check_finite()
     return True

@@ -16,7 +16,7 @@ from lightning_peft.deltas.low_rank_form import LowRankForm
 from lightning_peft.deltas.on_module import deltas_on
 from lightning_peft.deltas.sides import Place
 from lightning_peft.structure.edits import Change
-from lightning_peft_plugins.deltas._shared.low_rank import LowRank
+from lightning_peft_plugins.deltas._shared.stepwise import Stepwise
 
 
 class NestedForm(LowRankForm):
@@ -77,7 +77,7 @@ class NestedForm(LowRankForm):
         return {"rank": self.rank, "scale": self._scale, "table": self.table, "at": self.at, "frozen": self.frozen}
 
 
-class DyLoRA(LowRank):
+class DyLoRA(Stepwise):
     """DyLoRA (Valipour et al. 2023): every step trains the first ``b`` rows of ``A`` and columns of ``B``, ``b`` drawn by lot.
 
     The adapter then works at any rank from ``least`` to ``rank`` by leaving the other rows out.
@@ -149,28 +149,14 @@ class DyLoRA(LowRank):
         """Find those of new layers too."""
         self._forms = [form for _, form in self.forms(module)]
 
-    def batch_start(self, run: Run, batch: Any) -> None:
-        """Draw; batches that are accumulated have one step, and one draw."""
-        self._set(self.draw(run.step))
-
-    def after_step(self, run: Run) -> None:
-        """Show the whole network again; one that steps by hand may go on in the same batch."""
-        self._set(self.draw(run.step) if run.in_step else None)
-
-    def validation_start(self, run: Run) -> None:
-        """Show the network that is validated."""
-        self._set(None)
-
-    def epoch_end(self, run: Run) -> None:
-        """Show the network that callbacks see at the end of an epoch."""
-        self._set(None)
-
     def finish(self, run: Run) -> None:
         """Leave the rank that was asked for."""
-        self._set(None)
+        super().finish(run)
         self._forms = []
 
-    def _set(self, drawn: int | None) -> None:
+    def show(self, step: int | None) -> None:
+        """Draw for a step; outside of one the rank is the one that was asked for."""
+        drawn = None if step is None else self.draw(step)
         for form in self._forms:
             form.drawn = drawn
 

@@ -20,12 +20,12 @@ from lightning_peft.structure.forms import dict_of, fields, tensor
 from lightning_peft_plugins.deltas._lora_ggpo.perturbed_form import PerturbedForm
 from lightning_peft_plugins.deltas._lora_ggpo.perturbed_part import PerturbedPart
 from lightning_peft_plugins.deltas._shared.frozen_weights import frozen_weights
-from lightning_peft_plugins.deltas._shared.low_rank import LowRank
+from lightning_peft_plugins.deltas._shared.stepwise import Stepwise
 from lightning_peft_plugins.deltas.functional.lora_ggpo import perturbation_spread
 from lightning_peft_plugins.deltas.functional.thin_rows import row_norms
 
 
-class LoRAGGPO(LowRank):
+class LoRAGGPO(Stepwise):
     """LoRA-GGPO (Chang et al., 2025): gradients are those of weights that are moved at random, for a flat minimum.
 
     Numbers that are added to a row have a standard deviation of ``(sigma |W_i| + beta |G_i|^2) / sqrt(outputs)``, from the
@@ -84,13 +84,9 @@ class LoRAGGPO(LowRank):
         self._find_forms(module)
 
     def _find_forms(self, module: nn.Module) -> None:
-        found = list(frozen_weights(module, self.name))
+        found = list(frozen_weights(module, self.deltas(module)))
         self._forms = {name: form for name, form, _ in found}
         self._below = {name: weight.norm(dim=-1) for name, _, weight in found}
-
-    def batch_start(self, run: Run, batch: Any) -> None:
-        """Move the weights; batches that are accumulated have one step, and the same weights."""
-        self._move(run.step)
 
     @torch.no_grad()
     def after_clipping(self, run: Run, optimizer: Optimizer) -> None:
@@ -111,24 +107,13 @@ class LoRAGGPO(LowRank):
         gradient = form.scale * row_norms(torch.cat([gradient_down, down], -2), torch.cat([up, gradient_up], -1))
         return perturbation_spread(weight, gradient, self.sigma, self.beta)
 
-    def after_step(self, run: Run) -> None:
-        """Show the weights as they are again; one that steps by hand may go on in the same batch."""
-        self._move(run.step if run.in_step else None)
-
-    def validation_start(self, run: Run) -> None:
-        """Show the weights that are validated."""
-        self._move(None)
-
-    def epoch_end(self, run: Run) -> None:
-        """Show the weights that callbacks see at the end of an epoch."""
-        self._move(None)
-
     def finish(self, run: Run) -> None:
         """Leave the weights as they are."""
-        self._move(None)
+        super().finish(run)
         self._forms, self._below = {}, {}
 
-    def _move(self, step: int | None) -> None:
+    def show(self, step: int | None) -> None:
+        """Move the weights for a step."""
         for name, form in self._forms.items():
             spread = None if step is None else self.spreads.get(name)
             form.spread = None if spread is None else spread.to(form.up.device)

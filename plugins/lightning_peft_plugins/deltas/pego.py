@@ -65,7 +65,7 @@ class PEGO(LowRank):
         """The two terms of all weights, in the precision of the group: sums over squares of the outputs are large."""
         module = step.run.module
         with torch.autocast(module.device.type, enabled=False):
-            terms = [self._term(form, weight) for _, form, weight in frozen_weights(module, self.name)]
+            terms = [self._term(form, weight) for _, form, weight in frozen_weights(module, self.deltas(module))]
         return self.strength * torch.stack(terms).sum()
 
     def _term(self, form: Any, weight: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def test_the_weight_that_is_kept_is_the_one_below_the_group() -> None:
     method.attach(module)
     for _, form in method.forms(module):
         form.up.data.fill_(1.0)
-    found = {name: weight for name, _, weight in frozen_weights(module, method.name)}
+    found = {name: weight for name, _, weight in frozen_weights(module, method.deltas(module))}
     assert list(found) == [name for name, _ in method.forms(module)]
     assert len(found) == 2
     for name, weight in found.items():

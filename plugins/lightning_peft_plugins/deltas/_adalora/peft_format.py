@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lightning_peft.deltas.form import Form
 from lightning_peft.deltas.peft_format import Adapted, PeftFormat, Target, check_linear, check_rank, check_shapes, number
-from lightning_peft.network.layers import has_class
 from lightning_peft_plugins.deltas._shared.triplet_form import TripletForm
 
 _A, _E, _B = "lora_A", "lora_E", "lora_B"
@@ -47,8 +46,7 @@ class AdaLoraFormat(PeftFormat):
         return form
 
     def written(self, adapted: Sequence[Adapted]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        others = [type(each.layer) for each in adapted if has_class(each.layer, "Conv1D")]
-        check_linear(adapted, self.owner, nn.Conv2d, *others)
+        check_linear(adapted, self.owner, nn.Conv2d, transposed=True)
         tensors: dict[str, Tensor] = {}
         scale, ranks = adapted[0].form.scale, {}
         for each in adapted:

@@ -22,7 +22,6 @@ from lightning_peft.deltas.peft_format import (
     number,
     one_rank,
 )
-from lightning_peft.network.layers import has_class
 from lightning_peft_plugins.deltas.randlora import ScaledBasesForm
 
 _A, _B, _INNER, _OUTER = "randlora_A", "randlora_B", "randlora_lambda", "randlora_gamma"
@@ -55,8 +54,7 @@ class RandLoraFormat(PeftFormat):
         return [_form(target, saved.layers[target.name], scale, small, large) for target in targets]
 
     def written(self, adapted: Sequence[Adapted]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        others = [type(each.layer) for each in adapted if has_class(each.layer, "Conv1D")]
-        check_linear(adapted, self.owner, *others)
+        check_linear(adapted, self.owner, transposed=True)
         rank, scale = one_rank(adapted), adapted[0].form.scale
         small = max((each.form.small for each in adapted), key=lambda values: values.shape[-1])
         large = max((_cube(each.form) for each in adapted), key=lambda values: values.numel())

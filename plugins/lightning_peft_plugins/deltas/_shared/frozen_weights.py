@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_peft.deltas.delta_map import DeltaMap
-from lightning_peft.deltas.delta_part import DeltaPart
-from lightning_peft.weights.maps import mapped_tensors
-from lightning_peft.weights.parts import placed_parts
+from lightning_peft.deltas.on_module import Delta
+from lightning_peft.weights.maps import MappedTensor
 
 
-def frozen_weights(module: nn.Module, method: str) -> Iterator[tuple[str, Any, Tensor]]:
-    """Yield the deltas of a method with the weights below them, those beside layers first.
+def frozen_weights(module: nn.Module, deltas: Iterable[tuple[str, Delta]]) -> Iterator[tuple[str, Any, Tensor]]:
+    """Yield deltas with the weights below them.
 
     Args:
         module: The module that the deltas stand on.
-        method: Name of the method.
+        deltas: The deltas, each with the name of its tensor.
 
     Yields:
         The name of the tensor, the form, and the weight as a matrix, without a graph and in the form's precision.
     """
-    seen = set()  # layers that share a weight share its delta
-    for name, form, weight in _weights(module, method):
-        if form in seen:
-            continue
-        seen.add(form)
+    for name, delta in deltas:
+        path, _, key = name.rpartition(".")
+        layer, form = module.get_submodule(path), delta.form
+        weight: Any = MappedTensor(name, layer, key).entering(delta) if isinstance(delta, DeltaMap) else layer.weight
         yield name, form, form.layout.matrix(weight.detach()).to(next(form.parameters()).dtype)
-
-
-def _weights(module: nn.Module, method: str) -> Iterator[tuple[str, Any, Tensor]]:
-    for placed in placed_parts(module):
-        if placed.part.method == method and isinstance(placed.part, DeltaPart):
-            yield f"{placed.path}.weight".removeprefix("."), placed.part.form, placed.layer.weight  # type: ignore[misc]
-    for mapped in mapped_tensors(module):
-        for each in mapped.maps:
-            if each.method == method and isinstance(each, DeltaMap):
-                yield mapped.name, each.form, mapped.entering(each)
