@@ -22,13 +22,14 @@ from typing import Any
 import timm
 import torch
 from adapter_costs import AdapterCosts, closed_count
+from delta_variants import Variants, deltas, rated, rest
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_peft import EVA, PERP, PSKD, AdaLoRA, DoRA, LoRA, LoRAXS, MiSS, NMSparsity, PiSSA, WeightCompander
+from lightning_peft import PSKD, NMSparsity, WeightCompander
 from lightning_peft.contract import methods_of
 from lightning_peft.functional import is_nm
 from lightning_peft.measure.calibration import calibration_table, mean_table
@@ -43,7 +44,6 @@ from lightning_peft_recipes.prose import ProseDataModule
 from lightning_peft_recipes.reviews import ReviewsDataModule
 from lightning_peft_recipes.text_classifier import TextClassifier
 
-Variants = dict[str, Callable[[], list[Callback]]]
 Run = dict[str, Any]
 Results = dict[str, dict[str, Run]]
 Columns = tuple[tuple[str, str, float], ...]
@@ -120,51 +120,6 @@ class CIFAR10ResNet(ImageClassifier):
         return self.model.get_classifier()
 
 
-def deltas(head: Sequence[str] = ()) -> Variants:
-    """Members of the deltas' family, none with more trained parameters than LoRA of rank 8, and their ends.
-
-    Args:
-        head: What each trains beside its deltas.
-    """
-
-    def tuned(*parts: str) -> Callable[[], list[Callback]]:
-        return lambda: [PERP(tune=(*parts, *head), lora=None, checkpoint="trained")]
-
-    return {
-        "full": list,
-        "LoRA r=8": lambda: [LoRA(rank=8, tune=head)],
-        "LoRA r=8, root": lambda: [LoRA(rank=8, scaling="root", tune=head)],
-        "DoRA r=7": lambda: [DoRA(rank=7, tune=head)],
-        "LoRA r=4": lambda: [LoRA(rank=4, tune=head)],
-        "PiSSA r=8": lambda: [PiSSA(rank=8, tune=head)],
-        "EVA r=8": lambda: [EVA(rank=8, looks=2, tune=head)],
-        "AdaLoRA r=7 to 5": lambda: [AdaLoRA(rank=7, target=5, tinit="10%", tfinal="30%", tune=head)],
-        "MiSS r=16": lambda: [MiSS(rank=16, tune=head)],
-        "LoRA-XS r=16": lambda: [LoRAXS(rank=16, tune=head)],
-        "norm": tuned("norm"),
-        **({"bias": tuned("bias"), "head": tuned()} if head else {}),
-    }
-
-
-def rated(full: float, matrices: float, numbers: float, others: Sequence[float]) -> dict[str, float]:
-    """Learning rates of the variants of :func:`deltas`: of all weights, of matrices beside them, of single numbers and heads.
-
-    A scale that is larger by the root of the rank stands for a rate that is smaller. PiSSA moves what the weight has most
-    of, at the rate of all weights. EVA, AdaLoRA, MiSS and LoRA-XS have ``others``, in this order.
-    """
-    rates = dict.fromkeys(deltas(("head",)), matrices)
-    return (
-        rates
-        | dict.fromkeys(("norm", "bias", "head"), numbers)
-        | dict(zip(("EVA r=8", "AdaLoRA r=7 to 5", "MiSS r=16", "LoRA-XS r=16"), others, strict=True))
-        | {
-            "full": full,
-            "PiSSA r=8": full,
-            "LoRA r=8, root": matrices / 8**0.5,
-        }
-    )
-
-
 PATTERNS, SPARSITY_RECIPES = ("2:4", "1:8", "1:16"), ("ste", "sr-ste", "mdgf-exponential")
 STUDIES = {
     "sparsity": Study(
@@ -206,7 +161,7 @@ STUDIES = {
         lambda args: CIFAR10DataModule(train_size=args.train_size, eval_batch_size=500),
     ),
     "deltas_stories": Study(
-        deltas(),
+        deltas() | rest(),
         "Alice in Wonderland, story Llama of 15 M weights",
         lambda lr: PretrainedLanguageModel(lr=lr),
         lambda args: ProseDataModule(batch_size=4, eval_batch_size=8, train_size=args.train_size),
@@ -237,20 +192,22 @@ STUDIES = {
 }
 
 
-def run_once(study: Study, variant: str, seed: int, args: argparse.Namespace) -> Run:
-    """Train, test, and return the metrics with what else the study's columns show."""
+def trained(
+    study: Study, variant: str, seed: int, lr: float, args: argparse.Namespace
+) -> tuple[Trainer, LightningModule, LightningDataModule, list[Callback], Run]:
+    """Train once; return what was trained, the methods, and seconds with the costs if the study's columns show them."""
     seed_everything(seed, verbose=False)
-    model, data = study.module(study.rates.get(variant, args.lr)), study.data(args)
+    model, data = study.module(lr), study.data(args)
     callbacks, costs = study.variants[variant](), AdapterCosts()
-    wanted = [key for key, _, _ in study.columns]
-    count = closed_count(model, methods_of(callbacks)) if "trainables" in wanted else 0
+    counted = COSTS[0] in study.columns
+    count = closed_count(model, methods_of(callbacks)) if counted else 0
     trainer = Trainer(
         max_epochs=args.epochs,
         gradient_clip_val=study.clip,
         precision=args.precision,
         accelerator="auto",
         devices=1,
-        callbacks=[costs, *callbacks] if "trainables" in wanted else callbacks,
+        callbacks=[costs, *callbacks] if counted else callbacks,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -260,17 +217,24 @@ def run_once(study: Study, variant: str, seed: int, args: argparse.Namespace) ->
     )
     start = time.perf_counter()
     trainer.fit(model, datamodule=data)
-    seconds = time.perf_counter() - start
+    run: Run = {"seconds": time.perf_counter() - start}
+    trainer.callbacks = [callback for callback in trainer.callbacks if callback not in (costs, *callbacks)]
+    if counted:
+        assert costs.trainables == count, f"{costs.trainables} parameters trained, {count} by the closed formula"
+        run |= costs.found()
+    return trainer, model, data, callbacks, run
+
+
+def run_once(study: Study, variant: str, seed: int, args: argparse.Namespace) -> Run:
+    """Train, test, and return the metrics with what else the study's columns show."""
+    trainer, model, data, callbacks, run = trained(study, variant, seed, study.rates.get(variant, args.lr), args)
+    wanted = [key for key, _, _ in study.columns]
     for callback in callbacks:
         if isinstance(callback, NMSparsity):
             weights = [layer.weight for layer in callback.select(model).values()]
             assert all(is_nm(weight, *callback.pattern, dim=1) for weight in weights), "not N:M after training"
-    trainer.callbacks = [callback for callback in trainer.callbacks if callback not in (costs, *callbacks)]
     metrics = trainer.test(model, datamodule=data, verbose=False)[0]
-    run: Run = {**{key: metrics[key] for key in wanted if key in metrics}, "seconds": seconds}
-    if "trainables" in wanted:
-        assert costs.trainables == count, f"{costs.trainables} parameters trained, {count} by the closed formula"
-        run |= costs.found()
+    run |= {key: metrics[key] for key in wanted if key in metrics}
     if "test/ece" in wanted and isinstance(model, Classifier):
         run["calibration"] = calibration_table(*answers(model, data.test_dataloader()))
     if "zeros" in wanted:
@@ -359,11 +323,10 @@ def load(path: Path) -> Results:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says which trainings a study has."""
     parser.add_argument("--study", choices=STUDIES, required=True)
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="*", default=None, help="all by default")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--image-size", type=int, default=128, help="pixels of a photo")
     parser.add_argument(
@@ -373,18 +336,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--merge", nargs="*", type=Path, default=[], help="JSON files of other processes to join first")
-    args = parser.parse_args(argv)
+
+
+def begin(args: argparse.Namespace) -> Study:
+    """Return the study, and let it run on as many threads as asked for without a word."""
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(args.threads)
+    return STUDIES[args.study]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--merge", nargs="*", type=Path, default=[], help="JSON files of other processes to join first")
+    args = parser.parse_args(argv)
+    study = begin(args)
     results = load(args.output.with_suffix(".json"))
     for path in args.merge:
         for variant, runs in load(path).items():
             results.setdefault(variant, {}).update(runs)
-    study = STUDIES[args.study]
-    todo = [(variant, seed) for seed in args.seeds for variant in study.variants]
+    todo = [(variant, seed) for seed in args.seeds for variant in args.variants or study.variants]
     for variant, seed in track(todo, description=args.study, console=Console(stderr=True)):
         runs = results.setdefault(variant, {})
         if str(seed) not in runs:

@@ -15,6 +15,7 @@ _HOMES = {
     "Lane": "compose.lanes",
     "LayerPart": "weights.layer_part",
     "Loss": "compose.loss",
+    "LowRank": "deltas.slots",
     "Method": "method",
     "Resource": "compose.lanes",
     "Run": "compose.run",

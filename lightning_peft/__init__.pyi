@@ -24,6 +24,7 @@ from lightning_peft.compose.step_closure import StepClosure as StepClosure
 from lightning_peft.deltas.blend import blend as blend
 from lightning_peft.deltas.peft_folder import load_peft as load_peft
 from lightning_peft.deltas.peft_folder import save_peft as save_peft
+from lightning_peft.deltas.slots import LowRank as LowRank
 from lightning_peft.method import Method as Method
 from lightning_peft.optim.wrapped import WrappedOptimizer as WrappedOptimizer
 from lightning_peft.report.compare_deployments import compare_deployments as compare_deployments

@@ -23,6 +23,7 @@ class DecomposedForm(LowRankForm):
     kind = "decomposed"
     beside = "linear"
     reason = "its rows are scaled"
+    tables = False  # lengths belong to outputs, and the rows of a table are none
 
     def __init__(self, layout: Layout, rank: int, scale: float = 1.0, table: bool = False, taken: int = 0) -> None:
         super().__init__(layout, rank, scale, table, taken)

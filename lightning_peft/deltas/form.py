@@ -27,6 +27,7 @@ class Form(nn.Module):
         kind: Name in checkpoints.
         beside: Layers beside which it can stand; it acts on the weight of all others.
         reason: Why it acts on those.
+        tables: Whether rows that are looked up, as in an embedding, can have it.
         rank: Its rank.
         share: Factor of the delta among several, see :func:`lightning_peft.blend`.
     """
@@ -35,6 +36,7 @@ class Form(nn.Module):
     kind: ClassVar[str]
     beside: ClassVar[Beside] = "none"
     reason: ClassVar[str] = "it is no product of thin matrices"
+    tables: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_peft import Run, Step
 from lightning_peft.arguments import decay, not_negative, positive
 from lightning_peft.compose.schedule import ResolvedSchedule, parse_point
+from lightning_peft.deltas.slots import Slots
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form, dict_of, fields, list_of, tensor, whole
@@ -53,6 +54,7 @@ class AdaLoRA(ScaledDelta):
         8
     """
 
+    slots = Slots(form=("triplet",), control=("adalora",))
     fixed_arguments = frozenset({"scaling"})
     kind = TripletForm
     paper = "Zhang et al., AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, ICLR 2023, arXiv 2303.10512"

@@ -14,7 +14,8 @@ from lightning_peft.deltas.delta_part import DeltaPart
 from lightning_peft.deltas.layout import Layout
 from lightning_peft.deltas.low_rank_form import LowRankForm
 from lightning_peft.deltas.sides import Place
-from lightning_peft_plugins.deltas._shared.low_rank import LowRank
+from lightning_peft.deltas.slots import Slots
+from lightning_peft_plugins.deltas._shared.product_delta import ProductDelta
 from lightning_peft_plugins.deltas.functional.allora import row_rates
 
 
@@ -84,7 +85,7 @@ def only_gradient(value: Tensor) -> Tensor:
     return value - value.detach()
 
 
-class ALLoRA(LowRank):
+class ALLoRA(ProductDelta):
     """ALLoRA (Huang and Balestriero, 2024): the gradient of row ``i`` of ``B A`` is divided by a root of that row's length.
 
     There is no scale and no dropout; ``eta`` is what remains to be chosen. The network computes what it does with LoRA.
@@ -92,13 +93,14 @@ class ALLoRA(LowRank):
     Args:
         rank: Rows of ``A`` and columns of ``B``.
         eta: Factor of the gradient of a row of zeros, which all are at first.
-        **kwargs: Those of :class:`~lightning_peft_plugins.deltas._shared.low_rank.LowRank`.
+        **kwargs: Those of :class:`~lightning_peft_plugins.deltas._shared.product_delta.ProductDelta`.
 
     Example:
         >>> ALLoRA(rank=4).eta
         2.0
     """
 
+    slots = Slots(rule=("allora",))
     fixed_arguments = frozenset({"alpha", "scaling", "init", "dropout"})
     kind = RatedForm
     part = RatedPart

@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 from lightning_peft.deltas.form import Form
 from lightning_peft.deltas.layout import Layout
 from lightning_peft.deltas.sides import Place
+from lightning_peft.deltas.slots import Slots
 from lightning_peft_plugins.deltas._shared.delta_method import DeltaMethod
 from lightning_peft_plugins.deltas._shared.dividing import check_divides
 
@@ -64,6 +65,7 @@ class Bone(DeltaMethod):
         Bone(rank=16, tune=(), ...)
     """
 
+    slots = Slots(form=("bone",), init=())
     kind = BlockForm
     fixed_arguments = frozenset({"dropout"})
     paper = "Kang, Bone: Block-Affine Adaptation of Large Language Models, 2024, arXiv 2409.15371 (first version)"

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.arguments import one_of
-from lightning_peft.deltas.low_rank_form import LowRankForm
 from lightning_peft.deltas.sides import Place
+from lightning_peft.deltas.slots import Slots
 from lightning_peft_plugins.deltas._shared.batch_start import BatchStart
 from lightning_peft_plugins.deltas._shared.input_moments import moments
+from lightning_peft_plugins.deltas._shared.products import PRODUCTS
 
 _DAMPING, _CLOSE = 0.01, 0.05
 
@@ -27,6 +28,7 @@ class CorDA(BatchStart):
         looks: Optimizer steps whose inputs are looked at before the deltas are trained.
         directions: ``"first"`` trains what the inputs use most (the paper's instruction-previewed mode), for the task they come
             from; ``"last"`` what they use least, so that what they know is preserved (its knowledge-preserved mode).
+        form: What is added to a weight: ``"lora"``, a product, or ``"dora"``, which learns the lengths of rows apart.
         **kwargs: Those of :class:`~lightning_peft_plugins.deltas._shared.scaled_delta.ScaledDelta`.
 
     Example:
@@ -34,7 +36,7 @@ class CorDA(BatchStart):
         'last'
     """
 
-    kind = LowRankForm
+    slots = Slots(form=tuple(PRODUCTS), init=("corda",))
     paper = "Yang et al., CorDA: Context-Oriented Decomposition Adaptation of LLMs, NeurIPS 2024, arXiv 2406.05223"
 
     def __init__(
@@ -43,11 +45,14 @@ class CorDA(BatchStart):
         alpha: float | None = None,
         looks: int = 8,
         directions: Literal["first", "last"] = "first",
+        form: Literal["lora", "dora"] = "lora",
         **kwargs: Any,
     ) -> None:
         super().__init__(rank, alpha, looks, **kwargs)
         one_of("directions", directions, ("first", "last"))
+        one_of("form", form, PRODUCTS)
         self.directions = directions
+        self.form, self.kind = form, PRODUCTS[form]
 
     def arguments(self, place: Place) -> dict[str, Any]:
         return super().arguments(place) | {"taken": self.rank}

@@ -13,6 +13,7 @@ from lightning_peft.arguments import positive
 from lightning_peft.deltas.form import Form
 from lightning_peft.deltas.layout import Layout
 from lightning_peft.deltas.sides import Place
+from lightning_peft.deltas.slots import Slots
 from lightning_peft_plugins.deltas._shared.scaled_delta import ScaledDelta
 from lightning_peft_plugins.deltas.functional.dsee import sparse_support
 
@@ -105,6 +106,7 @@ class DSEE(ScaledDelta):
         64
     """
 
+    slots = Slots(form=("dsee",), init=())
     kind = SparseLowRankForm
     paper = (
         "Chen et al., DSEE: Dually Sparsity-embedded Efficient Tuning of Pre-trained Language Models, ACL 2023, "

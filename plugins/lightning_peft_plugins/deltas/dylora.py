@@ -15,6 +15,7 @@ from lightning_peft.deltas.layout import Layout
 from lightning_peft.deltas.low_rank_form import LowRankForm
 from lightning_peft.deltas.on_module import deltas_on
 from lightning_peft.deltas.sides import Place
+from lightning_peft.deltas.slots import Slots
 from lightning_peft.structure.edits import Change
 from lightning_peft_plugins.deltas._shared.stepwise import Stepwise
 
@@ -99,6 +100,7 @@ class DyLoRA(Stepwise):
         4
     """
 
+    slots = Slots(control=("dylora",))
     fixed_arguments = frozenset({"scaling", "init"})
     kind = NestedForm
     paper = (

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_peft.deltas.low_rank_form import LowRankForm
+from lightning_peft.arguments import one_of
 from lightning_peft.deltas.sides import Place
+from lightning_peft.deltas.slots import Slots
 from lightning_peft.network.layers import is_linear
 from lightning_peft_plugins.deltas._shared.batch_start import BatchStart
 from lightning_peft_plugins.deltas._shared.explained_ranks import ranks_by_share
 from lightning_peft_plugins.deltas._shared.input_moments import covariance, explained, moments
+from lightning_peft_plugins.deltas._shared.products import PRODUCTS
 
 
 class EVA(BatchStart):
@@ -29,6 +31,7 @@ class EVA(BatchStart):
         rho: How far the ranks of weights may differ: none has more than ``rho * rank``, all together have ``rank`` a weight,
             and the components that explain most of their layer's inputs get them. 1 gives each the same. What a weight does
             not get stays zero in its factors, which have ``rho * rank`` rows.
+        form: What is added to a weight: ``"lora"``, a product, or ``"dora"``, which learns the lengths of rows apart.
         **kwargs: Those of :class:`~lightning_peft_plugins.deltas._shared.scaled_delta.ScaledDelta`.
 
     Example:
@@ -39,11 +42,21 @@ class EVA(BatchStart):
         MisconfigurationException: Also for ``rho`` below 1.
     """
 
-    kind = LowRankForm
+    slots = Slots(form=tuple(PRODUCTS), init=("eva",))
     paper = "Paischer et al., Parameter Efficient Fine-tuning via Explained Variance Adaptation, 2024, arXiv 2410.07170"
 
-    def __init__(self, rank: int = 8, alpha: float | None = None, looks: int = 8, rho: float = 1.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        rank: int = 8,
+        alpha: float | None = None,
+        looks: int = 8,
+        rho: float = 1.0,
+        form: Literal["lora", "dora"] = "lora",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(rank, alpha, looks, **kwargs)
+        one_of("form", form, PRODUCTS)
+        self.form, self.kind = form, PRODUCTS[form]
         if rho < 1:
             raise MisconfigurationException(f"rho={rho} must be at least 1, with which each weight has rank={rank}.")
         self.rho = rho

@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 
 from lightning_peft.deltas.factored_form import FactoredForm
 from lightning_peft.deltas.layout import Layout
+from lightning_peft.deltas.slots import Slots
 from lightning_peft_plugins.deltas._shared.scaled_delta import ScaledDelta
 
 
@@ -76,5 +77,6 @@ class FLoRA(ScaledDelta):
         1.0
     """
 
+    slots = Slots(form=("flora",), init=())
     kind = TuckerForm
     paper = "Si et al., FLoRA: Low-Rank Core Space for N-dimension, 2024, arXiv 2405.14739"

@@ -13,6 +13,7 @@ from lightning_peft import Run
 from lightning_peft.arguments import decay, positive
 from lightning_peft.compose.schedule import parse_point
 from lightning_peft.deltas.sides import Place
+from lightning_peft.deltas.slots import Slots
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form, fields, tensor, whole
 from lightning_peft_plugins.deltas._increlora.growing_form import GrowingForm
@@ -50,6 +51,7 @@ class IncreLoRA(GrowingRanks):
         2
     """
 
+    slots = Slots(form=("triplet",), control=("increlora",))
     kind = GrowingForm
     part = ScoredPart
     parts = (ScoredPart,)

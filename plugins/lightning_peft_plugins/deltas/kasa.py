@@ -13,6 +13,7 @@ from lightning_peft import Step
 from lightning_peft.arguments import not_negative
 from lightning_peft.deltas.low_rank_form import LowRankForm
 from lightning_peft.deltas.sides import Place
+from lightning_peft.deltas.slots import Slots
 from lightning_peft_plugins.deltas._shared.orthogonality import factor_gaps
 from lightning_peft_plugins.deltas._shared.scaled_delta import ScaledDelta
 from lightning_peft_plugins.deltas._shared.triplet_form import TripletForm
@@ -35,6 +36,7 @@ class KaSA(ScaledDelta):
         0
     """
 
+    slots = Slots(form=("triplet",), init=("kasa",), rule=("kasa",))
     kind = TripletForm
     paper = "Wang et al., KaSA: Knowledge-Aware Singular-Value Adaptation of Large Language Models, ICLR 2025, arXiv 2412.06071"
 

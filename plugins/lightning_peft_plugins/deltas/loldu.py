@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Generator, Tensor
 
 from lightning_peft.deltas.sides import Place
+from lightning_peft.deltas.slots import Slots
 from lightning_peft_plugins.deltas._shared.delta_method import DeltaMethod
 from lightning_peft_plugins.deltas._shared.diagonal_form import DiagonalForm
 
@@ -28,6 +29,7 @@ class LoLDU(DeltaMethod):
         LoLDU(rank=32, dropout=0.0, ...)
     """
 
+    slots = Slots(form=("loldu",), init=())
     kind = DiagonalForm
     paper = "Shi et al., LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition, 2024, arXiv 2410.13618"
 

@@ -9,11 +9,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Generator, Tensor
 
 from lightning_peft.deltas.sides import Place
-from lightning_peft_plugins.deltas._shared.low_rank import LowRank
+from lightning_peft.deltas.slots import Slots
+from lightning_peft_plugins.deltas._shared.product_delta import ProductDelta
 from lightning_peft_plugins.deltas._shared.sliced_form import SlicedForm
+from lightning_peft_plugins.deltas._shared.starts import STARTS
 
 
-class LoRA(LowRank):
+class LoRA(ProductDelta):
     """LoRA (Hu et al. 2022): trains ``B A`` in ``W + (alpha / rank) B A``; everything that is not named is frozen for the fit.
 
     Args:
@@ -22,7 +24,7 @@ class LoRA(LowRank):
         scaling: What it is divided by: ``"rank"``, or ``"root"`` of the rank (Kalajdzievski, rsLoRA, 2023, arXiv 2312.03732).
         qkv: Letters of ``"qkv"``: thirds of the targets' outputs that get a product each, in layers that project to queries,
             keys and values at once and in this order. All targets are such layers then.
-        **kwargs: Those of :class:`~lightning_peft_plugins.deltas._shared.low_rank.LowRank`.
+        **kwargs: Those of :class:`~lightning_peft_plugins.deltas._shared.product_delta.ProductDelta`.
 
     Raises:
         MisconfigurationException: Also for ``qkv`` with targets that have no thirds.
@@ -33,6 +35,8 @@ class LoRA(LowRank):
         >>> LoRA(targets=["attn.qkv"], qkv="qv").qkv
         'qv'
     """
+
+    slots = Slots(init=tuple(STARTS))
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_peft import Resource, Run
 from lightning_peft.arguments import not_negative
+from lightning_peft.deltas.slots import Slots
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form as StateForm
@@ -37,7 +38,7 @@ class LoRAGGPO(Stepwise):
         sigma: Weight of the norms of weights.
         beta: Weight of the squared norms of gradients.
         seed: What is drawn from, together with the step and the name of the tensor.
-        **kwargs: Those of :class:`~lightning_peft_plugins.deltas._shared.low_rank.LowRank`.
+        **kwargs: Those of :class:`~lightning_peft_plugins.deltas._shared.product_delta.ProductDelta`.
 
     Raises:
         MisconfigurationException: ``sigma`` or ``beta`` are below zero.
@@ -47,6 +48,7 @@ class LoRAGGPO(Stepwise):
         0.03
     """
 
+    slots = Slots(rule=("lora-ggpo",))
     reads = frozenset({Resource.GRADIENT})
     fixed_arguments = frozenset({"init"})
     kind = PerturbedForm

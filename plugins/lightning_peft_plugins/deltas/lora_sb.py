@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.deltas.slots import Slots
 from lightning_peft_plugins.deltas._shared.batch_start import BatchStart
 from lightning_peft_plugins.deltas._shared.core_form import CoreForm
 
@@ -28,6 +29,7 @@ class LoRASB(BatchStart):
         1.0
     """
 
+    slots = Slots(form=("core",), init=("lora-sb",))
     kind = CoreForm
     paper = "Ponkshe et al., Initialization using Update Approximation is a Silver Bullet, 2024, arXiv 2411.19557"
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from lightning_peft.deltas.slots import Slots
 from lightning_peft_plugins.deltas._shared.core_form import CoreForm
 from lightning_peft_plugins.deltas._shared.scaled_delta import ScaledDelta
 
@@ -26,6 +27,7 @@ class LoRAXS(ScaledDelta):
         1.0
     """
 
+    slots = Slots(form=("core",), init=("lora-xs",))
     kind = CoreForm
     paper = "Bałazy et al., LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters, 2024, arXiv 2405.17604"
 

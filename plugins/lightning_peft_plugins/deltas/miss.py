@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 
 from lightning_peft.deltas.factored_form import FactoredForm
 from lightning_peft.deltas.layout import Layout
+from lightning_peft.deltas.slots import Slots
 from lightning_peft_plugins.deltas._shared.delta_method import DeltaMethod
 
 
@@ -55,6 +56,7 @@ class MiSS(DeltaMethod):
         MiSS(rank=16, dropout=0.0, ...)
     """
 
+    slots = Slots(form=("miss",), init=())
     kind = SharedForm
     paper = (
         "Kang, Yin, MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure, 2024, arXiv 2409.15371"

@@ -13,6 +13,7 @@ from lightning_peft.arguments import positive
 from lightning_peft.deltas.factored_form import FactoredForm
 from lightning_peft.deltas.layout import Layout
 from lightning_peft.deltas.sides import Place
+from lightning_peft.deltas.slots import Slots
 from lightning_peft_plugins.deltas._shared.scaled_delta import ScaledDelta
 
 _LARGEST = 2**31  # numbers in the bases of one weight
@@ -85,6 +86,7 @@ class NOLA(ScaledDelta):
         64
     """
 
+    slots = Slots(form=("nola",), init=())
     kind = BasisForm
     paper = "Koohpayegani et al., NOLA: Compressing LoRA using Linear Combination of Random Basis, ICLR 2024, arXiv 2310.02556"
 

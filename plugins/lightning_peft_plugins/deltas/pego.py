@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from lightning_peft import Step
 from lightning_peft.arguments import positive
 from lightning_peft.deltas.sides import Place
+from lightning_peft.deltas.slots import Slots
 from lightning_peft_plugins.deltas._shared.frozen_weights import frozen_weights
-from lightning_peft_plugins.deltas._shared.low_rank import LowRank
+from lightning_peft_plugins.deltas._shared.product_delta import ProductDelta
 from lightning_peft_plugins.deltas.functional.pego import diversify, preserve
 
 
-class PEGO(LowRank):
+class PEGO(ProductDelta):
     """PEGO (Hu et al., 2024): a group of LoRAs beside a weight keeps what the weight knows, and learns different things.
 
     The group is one product whose rank is that of all members. The loss gains ``strength`` times the sum of two terms over all
@@ -27,7 +28,7 @@ class PEGO(LowRank):
         rank: Rank of a member.
         members: LoRAs beside a weight.
         strength: Weight of both terms.
-        **kwargs: Those of :class:`~lightning_peft_plugins.deltas._shared.low_rank.LowRank`.
+        **kwargs: Those of :class:`~lightning_peft_plugins.deltas._shared.product_delta.ProductDelta`.
 
     Raises:
         MisconfigurationException: Also where all members together have a rank above that of a weight.
@@ -37,6 +38,7 @@ class PEGO(LowRank):
         0.001
     """
 
+    slots = Slots(rule=("pego",))
     fixed_arguments = frozenset({"alpha", "scaling", "init"})
     paper = (
         "Hu et al., Learn to Preserve and Diversify: Parameter-Efficient Group with Orthogonal Regularization for Domain "

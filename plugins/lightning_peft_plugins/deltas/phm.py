@@ -13,6 +13,7 @@ from lightning_peft.arguments import positive
 from lightning_peft.deltas.factored_form import FactoredForm
 from lightning_peft.deltas.layout import Layout
 from lightning_peft.deltas.sides import Place
+from lightning_peft.deltas.slots import Slots
 from lightning_peft_plugins.deltas._shared.delta_method import DeltaMethod
 from lightning_peft_plugins.deltas._shared.dividing import check_divides
 
@@ -80,6 +81,7 @@ class PHM(DeltaMethod):
         2
     """
 
+    slots = Slots(form=("phm",), init=())
     kind = HypercomplexForm
     paper = "Karimi Mahabadi et al., Compacter: Efficient Low-Rank Hypercomplex Adapter Layers, NeurIPS 2021, arXiv 2106.04647"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from lightning_peft_plugins.deltas._shared.low_rank import LowRank
+from lightning_peft_plugins.deltas._shared.product_delta import ProductDelta
 
 
-class PiSSA(LowRank):
+class PiSSA(ProductDelta):
     """PiSSA (Meng et al. 2024): the product begins as the first singular directions of the weight, which the weight loses.
 
     Args:

@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from lightning_peft.deltas.factored_form import FactoredForm
 from lightning_peft.deltas.layout import Layout
 from lightning_peft.deltas.sides import Place
+from lightning_peft.deltas.slots import Slots
 from lightning_peft_plugins.deltas._shared.scaled_delta import ScaledDelta
 
 
@@ -106,6 +107,7 @@ class RandLoRA(ScaledDelta):
         20.0
     """
 
+    slots = Slots(form=("randlora",), init=())
     kind = ScaledBasesForm
     paper = "Albert et al., RandLoRA: Full-Rank Parameter-Efficient Fine-Tuning of Large Models, ICLR 2025, arXiv 2502.00987"
 

@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 from lightning_peft.deltas.factored_form import FactoredForm
 from lightning_peft.deltas.layout import Layout
 from lightning_peft.deltas.sides import Place
+from lightning_peft.deltas.slots import Slots
 from lightning_peft_plugins.deltas._shared.delta_method import DeltaMethod
 
 
@@ -81,6 +82,7 @@ class SALT(DeltaMethod):
         0.2
     """
 
+    slots = Slots(form=("salt",), init=())
     kind = SpectralForm
     paper = "Elsayed et al., SALT: Singular Value Adaptation with Low-Rank Transformation, 2025, arXiv 2503.16055"
 

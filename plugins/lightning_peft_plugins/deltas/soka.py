@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from lightning_peft.deltas.form import Form
 from lightning_peft.deltas.layout import Layout
 from lightning_peft.deltas.sides import Place
+from lightning_peft.deltas.slots import Slots
 from lightning_peft_plugins.deltas._shared.delta_method import DeltaMethod
 
 
@@ -107,6 +108,7 @@ class SoKA(DeltaMethod):
         SoKA(rank=4, tune=(), ...)
     """
 
+    slots = Slots(form=("soka",), init=())
     kind = KroneckerForm
     fixed_arguments = frozenset({"dropout"})
     paper = "Chong et al., Singular Value Decomposition on Kronecker Adaptation for LLMs, 2025, arXiv 2506.15251"

@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from lightning_peft import Run, Step
 from lightning_peft.arguments import positive
+from lightning_peft.deltas.slots import Slots
 from lightning_peft_plugins.deltas._shared.orthogonality import factor_gaps
 from lightning_peft_plugins.deltas._shared.scaled_delta import ScaledDelta
 from lightning_peft_plugins.deltas._shared.triplet_form import TripletForm
@@ -28,6 +29,7 @@ class SORSA(ScaledDelta):
         0.0001
     """
 
+    slots = Slots(form=("triplet",), init=("pissa",), rule=("sorsa",))
     kind = TripletForm
     paper = "Cao, SORSA: Singular Values and Orthonormal Regularized Singular Vectors Adaptation, 2024, arXiv 2409.00055"
 

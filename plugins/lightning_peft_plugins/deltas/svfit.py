@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from lightning_peft.deltas.slots import Slots
 from lightning_peft_plugins.deltas._shared.delta_method import DeltaMethod
 from lightning_peft_plugins.deltas._shared.diagonal_form import DiagonalForm
 
@@ -23,6 +24,7 @@ class SVFit(DeltaMethod):
         SVFit(rank=32, dropout=0.0, ...)
     """
 
+    slots = Slots(form=("svfit",), init=())
     kind = DiagonalForm
     paper = "Sun et al., SVFit: Parameter-Efficient Fine-Tuning of Large Models Using Singular Values, 2024, arXiv 2409.05926"
 

@@ -15,6 +15,7 @@ from lightning_peft.arguments import not_negative, positive
 from lightning_peft.deltas.form import LARGEST, Form
 from lightning_peft.deltas.layout import Layout
 from lightning_peft.deltas.sides import Place
+from lightning_peft.deltas.slots import Slots
 from lightning_peft_plugins.deltas._shared.delta_method import DeltaMethod
 
 _MOST = 8
@@ -162,6 +163,7 @@ class TLoRA(DeltaMethod):
         2
     """
 
+    slots = Slots(form=("tlora",), init=())
     kind = RingForm
     fixed_arguments = frozenset({"dropout"})
     paper = (

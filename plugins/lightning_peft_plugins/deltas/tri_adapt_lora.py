@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_peft import Run
 from lightning_peft.arguments import one_of
 from lightning_peft.compose.schedule import parse_point
+from lightning_peft.deltas.slots import Slots
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form, fields, tensor, whole
 from lightning_peft_plugins.deltas._shared.growing_ranks import GrowingRanks
@@ -49,6 +50,7 @@ class TriAdaptLoRA(GrowingRanks):
         3
     """
 
+    slots = Slots(form=("triangular",), control=("triadaptlora",))
     kind = TriangularForm
     paper = (
         "Liang et al., TriAdaptLoRA: Brain-Inspired Triangular Adaptive Low-Rank Adaptation for Parameter-Efficient "

@@ -143,6 +143,18 @@ def test_lora_sb_begins_as_a_step_along_the_sign_of_the_gradient() -> None:
         torch.testing.assert_close(state["up"] @ state["core"] @ state["down"], left[:, :2] * values[:2] @ right[:2])
 
 
+@pytest.mark.parametrize("make", [EVA, CorDA])
+def test_lengths_are_learned_beside_the_same_first_values(make: Any) -> None:
+    plain, lengths = trained(make(2, looks=LOOKS)), trained(make(2, looks=LOOKS, form="dora"))
+    for name, state in lengths.states[LOOKS - 1].items():
+        weight = network().get_submodule(name.split(".")[1]).weight
+        torch.testing.assert_close(state["magnitude"], weight.norm(dim=1))
+        for key, value in plain.states[LOOKS - 1][name].items():
+            assert torch.equal(state[key], value), key
+    torch.testing.assert_close(lengths.outputs[LOOKS - 1], network()(BATCHES[0]), atol=1e-4, rtol=0)
+    assert lengths.states[-1]["model.0.weight"]["magnitude"].ne(lengths.states[0]["model.0.weight"]["magnitude"]).any()
+
+
 def test_layers_that_are_not_linear_begin_as_in_lora() -> None:
     class Image(Tuned):
         def __init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_peft.testing import MethodTester
-from lightning_peft_plugins.deltas._shared.low_rank import LowRank
+from lightning_peft_plugins.deltas._shared.product_delta import ProductDelta
 from lightning_peft_plugins.deltas.dora import DoRA
 from lightning_peft_plugins.deltas.lora import LoRA
 
@@ -14,7 +14,7 @@ class TestLoRA(MethodTester):
         lambda: LoRA(rank=2, alpha=4, tune=("head",), checkpoint="full"),
         lambda: LoRA(rank=2, scaling="root", targets="all-weights", checkpoint="full"),
         lambda: LoRA(rank=2, lr_ratio=4, tune=("bias",), checkpoint="full"),
-        lambda: LowRank(rank=2, alpha=1, scaling="root", tune=("bias", "norm"), checkpoint="full"),
+        lambda: ProductDelta(rank=2, alpha=1, scaling="root", tune=("bias", "norm"), checkpoint="full"),
     ]
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from lightning_peft.deltas.peft_folder import load_peft, save_peft
 from lightning_peft.testing.modules import trainer
 from lightning_peft.weights.switch import switch
-from lightning_peft_plugins.deltas._shared.low_rank import LowRank
+from lightning_peft_plugins.deltas._shared.product_delta import ProductDelta
 from lightning_peft_plugins.deltas.dora import DoRA
 from lightning_peft_plugins.deltas.lora import LoRA
 
@@ -84,7 +84,7 @@ def answers(network: nn.Module, ids: Tensor = IDS) -> Tensor:
     return said if isinstance(said, Tensor) else said.logits
 
 
-def adapted(network: str, kind: type[LowRank] = LoRA, **settings: Any) -> Tuned:
+def adapted(network: str, kind: type[ProductDelta] = LoRA, **settings: Any) -> Tuned:
     """A module with an adapter on it that has learnt something."""
     module = Tuned(network)
     method = kind(rank=3, alpha=5, keep=True, targets=TARGETS[network], **settings)

@@ -17,6 +17,7 @@ from lightning_peft.deltas.delta_part import DeltaPart
 from lightning_peft.deltas.form import Form
 from lightning_peft.deltas.on_module import Delta, deltas_on
 from lightning_peft.deltas.sides import Place, places
+from lightning_peft.deltas.slots import Slots
 from lightning_peft.network.layers import heads
 from lightning_peft.network.seeds import named_seed
 from lightning_peft.network.targets import TargetSpec
@@ -48,6 +49,7 @@ class DeltaMethod(Method):
     Attributes:
         kind: Form of the deltas.
         part: What stands beside a layer.
+        slots: What :func:`~lightning_peft.deltas.slots.LowRank` finds the member by.
     """
 
     lane = Lane.DELTA
@@ -55,7 +57,8 @@ class DeltaMethod(Method):
     writes = frozenset({Resource.DELTA})
     weight_maps = (DeltaMap,)
     parts = (DeltaPart,)
-    kind: ClassVar[type[Form]]
+    slots: ClassVar[Slots | None] = None
+    kind: type[Form]
     part: ClassVar[type[DeltaPart]] = DeltaPart
 
     def __init__(
@@ -149,7 +152,12 @@ class DeltaMethod(Method):
         return form.to(weight.device)
 
     def _check(self, found: Sequence[Place]) -> None:
-        """See that the tensors can have deltas of this rank, and dropout where it is asked for."""
+        """See that the tensors can have deltas of this form and rank, and dropout where it is asked for."""
+        if not self.kind.tables and (table := next((each for each in found if isinstance(each.layer, nn.Embedding)), None)):
+            raise MisconfigurationException(
+                f"{self.name} scales outputs, and the rows of {table.path} are none. Leave it out: exclude=[{table.path!r}]; "
+                "LoRA takes embeddings."
+            )
         if small := [place for place in found if self.rank > place.layout.largest_rank]:
             least = min(place.layout.largest_rank for place in small)
             raise MisconfigurationException(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_peft import Run
-from lightning_peft_plugins.deltas._shared.low_rank import LowRank
+from lightning_peft_plugins.deltas._shared.product_delta import ProductDelta
 
 
-class Stepwise(LowRank):
+class Stepwise(ProductDelta):
     """A low-rank product that training steps see as subclasses say in :meth:`show`, and all else as it is."""
 
     def show(self, step: int | None) -> None:

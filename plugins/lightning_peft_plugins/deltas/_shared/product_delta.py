@@ -14,7 +14,7 @@ from lightning_peft_plugins.deltas._shared.scaled_delta import ScaledDelta
 from lightning_peft_plugins.deltas._shared.starts import STARTS
 
 
-class LowRank(ScaledDelta):
+class ProductDelta(ScaledDelta):
     """Trains a low-rank product that is added to frozen weights, ``W + scale B A``.
 
     Args:
