@@ -41,7 +41,8 @@ def low_rank_linear(
         inputs, weight, bias, down, up, dropped = cast  # type: ignore[assignment]
         with torch.autocast(device, enabled=False):
             return _LowRankLinear.apply(inputs, weight, bias, down, up, scale, dropped)  # type: ignore[no-any-return]
-    down, up = down.to(inputs.dtype), up.to(inputs.dtype)
+    if down.dtype != inputs.dtype:
+        down, up = down.to(inputs.dtype), up.to(inputs.dtype)
     return _LowRankLinear.apply(inputs, weight, bias, down, up, scale, dropped)  # type: ignore[no-any-return]
 
 
@@ -71,8 +72,11 @@ class _LowRankLinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # a graph of this pass is wanted, in which `hidden` is no constant
             hidden = linear(read, down)
         flat = gradient.reshape(-1, gradient.shape[-1])
-        inner = (up.T @ flat.T).T.contiguous() * ctx.scale  # MKL takes a third of the time of `flat @ up`
         needs = ctx.needs_input_grad
+        inner = (up.T @ flat.T).T.contiguous()  # MKL takes a third of the time of `flat @ up`
+        of_up = (hidden.reshape(-1, hidden.shape[-1]).T @ flat).T if needs[4] else None  # and half of that here
+        if ctx.scale != 1:
+            inner, of_up = inner * ctx.scale, None if of_up is None else of_up * ctx.scale
         of_inputs = flat @ weight if needs[0] else None
         of_dropped = None
         if dropped is not None:
@@ -84,8 +88,7 @@ class _LowRankLinear(torch.autograd.Function):
             flat.T @ inputs.reshape(-1, inputs.shape[-1]) if needs[1] else None,
             flat.sum(0) if needs[2] else None,
             inner.T @ read.reshape(-1, read.shape[-1]) if needs[3] else None,
-            # and half of it here
-            (hidden.reshape(-1, hidden.shape[-1]).T @ flat).T * ctx.scale if needs[4] else None,
+            of_up,
             None,
             of_dropped,
         )
