@@ -22,7 +22,7 @@ from typing import Any
 import timm
 import torch
 from adapter_costs import AdapterCosts, closed_count
-from delta_variants import Variants, deltas, rated, rest
+from delta_variants import STORY_RATES, Variants, deltas, rated, rest
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from rich.console import Console
 from rich.progress import track
@@ -167,7 +167,7 @@ STUDIES = {
         lambda args: ProseDataModule(batch_size=4, eval_batch_size=8, train_size=args.train_size),
         clip=1.0,
         columns=(("test/perplexity", "perplexity", 1), *COSTS),
-        rates=rated(3e-4, 3e-3, 1e-2, (9e-4, 3e-2, 3e-4, 9e-3)),
+        rates=STORY_RATES,
     ),
     "deltas_reviews": Study(
         deltas(("head",)),
