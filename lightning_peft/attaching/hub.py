@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ from lightning_peft.network.resolve import check_materialised
 from lightning_peft.optim.schedulers import FreshSchedule
 from lightning_peft.strategies import sharding
 from lightning_peft.strategies.support import check_strategy, rewrap, strategy_kind
+from lightning_peft.strategies.whole_files import WholeFiles
 from lightning_peft.structure.carry import regroup
 from lightning_peft.weights import stash
 from lightning_peft.weights.attachment import Attachment
@@ -153,6 +155,7 @@ class Hub:
         self._rates = StepRates(self.methods, lambda: self.active and self.run.started)
         self._map_groups = MapGroups(self.run)
         self._trained = TrainedParameters(self.run, self.methods)
+        self._files: WholeFiles | None = None
         self._shims: list[Shim] = []
         self._handles: list[RemovableHandle] = []
         self._terms: StepTerms | None = None
@@ -176,9 +179,9 @@ class Hub:
         """Take hold of the module; methods are attached once its own ``setup`` and ``configure_model`` have run."""
         check_strategy(self.run.trainer, self.methods)
         if self._shards and self._fitting:
-            sharding.check_unsaved(self.run.trainer)
-            for name in sharding.READS_AND_WRITES:
-                self._shadow(self.run.trainer.strategy, name, sharding.refuse_checkpoint)
+            sharding.check_files(self.run.trainer.strategy)
+            self._files = WholeFiles(self.run.trainer, self.run.module)
+            self._shims += [shim.install() for shim in self._files.shims()]
         # Not configure_model itself: WeightAveraging asks in its own setup whether that is overridden.
         self._shadow(self.run.module, "setup", self._setup)
         if self._fitting and any(Resource.SAMPLE_INDEX in method.reads_now() for method in self.methods):
@@ -249,7 +252,8 @@ class Hub:
         if self._adapter is not None and not self._fitting:
             self._evaluation = EvaluationShim(self.run.network, self._adapter.adapt, step_compiler(module)).install()
         self._saving = CheckpointHooks(self.run, self.methods, self._trained, fitting=self._fitting)
-        self._shadow(module, "on_save_checkpoint", self._saving.save)
+        save = self._saving.save
+        self._shadow(module, "on_save_checkpoint", save if self._files is None else partial(self._files.save, save))
         self._shadow(module, "on_load_checkpoint", self._saving.load)
         rank_zero_info(str(plan))
 

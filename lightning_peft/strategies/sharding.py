@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy
 from torch import nn
 
 from lightning_peft.weights.sharded_view import shown_to_sharding
@@ -15,31 +15,18 @@ from lightning_peft.weights.shards import is_shard
 _LINE = "call lightning_peft.attach(self) in configure_model, when the network is whole and before fully_shard(...)"
 
 
-READS_AND_WRITES = ("lightning_module_state_dict", "load_checkpoint")
-"""Methods of a strategy that the checkpoints of a fit go through."""
-
-
-def check_unsaved(trainer: Trainer) -> None:
-    """Refuse a fit that would write checkpoints in its course.
+def check_files(strategy: Strategy) -> None:
+    """Refuse a fit whose checkpoints would be folders of shards.
 
     Raises:
-        MisconfigurationException: There is a checkpoint callback.
+        MisconfigurationException: The strategy writes such.
     """
-    if trainer.checkpoint_callbacks:
-        refuse_checkpoint()
-
-
-def refuse_checkpoint(*_: Any, **__: Any) -> NoReturn:
-    """Refuse to write or read a checkpoint in the course of a fit.
-
-    Raises:
-        MisconfigurationException: Always.
-    """
-    raise MisconfigurationException(
-        "In a fit with methods on a sharded module lightning_peft writes and reads no checkpoints yet. Train with "
-        "Trainer(enable_checkpointing=False), without checkpoint callbacks and ckpt_path=, and save the ordinary module that "
-        "is left: trainer.save_checkpoint(path) after the fit."
-    )
+    if getattr(strategy, "_save_distributed_checkpoint", False):
+        raise MisconfigurationException(
+            "With methods on a sharded module a fit writes and reads whole files, not folders of shards yet. Use "
+            f"{type(strategy).__name__}(..., save_distributed_checkpoint=False); the first process then needs room for the "
+            "whole module in main memory when it saves. After the fit either of both goes."
+        )
 
 
 def configure(module: LightningModule, inner: Callable[[], None], attach: Callable[[], None]) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_peft.method import Method
+from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.ddp import load_module
 from lightning_peft.testing.modules import Plain, loader
 from lightning_peft.testing.runs import fit
@@ -71,7 +76,7 @@ def trained_in_shards(factory: Callable[[], Method], style: type[Plain]) -> dict
     """Train in double precision as a rank of two that share the parameters, and alone on the batches of both.
 
     Returns:
-        The weights, whole, of ``"shards"`` and ``"alone"``.
+        The weights, whole, of ``"shards"``, of a training ``"resumed"`` after the first epoch, and of one ``"alone"``.
     """
 
     def build(module: Any) -> None:
@@ -84,17 +89,29 @@ def trained_in_shards(factory: Callable[[], Method], style: type[Plain]) -> dict
     names = {"build": build, "base_loss": base_loss}
     alone, shards = type("Alone", (style,), names), type("Shards", (style,), names | {"configure_model": _shard})
     samples: Any = loader(64).dataset
-    sampler = DistributedSampler(samples, 2, dist.get_rank(), shuffle=False)
-    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    of_rank = DataLoader(samples, 4, sampler=sampler)
-    spread = fit(
-        [factory()], style=shards, data=of_rank, devices=2, strategy=strategy, use_distributed_sampler=False, max_epochs=2
-    )
     single = fit([factory()], style=alone, data=loader(64), max_epochs=2)
-    return {
-        "shards": {name: whole(tensor) for name, tensor in spread.module.state_dict().items()},
-        "alone": dict(single.module.state_dict()),
-    }
+
+    def spread(**settings: Any) -> dict[str, Tensor]:
+        strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
+        data = DataLoader(samples, 4, sampler=DistributedSampler(samples, 2, dist.get_rank(), shuffle=False))
+        shared: dict[str, Any] = {"devices": 2, "strategy": strategy, "use_distributed_sampler": False, "max_epochs": 2}
+        run = fit([factory()], style=shards, data=data, **shared, **settings)
+        return {name: whole(tensor) for name, tensor in run.module.state_dict().items()}
+
+    with _one_folder() as folder:
+        trained = spread(after=[every_epoch(folder)])
+        resumed = spread(resume=folder / "epoch=0.ckpt")
+    return {"shards": trained, "resumed": resumed, "alone": dict(single.module.state_dict())}
+
+
+@contextmanager
+def _one_folder() -> Iterator[Path]:
+    """A folder that all ranks know, until all have left."""
+    with TemporaryDirectory() as mine:
+        shared = [mine]
+        dist.broadcast_object_list(shared, src=0)
+        yield Path(shared[0])
+        dist.barrier()
 
 
 def _shard(module: Any) -> None:

@@ -20,20 +20,20 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if is_shard(tensor) else tensor
 
 
-def spread_as(stored: Any, value: Tensor) -> Tensor:
+def spread_as(stored: Any, value: Any) -> Any:
     """Return a whole tensor, the same in every process, spread as a stored one is.
 
     Args:
         stored: A parameter, of which nothing else is looked at.
-        value: The tensor.
+        value: The tensor, on any device; anything else comes back as it is, and so does it where nothing is spread.
     """
     if not is_shard(stored) or is_shard(value):
         return value
     from torch.distributed.tensor import DTensor, Replicate
 
     everywhere = [Replicate()] * stored.device_mesh.ndim
-    spread: Tensor = DTensor.from_local(value, stored.device_mesh, everywhere, run_check=False)
-    return spread.redistribute(placements=stored.placements)  # type: ignore[attr-defined, no-any-return]
+    spread = DTensor.from_local(value.to(stored.device), stored.device_mesh, everywhere, run_check=False)
+    return spread.redistribute(placements=stored.placements)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -79,15 +81,8 @@ class MadeInTwo(Made):
         super().configure_model()
 
 
-class Saving(Made):
-    """Saves a checkpoint by hand."""
-
-    def on_train_epoch_end(self) -> None:
-        self.trainer.save_checkpoint("never.ckpt")
-
-
 def spread(**settings: Any) -> Trainer:
-    strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=settings.pop("distributed", True))
+    strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=settings.pop("folders", False))
     return trainer(devices=2, strategy=strategy, use_distributed_sampler=False, **settings)
 
 
@@ -100,9 +95,11 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: whole(tensor).detach().clone() for name, tensor in module.state_dict().items()}
 
 
-def trained(module: LightningModule, methods: list[Any], **settings: Any) -> tuple[LightningModule, Trainer]:
+def trained(
+    module: LightningModule, methods: list[Any], resume: str | None = None, **settings: Any
+) -> tuple[LightningModule, Trainer]:
     runner = spread(callbacks=methods, max_epochs=2, **settings)
-    runner.fit(module, of_rank(), loader(8))
+    runner.fit(module, of_rank(), loader(8), ckpt_path=resume)
     return module, runner
 
 
@@ -123,6 +120,10 @@ def together() -> list[Any]:
     return [LoRA(2, alpha=8, **TARGETS), NMSparsity("2:4", **TARGETS), PSKD(alpha=0.3)]
 
 
+def adapted() -> list[Any]:
+    return [LoRA(2, alpha=8, **TARGETS)]
+
+
 def on_rank(folder: str) -> dict[str, Any]:
     """Everything that is tried in one pair of processes."""
     found: dict[str, Any] = {}
@@ -131,26 +132,33 @@ def on_rank(folder: str) -> dict[str, Any]:
     found["init"], found["later"] = weights(init), weights(later)
     found["silent"] = refusal(lambda: trained(made(MadeInSilence), together()))
     found["two"] = refusal(lambda: trained(made(MadeInTwo), [LoRA(2, **TARGETS)]))
-    found["checkpoints"] = refusal(lambda: trained(made(Made), [LoRA(2, **TARGETS)], enable_checkpointing=True))
-    found["resume"] = refusal(lambda: spread(callbacks=[LoRA(2, **TARGETS)]).fit(made(Made), of_rank(), ckpt_path=folder))
-    found["save"] = refusal(lambda: trained(made(Saving), [LoRA(2, **TARGETS)]))
+    found["folders"] = refusal(lambda: trained(made(Made), [LoRA(2, **TARGETS)], folders=True))
     found["pruning"] = refusal(lambda: trained(made(Made), [MagnitudePruning(0.5)]))
     found["growth"] = refusal(lambda: trained(made(Made), [LayerGrowth(start=2)]))
     found["again"] = refusal(lambda: trained(init, [LoRA(2, **TARGETS)]))
-    for distributed in (True, False):
-        module, runner = trained(made(Made), [LoRA(2, alpha=8, **TARGETS)], distributed=distributed)
-        (tested,) = runner.test(module, loader(8), verbose=False)
-        path = Path(folder, f"saved-{distributed}.ckpt")
+    saves = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    whole_fit, runner = trained(made(Made), [*adapted(), saves])
+    resumed, _ = trained(made(Made), adapted(), resume=f"{folder}/epoch=0.ckpt")
+    found |= {"whole": weights(whole_fit), "resumed": weights(resumed)}
+    for folders in (True, False):
+        (tested,) = runner.test(whole_fit, loader(8), verbose=False)
+        path = Path(folder, f"saved-{folders}.ckpt")
+        runner.strategy._save_distributed_checkpoint = folders
         runner.save_checkpoint(path)
         read = made(Made)
-        (again,) = spread(distributed=distributed).test(read, loader(8), ckpt_path=path, verbose=False)
-        found[f"saved {distributed}"] = {"trained": weights(module), "read": weights(read), "losses": [tested, again]}
+        (again,) = spread(folders=folders).test(read, loader(8), ckpt_path=path, verbose=False)
+        found[f"saved {folders}"] = {"read": weights(read), "losses": [tested, again]}
     return found
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    results: list[dict[str, Any]] = run_ddp(f"{__file__}:on_rank", {"folder": str(tmp_path_factory.mktemp("shards"))})
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shards")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = run_ddp(f"{__file__}:on_rank", {"folder": str(folder)})
     return results
 
 
@@ -174,9 +182,7 @@ def test_one_line_attaches_to_a_network_that_is_made_when_it_is_sharded(ranks: l
     [
         ("silent", r"no method was attached to.*call lightning_peft.attach\(self\) in configure_model"),
         ("two", r"made more.weight after the methods were attached"),
-        ("checkpoints", r"enable_checkpointing=False.*trainer.save_checkpoint\(path\) after the fit"),
-        ("resume", r"reads no checkpoints yet.*without.*ckpt_path="),
-        ("save", r"writes and reads no checkpoints yet"),
+        ("folders", r"whole files, not folders of shards yet.*save_distributed_checkpoint=False"),
         ("pruning", r"magnitude_pruning does not work under the fsdp2 strategy"),
         ("growth", r"Shards are laid out before training begins"),
         ("again", r"sharded already.*Build the module anew"),
@@ -188,10 +194,29 @@ def test_refusals_name_the_way_out(ranks: list[dict[str, Any]], case: str, said:
             raise MisconfigurationException(rank[case])
 
 
-@pytest.mark.parametrize("distributed", [True, False])
-def test_the_module_that_is_left_is_tested_saved_and_read(ranks: list[dict[str, Any]], distributed: bool) -> None:
-    saved = ranks[0][f"saved {distributed}"]
-    assert saved["trained"].keys() == Plain().state_dict().keys()
-    for name, value in saved["trained"].items():
-        assert torch.equal(saved["read"][name], value)
+def test_a_resumed_fit_ends_as_one_left_alone_bit_for_bit(ranks: list[dict[str, Any]]) -> None:
+    for name, value in ranks[0]["whole"].items():
+        assert torch.equal(ranks[0]["resumed"][name], value)
+
+
+def test_a_file_goes_on_without_shards_and_loads_as_any_other(ranks: list[dict[str, Any]], folder: Path) -> None:
+    alone = made(Alone)
+    runner = trainer(callbacks=adapted(), max_epochs=2, enable_checkpointing=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+        runner.fit(alone, loader(), loader(8), ckpt_path=folder / "epoch=0.ckpt", weights_only=True)
+    torch.manual_seed(0)  # the file holds what was trained; the class makes the rest
+    loaded = lightning_peft.load_from_checkpoint(Alone, folder / "epoch=1.ckpt", optimizer="sgd")
+    for name, value in ranks[0]["whole"].items():
+        torch.testing.assert_close(alone.state_dict()[name], value, rtol=0, atol=1e-12)
+        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=1e-12)
+    assert (folder / "epoch=1.ckpt").stat().st_size < 30_000
+
+
+@pytest.mark.parametrize("folders", [True, False])
+def test_the_module_that_is_left_is_tested_saved_and_read(ranks: list[dict[str, Any]], folders: bool) -> None:
+    saved = ranks[0][f"saved {folders}"]
+    assert saved["read"].keys() == Plain().state_dict().keys()
+    for name, value in saved["read"].items():
+        assert torch.equal(ranks[0]["whole"][name], value)
     assert saved["losses"][0] == saved["losses"][1]
