@@ -15,7 +15,8 @@ def low_rank_linear(
     """Compute ``x W^T + b + scale (x A^T) B^T``.
 
     Beside the plain composition it saves passes over the output, forward, and over the gradient of the inputs: the scale and
-    the sum are part of the matrix products.
+    the sum are part of the matrix products. Where there are many rows, the sum of both weights is made for the moment of such a
+    product, which is less than a pass over the rows; not in half precision, in which small deltas would be lost in it.
 
     Args:
         inputs: ``x``, shape ``(..., inputs)``.
@@ -46,6 +47,16 @@ def low_rank_linear(
     return _LowRankLinear.apply(inputs, weight, bias, down, up, scale, dropped)  # type: ignore[no-any-return]
 
 
+def _cheaper_made(rows: int, weight: Tensor, dropped: Tensor | None) -> bool:
+    """Whether to make the sum of the weights twice, forward and backward, in place of passes over outputs and gradients."""
+    outputs, inputs = weight.shape
+    passes, weights = rows * (outputs + inputs), 2 * outputs * inputs
+    return dropped is None and weight.dtype in (torch.float32, torch.float64) and weights * _MARGIN < passes
+
+
+_MARGIN = 1.5  # where it begins to pay, on two cores
+
+
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -58,11 +69,13 @@ class _LowRankLinear(torch.autograd.Function):
         scale: float,
         dropped: Tensor | None,
     ) -> Tensor:
-        output = linear(inputs, weight, bias)
         hidden = linear(inputs if dropped is None else dropped, down)
-        output.view(-1, output.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), up.T, alpha=scale)
+        made = _cheaper_made(hidden.numel() // hidden.shape[-1], weight, dropped)
+        output = linear(inputs, torch.addmm(weight, up, down, alpha=scale) if made else weight, bias)
+        if not made:
+            output.view(-1, output.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), up.T, alpha=scale)
         ctx.save_for_backward(inputs, weight, down, up, hidden, dropped)
-        ctx.scale = scale
+        ctx.scale, ctx.made = scale, made
         return output
 
     @staticmethod
@@ -77,11 +90,12 @@ class _LowRankLinear(torch.autograd.Function):
         of_up = (hidden.reshape(-1, hidden.shape[-1]).T @ flat).T if needs[4] else None  # and half of that here
         if ctx.scale != 1:
             inner, of_up = inner * ctx.scale, None if of_up is None else of_up * ctx.scale
-        of_inputs = flat @ weight if needs[0] else None
-        of_dropped = None
+        of_inputs = of_dropped = None
+        if needs[0]:
+            of_inputs = flat @ (torch.addmm(weight, up, down, alpha=ctx.scale) if ctx.made else weight)
         if dropped is not None:
             of_dropped = (inner @ down).view_as(dropped) if needs[6] else None
-        elif of_inputs is not None:
+        elif of_inputs is not None and not ctx.made:
             of_inputs = of_inputs.addmm_(inner, down)
         return (
             None if of_inputs is None else of_inputs.view_as(inputs),
