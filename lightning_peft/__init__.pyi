@@ -2,8 +2,9 @@ from lightning_peft import functional as functional
 from lightning_peft import registry as registry
 from lightning_peft import shifts as shifts
 from lightning_peft import testing as testing
-from lightning_peft.attach.hub import apply_terms as apply_terms
-from lightning_peft.attach.plan import plan as plan
+from lightning_peft.attaching.hub import apply_terms as apply_terms
+from lightning_peft.attaching.hub import attach as attach
+from lightning_peft.attaching.plan import plan as plan
 from lightning_peft.baking.bake import bake as bake
 from lightning_peft.baking.bake import bake_checkpoint as bake_checkpoint
 from lightning_peft.baking.bake import load_from_checkpoint as load_from_checkpoint

@@ -36,6 +36,10 @@ from lightning_peft.weights.parts import put_part
 PartT = TypeVar("PartT", bound=LayerPart)
 
 
+SHARDED = frozenset({"single", "ddp", "fsdp2"})
+"""Strategies of a method whose arithmetic holds where parameters are shards between steps."""
+
+
 class Contract:
     """A method as the engine sees it; authors subclass :class:`lightning_peft.Method`, which is this and a Lightning callback.
 
@@ -71,7 +75,7 @@ class Contract:
         writes: What it changes; two methods that write one thing are a conflict.
         commutes: Whether all it does to gradients is to add something that does not depend on them, so that it comes to the
             same before and after others that do so.
-        strategies: Kinds of Lightning strategy it works with: ``"single"``, ``"ddp"``.
+        strategies: Kinds of Lightning strategy it works with: ``"single"``, ``"ddp"``, ``"fsdp2"``.
         weight_maps: Weight maps it may attach, so that its checkpoints can be baked without the model's class.
         replacements: What it may put in a layer's place, so that its checkpoints can be loaded.
         parts: Layer parts it may put beside layers, for the same reason.
@@ -94,7 +98,7 @@ class Contract:
     reads: ClassVar[frozenset[Resource]] = frozenset()
     writes: ClassVar[frozenset[Resource]] = frozenset()
     commutes: ClassVar[bool] = False
-    strategies: ClassVar[frozenset[str]] = frozenset({"single", "ddp"})
+    strategies: frozenset[str] = frozenset({"single", "ddp"})
     weight_maps: ClassVar[tuple[type[WeightMap], ...]] = ()
     replacements: ClassVar[tuple[type[Replacement], ...]] = ()
     parts: ClassVar[tuple[type[LayerPart], ...]] = ()

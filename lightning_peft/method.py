@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from lightning_peft import registry
 from lightning_peft.arguments import check_types, whole_signature
-from lightning_peft.attach import method_records
-from lightning_peft.attach.hub import Hub, complete_checkpoint, enter
+from lightning_peft.attaching import method_records
+from lightning_peft.attaching.hub import Hub, complete_checkpoint, enter
 from lightning_peft.contract import Contract
 from lightning_peft.namespaces import inherit_both
 from lightning_peft.renewal import Origin

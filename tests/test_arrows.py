@@ -146,12 +146,12 @@ def test_the_rooms_of_the_engine_are_layers():
 
 
 def test_a_circle_is_seen_through_lazy_imports_and_those_for_type_checkers():
-    lazy = ast.parse("def f():\n    from lightning_peft.attach import hub")
+    lazy = ast.parse("def f():\n    from lightning_peft.attaching import hub")
     typed = ast.parse("if TYPE_CHECKING:\n    from lightning_peft.weights.maps import WeightMap")
-    graph = {"lightning_peft.weights.maps": arrows(lazy, "x"), "lightning_peft.attach.hub": arrows(typed, "x")}
+    graph = {"lightning_peft.weights.maps": arrows(lazy, "x"), "lightning_peft.attaching.hub": arrows(typed, "x")}
     assert circles(graph) == [
-        ["lightning_peft.attach.hub", "lightning_peft.weights.maps"],
-        ["lightning_peft.weights.maps", "lightning_peft.attach.hub"],
+        ["lightning_peft.attaching.hub", "lightning_peft.weights.maps"],
+        ["lightning_peft.weights.maps", "lightning_peft.attaching.hub"],
     ]
     assert not circles({"a": {"b", "c"}, "b": {"c"}, "c": set()})
 

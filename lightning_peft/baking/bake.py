@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_peft.atomic_files import whole
-from lightning_peft.attach.lasting import leave_hooks
+from lightning_peft.attaching.lasting import leave_hooks
 from lightning_peft.baking.reading import harmless_objects
 from lightning_peft.baking.reading import read_checkpoint as read_checkpoint
 from lightning_peft.baking.reopen import reopen

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_peft.atomic_files import check_unused, whole_folder
-from lightning_peft.attach import method_records
+from lightning_peft.attaching import method_records
 from lightning_peft.baking.bake import bake, baked, read_checkpoint
 from lightning_peft.baking.manifest import FORMAT as FORMAT
 from lightning_peft.baking.manifest import MANIFEST, WEIGHTS, file_digest, manifest, read_manifest, record

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure import part_states, plain_state
 from lightning_peft.weights.detach import attachments, settle
-from lightning_peft.weights.mapped_layer import maps_prefix
+from lightning_peft.weights.mapped_layer import map_prefix, maps_prefix
 from lightning_peft.weights.maps import attach_map, attached_map
 from lightning_peft.weights.parts import put_part
 
@@ -27,16 +27,17 @@ def reopen(module: LightningModule, state: Mapping[str, Any], section: Mapping[s
     Raises:
         CheckpointError: A map or part is of no installed method, or does not fit.
     """
+    joined = part_states.beside(plain_state.joined(state, section), section)
     for name, records in section["weights"].items():
-        for record in records:
+        for place, record in enumerate(records):
             weight_map = files.rebuild_map(record)
+            weight_map.take_precision(plain_state.below(joined, map_prefix(name, place)))
             if attached_map(module, name, weight_map) is None:  # a layer that stands in two places is recorded twice
                 attach_map(module, name, weight_map)
     records = part_states.read(section)
     for path, entries in records.items():
         for entry in entries:
             put_part(module, path, part_states.rebuild_part(entry))
-    joined = part_states.beside(plain_state.joined(state, section), section)
     module.load_state_dict(_of_weights(joined, section), strict=False)
     part_states.restore({path: [entry["state"] for entry in entries] for path, entries in records.items()}, module)
     settle(module)

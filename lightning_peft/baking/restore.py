@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_peft.attach.lasting import leave_hooks
+from lightning_peft.attaching.lasting import leave_hooks
 from lightning_peft.namespaces import both
 from lightning_peft.structure import checkpoint as files
 from lightning_peft.structure import journal

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_peft.arguments import one_of
-from lightning_peft.attach.lasting import leave_hooks
+from lightning_peft.attaching.lasting import leave_hooks
 from lightning_peft.namespaces import both
 from lightning_peft.network.targets import TargetSpec, select
 from lightning_peft.structure import journal

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 
 from lightning_peft.atomic_files import whole
-from lightning_peft.attach.plan import plan
+from lightning_peft.attaching.plan import plan
 from lightning_peft.cli.beside import LastEpoch, quiet, stand_beside
 from lightning_peft.cli.folders import check_settings, digest, settings
 from lightning_peft.cli.launch import RecipeCLI, interruptible, launch, parse, quiet_lightning

@@ -10,6 +10,8 @@ from torch import Tensor
 
 def tensor_bytes(tensor: Tensor) -> Tensor:
     """Return what a tensor holds as bytes, in the order of its indices, where it lies."""
+    if hasattr(tensor, "to_local"):  # a shard, of which every rank keeps its own
+        tensor = tensor.to_local()
     dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
     return dense.contiguous().reshape(-1).view(torch.uint8)
 

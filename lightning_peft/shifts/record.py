@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_peft.atomic_files import whole
-from lightning_peft.attach.hub import passes_of
+from lightning_peft.attaching.hub import passes_of
 from lightning_peft.measure.confidence import ConfidenceRecorder, reliability_bins
 from lightning_peft.shifts.data import CLEAN
 from lightning_peft.shifts.streams import Episode

@@ -195,6 +195,7 @@ def bake_state_dict(state: Mapping[str, Tensor], section: Mapping[str, Any]) -> 
             prefix = map_prefix(name, position)
             own = {key.removeprefix(prefix): plain.pop(key) for key in list(plain) if key.startswith(prefix)}
             try:
+                weight_map.take_precision(own)
                 weight_map.load_state_dict(own)
                 if weight_map.enabled:
                     with torch.no_grad():

@@ -20,6 +20,7 @@ from lightning_peft.weights.attachment import Attachment
 from lightning_peft.weights.layer_part import LayerPart
 from lightning_peft.weights.mapped_layer import stored_key
 from lightning_peft.weights.parts import part_stacks, placed_parts, recorded_parts
+from lightning_peft.weights.shards import spread_as
 
 PARTS, WEIGHTS, MERGED, COPIES = "parts", "part_weights", "part_merged", "part_copies"
 
@@ -158,7 +159,8 @@ def restore(states: PartStates, module: nn.Module) -> None:
     """Give the parts on a module the tensors of a file, bit for bit."""
     for path, parts in recorded_parts(module):
         for part, state in zip(parts, states[path], strict=True):
-            part.load_state_dict(state)
+            own = part.state_dict()
+            part.load_state_dict({key: spread_as(own.get(key), value) for key, value in state.items()})
 
 
 def restore_switches(records: PartRecords, module: nn.Module) -> None:
@@ -223,6 +225,7 @@ def rebuild_part(record: Mapping[str, Any]) -> LayerPart:
                 raise CheckpointError(f"The recorded arguments of the part {record['part']!r} do not fit: {error}") from error
             part.owner, part.method, part.enabled = record["method"], record["name"], record["enabled"]
             _resize(part, record["state"])
+            part.take_precision(record["state"])
             return part
     raise CheckpointError(
         f"The method {record['method']} has no layer part {record['part']!r}; upgrade the package that ships it."

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_peft.network.tensor_bytes import tensor_bytes
 from lightning_peft.structure.errors import CheckpointError
 from lightning_peft.weights.mapped_layer import stored_key
+from lightning_peft.weights.shards import whole
 
 Digests = dict[str, str]
 
@@ -23,7 +24,7 @@ Digests = dict[str, str]
 def digest(tensor: Tensor) -> str:
     """Return the SHA-256 of what a tensor holds, its type and its shape, the same on every device."""
     found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    found.update(tensor_bytes(tensor).cpu().numpy().data)
+    found.update(tensor_bytes(whole(tensor)).cpu().numpy().data)
     return found.hexdigest()
 
 

@@ -41,7 +41,7 @@ def seen_values(
         for mapped in mapped_tensors(module, every_name=True):
             stored = state[stored_key(mapped.name)]
             if id(mapped.chain) not in known:
-                states = [_below(state, map_prefix(mapped.name, place)) for place in range(len(mapped.maps))]
+                states = [below(state, map_prefix(mapped.name, place)) for place in range(len(mapped.maps))]
                 there = mapped.stored.device
                 value = mapped.chain.value_of(stored.to(there), [_moved(each, there) for each in states])
                 known[id(mapped.chain)] = value.to(stored.device, stored.dtype)
@@ -49,7 +49,8 @@ def seen_values(
     return seen
 
 
-def _below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return what stands below a prefix in a state, by the rest of its names."""
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
@@ -237,7 +238,7 @@ def check_map_states(state: Mapping[str, Any], module: nn.Module) -> None:
             continue
         for place, weight_map in enumerate(mapped.maps):
             prefix = map_prefix(mapped.name, place)
-            found = _below(state, prefix)
+            found = below(state, prefix)
             own = weight_map.state_dict()
             wrong = sorted(found.keys() ^ own.keys()) or [key for key in own if not _alike(found[key], own[key])]
             if wrong:

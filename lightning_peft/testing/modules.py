@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_peft.attach.hub import apply_terms
+from lightning_peft.attaching.hub import apply_terms
 from lightning_peft.weights.maps import plain_name
 
 FEATURES, CLASSES = 16, 3

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_peft.method import Method
+from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.ddp import load_module
-from lightning_peft.testing.modules import Plain
+from lightning_peft.testing.modules import Plain, loader
 from lightning_peft.testing.runs import fit
 from lightning_peft.testing.trace import difference, trace
+from lightning_peft.weights.shards import whole
 
 
 def train_on_rank(source: str, module: str, tester: str) -> list[Any]:
     """Train every configuration of a tester as one rank of a group, after a module without methods."""
     owner = _owner(source, module, tester)
     style = owner.adapted(Plain)
-    return [_trained_on_rank([], style)] + [_trained_on_rank([factory()], style) for factory in owner.methods]
+    found = [_trained_on_rank([], style)] + [_trained_on_rank([factory()], style) for factory in owner.methods]
+    for factory, result in zip(owner.methods, found[1:], strict=True):
+        if "fsdp2" in factory().strategies:
+            result |= trained_in_shards(factory, style)
+    return found
 
 
 def adapt_on_rank(source: str, module: str, tester: str) -> list[Any]:
@@ -50,8 +65,59 @@ def _owner(source: str, module: str, tester: str) -> Any:
     return owner
 
 
-def _trained_on_rank(methods: list[Method], style: type[Plain]) -> dict[str, Any] | None:
+def _trained_on_rank(methods: list[Method], style: type[Plain]) -> dict[str, Any]:
     if any("ddp" not in method.strategies for method in methods):
-        return None
+        return {}
     run = fit(methods, style=style, devices=2, strategy="ddp", max_epochs=2)
     return {"weights": dict(run.module.state_dict()), "trace": trace(run.module)}
+
+
+def trained_in_shards(factory: Callable[[], Method], style: type[Plain]) -> dict[str, Any]:
+    """Train in double precision as a rank of two that share the parameters, and alone on the batches of both.
+
+    Returns:
+        The weights, whole, of ``"shards"``, of a training ``"resumed"`` after the first epoch, and of one ``"alone"``.
+    """
+
+    def build(module: Any) -> None:
+        style.build(module)
+        module.double()
+
+    def base_loss(module: Any, batch: Any) -> Any:
+        return style.base_loss(module, [batch[0].double(), *batch[1:]])
+
+    names = {"build": build, "base_loss": base_loss}
+    alone, shards = type("Alone", (style,), names), type("Shards", (style,), names | {"configure_model": _shard})
+    samples: Any = loader(64).dataset
+    single = fit([factory()], style=alone, data=loader(64), max_epochs=2)
+
+    def spread(**settings: Any) -> dict[str, Tensor]:
+        strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
+        data = DataLoader(samples, 4, sampler=DistributedSampler(samples, 2, dist.get_rank(), shuffle=False))
+        shared: dict[str, Any] = {"devices": 2, "strategy": strategy, "use_distributed_sampler": False, "max_epochs": 2}
+        run = fit([factory()], style=shards, data=data, **shared, **settings)
+        return {name: whole(tensor) for name, tensor in run.module.state_dict().items()}
+
+    with _one_folder() as folder:
+        trained = spread(after=[every_epoch(folder)])
+        resumed = spread(resume=folder / "epoch=0.ckpt")
+    return {"shards": trained, "resumed": resumed, "alone": dict(single.module.state_dict())}
+
+
+@contextmanager
+def _one_folder() -> Iterator[Path]:
+    """A folder that all ranks know, until all have left."""
+    with TemporaryDirectory() as mine:
+        shared = [mine]
+        dist.broadcast_object_list(shared, src=0)
+        yield Path(shared[0])
+        dist.barrier()
+
+
+def _shard(module: Any) -> None:
+    """The usual ``configure_model``: blocks by themselves, and what is left with the whole."""
+    mesh = module.device_mesh["data_parallel"]
+    for child in [child for child in module.children() if any(True for _ in child.parameters())]:
+        within = [layer for layer in child.modules() if layer is not child and layer._parameters]
+        for layer in (*within, child):
+            fully_shard(layer, mesh=mesh)

@@ -256,10 +256,23 @@ class MethodTester(LifeCycleChecks, OrdinaryChecks, LastingChecks, ReferenceChec
 
     def test_two_processes(self, factory: Factory, two_ranks: list[Any]) -> None:
         plain, first, second = two_ranks[0][0], *(rank[1 + self.methods.index(factory)] for rank in two_ranks)
-        if first is None:
+        if not first:
             pytest.skip("the method does not support DDP")
         found = difference(first["weights"], second["weights"])
         assert found is None, f"after DDP training rank 0 and rank 1 hold different weights: {found}"
         expected = without(plain["trace"], first["trace"]) if self.removed_parts else plain["trace"]
         found = difference(expected, first["trace"])
         assert found is None, f"DDP left something on the module: {found}"
+
+    def test_sharded(self, factory: Factory, two_ranks: list[Any]) -> None:
+        first, second = (rank[1 + self.methods.index(factory)] for rank in two_ranks)
+        if "shards" not in first:
+            pytest.skip("the method does not support FSDP2")
+        found = difference(first["shards"], second["shards"])
+        assert found is None, f"after FSDP2 training rank 0 and rank 1 hold different weights: {found}"
+        found = difference(first["shards"], first["resumed"])
+        assert found is None, f"resumed under FSDP2 after the first of two epochs: {found}"
+        if self.no_accumulation:
+            pytest.skip(self.no_accumulation)
+        error = max((value - first["alone"][name]).abs().max().item() for name, value in first["shards"].items())
+        assert error <= 1e-12, f"two processes that share the parameters end with other weights than one: {error:.3g}"

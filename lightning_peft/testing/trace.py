@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.attach.lasting import LastingShim
+from lightning_peft.attaching.lasting import LastingShim
 
 _HOOKS = (
     "_forward_pre_hooks",

@@ -64,6 +64,17 @@ class Attachment(nn.Module):
                 f"last checkpoint, or go on without it: lightning_peft.switch(module, {self.method!r}, on=False)."
             )
 
+    def take_precision(self, state: Mapping[str, Any]) -> None:
+        """Hold tensors in the precision of a state that is about to be loaded: deltas of a float64 weight are float64.
+
+        Args:
+            state: Tensors by name; others in it are passed over.
+        """
+        for name, own in (*self.named_parameters(), *self.named_buffers()):
+            given = state.get(name)
+            if isinstance(given, Tensor) and given.dtype != own.dtype and given.is_floating_point() and own.is_floating_point():
+                own.data = own.data.to(given.dtype)
+
     def detached(self) -> None:
         """Let go of whatever else than its layer it holds on to; called when it is taken off."""
 

@@ -15,6 +15,7 @@ from lightning_peft.weights.map_modules import MapModules
 from lightning_peft.weights.mapped_layer import MappedLayer, is_mapped, take_chain
 from lightning_peft.weights.maps import MappedTensor, mapped_tensors
 from lightning_peft.weights.parts import part_stacks, placed_parts, take_parts
+from lightning_peft.weights.shards import gathered, spread_as, whole
 from lightning_peft.weights.weight_map import WeightMap
 
 Leave = Literal["baked", "live", "pristine", "unmasked"]
@@ -46,7 +47,9 @@ def detach_maps(
     for mapped in left:
         stored = mapped.stored
         if id(stored) not in values:  # a tied tensor is mapped once
-            values[id(stored)] = _final_value(mapped, leave, stay)
+            with gathered(mapped.layer, *mapped.maps):
+                value = _final_value(mapped, leave, stay)
+            values[id(stored)] = spread_as(stored, value)
     if parts:
         _detach_parts(module, leave, values, stay)
     for mapped in tensors:
@@ -97,7 +100,9 @@ def _detach_parts(module: nn.Module, leave: Leave, values: dict[int, Tensor], st
             if untouched and not mapped:
                 value = stack.pristine.get(name, stored)
             elif value is not None and not untouched:
-                value = stack.merged(name, value, [part for part in stack.merging if part not in stay])
+                merging = [part for part in stack.merging if part not in stay]
+                with gathered(*merging):
+                    value = spread_as(stored, stack.merged(name, whole(value), merging))
             if id(stored) in values and value is not None:
                 values[id(stored)] = value
             elif value is not None and value is not stored:

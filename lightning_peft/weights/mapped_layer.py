@@ -23,6 +23,7 @@ from torch.func import functional_call
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.network.plain_class import StandIn
 from lightning_peft.weights.part_stack import PartStack
+from lightning_peft.weights.sharded_view import stored_values
 from lightning_peft.weights.weight_map import WeightMap
 
 
@@ -135,6 +136,31 @@ class MappedLayer(StandIn):
         for part in self.part_stack or ():
             view.add_module(part.key, part)
         return view
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        yield from super().named_children()
+        yield from self._shown()
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        memo = set() if memo is None else memo
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+        for name, module in () if remove_duplicate else self._shown():  # users ask for each module once, sharding does not
+            yield from module.named_modules(memo, f"{prefix}.{name}" if prefix else name, remove_duplicate)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        if recurse or stored_values(self) is None:
+            yield from super().named_parameters(prefix, recurse, remove_duplicate)
+
+    def _shown(self) -> Iterator[tuple[str, nn.Module]]:
+        """What is shown to sharding alone."""
+        if (stored := stored_values(self)) is not None:
+            yield "stored", stored
+            yield "layer_parts", self.layer_parts
+            yield "parametrizations", nn.ModuleList(entry for _, entry in self._named_maps(""))
 
     def train(self, mode: bool = True) -> Any:
         for part in self.part_stack or ():
@@ -335,7 +361,7 @@ def _held(layer: nn.Module) -> tuple[dict[str, MapChain], PartStack | None]:
 
 
 def _stand_in(layer: Any, chains: dict[str, MapChain], stack: PartStack | None) -> None:
-    cls = type(layer).plain_class if isinstance(layer, MappedLayer) else type(layer)
+    cls = _without_additions(type(layer)) if isinstance(layer, MappedLayer) else type(layer)
     for key in _HELD:
         vars(layer).pop(key, None)
     layer.__class__ = cls
@@ -344,6 +370,21 @@ def _stand_in(layer: Any, chains: dict[str, MapChain], stack: PartStack | None) 
         if stack is not None:
             vars(layer)["part_stack"] = stack
         layer.__class__ = _mapped_class(cls, tuple(chains), stack is not None)
+
+
+def _without_additions(cls: Any) -> type:
+    """The class without what :class:`MappedLayer` adds, and with what ``fully_shard`` has put over it since."""
+    if "plain_class" in vars(cls):
+        plain: type = cls.plain_class
+        return plain
+    if cls not in _WRAPPED:
+        bases = tuple(_without_additions(base) if issubclass(base, MappedLayer) else base for base in cls.__bases__)
+        _WRAPPED[cls] = type(cls.__name__.replace("Mapped", "", 1), bases, dict(vars(cls)))
+    return _WRAPPED[cls]
+
+
+_WRAPPED: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
+"""Classes that others derived from those of layers under maps, with what is left of them without maps."""
 
 
 _HELD = ("weight_maps", "part_stack")

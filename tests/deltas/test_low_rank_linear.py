@@ -46,8 +46,9 @@ def test_forward_and_backward(lead: list[int], inputs: int, outputs: int, rank: 
 
 
 @pytest.mark.parametrize("drops", [False, True])
-def test_gradients_of_first_and_second_order(drops: bool) -> None:
-    *args, dropped = tensors((2, 3), 4, 5, 2)
+@pytest.mark.parametrize("rows", [(2, 3), (4, 4)], ids=["few", "many"])
+def test_gradients_of_first_and_second_order(rows: tuple[int, int], drops: bool) -> None:
+    *args, dropped = tensors(rows, 4, 5, 2)
     given = [*args, dropped] if drops else args
 
     def function(*each: Tensor) -> Tensor:
@@ -63,6 +64,14 @@ def test_what_is_frozen_gets_no_gradient() -> None:
     assert a.grad is not None
     assert u.grad is not None
     assert w.grad is b.grad is None
+
+
+def test_a_small_delta_is_not_lost_among_many_rows_in_half_precision() -> None:
+    x, weight = torch.ones(64, 2).bfloat16(), torch.tensor([[1.0, -1.0]]).bfloat16()
+    down, up = torch.ones(1, 2), torch.full((1, 1), 1e-3)
+    torch.testing.assert_close(
+        low_rank_linear(x, weight, None, down, up, 1.0).float(), torch.full((64, 1), 2e-3), rtol=0.01, atol=0
+    )
 
 
 def test_autocast_computes_in_its_type() -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_peft.attach.hub import apply_terms
+from lightning_peft.attaching.hub import apply_terms
 
 Made = Callable[[Any, Path], Any]
 

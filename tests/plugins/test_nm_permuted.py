@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_peft import NMSparsity, bake, plan
-from lightning_peft.attach import hub
+from lightning_peft.attaching import hub
 from lightning_peft.functional import is_nm, nm_mask
 from lightning_peft.structure.coupled.example import record
 from lightning_peft.testing import MethodTester

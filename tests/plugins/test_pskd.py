@@ -13,7 +13,7 @@ from pskd_toys import EPOCHS, SIZE, Lit, close, epoch_loader, fit, loader, train
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.attach.hub import apply_terms
+from lightning_peft.attaching.hub import apply_terms
 from lightning_peft.compose.loss import NonFiniteLossError
 from lightning_peft.testing import MethodTester, Reference, Task
 from lightning_peft.testing import loader as toy_loader

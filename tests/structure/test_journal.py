@@ -294,7 +294,7 @@ def test_a_pickled_module_needs_nothing_of_this_library() -> None:
     module = fit([LayerGrowth(at="step:6", to=4)], style=Named, max_epochs=3).module
     assert "on_save_checkpoint" in vars(module)
     data = pickle.dumps(module)
-    assert b"lightning_peft.attach" not in data
+    assert b"lightning_peft.attaching" not in data
     again = pickle.loads(data)
     assert difference(values(module), values(again)) is None
 

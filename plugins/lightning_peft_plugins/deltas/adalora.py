@@ -19,6 +19,7 @@ from lightning_peft.deltas.slots import Slots
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form, dict_of, fields, list_of, tensor, whole
+from lightning_peft.weights.shards import spread_as
 from lightning_peft_plugins.deltas._adalora.triplet_importance import TripletImportance
 from lightning_peft_plugins.deltas._shared.orthogonality import factor_gaps
 from lightning_peft_plugins.deltas._shared.scaled_delta import ScaledDelta
@@ -188,7 +189,8 @@ class AdaLoRA(ScaledDelta):
 
     def _keep(self, masks: Mapping[str, Tensor]) -> None:
         for name, mask in masks.items():
-            self._forms[name].values.masked_fill_(~mask, 0)
+            values = self._forms[name].values
+            values.masked_fill_(spread_as(values, ~mask), 0)
 
     def finish(self, run: Run) -> None:
         """Let go of the forms."""

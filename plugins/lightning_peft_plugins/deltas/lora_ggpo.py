@@ -18,6 +18,7 @@ from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form as StateForm
 from lightning_peft.structure.forms import dict_of, fields, tensor
+from lightning_peft.weights.shards import read_whole, whole
 from lightning_peft_plugins.deltas._lora_ggpo.perturbed_form import PerturbedForm
 from lightning_peft_plugins.deltas._lora_ggpo.perturbed_part import PerturbedPart
 from lightning_peft_plugins.deltas._shared.frozen_weights import frozen_weights
@@ -86,9 +87,9 @@ class LoRAGGPO(Stepwise):
         self._find_forms(module)
 
     def _find_forms(self, module: nn.Module) -> None:
-        found = list(frozen_weights(module, self.deltas(module)))
-        self._forms = {name: form for name, form, _ in found}
-        self._below = {name: weight.norm(dim=-1) for name, _, weight in found}
+        self._forms, self._below = {}, {}
+        for name, form, weight in frozen_weights(module, self.deltas(module)):
+            self._forms[name], self._below[name] = form, weight.norm(dim=-1)
 
     @torch.no_grad()
     def after_clipping(self, run: Run, optimizer: Optimizer) -> None:
@@ -103,8 +104,10 @@ class LoRAGGPO(Stepwise):
 
     def _spread(self, form: PerturbedForm, below: Tensor, scale: float) -> Tensor:
         """The spread of a weight's rows, with the gradient that its factors' gradients make: ``scale (B dA + dB A)``."""
-        down, up = form.rows(), form.up
-        gradient_down, gradient_up = form.down.grad.view_as(down) / scale, form.up.grad / scale
+        gradients = [whole(each.grad) / scale for each in (form.down, form.up)]
+        with read_whole(form):
+            down, up = form.rows(), form.up
+        gradient_down, gradient_up = gradients[0].view_as(down), gradients[1]
         weight = torch.hypot(below, form.scale * row_norms(down, up))
         gradient = form.scale * row_norms(torch.cat([gradient_down, down], -2), torch.cat([up, gradient_up], -1))
         return perturbation_spread(weight, gradient, self.sigma, self.beta)

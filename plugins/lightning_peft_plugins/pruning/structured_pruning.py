@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_peft import Lane, Method, Resource, Run, Schedule
 from lightning_peft.arguments import one_of
-from lightning_peft.attach.first_call import FirstCall
+from lightning_peft.attaching.first_call import FirstCall
 from lightning_peft.compose.schedule import Shape, parse_point
 from lightning_peft.network.layers import is_norm, own_parameters
 from lightning_peft.network.targets import TargetSpec, select

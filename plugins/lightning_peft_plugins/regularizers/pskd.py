@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_peft import Lane, Loss, Method, Resource, Run, Step
 from lightning_peft.arguments import one_of
+from lightning_peft.contract import SHARDED, Contract
 from lightning_peft.network.deep_copy import deep_copy
 from lightning_peft.network.logits import as_logits
 from lightning_peft.structure.edits import Change
@@ -64,6 +65,7 @@ class PSKD(Method):
         PSKD(alpha=0.8, sample_index='auto', memory='auto', dtype='float32', teacher='memory', reduction='mean', check='on')
     """
 
+    strategies = SHARDED
     lane = Lane.LOSS
     reads = frozenset({Resource.LOGITS})
     writes = frozenset({Resource.LOSS_SCALE})
@@ -102,6 +104,8 @@ class PSKD(Method):
         self.num_samples = num_samples
         self.dtype = dtype
         self.teacher = teacher
+        if teacher == "copy":  # shards are not copied
+            self.strategies = Contract.strategies
         self.reduction = reduction
         self.check = check
         self.memory: SoftLabelMemory | None = None

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_peft import Run, Step
-from lightning_peft.attach.averaging import averaged_modules
+from lightning_peft.attaching.averaging import averaged_modules
 from lightning_peft.compose.schedule import parse_point
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft_plugins.selective._sara.small_values import SmallValues

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_peft import Resource, Run, Step
 from lightning_peft.arguments import positive
-from lightning_peft.attach.averaging import averaged_modules
+from lightning_peft.attaching.averaging import averaged_modules
 from lightning_peft.deltas.form import Form
 from lightning_peft.deltas.low_rank_form import LowRankForm
 from lightning_peft.deltas.sides import places

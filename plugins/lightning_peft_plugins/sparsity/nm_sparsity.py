@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.arguments import one_of
 from lightning_peft.compose.schedule import parse_point
+from lightning_peft.contract import SHARDED, Contract
 from lightning_peft.network.nm_layers import input_dim, inputs, output_dim, outputs, wide_layers
 from lightning_peft.network.targets import SENSITIVE, TargetSpec, by_layer, explicitly_named
 from lightning_peft.optim.optimizers import trained_by
@@ -76,6 +77,7 @@ class NMSparsity(Method):
         NMSparsity(pattern='2:4', recipe='sr-ste', targets='pointwise', ... fine_tune='20%', ...)
     """
 
+    strategies = SHARDED
     lane = Lane.MASK
     commutes = True
     writes = frozenset({Resource.MASK})
@@ -123,6 +125,8 @@ class NMSparsity(Method):
                 "permute=True looks for the order that keeps most along the inputs alone, not along both sides. "
                 "Leave out permute= or transposable=."
             )
+        if permute:  # the order is looked for in whole weights, in place
+            self.strategies = Contract.strategies
         self.transposable = transposable
         self.permutation = Permutation(permute, permute_escapes, self.in_training_step)
         self.pattern = parse_pattern(pattern)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lightning_peft
 from lightning_peft import DoRA, LoRA, PiSSA, StructuredPruning
-from lightning_peft.attach.hook_checks import ConflictError
+from lightning_peft.attaching.hook_checks import ConflictError
 from lightning_peft.structure.errors import CheckpointError
 from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import Conv, Plain

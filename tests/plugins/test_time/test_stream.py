@@ -41,7 +41,7 @@ from lightning_peft import (
     RoTTA,
     Tent,
 )
-from lightning_peft.attach.plan import ConflictError
+from lightning_peft.attaching.plan import ConflictError
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.testing.ddp import run_ddp
 from lightning_peft.testing.modules import trainer

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_peft.weights.shards import whole
 from lightning_peft_plugins.deltas._shared.triplet_form import TripletForm
 
 PARTS = ("down", "values", "up")
@@ -67,9 +68,10 @@ class TripletImportance:
             scores = dict(zip(keys, torch._foreach_mul(*averages), strict=True))
         for name, form in forms.items():
             if f"{name}.values" not in scores:
-                found[name] = torch.zeros_like(form.values)
+                found[name] = torch.zeros_like(whole(form.values))
                 continue
             down, values, up = (scores[f"{name}.{part}"] for part in PARTS)
+            down, values, up = map(whole, (down, values, up))
             found[name] = values + down.flatten(values.ndim).mean(-1) + up.mean(-2)
         return found
 

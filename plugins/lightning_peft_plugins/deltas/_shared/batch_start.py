@@ -19,6 +19,7 @@ from lightning_peft.network.layers import is_linear
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.structure.forms import Form as StateForm
 from lightning_peft.structure.forms import dict_of, fields, tensor
+from lightning_peft.weights.shards import gathered, whole
 from lightning_peft_plugins.deltas._shared.scaled_delta import ScaledDelta
 
 
@@ -124,8 +125,10 @@ class BatchStart(ScaledDelta):
         with torch.no_grad():
             for name, form in forms.items():
                 place, seen = self._watched[name], self.seen[name]
-                self.begin_with(form, place.layout.matrix(place.seen.detach()).to(seen.dtype), seen, min(rates))
-            self.begun(forms)
+                with gathered(form):
+                    self.begin_with(form, place.layout.matrix(whole(place.seen.detach())).to(seen.dtype), seen, min(rates))
+            with gathered(*forms.values()):
+                self.begun(forms)
         self.seen = {}
 
     def watched_forms(self, module: nn.Module) -> list[tuple[str, Any]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_peft.deltas.delta_map import DeltaMap
 from lightning_peft.deltas.on_module import Delta
 from lightning_peft.weights.maps import MappedTensor
+from lightning_peft.weights.shards import whole
 
 
 def frozen_weights(module: nn.Module, deltas: Iterable[tuple[str, Delta]]) -> Iterator[tuple[str, Any, Tensor]]:
@@ -26,4 +27,4 @@ def frozen_weights(module: nn.Module, deltas: Iterable[tuple[str, Delta]]) -> It
         path, _, key = name.rpartition(".")
         layer, form = module.get_submodule(path), delta.form
         weight: Any = MappedTensor(name, layer, key).entering(delta) if isinstance(delta, DeltaMap) else layer.weight
-        yield name, form, form.layout.matrix(weight.detach()).to(next(form.parameters()).dtype)
+        yield name, form, form.layout.matrix(whole(weight.detach())).to(next(form.parameters()).dtype)

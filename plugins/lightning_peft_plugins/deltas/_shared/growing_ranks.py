@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_peft import Run, Step
 from lightning_peft.arguments import not_negative, positive
 from lightning_peft.compose.schedule import parse_point
+from lightning_peft.contract import Contract
 from lightning_peft.deltas.sides import Place
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft_plugins.deltas._shared.blocks_form import BlocksForm
@@ -45,6 +46,7 @@ class GrowingRanks(ScaledDelta):
         ranks: The present rank of every weight, by its name.
     """
 
+    strategies = Contract.strategies  # ranks are chosen by what forms see of themselves, of which shards are a part
     fixed_arguments = frozenset({"scaling"})
     kind: ClassVar[type[BlocksForm]]
     part = BlocksPart

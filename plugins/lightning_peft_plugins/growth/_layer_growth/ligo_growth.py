@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_peft import Run
-from lightning_peft.attach.missing_blocks import FAILURES, no_chain
+from lightning_peft.attaching.missing_blocks import FAILURES, no_chain
 from lightning_peft.capture.once_more import silent
 from lightning_peft.capture.step_calls import bound_step
 from lightning_peft.compose.loss import split_output

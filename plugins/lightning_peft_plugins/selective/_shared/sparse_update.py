@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.arguments import one_of
-from lightning_peft.attach.averaging import averaged_modules
+from lightning_peft.attaching.averaging import averaged_modules
 from lightning_peft.network.layers import loose_matrices
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft.network.tunable import kinds_of, share_trained, tunable

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_peft import Run
-from lightning_peft.attach.first_call import FirstCall
+from lightning_peft.attaching.first_call import FirstCall
 from lightning_peft.structure.coupled.dependency import torch_pruning
 from lightning_peft.structure.coupled.example import example_form
 from lightning_peft.structure.forms import Form, list_of, maybe, number

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_peft import Lane, Method, Resource, Run
-from lightning_peft.attach.averaging import swapped_in
+from lightning_peft.attaching.averaging import swapped_in
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.network.logits import as_logits, with_logits
 from lightning_peft.network.targets import TargetSpec

@@ -169,7 +169,7 @@ def test_a_deployed_network_stands_on_its_own(tmp_path: Path) -> None:
         "net = torch.load('net.pt', weights_only=False)\n"
         "inputs, expected = torch.load('expected.pt')\n"
         "torch.testing.assert_close(net(inputs), expected)\n"
-        "training = ('lightning_peft_plugins.pruning.ftwt', 'lightning_peft.method', 'lightning_peft.attach.hub')\n"
+        "training = ('lightning_peft_plugins.pruning.ftwt', 'lightning_peft.method', 'lightning_peft.attaching.hub')\n"
         "assert not [name for name in sys.modules if name.startswith(training)]\n"
     )
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_peft.attach.hook_checks import ConflictError, check_hooks, check_order
+from lightning_peft.attaching.hook_checks import ConflictError, check_hooks, check_order
 from lightning_peft.compose.lanes import ONE_WRITER, ONE_WRITER_PER_TENSOR, Lane, Resource
 from lightning_peft.contract import Contract, methods_of, ordered
 from lightning_peft.network.layers import loose_matrices

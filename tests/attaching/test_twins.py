@@ -12,7 +12,7 @@ from torch import nn
 
 import lightning_peft
 from lightning_peft import NMSparsity
-from lightning_peft.attach.twins import twins, warn_of_twins
+from lightning_peft.attaching.twins import twins, warn_of_twins
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.testing.modules import Plain, mlp
 from lightning_peft.testing.runs import fit

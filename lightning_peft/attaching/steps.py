@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -10,13 +11,16 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_peft.attach.hand_steps import HandSteps
-from lightning_peft.attach.trained import explained
+from lightning_peft.attaching.hand_steps import HandSteps
+from lightning_peft.attaching.trained import explained
 from lightning_peft.capture.tap import Tap, step_compiler
 from lightning_peft.compose.lanes import Resource
 from lightning_peft.compose.loss import Loss, Step, check_finite, combine, join_output, split_output
 from lightning_peft.compose.run import Run
 from lightning_peft.contract import Contract, overrides
+from lightning_peft.strategies.support import strategy_kind
+from lightning_peft.weights.detach import attachments
+from lightning_peft.weights.shards import read_whole
 
 
 class StepTerms:
@@ -46,6 +50,7 @@ class StepTerms:
         if self._network is not None:
             self._network.install()
         self._hand_steps = HandSteps(run, methods)
+        self._sharded = strategy_kind(run.trainer.strategy) == "fsdp2"
 
     def remove(self) -> None:
         """Take the tap off and stop watching."""
@@ -86,6 +91,12 @@ class StepTerms:
         if self._active():
             self._hand_steps.end_epoch()
 
+    def _reading(self, method: Contract) -> AbstractContextManager[None]:
+        """Let a method read what it put on the module whole, where the rest of it is with other processes."""
+        if not self._sharded:
+            return nullcontext()
+        return read_whole(*(each for each in attachments(self.run.module) if each.method == method.name))
+
     def _check_applied(self) -> None:
         if self._terms and self._losses is None:
             names = ", ".join(method.name for method in self._terms)
@@ -109,7 +120,8 @@ class StepTerms:
             return loss
         step = Step(loss, *self.batch, self.run, self._network, self.run.repeated)
         for method in self._terms:
-            term = method.loss(step)
+            with self._reading(method):
+                term = method.loss(step)
             if term is not None:
                 terms[method.name] = term if isinstance(term, Loss) else Loss(value=term)
         if check:

@@ -10,9 +10,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from lightning_peft.attach import averaging, method_records
-from lightning_peft.attach.editing import follow
-from lightning_peft.attach.trained import TrainedParameters
+from lightning_peft.attaching import averaging, method_records
+from lightning_peft.attaching.editing import follow
+from lightning_peft.attaching.trained import TrainedParameters
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.compose.run import Run
 from lightning_peft.contract import Contract

@@ -14,7 +14,7 @@ from torch import nn
 
 import lightning_peft_plugins
 from lightning_peft import Lane, Method, Resource, plan, registry
-from lightning_peft.attach.hook_checks import ConflictError, check_hooks
+from lightning_peft.attaching.hook_checks import ConflictError, check_hooks
 from lightning_peft.contract import Contract
 from lightning_peft.testing.modules import Manual, Plain, loader, trainer
 from lightning_peft.testing.runs import fit

@@ -13,8 +13,8 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_peft.attach.saving import CheckpointHooks, described, structure_record, write
-from lightning_peft.attach.trained import TrainedParameters
+from lightning_peft.attaching.saving import CheckpointHooks, described, structure_record, write
+from lightning_peft.attaching.trained import TrainedParameters
 from lightning_peft.capture.shim import Shim
 from lightning_peft.compose.run import Run
 from lightning_peft.structure import checkpoint as files

@@ -21,7 +21,7 @@ from lightning_peft import (
     TrainedRankPruning,
     WeightCompander,
 )
-from lightning_peft.attach.plan import ConflictError
+from lightning_peft.attaching.plan import ConflictError
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.method import Method
 from lightning_peft.testing.callbacks import every_epoch

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_peft.attach.steps import StepTerms
+from lightning_peft.attaching.steps import StepTerms
 from lightning_peft.capture.once_more import RandomState, metrics_kept, silent, statistics_kept
 from lightning_peft.capture.shim import Shim
 from lightning_peft.compose.loss import split_output

@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
 from lightning_peft import GBLM, BlockPruning, Lane, MaskedPruning, Method, Wanda
-from lightning_peft.attach.step_rates import StepRates
+from lightning_peft.attaching.step_rates import StepRates
 from lightning_peft.compose.schedule import Schedule
 from lightning_peft.testing.callbacks import FailAt, PlannedError, every_epoch
 from lightning_peft.testing.modules import Plain, deepened, loader, trainer

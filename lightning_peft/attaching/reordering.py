@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_peft.attach import averaging
+from lightning_peft.attaching import averaging
 from lightning_peft.structure.reorder import Orders, reorder, reordered_state
 from lightning_peft.weights.maps import plain_tensors
 

@@ -11,8 +11,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from lightning_peft.attach import averaging, method_records
-from lightning_peft.attach.saving import described, described_parts, leave_out_base, structure_record, write
+from lightning_peft.attaching import averaging, method_records
+from lightning_peft.attaching.saving import described, described_parts, leave_out_base, structure_record, write
 from lightning_peft.capture.shim import Shim
 from lightning_peft.contract import methods_of, ordered
 from lightning_peft.structure import checkpoint as files

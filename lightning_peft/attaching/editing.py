@@ -14,10 +14,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.attach import averaging, finetuning
-from lightning_peft.attach.map_groups import place_maps, place_parts
-from lightning_peft.attach.plan import network_of
-from lightning_peft.attach.trained import TrainedParameters
+from lightning_peft.attaching import averaging, finetuning
+from lightning_peft.attaching.map_groups import place_maps, place_parts
+from lightning_peft.attaching.plan import network_of
+from lightning_peft.attaching.trained import TrainedParameters
 from lightning_peft.contract import Contract
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.optim.schedulers import FreshSchedule

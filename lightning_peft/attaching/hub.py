@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,26 +16,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_peft.attach import after_fit, averaging, part_calls, validating
-from lightning_peft.attach.editing import edit_training
-from lightning_peft.attach.first_edits import FirstEdits
-from lightning_peft.attach.lasting import leave_hooks
-from lightning_peft.attach.loader_state import restore_loader
-from lightning_peft.attach.map_groups import MapGroups
-from lightning_peft.attach.method_lives import MethodLives
-from lightning_peft.attach.missing_blocks import MissingBlocks
-from lightning_peft.attach.neighbours import check_neighbours
-from lightning_peft.attach.new_blocks import NewBlocks
-from lightning_peft.attach.optimizer_wraps import wrap_optimizers
-from lightning_peft.attach.plan import network_of, resolve
-from lightning_peft.attach.reordering import reorder_training
-from lightning_peft.attach.saving import CheckpointHooks
-from lightning_peft.attach.step_gradients import StepGradients
-from lightning_peft.attach.step_rates import StepRates
-from lightning_peft.attach.steps import StepTerms
-from lightning_peft.attach.trained import TrainedParameters
-from lightning_peft.attach.twins import warn_of_copies, warn_of_twins
-from lightning_peft.attach.unfinished import warn_unfinished
+from lightning_peft.attaching import after_fit, averaging, part_calls, validating
+from lightning_peft.attaching.editing import edit_training
+from lightning_peft.attaching.first_edits import FirstEdits
+from lightning_peft.attaching.lasting import leave_hooks
+from lightning_peft.attaching.loader_state import restore_loader
+from lightning_peft.attaching.map_groups import MapGroups
+from lightning_peft.attaching.method_lives import MethodLives
+from lightning_peft.attaching.missing_blocks import MissingBlocks
+from lightning_peft.attaching.neighbours import check_neighbours
+from lightning_peft.attaching.new_blocks import NewBlocks
+from lightning_peft.attaching.optimizer_wraps import wrap_optimizers
+from lightning_peft.attaching.plan import network_of, resolve
+from lightning_peft.attaching.reordering import reorder_training
+from lightning_peft.attaching.saving import CheckpointHooks
+from lightning_peft.attaching.step_gradients import StepGradients
+from lightning_peft.attaching.step_rates import StepRates
+from lightning_peft.attaching.steps import StepTerms
+from lightning_peft.attaching.trained import TrainedParameters
+from lightning_peft.attaching.twins import warn_of_copies, warn_of_twins
+from lightning_peft.attaching.unfinished import warn_unfinished
 from lightning_peft.capture.evaluation import EvaluationShim, Passes
 from lightning_peft.capture.sampling import SampleRecorder
 from lightning_peft.capture.shim import Shim
@@ -46,7 +47,9 @@ from lightning_peft.contract import Contract, methods_of, ordered
 from lightning_peft.namespaces import own
 from lightning_peft.network.resolve import check_materialised
 from lightning_peft.optim.schedulers import FreshSchedule
-from lightning_peft.strategies.support import check_strategy, rewrap
+from lightning_peft.strategies import sharding
+from lightning_peft.strategies.support import check_strategy, rewrap, strategy_kind
+from lightning_peft.strategies.whole_files import WholeFiles
 from lightning_peft.structure.carry import regroup
 from lightning_peft.weights import stash
 from lightning_peft.weights.attachment import Attachment
@@ -99,9 +102,32 @@ def apply_terms(module: LightningModule, loss: Tensor) -> Tensor:
     return loss if hub is None else hub.apply(loss)
 
 
+def attach(module: LightningModule) -> None:
+    """Attach the methods of the Trainer that runs, for modules that make their layers and shard them in ``configure_model``.
+
+    Call it there between the two. Without methods, or under a strategy that does not shard, nothing happens now.
+
+    Args:
+        module: The LightningModule (``self``).
+
+    Example::
+
+        def configure_model(self):
+            if self.model is None:
+                self.model = build()
+                lightning_peft.attaching(self)
+                for block in self.model.blocks:
+                    fully_shard(block, mesh=self.device_mesh["data_parallel"])
+                fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+    """
+    hub = _HUBS.get(module)
+    if hub is not None and hub._shards and hub._fitting:
+        hub.attach()
+
+
 def complete_checkpoint(trainer: Trainer, module: LightningModule) -> None:
-    """Make a checkpoint saved after a fit as complete as the hub makes those saved during it."""
-    if module not in _HUBS:
+    """Make a checkpoint saved after a fit as complete as the hub makes those saved during it; shards are saved as they are."""
+    if module not in _HUBS and strategy_kind(trainer.strategy) != "fsdp2":
         after_fit.complete(trainer, module)
 
 
@@ -124,10 +150,12 @@ class Hub:
         self.run = Run(trainer, module, "", module)
         self._pace = Pace(self.run)
         self._fitting = trainer.state.fn == TrainerFn.FITTING
+        self._shards = strategy_kind(trainer.strategy) == "fsdp2"
         self.lives = MethodLives(self.methods, self.run, fitting=self._fitting)
         self._rates = StepRates(self.methods, lambda: self.active and self.run.started)
         self._map_groups = MapGroups(self.run)
         self._trained = TrainedParameters(self.run, self.methods)
+        self._files: WholeFiles | None = None
         self._shims: list[Shim] = []
         self._handles: list[RemovableHandle] = []
         self._terms: StepTerms | None = None
@@ -150,6 +178,10 @@ class Hub:
     def install(self) -> None:
         """Take hold of the module; methods are attached once its own ``setup`` and ``configure_model`` have run."""
         check_strategy(self.run.trainer, self.methods)
+        if self._shards and self._fitting:
+            sharding.check_files(self.run.trainer.strategy)
+            self._files = WholeFiles(self.run.trainer, self.run.module)
+            self._shims += [shim.install() for shim in self._files.shims()]
         # Not configure_model itself: WeightAveraging asks in its own setup whether that is overridden.
         self._shadow(self.run.module, "setup", self._setup)
         if self._fitting and any(Resource.SAMPLE_INDEX in method.reads_now() for method in self.methods):
@@ -167,7 +199,15 @@ class Hub:
             self.attach()
 
     def _configure_model(self, inner: Callable[..., Any]) -> None:
-        inner()
+        if not self._shards:
+            inner()
+        elif not self._fitting:  # baked weights are evaluated, and nothing goes beside them
+            inner()
+            return
+        else:
+            sharding.configure(self.run.module, inner, self.attach)
+            if not self._attached:
+                sharding.check_whole(self.run.module)
         self.attach()
 
     def attach(self) -> None:
@@ -212,7 +252,8 @@ class Hub:
         if self._adapter is not None and not self._fitting:
             self._evaluation = EvaluationShim(self.run.network, self._adapter.adapt, step_compiler(module)).install()
         self._saving = CheckpointHooks(self.run, self.methods, self._trained, fitting=self._fitting)
-        self._shadow(module, "on_save_checkpoint", self._saving.save)
+        save = self._saving.save
+        self._shadow(module, "on_save_checkpoint", save if self._files is None else partial(self._files.save, save))
         self._shadow(module, "on_load_checkpoint", self._saving.load)
         rank_zero_info(str(plan))
 
@@ -504,6 +545,8 @@ class Hub:
         detach_maps(module, "baked" if self._fitting and not failed else "pristine", stay=stay)
         for attachment in stay:
             attachment.stays = True
+        if self._shards:
+            sharding.forget_taken_off(self.run.trainer, module)
         if failed:
             self._first.undo(trained=self._moved)
         stash.seal(module)

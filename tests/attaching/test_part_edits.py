@@ -12,7 +12,7 @@ from torch import nn
 
 import lightning_peft
 from lightning_peft import Lane, Method
-from lightning_peft.attach import averaging as averages
+from lightning_peft.attaching import averaging as averages
 from lightning_peft.structure import depth, journal, slices
 from lightning_peft.structure.checkpoint import CheckpointError
 from lightning_peft.structure.edits import EditRequest

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Timer
 from torch import nn
 
 from lightning_peft import Lane, Method, Resource, plan
-from lightning_peft.attach.plan import ConflictError, resolve
+from lightning_peft.attaching.plan import ConflictError, resolve
 from lightning_peft.contract import ordered
 from lightning_peft.testing.modules import Plain, Root
 from lightning_peft.testing.toys import ToyEntropy, ToyScale, ToyThreshold

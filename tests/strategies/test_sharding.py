@@ -1,0 +1,222 @@
+"""Methods under FSDP2, on two processes: attached before the module is sharded, or refused with the way out."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, DistributedSampler
+
+import lightning_peft
+from lightning_peft import PSKD, LayerGrowth, LoRA, MagnitudePruning, NMSparsity
+from lightning_peft.testing.ddp import run_ddp
+from lightning_peft.testing.modules import Plain, loader, mlp, trainer
+from lightning_peft.weights.shards import is_shard, whole
+
+COURSE: dict[str, Any] = {"gradient_clip_val": 0.2, "accumulate_grad_batches": 2}
+TARGETS = {"targets": ["model.0", "model.2"], "exclude": ()}
+
+
+def shard(module: LightningModule, network: nn.Module) -> None:
+    mesh = module.device_mesh["data_parallel"]  # type: ignore[index]
+    fully_shard(network[0], mesh=mesh)  # type: ignore[index]
+    fully_shard(network, mesh=mesh)
+
+
+class Alone(Plain):
+    """In double precision."""
+
+    def build(self) -> None:
+        self.model = mlp().double()
+
+    def base_loss(self, batch: Any) -> Tensor:
+        return super().base_loss([batch[0].double(), batch[1]])
+
+
+class Made(Alone):
+    """Makes its network when it is built, and shards it."""
+
+    def configure_model(self) -> None:
+        if not any(is_shard(parameter) for parameter in self.model.parameters()):
+            shard(self, self.model)
+
+
+class MadeLater(Made):
+    """Makes and shards it at once, as networks are that fit into no process."""
+
+    says = True
+
+    def build(self) -> None:
+        self.model = None
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            torch.manual_seed(0)
+            self.model = mlp().double()
+            if self.says:
+                lightning_peft.attach(self)
+            shard(self, self.model)
+
+
+class MadeInSilence(MadeLater):
+    says = False
+
+
+class MadeInTwo(Made):
+    """Makes one more layer when it is sharded."""
+
+    def configure_model(self) -> None:
+        self.more = nn.Linear(3, 3)
+        super().configure_model()
+
+
+def spread(**settings: Any) -> Trainer:
+    strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=settings.pop("folders", False))
+    return trainer(devices=2, strategy=strategy, use_distributed_sampler=False, **settings)
+
+
+def of_rank() -> DataLoader[Any]:
+    samples: Any = loader().dataset
+    return DataLoader(samples, 4, sampler=DistributedSampler(samples, 2, int(os.environ["RANK"]), shuffle=False))
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(tensor).detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def trained(
+    module: LightningModule, methods: list[Any], resume: str | None = None, **settings: Any
+) -> tuple[LightningModule, Trainer]:
+    runner = spread(callbacks=methods, max_epochs=2, **settings)
+    runner.fit(module, of_rank(), loader(8), ckpt_path=resume)
+    return module, runner
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except MisconfigurationException as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def made(style: type[Plain]) -> Any:
+    torch.manual_seed(0)
+    return style("sgd")
+
+
+def together() -> list[Any]:
+    return [LoRA(2, alpha=8, **TARGETS), NMSparsity("2:4", **TARGETS), PSKD(alpha=0.3)]
+
+
+def adapted() -> list[Any]:
+    return [LoRA(2, alpha=8, **TARGETS)]
+
+
+def on_rank(folder: str) -> dict[str, Any]:
+    """Everything that is tried in one pair of processes."""
+    found: dict[str, Any] = {}
+    init, _ = trained(made(Made), together(), **COURSE)
+    later, _ = trained(made(MadeLater), together(), **COURSE)
+    found["init"], found["later"] = weights(init), weights(later)
+    found["silent"] = refusal(lambda: trained(made(MadeInSilence), together()))
+    found["two"] = refusal(lambda: trained(made(MadeInTwo), [LoRA(2, **TARGETS)]))
+    found["folders"] = refusal(lambda: trained(made(Made), [LoRA(2, **TARGETS)], folders=True))
+    found["pruning"] = refusal(lambda: trained(made(Made), [MagnitudePruning(0.5)]))
+    found["growth"] = refusal(lambda: trained(made(Made), [LayerGrowth(start=2)]))
+    found["again"] = refusal(lambda: trained(init, [LoRA(2, **TARGETS)]))
+    saves = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    whole_fit, runner = trained(made(Made), [*adapted(), saves])
+    resumed, _ = trained(made(Made), adapted(), resume=f"{folder}/epoch=0.ckpt")
+    found |= {"whole": weights(whole_fit), "resumed": weights(resumed)}
+    for folders in (True, False):
+        (tested,) = runner.test(whole_fit, loader(8), verbose=False)
+        path = Path(folder, f"saved-{folders}.ckpt")
+        runner.strategy._save_distributed_checkpoint = folders
+        runner.save_checkpoint(path)
+        read = made(Made)
+        (again,) = spread(folders=folders).test(read, loader(8), ckpt_path=path, verbose=False)
+        found[f"saved {folders}"] = {"read": weights(read), "losses": [tested, again]}
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shards")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = run_ddp(f"{__file__}:on_rank", {"folder": str(folder)})
+    return results
+
+
+def test_three_methods_together_end_as_in_one_process(ranks: list[dict[str, Any]]) -> None:
+    alone = made(Alone)
+    trainer(callbacks=together(), max_epochs=2, **COURSE).fit(alone, loader(), loader(8))
+    for name, value in weights(alone).items():
+        torch.testing.assert_close(ranks[0]["init"][name], value, rtol=0, atol=1e-12)
+        assert torch.equal(ranks[0]["init"][name], ranks[1]["init"][name])
+    kept = ranks[0]["init"]["model.0.weight"].view(-1, 4).ne(0).sum(1)
+    assert kept.max() <= 2
+
+
+def test_one_line_attaches_to_a_network_that_is_made_when_it_is_sharded(ranks: list[dict[str, Any]]) -> None:
+    for name, value in ranks[0]["init"].items():
+        assert torch.equal(ranks[0]["later"][name], value)
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("silent", r"no method was attached to.*call lightning_peft.attach\(self\) in configure_model"),
+        ("two", r"made more.weight after the methods were attached"),
+        ("folders", r"whole files, not folders of shards yet.*save_distributed_checkpoint=False"),
+        ("pruning", r"magnitude_pruning does not work under the fsdp2 strategy"),
+        ("growth", r"Shards are laid out before training begins"),
+        ("again", r"sharded already.*Build the module anew"),
+    ],
+)
+def test_refusals_name_the_way_out(ranks: list[dict[str, Any]], case: str, said: str) -> None:
+    for rank in ranks:
+        with pytest.raises(MisconfigurationException, match=said):
+            raise MisconfigurationException(rank[case])
+
+
+def test_a_resumed_fit_ends_as_one_left_alone_bit_for_bit(ranks: list[dict[str, Any]]) -> None:
+    for name, value in ranks[0]["whole"].items():
+        assert torch.equal(ranks[0]["resumed"][name], value)
+
+
+def test_a_file_goes_on_without_shards_and_loads_as_any_other(ranks: list[dict[str, Any]], folder: Path) -> None:
+    alone = made(Alone)
+    runner = trainer(callbacks=adapted(), max_epochs=2, enable_checkpointing=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+        runner.fit(alone, loader(), loader(8), ckpt_path=folder / "epoch=0.ckpt", weights_only=True)
+    torch.manual_seed(0)  # the file holds what was trained; the class makes the rest
+    loaded = lightning_peft.load_from_checkpoint(Alone, folder / "epoch=1.ckpt", optimizer="sgd")
+    for name, value in ranks[0]["whole"].items():
+        torch.testing.assert_close(alone.state_dict()[name], value, rtol=0, atol=1e-12)
+        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=1e-12)
+    assert (folder / "epoch=1.ckpt").stat().st_size < 30_000
+
+
+@pytest.mark.parametrize("folders", [True, False])
+def test_the_module_that_is_left_is_tested_saved_and_read(ranks: list[dict[str, Any]], folders: bool) -> None:
+    saved = ranks[0][f"saved {folders}"]
+    assert saved["read"].keys() == Plain().state_dict().keys()
+    for name, value in saved["read"].items():
+        assert torch.equal(ranks[0]["whole"][name], value)
+    assert saved["losses"][0] == saved["losses"][1]
