@@ -78,7 +78,9 @@ def test_overrides_in_a_recipes_comments_exist(path) -> None:
 def constants(script: Path) -> set[object]:
     """The constants of a script and of the scripts beside it that it imports: one of them may read the command line."""
     nodes = list(ast.walk(ast.parse(script.read_text())))
-    beside = [script.with_name(f"{node.module}.py") for node in nodes if isinstance(node, ast.ImportFrom)]
+    imported = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    imported += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    beside = [script.with_name(f"{name}.py") for name in imported]
     own = {node.value for node in nodes if isinstance(node, ast.Constant)}
     return own.union(*(constants(path) for path in beside if path.exists()))
 
