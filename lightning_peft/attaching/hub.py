@@ -179,7 +179,7 @@ class Hub:
         """Take hold of the module; methods are attached once its own ``setup`` and ``configure_model`` have run."""
         check_strategy(self.run.trainer, self.methods)
         if self._shards and self._fitting:
-            sharding.check_files(self.run.trainer.strategy)
+            sharding.check_layout(self.run.trainer.strategy)
             self._files = WholeFiles(self.run.trainer, self.run.module)
             self._shims += [shim.install() for shim in self._files.shims()]
         # Not configure_model itself: WeightAveraging asks in its own setup whether that is overridden.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import Strategy
 from torch import nn
 
 from lightning_peft.weights.sharded_view import shown_to_sharding
@@ -15,13 +15,22 @@ from lightning_peft.weights.shards import is_shard
 _LINE = "call lightning_peft.attach(self) in configure_model, when the network is whole and before fully_shard(...)"
 
 
-def check_files(strategy: Strategy) -> None:
-    """Refuse a fit whose checkpoints would be folders of shards.
+def check_layout(strategy: Any) -> None:
+    """Refuse a fit whose weights would be split within layers, or whose checkpoints would be folders of shards.
+
+    Args:
+        strategy: A ``ModelParallelStrategy`` that has set up its processes.
 
     Raises:
-        MisconfigurationException: The strategy writes such.
+        MisconfigurationException: It is told to do so, or does by default.
     """
-    if getattr(strategy, "_save_distributed_checkpoint", False):
+    if (ranks := strategy.device_mesh["tensor_parallel"].size()) > 1:
+        raise MisconfigurationException(
+            f"{type(strategy).__name__} gives every layer to {ranks} processes (tensor_parallel_size={ranks}, which is all of "
+            "a machine's by default), and methods act on layers. Shard without that: ModelParallelStrategy("
+            f"data_parallel_size={strategy.world_size}, tensor_parallel_size=1, save_distributed_checkpoint=False)."
+        )
+    if strategy._save_distributed_checkpoint:
         raise MisconfigurationException(
             "With methods on a sharded module a fit writes and reads whole files, not folders of shards yet. Use "
             f"{type(strategy).__name__}(..., save_distributed_checkpoint=False); the first process then needs room for the "

@@ -82,7 +82,7 @@ class MadeInTwo(Made):
 
 
 def spread(**settings: Any) -> Trainer:
-    strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=settings.pop("folders", False))
+    strategy = ModelParallelStrategy(*settings.pop("sizes", (2, 1)), save_distributed_checkpoint=settings.pop("folders", False))
     return trainer(devices=2, strategy=strategy, use_distributed_sampler=False, **settings)
 
 
@@ -133,6 +133,7 @@ def on_rank(folder: str) -> dict[str, Any]:
     found["silent"] = refusal(lambda: trained(made(MadeInSilence), together()))
     found["two"] = refusal(lambda: trained(made(MadeInTwo), [LoRA(2, **TARGETS)]))
     found["folders"] = refusal(lambda: trained(made(Made), [LoRA(2, **TARGETS)], folders=True))
+    found["split"] = refusal(lambda: trained(made(Made), [LoRA(2, **TARGETS)], sizes=(1, 2)))
     found["pruning"] = refusal(lambda: trained(made(Made), [MagnitudePruning(0.5)]))
     found["growth"] = refusal(lambda: trained(made(Made), [LayerGrowth(start=2)]))
     found["again"] = refusal(lambda: trained(init, [LoRA(2, **TARGETS)]))
@@ -183,6 +184,7 @@ def test_one_line_attaches_to_a_network_that_is_made_when_it_is_sharded(ranks: l
         ("silent", r"no method was attached to.*call lightning_peft.attach\(self\) in configure_model"),
         ("two", r"made more.weight after the methods were attached"),
         ("folders", r"whole files, not folders of shards yet.*save_distributed_checkpoint=False"),
+        ("split", r"data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False\)"),
         ("pruning", r"magnitude_pruning does not work under the fsdp2 strategy"),
         ("growth", r"Shards are laid out before training begins"),
         ("again", r"sharded already.*Build the module anew"),
