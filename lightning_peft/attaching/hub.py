@@ -115,7 +115,7 @@ def attach(module: LightningModule) -> None:
         def configure_model(self):
             if self.model is None:
                 self.model = build()
-                lightning_peft.attaching(self)
+                lightning_peft.attach(self)
                 for block in self.model.blocks:
                     fully_shard(block, mesh=self.device_mesh["data_parallel"])
                 fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
