@@ -120,6 +120,7 @@ def sr_ste(task: Task, decay: float) -> None:
 
 
 class TestNMSparsity(MethodTester):
+    every_one_sharded = True
     methods = [
         lambda: NMSparsity("2:4", exclude=()),
         lambda: NMSparsity("1:4", recipe="one-shot", targets="all-weights", exclude=(), dense="25%"),

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.attaching import after_fit, averaging, part_calls, validating
+from lightning_peft.attaching.adapting import Adapting
 from lightning_peft.attaching.editing import edit_training
 from lightning_peft.attaching.first_edits import FirstEdits
 from lightning_peft.attaching.lasting import leave_hooks
@@ -36,10 +37,9 @@ from lightning_peft.attaching.steps import StepTerms
 from lightning_peft.attaching.trained import TrainedParameters
 from lightning_peft.attaching.twins import warn_of_copies, warn_of_twins
 from lightning_peft.attaching.unfinished import warn_unfinished
-from lightning_peft.capture.evaluation import EvaluationShim, Passes
+from lightning_peft.capture.evaluation import Passes
 from lightning_peft.capture.sampling import SampleRecorder
 from lightning_peft.capture.shim import Shim
-from lightning_peft.capture.tap import step_compiler
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.pace import Pace
 from lightning_peft.compose.run import Run
@@ -82,7 +82,7 @@ def enter(trainer: Trainer, module: LightningModule) -> Hub:
 def passes_of(module: LightningModule) -> Passes | None:
     """Counts of the network's passes in the evaluation that is running; ``None`` when no method adapts in it."""
     hub = _HUBS.get(module)
-    return None if hub is None or hub._evaluation is None else hub._evaluation.passes
+    return None if hub is None or hub._adapting is None else hub._adapting.passes
 
 
 def apply_terms(module: LightningModule, loss: Tensor) -> Tensor:
@@ -160,8 +160,7 @@ class Hub:
         self._handles: list[RemovableHandle] = []
         self._terms: StepTerms | None = None
         self._gradients: StepGradients | None = None
-        self._adapter: Contract | None = None
-        self._evaluation: EvaluationShim | None = None
+        self._adapting: Adapting | None = None
         self._saving: CheckpointHooks | None = None
         self._new_blocks = NewBlocks()
         self._first = FirstEdits(module, self.methods)
@@ -248,9 +247,9 @@ class Hub:
             self._shims += [shim.install() for shim in self._gradients.shims()]
             self._shadow(module, "on_fit_start", self._fit_start)
             self._shadow(module, "configure_optimizers", self._configure_optimizers)
-        self._adapter = next((method for method in self.methods if method.lane == Lane.ADAPT), None)
-        if self._adapter is not None and not self._fitting:
-            self._evaluation = EvaluationShim(self.run.network, self._adapter.adapt, step_compiler(module)).install()
+        adapter = next((method for method in self.methods if method.lane == Lane.ADAPT), None)
+        if adapter is not None and not self._fitting:
+            self._adapting = Adapting(self.run, adapter, self._finish)
         self._saving = CheckpointHooks(self.run, self.methods, self._trained, fitting=self._fitting)
         save = self._saving.save
         self._shadow(module, "on_save_checkpoint", save if self._files is None else partial(self._files.save, save))
@@ -444,37 +443,27 @@ class Hub:
         if self.run.started or self._fitting:
             return
         self.run.started = True
-        for callback in averaging.swapped_in(self.run.trainer):
-            self._shadow(callback, "_swap_models", self._swap_back)
+        for callback in [] if self._adapting is None else averaging.swapped_in(self.run.trainer):
+            self._shadow(callback, "_swap_models", self._adapting.swap_back)  # type: ignore[union-attr]
         # What a method keeps must not be made in the loop's inference mode, or it could never be changed in place.
         with torch.inference_mode(False), torch.no_grad():
             for method in self.methods:
-                if self._evaluation is not None or method.lane == Lane.STRUCTURE:
+                if self._adapting is not None or method.lane == Lane.STRUCTURE:
                     method.adapt_start(self.run)
         self._get_ready()
-        if self._evaluation is not None:
-            self._evaluation.active = True
-
-    def _swap_back(self, inner: Callable[..., None], *args: Any) -> None:
-        """Let the adapting method give back what it adapted, the average, before that leaves the module."""
-        if self._adapter is not None and self._evaluation is not None and self._evaluation.active:
-            self._evaluation.active = False
-            with torch.inference_mode(False), torch.no_grad():
-                self._finish(self._adapter)
-        inner(*args)
+        if self._adapting is not None:
+            self._adapting.begin()
 
     def begin_evaluation_batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         """Note the batch whose calls come; at the first one every callback has put in place what is to be evaluated."""
         self.start_evaluation()
-        if self._evaluation is not None:
-            self._evaluation.place = (batch_idx, dataloader_idx, batch)
+        if self._adapting is not None:
+            self._adapting.note(batch, batch_idx, dataloader_idx)
 
     def log_evaluation(self) -> None:
-        """Log what the adapting method says of the batch, averaged over the evaluation."""
-        if self._evaluation is not None and self._adapter is not None:
-            for key, value in self._adapter.metrics(self.run).items():
-                name = f"peft/{self._adapter.name}/{key}"
-                self.run.module.log(name, float(value), on_step=False, on_epoch=True, batch_size=1)
+        """Log what the adapting method says of the batch."""
+        if self._adapting is not None:
+            self._adapting.log()
 
     # The end.
 
@@ -492,8 +481,8 @@ class Hub:
             handle.remove()
         if self._terms is not None:
             self._terms.remove()
-        if self._evaluation is not None:
-            self._evaluation.remove()
+        if self._adapting is not None:
+            self._adapting.remove()
         for shim in reversed(self._shims):
             shim.remove()
         if self.run.samples is not None:

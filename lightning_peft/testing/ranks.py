@@ -30,7 +30,8 @@ def train_on_rank(source: str, module: str, tester: str) -> list[Any]:
     owner = _owner(source, module, tester)
     style = owner.adapted(Plain)
     found = [_trained_on_rank([], style)] + [_trained_on_rank([factory()], style) for factory in owner.methods]
-    for factory, result in zip(owner.methods, found[1:], strict=True):
+    in_shards = owner.methods if owner.every_one_sharded else owner.methods[:1]
+    for factory, result in zip(in_shards, found[1:], strict=False):
         if "fsdp2" in factory().strategies:
             result |= trained_in_shards(factory, style)
     return found

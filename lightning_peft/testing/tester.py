@@ -56,6 +56,7 @@ class MethodTester(LifeCycleChecks, OrdinaryChecks, LastingChecks, ReferenceChec
         references: Loops by hand, or of official code, that end where the method does; see
             :class:`~lightning_peft.testing.references.Reference`.
         tolerance: Largest difference of a weight that counts as rounding in the checks that are not bit for bit.
+        every_one_sharded: Whether every configuration is trained under FSDP2, and not the first alone.
         adapted: Turns a module style into one that the method can work on.
 
     Example:
@@ -72,6 +73,7 @@ class MethodTester(LifeCycleChecks, OrdinaryChecks, LastingChecks, ReferenceChec
     new_parameters: ClassVar[str] = ""
     removed_parts: ClassVar[str] = ""
     tolerance: ClassVar[float] = 1e-5
+    every_one_sharded: ClassVar[bool] = False
     adapted: ClassVar[Callable[[type[Plain]], type[Plain]]] = staticmethod(lambda style: style)
 
     # Does it train, and does it do anything?
@@ -267,7 +269,7 @@ class MethodTester(LifeCycleChecks, OrdinaryChecks, LastingChecks, ReferenceChec
     def test_sharded(self, factory: Factory, two_ranks: list[Any]) -> None:
         first, second = (rank[1 + self.methods.index(factory)] for rank in two_ranks)
         if "shards" not in first:
-            pytest.skip("the method does not support FSDP2")
+            pytest.skip("the method does not support FSDP2, or the first configuration stands for this one")
         found = difference(first["shards"], second["shards"])
         assert found is None, f"after FSDP2 training rank 0 and rank 1 hold different weights: {found}"
         found = difference(first["shards"], first["resumed"])

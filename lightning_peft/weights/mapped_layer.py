@@ -24,6 +24,7 @@ from lightning_peft.compose.lanes import Lane
 from lightning_peft.network.plain_class import StandIn
 from lightning_peft.weights.part_stack import PartStack
 from lightning_peft.weights.sharded_view import stored_values
+from lightning_peft.weights.shards import is_shard, read_whole, whole
 from lightning_peft.weights.weight_map import WeightMap
 
 
@@ -47,7 +48,10 @@ class MapChain:
         return [weight_map for weight_map in self.maps if weight_map.enabled]
 
     def __call__(self, stored: Tensor) -> Tensor:
-        """Return the weight the layer sees."""
+        """Return the weight the layer sees, whole where the stored value is spread over processes: all of them have to ask."""
+        if is_shard(stored):
+            with read_whole(*self.maps):
+                return self._mapped(whole(stored))
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         return _untraced(self._mapped, stored) if tracing else self._mapped(stored)
 

@@ -27,6 +27,7 @@ from lightning_peft.weights.mapped_layer import (
     is_mapped,
 )
 from lightning_peft.weights.parts import check_masks, part_stacks, placed_parts
+from lightning_peft.weights.shards import read_whole, whole
 from lightning_peft.weights.weight_map import WeightMap as WeightMap
 
 MapT = TypeVar("MapT", bound=WeightMap)
@@ -62,13 +63,14 @@ class MappedTensor:
         return self.stored._version == self.chain.version
 
     def entering(self, weight_map: WeightMap) -> Tensor:
-        """Return the value one of the maps is given by those below it, without a graph."""
-        value: Tensor = self.stored.detach()
-        for below in self.maps:
-            if below is weight_map:
-                break
-            if below.enabled:
-                value = below(value)
+        """Return the value one of the maps is given by those below it, whole and without a graph."""
+        value: Tensor = whole(self.stored.detach())
+        with read_whole(*self.maps):
+            for below in self.maps:
+                if below is weight_map:
+                    break
+                if below.enabled:
+                    value = below(value)
         return value.detach()
 
     def unmasked(self) -> Tensor:

@@ -208,11 +208,8 @@ class AdaLoRA(ScaledDelta):
 
     def state(self) -> dict[str, Any]:
         """What was seen of the triplets, and the final choice."""
-        return {
-            "sensitivity": dict(self.importance.sensitivity),
-            "uncertainty": dict(self.importance.uncertainty),
-            "kept": dict(self._kept),
-        }
+        sensitivity, uncertainty = self.importance.averages()
+        return {"sensitivity": sensitivity, "uncertainty": uncertainty, "kept": dict(self._kept)}
 
     def state_form(self, tensors: Mapping[str, Tensor] | None) -> Form:
         averages = dict_of(tensor())

@@ -30,6 +30,7 @@ WHOLE: dict[str, Any] = {"exclude": None, "checkpoint": "full"}
 
 
 class TestAdaLoRA(MethodTester):
+    every_one_sharded = True
     methods = [
         lambda: AdaLoRA(2, 1, tinit="25%", tfinal="25%", tune=("bias",), **WHOLE),
         lambda: AdaLoRA(3, 2, alpha=4, tfinal="25%", every=2, gamma=0, targets="all-weights", **WHOLE),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.weights.shards import whole
+from lightning_peft.weights.shards import spread_as, whole
 from lightning_peft_plugins.deltas._shared.triplet_form import TripletForm
 
 PARTS = ("down", "values", "up")
@@ -57,6 +57,10 @@ class TripletImportance:
     def _held(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return self.sensitivity, self.uncertainty
 
+    def averages(self) -> list[dict[str, Tensor]]:
+        """Return both averages, whole."""
+        return [{key: whole(value) for key, value in held.items()} for held in self._held]
+
     def of(self, forms: Mapping[str, TripletForm]) -> dict[str, Tensor]:
         """Return the importance of every triplet, in the shape of a form's values: equation 7 with the mean of vectors.
 
@@ -81,13 +85,18 @@ class TripletImportance:
         for held in self._held:
             if any(key not in tensors or value.shape != tensors[key].shape for key, value in held.items()):
                 return False
-            held.update({key: value.to(tensors[key]) for key, value in held.items()})
+            held.update({key: _like(tensors[key], value) for key, value in held.items()})
         return True
 
     def clear(self) -> None:
         """Begin anew."""
         self.sensitivity.clear()
         self.uncertainty.clear()
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    placed: Tensor = spread_as(parameter, value.to(parameter.device, parameter.dtype))
+    return placed
 
 
 def _of(name: str, form: TripletForm) -> Iterable[tuple[str, Tensor]]:
