@@ -1,4 +1,4 @@
-"""A delta on the side of the activations: no weight is made, and none gets a gradient."""
+"""A delta on the side of the activations: no weight is kept, and none gets a gradient."""
 
 from __future__ import annotations
 

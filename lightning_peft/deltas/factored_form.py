@@ -12,7 +12,7 @@ from lightning_peft.deltas.form import Beside, Form
 class FactoredForm(Form):
     """``scale B A``; subclasses define :meth:`factors`.
 
-    Such a delta can stand beside a layer, which then makes no weight.
+    Such a delta can stand beside a layer, which then keeps no weight that was made.
 
     Attributes:
         scale: Factor of the product.

@@ -29,7 +29,7 @@ class DeltaMethod(Method):
     """Trains what frozen weights gain, and whatever else is named; the rest is frozen for the fit.
 
     Where nothing else acts on a weight, a delta of thin factors is computed beside the layer, from its inputs: no weight is
-    made and none gets a gradient. Under masks and other maps it is added to the weight. The plan says where which. After the
+    kept and none gets a gradient. Under masks and other maps it is added to the weight. The plan says where which. After the
     fit the module is ordinary, with the deltas in its weights, unless ``keep`` leaves them beside.
 
     Args:
