@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import methods
@@ -62,11 +62,6 @@ def rate_at(halves: int) -> float:
     return float(f"{10 ** (halves / 2):.0e}")
 
 
-def best(tried: Mapping[float, float]) -> float:
-    """The rate of the smallest value."""
-    return min(tried, key=lambda rate: tried[rate] if math.isfinite(tried[rate]) else math.inf)
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -84,9 +79,9 @@ def main() -> None:
 
     for variant in track(args.variants or list(study.variants), description="rates", console=Console(stderr=True)):
         tried = found.setdefault(variant, {})
-        walk(tried, lambda rate, variant=variant: evaluate(variant, rate), args.lr)
+        best = walk(tried, lambda rate, variant=variant: evaluate(variant, rate), args.lr)
         path.write_text(json.dumps(found, indent=1))
-        print(f"{variant}: {best(tried):g} of {', '.join(f'{rate:g} {value:.4g}' for rate, value in sorted(tried.items()))}")
+        print(f"{variant}: {best:g} of {', '.join(f'{rate:g} {value:.4g}' for rate, value in sorted(tried.items()))}")
 
 
 def read(path: Path) -> dict[str, dict[float, float]]:

@@ -48,7 +48,7 @@ from lightning_peft.namespaces import own
 from lightning_peft.network.resolve import check_materialised
 from lightning_peft.optim.schedulers import FreshSchedule
 from lightning_peft.strategies import sharding
-from lightning_peft.strategies.support import check_strategy, rewrap, strategy_kind
+from lightning_peft.strategies.support import check_strategy, rewrap, shards
 from lightning_peft.strategies.whole_files import WholeFiles
 from lightning_peft.structure.carry import regroup
 from lightning_peft.weights import stash
@@ -127,7 +127,7 @@ def attach(module: LightningModule) -> None:
 
 def complete_checkpoint(trainer: Trainer, module: LightningModule) -> None:
     """Make a checkpoint saved after a fit as complete as the hub makes those saved during it; shards are saved as they are."""
-    if module not in _HUBS and strategy_kind(trainer.strategy) != "fsdp2":
+    if module not in _HUBS and not shards(trainer.strategy):
         after_fit.complete(trainer, module)
 
 
@@ -150,7 +150,7 @@ class Hub:
         self.run = Run(trainer, module, "", module)
         self._pace = Pace(self.run)
         self._fitting = trainer.state.fn == TrainerFn.FITTING
-        self._shards = strategy_kind(trainer.strategy) == "fsdp2"
+        self._shards = shards(trainer.strategy)
         self.lives = MethodLives(self.methods, self.run, fitting=self._fitting)
         self._rates = StepRates(self.methods, lambda: self.active and self.run.started)
         self._map_groups = MapGroups(self.run)

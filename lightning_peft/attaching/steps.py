@@ -18,7 +18,7 @@ from lightning_peft.compose.lanes import Resource
 from lightning_peft.compose.loss import Loss, Step, check_finite, combine, join_output, split_output
 from lightning_peft.compose.run import Run
 from lightning_peft.contract import Contract, overrides
-from lightning_peft.strategies.support import strategy_kind
+from lightning_peft.strategies.support import shards
 from lightning_peft.weights.detach import attachments
 from lightning_peft.weights.shards import read_whole
 
@@ -50,7 +50,7 @@ class StepTerms:
         if self._network is not None:
             self._network.install()
         self._hand_steps = HandSteps(run, methods)
-        self._sharded = strategy_kind(run.trainer.strategy) == "fsdp2"
+        self._sharded = shards(run.trainer.strategy)
 
     def remove(self) -> None:
         """Take the tap off and stop watching."""

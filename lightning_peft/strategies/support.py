@@ -38,6 +38,11 @@ def strategy_kind(strategy: Strategy) -> str:
     return next((kind for cls, kind in kinds if isinstance(strategy, both(cls))), type(strategy).__name__)
 
 
+def shards(strategy: Strategy) -> bool:
+    """Whether a strategy is that of FSDP2, under which parameters are shards between steps."""
+    return strategy_kind(strategy) == "fsdp2"
+
+
 def check_strategy(trainer: Trainer, methods: Iterable[Contract]) -> None:
     """Refuse a strategy that any method does not support, before anything is touched.
 

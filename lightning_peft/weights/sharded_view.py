@@ -14,8 +14,6 @@ from contextvars import ContextVar
 from torch import nn
 
 _SHOWN: ContextVar[dict[nn.Module, nn.Module] | None] = ContextVar("shown", default=None)
-
-
 _SHARED = ("_parameters", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
 
 
@@ -46,4 +44,8 @@ def shown_to_sharding() -> Iterator[None]:
 def stored_values(layer: nn.Module) -> nn.Module | None:
     """The module that shows a layer's stored values; ``None`` where walks see the layer as it is."""
     shown = _SHOWN.get()
-    return None if shown is None else shown.setdefault(layer, StoredValues(layer))
+    if shown is None:
+        return None
+    if layer not in shown:
+        shown[layer] = StoredValues(layer)
+    return shown[layer]

@@ -104,12 +104,11 @@ class LoRAGGPO(Stepwise):
 
     def _spread(self, form: PerturbedForm, below: Tensor, scale: float) -> Tensor:
         """The spread of a weight's rows, with the gradient that its factors' gradients make: ``scale (B dA + dB A)``."""
-        gradients = [whole(each.grad) / scale for each in (form.down, form.up)]
+        gradient_down, gradient_up = (whole(factor.grad) / scale for factor in (form.down, form.up))
         with read_whole(form):
             down, up = form.rows(), form.up
-        gradient_down, gradient_up = gradients[0].view_as(down), gradients[1]
         weight = torch.hypot(below, form.scale * row_norms(down, up))
-        gradient = form.scale * row_norms(torch.cat([gradient_down, down], -2), torch.cat([up, gradient_up], -1))
+        gradient = form.scale * row_norms(torch.cat([gradient_down.view_as(down), down], -2), torch.cat([up, gradient_up], -1))
         return perturbation_spread(weight, gradient, self.sigma, self.beta)
 
     def finish(self, run: Run) -> None:
