@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback
 
@@ -39,6 +43,9 @@ from lightning_peft import (
     TLoRA,
     TriAdaptLoRA,
 )
+from lightning_peft_plugins.deltas._shared.delta_method import DeltaMethod
+
+EVIDENCE = Path(__file__).resolve().parents[1] / "docs" / "evidence"
 
 Variants = dict[str, Callable[[], list[Callback]]]
 
@@ -69,92 +76,96 @@ def deltas(head: Sequence[str] = ()) -> Variants:
     }
 
 
-def rest() -> Variants:
-    """The family's other members, at the ranks that fill the same budget on the story Llama, or the largest there are."""
-    return {
-        "LoRA+ r=8": lambda: [LoRA(rank=8, lr_ratio=16)],
-        "OLoRA r=8": lambda: [OLoRA(rank=8)],
-        "CorDA r=8": lambda: [CorDA(rank=8, looks=2)],
-        "BA-LoRA r=8": lambda: [BALoRA(rank=8)],
-        "LoRA-GGPO r=8": lambda: [LoRAGGPO(rank=8)],
-        "ALLoRA r=8": lambda: [ALLoRA(rank=8)],
-        "DyLoRA r=8": lambda: [DyLoRA(rank=8)],
-        "PEGO 4 of r=2": lambda: [PEGO(rank=2, members=4)],
-        "SORSA r=7": lambda: [SORSA(rank=7)],
-        "KaSA r=7": lambda: [KaSA(rank=7)],
-        "IncreLoRA r=1 to 4": lambda: [IncreLoRA(rank=1, target=4, most=6)],
-        "TriAdaptLoRA r=1 to 4": lambda: [TriAdaptLoRA(rank=1, target=4, most=8)],
-        "DSEE r=7": lambda: [DSEE(rank=7)],
-        "SALT r=11": lambda: [SALT(rank=11)],
-        "TLoRA r=11": lambda: [TLoRA(rank=11)],
-        "FLoRA r=7": lambda: [FLoRA(rank=7)],
-        "LoRA-XS r=79": lambda: [LoRAXS(rank=79)],
-        "LoRA-SB r=79": lambda: [LoRASB(rank=79, looks=2)],
-        "SVFit r=288": lambda: [SVFit(rank=288)],
-        "LoLDU r=288": lambda: [LoLDU(rank=288)],
-        "Bone r=12": lambda: [Bone(rank=12)],
-        "PHM r=7": lambda: [PHM(rank=7, terms=4)],
-        "SoKA": lambda: [SoKA()],
-        "RandLoRA r=16": lambda: [RandLoRA(rank=16)],
-        "NOLA 256 bases": lambda: [NOLA(rank=8, bases=256)],
-    }
+class Ranks(NamedTuple):
+    """Sizes at which members have as many trained parameters as LoRA of rank 8 on one network, or the most they can have.
 
-
-def rated(full: float, matrices: float, numbers: float, others: Sequence[float]) -> dict[str, float]:
-    """Learning rates of the variants of :func:`deltas`: of all weights, of matrices beside them, of single numbers and heads.
-
-    A scale that is larger by the root of the rank stands for a rate that is smaller. PiSSA moves what the weight has most
-    of, at the rate of all weights. EVA, AdaLoRA, MiSS and LoRA-XS have ``others``, in this order.
+    Attributes:
+        product: Of a product with something beside it: SORSA, KaSA, DSEE, FLoRA.
+        core: Of LoRA-XS and LoRA-SB, whose cores are square.
+        diagonal: Of SVFit and LoLDU, the smallest side of a weight.
+        salt: Of SALT.
+        transform: Of TLoRA.
+        block: Side of Bone's blocks.
+        phm: Of PHM.
+        kronecker: Of SoKA.
+        bases: Of RandLoRA, which has more numbers the smaller the rank.
+        nola: Number of NOLA's bases.
+        target, most: Mean and largest rank that IncreLoRA ends with.
+        exclude: Layers that have no Bone or PHM, since blocks do not divide them.
     """
-    rates = dict.fromkeys(deltas(("head",)), matrices)
-    return (
-        rates
-        | dict.fromkeys(("norm", "bias", "head"), numbers)
-        | dict(zip(("EVA r=8", "AdaLoRA r=7 to 5", "MiSS r=16", "LoRA-XS r=16"), others, strict=True))
-        | {
-            "full": full,
-            "PiSSA r=8": full,
-            "LoRA r=8, root": matrices / 8**0.5,
-        }
-    )
+
+    product: int = 7
+    core: int = 79
+    diagonal: int = 288
+    salt: int = 11
+    transform: int = 11
+    block: int = 12
+    phm: int = 7
+    kronecker: int = 8
+    bases: int = 16
+    nola: int = 256
+    target: int = 4
+    most: int = 6
+    exclude: tuple[str, ...] | None = None
 
 
-STORY_RATES = {
-    "full": 1e-4,
-    "LoRA r=8": 3e-3,
-    "LoRA r=8, root": 1e-3,
-    "DoRA r=7": 3e-3,
-    "LoRA r=4": 3e-3,
-    "PiSSA r=8": 1e-3,
-    "EVA r=8": 1e-3,
-    "AdaLoRA r=7 to 5": 3e-2,
-    "MiSS r=16": 3e-4,
-    "LoRA-XS r=16": 1e-2,
-    "norm": 1e-1,
-    "LoRA+ r=8": 3e-4,
-    "OLoRA r=8": 1e-3,
-    "CorDA r=8": 1e-3,
-    "BA-LoRA r=8": 1e-3,
-    "LoRA-GGPO r=8": 3e-3,
-    "ALLoRA r=8": 3e-3,
-    "DyLoRA r=8": 3e-3,
-    "PEGO 4 of r=2": 1e-2,
-    "SORSA r=7": 1e-3,
-    "KaSA r=7": 3e-3,
-    "IncreLoRA r=1 to 4": 3e-2,
-    "DSEE r=7": 3e-3,
-    "SALT r=11": 3e-3,
-    "TLoRA r=11": 3e-3,
-    "FLoRA r=7": 1e-2,
-    "LoRA-XS r=79": 1e-3,
-    "LoRA-SB r=79": 3e-4,
-    "SVFit r=288": 1e-2,
-    "LoLDU r=288": 3e-4,
-    "Bone r=12": 3e-4,
-    "PHM r=7": 1e-2,
-    "SoKA": 1e-3,
-    "RandLoRA r=16": 3e-4,
-    "TriAdaptLoRA r=1 to 4": 3e-2,
-    "NOLA 256 bases": 1e-2,
-}
-"""Those that ``rates.py`` found on the story Llama."""
+STORY = Ranks()
+MINILM = Ranks(core=95, diagonal=384, salt=13, transform=12, block=16, bases=18)
+LITE0 = Ranks(
+    core=16, diagonal=16, salt=16, block=8, kronecker=10, bases=4, nola=1024, target=3, exclude=("first", "head", "depthwise")
+)
+
+
+def rest(ranks: Ranks, head: Sequence[str] = ()) -> Variants:
+    """The family's other members.
+
+    Args:
+        ranks: Their sizes on the network.
+        head: What each trains beside its deltas.
+    """
+    product, core, diagonal, target = ranks.product, ranks.core, ranks.diagonal, ranks.target
+    where = {} if ranks.exclude is None else {"exclude": ranks.exclude}
+    members: dict[str, tuple[type[DeltaMethod], dict[str, Any]]] = {
+        "LoRA+ r=8": (LoRA, {"lr_ratio": 16}),
+        "OLoRA r=8": (OLoRA, {}),
+        "CorDA r=8": (CorDA, {"looks": 2}),
+        "BA-LoRA r=8": (BALoRA, {}),
+        "LoRA-GGPO r=8": (LoRAGGPO, {}),
+        "ALLoRA r=8": (ALLoRA, {}),
+        "DyLoRA r=8": (DyLoRA, {}),
+        "PEGO 4 of r=2": (PEGO, {"rank": 2, "members": 4}),
+        f"SORSA r={product}": (SORSA, {"rank": product}),
+        f"KaSA r={product}": (KaSA, {"rank": product}),
+        f"IncreLoRA r=1 to {target}": (IncreLoRA, {"rank": 1, "target": target, "most": ranks.most}),
+        "TriAdaptLoRA r=1 to 4": (TriAdaptLoRA, {"rank": 1, "target": 4, "most": 8}),
+        f"DSEE r={product}": (DSEE, {"rank": product}),
+        f"SALT r={ranks.salt}": (SALT, {"rank": ranks.salt}),
+        f"TLoRA r={ranks.transform}": (TLoRA, {"rank": ranks.transform}),
+        f"FLoRA r={product}": (FLoRA, {"rank": product}),
+        f"LoRA-XS r={core}": (LoRAXS, {"rank": core}),
+        f"LoRA-SB r={core}": (LoRASB, {"rank": core, "looks": 2}),
+        f"SVFit r={diagonal}": (SVFit, {"rank": diagonal}),
+        f"LoLDU r={diagonal}": (LoLDU, {"rank": diagonal}),
+        f"Bone r={ranks.block}": (Bone, {"rank": ranks.block, **where}),
+        f"PHM r={ranks.phm}": (PHM, {"rank": ranks.phm, "terms": 4, **where}),
+        f"SoKA r={ranks.kronecker}": (SoKA, {"rank": ranks.kronecker}),
+        f"RandLoRA r={ranks.bases}": (RandLoRA, {"rank": ranks.bases}),
+        f"NOLA {ranks.nola} bases": (NOLA, {"bases": ranks.nola}),
+    }
+    return {name: partial(made, method, {"rank": 8} | given, head) for name, (method, given) in members.items()}
+
+
+def made(method: type[DeltaMethod], arguments: dict[str, Any], head: Sequence[str]) -> list[Callback]:
+    """Make a member."""
+    return [method(**arguments, tune=head)]
+
+
+def rates(study: str) -> dict[str, float]:
+    """Learning rates of a study's variants: of those that ``rates.py`` tried, the best on validation data.
+
+    Args:
+        study: Name of the study; ``docs/evidence/STUDY_rates.json`` has what was tried.
+    """
+    path = EVIDENCE / f"{study}_rates.json"
+    tried = json.loads(path.read_text()) if path.exists() else {}
+    return {variant: float(min(values, key=values.get)) for variant, values in tried.items()}

@@ -114,11 +114,12 @@ class Kept(Callback):
     bytes = peak = 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.own = {p.untyped_storage().data_ptr() for p in pl_module.parameters()}
+        weights = [parameter.untyped_storage() for parameter in pl_module.parameters()]
+        self.own = {storage.data_ptr() for storage in weights}
         self.found: dict[int, int] = {}
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
         self.hooks.__enter__()
-        self.used = InUse()
+        self.used = InUse({storage._cdata for storage in weights})
         self.used.__enter__()
 
     def pack(self, tensor: Tensor) -> Tensor:
@@ -138,12 +139,12 @@ class Kept(Callback):
 
 
 class InUse(TorchDispatchMode):
-    """Counts the bytes of tensors made meanwhile, as long as they are there."""
+    """Counts the bytes of tensors made meanwhile, as long as they are there; a view of what was there before is nothing new."""
 
-    def __init__(self) -> None:
+    def __init__(self, there: set[int]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.seen: set[int] = set()
+        self.seen = there
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))

@@ -22,7 +22,7 @@ from typing import Any
 import timm
 import torch
 from adapter_costs import AdapterCosts, closed_count
-from delta_variants import STORY_RATES, Variants, deltas, rated, rest
+from delta_variants import LITE0, MINILM, STORY, Variants, deltas, rates, rest
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from rich.console import Console
 from rich.progress import track
@@ -161,16 +161,16 @@ STUDIES = {
         lambda args: CIFAR10DataModule(train_size=args.train_size, eval_batch_size=500),
     ),
     "deltas_stories": Study(
-        deltas() | rest(),
+        deltas() | rest(STORY),
         "Alice in Wonderland, story Llama of 15 M weights",
         lambda lr: PretrainedLanguageModel(lr=lr),
         lambda args: ProseDataModule(batch_size=4, eval_batch_size=8, train_size=args.train_size),
         clip=1.0,
         columns=(("test/perplexity", "perplexity", 1), *COSTS),
-        rates=STORY_RATES,
+        rates=rates("deltas_stories"),
     ),
     "deltas_reviews": Study(
-        deltas(("head",)),
+        deltas(("head",)) | rest(MINILM, ("head",)),
         "Rotten Tomatoes, MiniLM",
         lambda lr: TextClassifier(lr=lr, head_lr_scale=5e-3 / lr),
         lambda args: ReviewsDataModule(
@@ -178,16 +178,16 @@ STUDIES = {
         ),
         clip=1.0,
         columns=(("test/accuracy", "accuracy, %", 100), ("test/loss", "test loss", 1), *COSTS),
-        rates=rated(1e-4, 3e-3, 3e-3, (3e-4, 9e-3, 3e-4, 3e-3)),
+        rates=rates("deltas_reviews"),
     ),
     "deltas_groceries": Study(
-        deltas(("head",)),
+        deltas(("head",)) | rest(LITE0, ("head",)),
         "groceries, EfficientNet-Lite0",
         lambda lr: TimmClassifier(lr=lr, head_lr_scale=5e-3 / lr),
         groceries,
         clip=1.0,
         columns=(("test/accuracy", "accuracy, %", 100), ("test/loss", "test loss", 1), *COSTS),
-        rates=rated(1e-4, 1e-3, 5e-3, (1e-4, 1e-3, 3e-4, 1e-3)),
+        rates=rates("deltas_groceries"),
     ),
 }
 

@@ -2,7 +2,8 @@
 
     python benchmarks/rates.py --study deltas_stories --epochs 1 --train-size 16384 --threads 1 --output runs/rates
 
-The walk begins at ``--lr`` and goes on in steps of the root of ten, in the direction that is better, until a step is worse.
+The walk begins at ``--lr``, or at the best rate of those that OUTPUT.json has, and goes on in steps of the root of ten, in the
+direction that is better, until a step is worse.
 What was tried is kept in OUTPUT.json.
 """
 
@@ -79,7 +80,8 @@ def main() -> None:
 
     for variant in track(args.variants or list(study.variants), description="rates", console=Console(stderr=True)):
         tried = found.setdefault(variant, {})
-        best = walk(tried, lambda rate, variant=variant: evaluate(variant, rate), args.lr)
+        first = min(tried, key=tried.__getitem__) if tried else args.lr
+        best = walk(tried, lambda rate, variant=variant: evaluate(variant, rate), first)
         path.write_text(json.dumps(found, indent=1))
         print(f"{variant}: {best:g} of {', '.join(f'{rate:g} {value:.4g}' for rate, value in sorted(tried.items()))}")
 
