@@ -100,7 +100,7 @@ def lite0(lr: float) -> ImageClassifier:
 
 def groceries(args: argparse.Namespace) -> LightningDataModule:
     """675 photos for training, 1,322 for testing."""
-    return GroceriesDataModule(image_size=args.image_size, batch_size=16)
+    return GroceriesDataModule(image_size=args.image_size, batch_size=16, val=args.hold_out or "official")
 
 
 class CIFAR10ResNet(ImageClassifier):
@@ -331,6 +331,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=int, default=128, help="pixels of a photo")
     parser.add_argument(
         "--train-size", type=int, default=None, help="training images of CIFAR-10, reviews or tokens; all by default"
+    )
+    parser.add_argument(
+        "--hold-out", type=float, help="share of the training photos for validation, in place of the 57 official"
     )
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--lr", type=float, default=5e-4)
