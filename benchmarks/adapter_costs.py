@@ -41,9 +41,9 @@ class AdapterCosts(Callback):
         if len(self.begun) == WARMUP:
             self.kept.on_train_batch_start(trainer, pl_module, *batch)
 
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if len(self.begun) == WARMUP:
-            self.kept.on_before_zero_grad(trainer, pl_module, optimizer)
+            self.kept.on_before_backward()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         if len(self.begun) == WARMUP:

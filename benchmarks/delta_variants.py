@@ -82,7 +82,8 @@ class Ranks(NamedTuple):
     Attributes:
         product: Of a product with something beside it: SORSA, KaSA, DSEE, FLoRA.
         core: Of LoRA-XS and LoRA-SB, whose cores are square.
-        diagonal: Of SVFit and LoLDU, the smallest side of a weight.
+        diagonal: Of SVFit, the smallest side of a weight.
+        pivots: Of LoLDU, as many as no weight has a pivot of zero among them.
         salt: Of SALT.
         transform: Of TLoRA.
         block: Side of Bone's blocks.
@@ -97,6 +98,7 @@ class Ranks(NamedTuple):
     product: int = 7
     core: int = 79
     diagonal: int = 288
+    pivots: int = 288
     salt: int = 11
     transform: int = 11
     block: int = 12
@@ -110,9 +112,18 @@ class Ranks(NamedTuple):
 
 
 STORY = Ranks()
-MINILM = Ranks(core=95, diagonal=384, salt=13, transform=12, block=16, bases=18)
+MINILM = Ranks(core=95, diagonal=384, pivots=384, salt=13, transform=12, block=16, bases=18)
 LITE0 = Ranks(
-    core=16, diagonal=16, salt=16, block=8, kronecker=10, bases=4, nola=1024, target=3, exclude=("first", "head", "depthwise")
+    core=16,
+    diagonal=16,
+    pivots=4,
+    salt=16,
+    block=8,
+    kronecker=10,
+    bases=4,
+    nola=1024,
+    target=3,
+    exclude=("first", "head", "depthwise"),
 )
 
 
@@ -145,7 +156,7 @@ def rest(ranks: Ranks, head: Sequence[str] = ()) -> Variants:
         f"LoRA-XS r={core}": (LoRAXS, {"rank": core}),
         f"LoRA-SB r={core}": (LoRASB, {"rank": core, "looks": 2}),
         f"SVFit r={diagonal}": (SVFit, {"rank": diagonal}),
-        f"LoLDU r={diagonal}": (LoLDU, {"rank": diagonal}),
+        f"LoLDU r={ranks.pivots}": (LoLDU, {"rank": ranks.pivots}),
         f"Bone r={ranks.block}": (Bone, {"rank": ranks.block, **where}),
         f"PHM r={ranks.phm}": (PHM, {"rank": ranks.phm, "terms": 4, **where}),
         f"SoKA r={ranks.kronecker}": (SoKA, {"rank": ranks.kronecker}),

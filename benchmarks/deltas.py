@@ -109,33 +109,20 @@ def batches(name: str, count: int) -> DataLoader[Any]:
 
 
 class Kept(Callback):
-    """Counts the bytes that the graph of the last step keeps."""
+    """Counts bytes of tensors that the last step made: those that its backward pass begins with, and the most there were."""
 
     bytes = peak = 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        weights = [parameter.untyped_storage() for parameter in pl_module.parameters()]
-        self.own = {storage.data_ptr() for storage in weights}
-        self.found: dict[int, int] = {}
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
-        self.hooks.__enter__()
-        self.used = InUse({storage._cdata for storage in weights})
+        self.used = InUse({parameter.untyped_storage()._cdata for parameter in pl_module.parameters()})
         self.used.__enter__()
 
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.own:
-            self.found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        if self.found:
-            self.bytes = sum(self.found.values())
+    def on_before_backward(self, *_: Any) -> None:
+        self.bytes = self.used.now
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.used.__exit__(None, None, None)
         self.peak = self.used.peak
-        self.hooks.__exit__()
 
 
 class InUse(TorchDispatchMode):

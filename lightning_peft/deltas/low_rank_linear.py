@@ -1,12 +1,15 @@
-"""A frozen linear layer and a low-rank product beside it, in one function of autograd."""
+"""A linear layer and a low-rank product beside it, which keep of their input what their gradients need."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+from lightning_peft.deltas.operands import operands
 
 
 def low_rank_linear(
@@ -17,6 +20,9 @@ def low_rank_linear(
     Beside the plain composition it saves passes over the output, forward, and over the gradient of the inputs: the scale and
     the sum are part of the matrix products. Where there are many rows, the sum of both weights is made for the moment of such a
     product, which is less than a pass over the rows; not in half precision, in which small deltas would be lost in it.
+
+    The input is kept for the gradient of ``A`` alone. Where it is the result of an activation or of a product, whose operands
+    autograd keeps anyway, it is made again in the backward pass; where ``A`` is frozen, nothing of it is kept.
 
     Args:
         inputs: ``x``, shape ``(..., inputs)``.
@@ -41,10 +47,23 @@ def low_rank_linear(
         cast = [None if tensor is None else tensor.to(dtype) for tensor in (inputs, weight, bias, down, up, dropped)]
         inputs, weight, bias, down, up, dropped = cast  # type: ignore[assignment]
         with torch.autocast(device, enabled=False):
-            return _LowRankLinear.apply(inputs, weight, bias, down, up, scale, dropped)  # type: ignore[no-any-return]
+            return _low_rank_linear(inputs, weight, bias, down, up, scale, dropped)
     if down.dtype != inputs.dtype:
         down, up = down.to(inputs.dtype), up.to(inputs.dtype)
-    return _LowRankLinear.apply(inputs, weight, bias, down, up, scale, dropped)  # type: ignore[no-any-return]
+    return _low_rank_linear(inputs, weight, bias, down, up, scale, dropped)
+
+
+def _low_rank_linear(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, dropped: Tensor | None
+) -> Tensor:
+    read = inputs if dropped is None else dropped
+    if not (weight.requires_grad or down.requires_grad):
+        output, hidden = linear(inputs, weight, bias), linear(read, down)
+        return torch.addmm(_rows(output), _rows(hidden), up.T, alpha=scale).view_as(output)
+    operation, given = operands(read) or (None, ())
+    return _LowRankLinear.apply(  # type: ignore[no-any-return]
+        inputs, weight, bias, down, up, scale, dropped, operation, *given
+    )
 
 
 def _cheaper_made(rows: int, weight: Tensor, dropped: Tensor | None) -> bool:
@@ -68,42 +87,50 @@ class _LowRankLinear(torch.autograd.Function):
         up: Tensor,
         scale: float,
         dropped: Tensor | None,
+        operation: Callable[..., Tensor] | None,
+        *operands: Tensor,
     ) -> Tensor:
-        rows = _rows(inputs if dropped is None else dropped)
-        hidden = down @ rows.T  # thin matrices lie along the rows here and below, where MKL is faster
+        read = inputs if dropped is None else dropped
+        rows = _rows(read)
+        hidden = down @ rows.T  # lies along the rows, where both products with it are faster
         made = _cheaper_made(len(rows), weight, dropped)
         output = linear(inputs, torch.addmm(weight, up, down, alpha=scale) if made else weight, bias)
         if not made:
             output.view(-1, output.shape[-1]).addmm_(hidden.T, up.T, alpha=scale)
-        ctx.save_for_backward(inputs, weight, down, up, hidden, dropped)
-        ctx.scale, ctx.made = scale, made
+        of_weight = inputs if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(of_weight, weight, down, up, hidden, *([read] if operation is None else operands))
+        ctx.scale, ctx.made, ctx.operation = scale, made, operation
+        ctx.drops = dropped is not None
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weight, down, up, hidden, dropped = ctx.saved_tensors
-        rows, flat = _rows(inputs if dropped is None else dropped), _rows(gradient)
+        of_weight, weight, down, up, hidden, *given = ctx.saved_tensors
+        read, flat = given[0] if ctx.operation is None else ctx.operation(*given), _rows(gradient)
+        rows = _rows(read)
         if torch.is_grad_enabled():  # a graph of this pass is wanted, in which `hidden` is no constant
             hidden = down @ rows.T
         needs = ctx.needs_input_grad
-        inner, of_up = up.T @ flat.T, (hidden @ flat).T if needs[4] else None
+        inner, of_up = flat @ up, (hidden @ flat).T if needs[4] else None
         if ctx.scale != 1:
             inner, of_up = inner * ctx.scale, None if of_up is None else of_up * ctx.scale
         of_inputs = of_dropped = None
         if needs[0]:
             of_inputs = flat @ (torch.addmm(weight, up, down, alpha=ctx.scale) if ctx.made else weight)
-        if dropped is not None:
-            of_dropped = (inner.T @ down).view_as(dropped) if needs[6] else None
+        if ctx.drops:
+            of_dropped = (inner @ down).view_as(read) if needs[6] else None
         elif of_inputs is not None and not ctx.made:
-            of_inputs = of_inputs.addmm_(inner.T, down)
+            of_inputs = of_inputs.addmm_(inner, down)
         return (
-            None if of_inputs is None else of_inputs.view_as(inputs),
-            flat.T @ _rows(inputs) if needs[1] else None,
+            None if of_inputs is None else of_inputs.view_as(read),
+            flat.T @ _rows(of_weight) if needs[1] else None,
             flat.sum(0) if needs[2] else None,
-            inner @ rows if needs[3] else None,
+            inner.T @ rows if needs[3] else None,
             of_up,
             None,
             of_dropped,
+            None,
+            *(None for _ in given if ctx.operation is not None),
         )
 
 

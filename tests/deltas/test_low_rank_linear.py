@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import gelu, linear, silu
+from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.deltas.low_rank_linear import low_rank_linear
 
@@ -92,6 +94,105 @@ def test_factors_in_single_precision_beside_a_layer_in_half() -> None:
     result.sum().backward()
     assert a.grad is not None
     assert a.grad.dtype == torch.float32
+
+
+def gated(h: Tensor) -> Tensor:
+    return silu(h) * h.sin()
+
+
+MADE: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": gelu,
+    "gelu, tanh": lambda h: gelu(h, approximate="tanh"),
+    "silu": silu,
+    "gated": gated,
+}
+
+
+def kept(make: Callable[[Tensor], Tensor], freeze: bool = False, dropout: bool = False) -> bool:
+    """Whether the input of a layer, which nobody else holds, is there after the forward pass."""
+    h, w, b, a, u, _ = tensors((6,), 4, 5, 2)
+    inputs = make(h * 1)
+    freed: list[bool] = []
+    weakref.finalize(inputs.untyped_storage(), freed.append, True)
+    dropped = inputs * 0.5 if dropout else None
+    result = low_rank_linear(inputs, w.detach(), b.detach(), a.detach() if freeze else a, u, 0.5, dropped)
+    del inputs
+    assert result.requires_grad
+    return not freed
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_an_input_whose_operands_are_kept_anyway_is_not_kept(name: str) -> None:
+    assert not kept(MADE[name])
+    assert kept(torch.sin)
+
+
+def test_nothing_of_an_input_is_kept_that_no_gradient_needs() -> None:
+    assert not kept(torch.sin, freeze=True)
+    assert not kept(torch.sin, dropout=True)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_gradients_through_an_input_that_is_made_again(name: str) -> None:
+    h, w, b, a, u, _ = tensors((2, 3), 4, 5, 2)
+
+    def function(h: Tensor, a: Tensor, u: Tensor) -> Tensor:
+        return low_rank_linear(MADE[name](h), w.detach(), b.detach(), a, u, 0.5)
+
+    theirs = torch.autograd.grad(composed(MADE[name](h), w, b, a, u, 0.5).square().sum(), (h, a, u))
+    torch.testing.assert_close(torch.autograd.grad(function(h, a, u).square().sum(), (h, a, u)), theirs)
+    assert torch.autograd.gradgradcheck(function, (h, a, u))
+
+
+def test_gradients_where_rows_are_frozen() -> None:
+    x, w, b, a, u, _ = tensors((2, 3), 4, 5, 2)
+
+    def function(x: Tensor, u: Tensor) -> Tensor:
+        return low_rank_linear(x, w.detach(), b.detach(), a.detach(), u, 0.5)
+
+    torch.testing.assert_close(function(x, u), composed(x, w, b, a, u, 0.5))
+    assert torch.autograd.gradcheck(function, (x, u))
+    assert torch.autograd.gradgradcheck(function, (x, u))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_activation_checkpointing(reentrant: bool) -> None:
+    h, w, b, a, u, _ = tensors((6,), 4, 5, 2)
+
+    def block(h: Tensor) -> Tensor:
+        return low_rank_linear(gelu(h), w.detach(), b.detach(), a, u, 0.5)
+
+    expected = torch.autograd.grad(block(h).square().sum(), (h, a, u))
+    checkpoint(block, h, use_reentrant=reentrant).square().sum().backward()
+    torch.testing.assert_close((h.grad, a.grad, u.grad), expected)
+
+
+def test_what_is_packed_elsewhere_stays_there() -> None:
+    h, w, b, a, u, _ = tensors((6,), 4, 5, 2)
+    packed: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append(tensor)
+        return tensor.clone()
+
+    def unpack(tensor: Tensor) -> Tensor:
+        assert backward, "read in the forward pass"
+        return tensor
+
+    backward = False
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        inputs = gelu(h)
+        result = low_rank_linear(inputs, w.detach(), b.detach(), a, u, 0.5)
+    backward = True
+    result.sum().backward()
+    assert any(tensor is inputs or tensor.data_ptr() == inputs.data_ptr() for tensor in packed)
+
+
+def test_an_input_of_a_graph_that_was_let_go_is_read_as_it_is() -> None:
+    h, w, b, a, u, _ = tensors((6,), 4, 5, 2)
+    inputs = gelu(h)
+    inputs.sum().backward()
+    torch.testing.assert_close(low_rank_linear(inputs, w.detach(), b, a, u, 0.5), composed(inputs, w, b, a, u, 0.5))
 
 
 TRANSFORMS: dict[str, Callable[..., Tensor]] = {

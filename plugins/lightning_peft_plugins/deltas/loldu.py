@@ -22,7 +22,7 @@ class LoLDU(DeltaMethod):
         **kwargs: Those of :class:`~lightning_peft_plugins.deltas._shared.delta_method.DeltaMethod`.
 
     Raises:
-        MisconfigurationException: Also where a weight has a pivot of zero, by which a row would be divided.
+        MisconfigurationException: Also where a weight has a pivot of zero, to rounding, by which a row would be divided.
 
     Example:
         >>> LoLDU(rank=32)
@@ -42,9 +42,10 @@ class LoLDU(DeltaMethod):
     def begin(self, form: Any, weight: Tensor, generator: Generator) -> None:
         permutation, lower, upper = torch.linalg.lu(weight)
         pivots = upper.diagonal(dim1=-2, dim2=-1)[..., : form.rank]
-        if bool((pivots == 0).any()):
+        rounding = max(weight.shape[-2:]) * torch.finfo(upper.dtype).eps * upper.abs().amax((-2, -1)).unsqueeze(-1)
+        if bool((pivots.abs() <= rounding).any()):  # as a filter that is dead has in a pretrained network
             raise MisconfigurationException(
-                f"A weight of shape {tuple(form.layout.shape)} has a pivot of zero among its first {form.rank}, and LoLDU "
-                "divides by it. Give a smaller rank=, or leave such layers out with exclude=; SVFit takes any weight."
+                f"a weight of shape {tuple(form.layout.shape)} has a pivot of zero among its first {form.rank}, to rounding, "
+                "and LoLDU divides by it. Give a smaller rank=, or leave such layers out with exclude=; SVFit takes any weight."
             )
         form.start_as(upper[..., : form.rank, :] / pivots.unsqueeze(-1), pivots, permutation @ lower[..., : form.rank])

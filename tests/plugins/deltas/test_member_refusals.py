@@ -59,12 +59,13 @@ def test_a_weight_that_does_not_fit_is_named_and_can_be_left_out(name: str) -> N
         fit(KaSA(5, exclude=None))
 
 
-def test_a_pivot_of_zero_is_refused_and_a_smaller_rank_is_not() -> None:
+@pytest.mark.parametrize("rest", [0.0, 1e-8], ids=["exact", "to rounding"])
+def test_a_pivot_of_zero_is_refused_and_a_smaller_rank_is_not(rest: float) -> None:
     module = Module()
     with torch.no_grad():
-        module.net[2].weight.zero_()  # type: ignore[union-attr, operator]
+        module.net[2].weight.fill_(rest)  # type: ignore[union-attr, operator]
         module.net[2].weight[0, 0] = 1.0  # type: ignore[union-attr, index]
-    with pytest.raises(MisconfigurationException, match="a pivot of zero among its first 2"):
+    with pytest.raises(MisconfigurationException, match=r"net\.2\.weight: .* a pivot of zero among its first 2"):
         fit(LoLDU(2, exclude=None), module)
     fit(LoLDU(1, exclude=None), module)
     fit(SVFit(2, exclude=None), module)

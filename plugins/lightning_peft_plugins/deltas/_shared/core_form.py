@@ -51,7 +51,7 @@ class CoreForm(FactoredForm):
             self.up.copy_(up)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.core @ self.down, self.up
+        return self.down, self.up @ self.core  # so that the frozen side reads the inputs, which need not be kept then
 
     def config(self) -> dict[str, Any]:
         return {"rank": self.rank, "scale": self.scale}

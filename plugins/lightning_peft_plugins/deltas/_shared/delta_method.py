@@ -150,7 +150,10 @@ class DeltaMethod(Method):
         if weight.dtype == torch.float64:  # else in single precision whatever the weight has: few numbers, small steps
             form.to(weight.dtype)
         matrix = place.layout.matrix(weight.detach()).to(next(form.parameters()).dtype)
-        self.begin(form, matrix, torch.Generator().manual_seed(named_seed(f"{self.name}/{place.tensor}")))
+        try:
+            self.begin(form, matrix, torch.Generator().manual_seed(named_seed(f"{self.name}/{place.tensor}")))
+        except MisconfigurationException as error:
+            raise MisconfigurationException(f"{place.tensor}: {error}") from None
         return form.to(weight.device)
 
     def _check(self, found: Sequence[Place]) -> None:
