@@ -57,7 +57,7 @@ def _low_rank_linear(
     inputs: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, dropped: Tensor | None
 ) -> Tensor:
     read = inputs if dropped is None else dropped
-    if not (weight.requires_grad or down.requires_grad):
+    if torch.is_grad_enabled() and not (weight.requires_grad or down.requires_grad):
         output, hidden = linear(inputs, weight, bias), linear(read, down)
         return torch.addmm(_rows(output), _rows(hidden), up.T, alpha=scale).view_as(output)
     operation, given = operands(read) or (None, ())

@@ -70,7 +70,7 @@ def test_what_is_frozen_gets_no_gradient() -> None:
 
 def test_a_small_delta_is_not_lost_among_many_rows_in_half_precision() -> None:
     x, weight = torch.ones(64, 2).bfloat16(), torch.tensor([[1.0, -1.0]]).bfloat16()
-    down, up = torch.ones(1, 2), torch.full((1, 1), 1e-3)
+    down, up = torch.ones(1, 2, requires_grad=True), torch.full((1, 1), 1e-3)
     torch.testing.assert_close(
         low_rank_linear(x, weight, None, down, up, 1.0).float(), torch.full((64, 1), 2e-3), rtol=0.01, atol=0
     )
