@@ -54,14 +54,9 @@ def installed() -> dict[str, MethodEntry]:
         MisconfigurationException: Two packages register one name.
     """
     found: dict[str, MethodEntry] = {}
+    described = cache(lambda dist: (dist.name, dist.version) if dist else ("unknown", "?"))  # each asks for a file to be parsed
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
-        dist = point.dist
-        entry = MethodEntry(
-            point.name,
-            point.value,
-            dist.name if dist is not None else "unknown",
-            dist.version if dist is not None else "?",
-        )
+        entry = MethodEntry(point.name, point.value, *described(point.dist))
         twin = found.get(point.name)
         if twin is not None and twin.value != entry.value:
             raise _misconfiguration(
