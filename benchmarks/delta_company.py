@@ -10,10 +10,8 @@ promises. Networks have their pretrained weights and no dropout, whose random nu
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import re
-import signal
 import sys
 import tempfile
 import time
@@ -24,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kills import attempt, same_batches, train
+from kills import Killed, attempt, same_batches, train
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
@@ -169,22 +167,6 @@ CASES = {
         grows,
     ),
 }
-
-
-class Killed(Callback):
-    """Ends the process by SIGKILL in a step, before or after the optimizer's."""
-
-    def __init__(self, step: int, before: bool) -> None:
-        self.left, self.before = step, before
-
-    def on_before_optimizer_step(self, *_: Any) -> None:
-        self.left -= 1
-        if self.before and not self.left:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        if not self.left:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def train_case(case: Case, killers: list[Callback], folder: Path, number: int) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import random
 import signal
 import sys
@@ -108,15 +109,36 @@ class Saver(ModelCheckpoint):
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
-def train(methods: list[Method], folder: Path, attempt: int, after: Sequence[Callback] = (), **settings: Any) -> Fit:
-    """Train to the end, from the last checkpoint if there is one, and write what came of it."""
+class Killed(Callback):
+    """Ends the process by SIGKILL in a step, before or after the optimizer's."""
+
+    def __init__(self, step: int, before: bool) -> None:
+        self.left, self.before = step, before
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        self.left -= 1
+        if self.before and not self.left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def resumed(methods: list[Method], folder: Path, attempt: int, after: Sequence[Callback] = (), **settings: Any) -> Fit:
+    """Train to the end, from the last checkpoint if there is one."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     last = folder / "last.ckpt"
     found = last if last.exists() else None
     # What is drawn after a resume must come from the checkpoint, so the seed is another one.
     seed, callbacks = attempt if found else 0, [*after, Saver(folder)]
-    run = fit(methods, seed=seed, after=callbacks, resume=found, max_epochs=EPOCHS, **settings)
+    return fit(methods, seed=seed, after=callbacks, resume=found, max_epochs=EPOCHS, **settings)
+
+
+def train(methods: list[Method], folder: Path, attempt: int, after: Sequence[Callback] = (), **settings: Any) -> Fit:
+    """Train to the end, from the last checkpoint if there is one, and write what came of it."""
+    run = resumed(methods, folder, attempt, after, **settings)
     torch.save(run.state() | {"module": dict(run.module.state_dict())}, folder / "part")
     (folder / "part").rename(folder / "final.pt")
     return run
