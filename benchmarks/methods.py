@@ -193,7 +193,7 @@ STUDIES = {
 
 
 def trained(
-    study: Study, variant: str, seed: int, lr: float, args: argparse.Namespace
+    study: Study, variant: str, seed: int, lr: float, args: argparse.Namespace, **settings: Any
 ) -> tuple[Trainer, LightningModule, LightningDataModule, list[Callback], Run]:
     """Train once; return what was trained, the methods, and seconds with the costs if the study's columns show them."""
     seed_everything(seed, verbose=False)
@@ -214,6 +214,7 @@ def trained(
         enable_model_summary=False,
         limit_val_batches=0,
         num_sanity_val_steps=0,
+        **settings,
     )
     start = time.perf_counter()
     trainer.fit(model, datamodule=data)

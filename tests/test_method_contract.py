@@ -168,6 +168,7 @@ def train_companded(task: Task, stored: dict[str, torch.Tensor], weight_of: Call
 
 
 class TestWeightCompander(MethodTester):
+    every_one_sharded = True
     references = [
         *(Reference(partial(companded, learnable=True), optimizer=optimizer) for optimizer in ("adam", "sgd")),
         Reference(partial(companded, learnable=False, a=1.0, b=0.6), lambda: WeightCompander(preset="resnet18/cifar10")),

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
 import lightning_peft
-from lightning_peft import PSKD, LayerGrowth, LoRA, MagnitudePruning, NMSparsity
+from lightning_peft import GBLM, PSKD, LayerGrowth, LoRA, NMSparsity, WeightCompander
 from lightning_peft.testing.ddp import run_ddp
 from lightning_peft.testing.modules import Plain, loader, mlp, trainer
 from lightning_peft.weights.shards import is_shard, whole
@@ -117,7 +117,7 @@ def made(style: type[Plain]) -> Any:
 
 
 def together() -> list[Any]:
-    return [LoRA(2, alpha=8, **TARGETS), NMSparsity("2:4", **TARGETS), PSKD(alpha=0.3)]
+    return [LoRA(2, alpha=8, **TARGETS), NMSparsity("2:4", **TARGETS), WeightCompander(**TARGETS), PSKD(alpha=0.3)]
 
 
 def adapted() -> list[Any]:
@@ -134,7 +134,7 @@ def on_rank(folder: str) -> dict[str, Any]:
     found["two"] = refusal(lambda: trained(made(MadeInTwo), [LoRA(2, **TARGETS)]))
     found["folders"] = refusal(lambda: trained(made(Made), [LoRA(2, **TARGETS)], folders=True))
     found["split"] = refusal(lambda: trained(made(Made), [LoRA(2, **TARGETS)], sizes=(1, 2)))
-    found["pruning"] = refusal(lambda: trained(made(Made), [MagnitudePruning(0.5)]))
+    found["pruning"] = refusal(lambda: trained(made(Made), [GBLM(0.5)]))
     found["growth"] = refusal(lambda: trained(made(Made), [LayerGrowth(start=2)]))
     found["again"] = refusal(lambda: trained(init, [LoRA(2, **TARGETS)]))
     saves = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
@@ -185,7 +185,7 @@ def test_one_line_attaches_to_a_network_that_is_made_when_it_is_sharded(ranks: l
         ("two", r"made more.weight after the methods were attached"),
         ("folders", r"whole files, not folders of shards yet.*save_distributed_checkpoint=False"),
         ("split", r"data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False\)"),
-        ("pruning", r"magnitude_pruning does not work under the fsdp2 strategy"),
+        ("pruning", r"gblm does not work under the fsdp2 strategy"),
         ("growth", r"Shards are laid out before training begins"),
         ("again", r"sharded already.*Build the module anew"),
     ],

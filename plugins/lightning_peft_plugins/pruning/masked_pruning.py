@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_peft import Lane, Method, Resource, Run, Schedule
 from lightning_peft.arguments import one_of
 from lightning_peft.compose.schedule import Shape, parse_point
+from lightning_peft.contract import SHARDED, Contract
 from lightning_peft.network.nm_layers import input_dim, wide_layers
 from lightning_peft.network.targets import SENSITIVE, TargetSpec
 from lightning_peft.structure.edits import Change
@@ -79,6 +80,7 @@ class MaskedPruning(Method):
     writes = frozenset({Resource.MASK})
     weight_maps = (MaskMap,)
     commutes = True
+    strategies = SHARDED
     paper = (
         "Zhu & Gupta, To prune, or not to prune: exploring the efficacy of pruning for model compression, 2017, "
         "arXiv 1710.01878"
@@ -127,6 +129,8 @@ class MaskedPruning(Method):
         self.every = parse_point(every)
         self.rule = make_rule(rule, alpha, strength, ends=end is not None)
         self.rewind = Rewind(None if rewind is None else parse_point(rewind))
+        if self.score.reads - FROM_CALLS or rule not in ("zero", "ste") or rewind is not None:
+            self.strategies = Contract.strategies  # these look at gradients, change weights, or keep them all
         self.restarts = rewind is not None
         self.timeline: PruningTimeline | None = None
         self.recorder = LayerRecorder(self.score.reads, self._records, self.in_training_step)

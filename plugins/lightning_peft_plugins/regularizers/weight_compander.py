@@ -15,10 +15,12 @@ from torch.optim import Optimizer
 
 from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.arguments import one_of, positive
+from lightning_peft.contract import SHARDED
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft.optim.trial import decays_by_gradient
 from lightning_peft.optim.wrapped import innermost
 from lightning_peft.weights.maps import mapped_tensors, maps_of
+from lightning_peft.weights.shards import read_whole
 from lightning_peft_plugins.regularizers._weight_compander.maps import FLOOR, ArctanMap, CompanderMap, FittedCompanderMap
 from lightning_peft_plugins.regularizers.functional.compander import PUBLISHED, weight_decay_gradient
 
@@ -60,6 +62,7 @@ class WeightCompander(Method):
     commutes = True
     writes = frozenset({Resource.WEIGHT_MAP})
     weight_maps = (CompanderMap, FittedCompanderMap)
+    strategies = SHARDED
     paper = "Cakaj, Mehnert, Yang: Weight Compander, IJCNN 2023, https://arxiv.org/abs/2306.16993"
 
     def __init__(
@@ -195,5 +198,6 @@ class WeightCompander(Method):
             return dict(zip("ab", self.fixed, strict=True))
         names = set(self._mapped)
         maps = [m for t in mapped_tensors(run.module) if t.name in names for m in t.maps if isinstance(m, ArctanMap)]
-        scales = [m.scales(torch.float32) for m in maps]
+        with read_whole(*maps):
+            scales = [m.scales(torch.float32) for m in maps]
         return {key: torch.stack([pair[place] for pair in scales]).mean() for place, key in enumerate("ab")}

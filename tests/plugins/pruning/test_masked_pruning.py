@@ -89,6 +89,7 @@ def test_zeros_can_be_kept_only_where_there_are_some_and_nothing_else_is_asked_f
 class TestMaskedPruning(MethodTester):
     """Compositions in one class, because two processes are started once a class."""
 
+    every_one_sharded = True
     methods = [
         lambda: MaskedPruning(0.5, exclude=EVERYTHING),
         lambda: MaskedPruning(0.7, "taylor", exclude=EVERYTHING, start="25%", end="75%", every=2),

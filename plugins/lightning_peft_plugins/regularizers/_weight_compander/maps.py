@@ -18,7 +18,10 @@ _NEAR = 0.999  # share of the bound up to which a weight has a stored value wort
 
 
 class ArctanMap(WeightMap):
-    """The map ``w = a arctan(v / b)``; subclasses say where ``a`` and ``b`` come from."""
+    """The map ``w = a arctan(v / b)``; subclasses say where ``a`` and ``b`` come from.
+
+    Learned scales have shape ``(1,)``: FSDP2 shards no tensor without dimensions.
+    """
 
     lane = Lane.REPARAM
     optimizer_overrides = {"weight_decay": 0.0}
@@ -58,7 +61,7 @@ class CompanderMap(ArctanMap):
         positive("b", b)
         self.first, self.learnable = (float(a), float(b)), learnable
         if learnable:
-            self.a, self.b = (nn.Parameter(torch.tensor(value, dtype=torch.float32)) for value in self.first)
+            self.a, self.b = (nn.Parameter(torch.tensor([value], dtype=torch.float32)) for value in self.first)
 
     def config(self) -> dict[str, Any]:
         return {"a": self.first[0], "b": self.first[1], "learnable": self.learnable}
@@ -68,7 +71,7 @@ class CompanderMap(ArctanMap):
         if not self.learnable:
             return self.first
         dtype = torch.promote_types(dtype, torch.float32)
-        return self.a.to(dtype), self.b.to(dtype)
+        return self.a.to(dtype).squeeze(0), self.b.to(dtype).squeeze(0)
 
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -88,7 +91,7 @@ class CompanderMap(ArctanMap):
                 if max(a, b) > min(torch.finfo(dtype).max for dtype in (weight.dtype, self.a.dtype)):
                     raise ValueError(f"its largest weight, {peak:.3g}, has no stored value within {weight.dtype}")
             for scale, value in ((self.a, a), (self.b, b)):
-                scale.data = torch.full((), value, dtype=scale.dtype, device=weight.device)
+                scale.data = _scale_of(weight, value)
             a, b = (scale.item() for scale in (self.a, self.b))
         return compand_inverse(weight, a, b)
 
@@ -125,7 +128,7 @@ class FittedCompanderMap(ArctanMap):
             raise MisconfigurationException(f"slope must be positive, got {slope!r}; 1 keeps small weights as they are.")
         self.headroom, self.slope, self.learnable = float(headroom), float(slope), learnable
         for name in ("log_a", "log_b"):
-            value = torch.zeros((), dtype=torch.float32)
+            value = torch.zeros(1, dtype=torch.float32)
             if learnable:
                 self.register_parameter(name, nn.Parameter(value))
             else:
@@ -137,7 +140,7 @@ class FittedCompanderMap(ArctanMap):
     def scales(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return ``a`` and ``b``, positive, as 0-dim tensors of at least single precision."""
         dtype = torch.promote_types(dtype, torch.float32)
-        return self.log_a.to(dtype).exp(), self.log_b.to(dtype).exp()
+        return self.log_a.to(dtype).exp().squeeze(0), self.log_b.to(dtype).exp().squeeze(0)
 
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -147,5 +150,9 @@ class FittedCompanderMap(ArctanMap):
             ValueError: The weight holds values no finite stored value maps to.
         """
         for scale, value in zip((self.log_a, self.log_b), compander_scales(weight, self.headroom, self.slope), strict=True):
-            scale.data = torch.full((), value, dtype=scale.dtype, device=weight.device)
+            scale.data = _scale_of(weight, value)
         return compand_inverse(weight, *self.scales(weight.dtype))
+
+
+def _scale_of(weight: Tensor, value: float) -> Tensor:
+    return torch.full((1,), value, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
