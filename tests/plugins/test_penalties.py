@@ -134,7 +134,8 @@ def test_sr_ste_pulls_through_the_maps_below_and_their_own_parameters() -> None:
                     for mapped in mapped_tensors(pl_module):
                         compander = mapped.maps[0]
                         found[mapped.name] = mapped.stored.grad.double()
-                        found[f"{mapped.name} a"], found[f"{mapped.name} b"] = compander.a.grad, compander.b.grad
+                        found[f"{mapped.name} a"] = compander.a.grad.squeeze(0)
+                        found[f"{mapped.name} b"] = compander.b.grad.squeeze(0)
                         found[f"{mapped.name} v"] = mapped.stored.detach().double()
 
         seed_all(0)
