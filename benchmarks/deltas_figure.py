@@ -1,4 +1,4 @@
-"""Draws studies of deltas side by side, the first in full height: a dot a seed, a line at the mean, the best member on top.
+"""Draws studies of deltas side by side: a dot a seed, a line at the mean, the best member on top.
 
 python benchmarks/deltas_figure.py docs/evidence/deltas_{stories,reviews,groceries}.json --output docs/evidence/deltas_study.png
 """
@@ -41,10 +41,9 @@ def main() -> None:
     parser.add_argument("results", nargs="+", type=Path, help="what methods.py wrote, named as its study")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    first, *others = (path.stem for path in args.results)
-    figure, axes = plt.subplot_mosaic([[first, name] for name in others or [first]], figsize=(11, 8), layout="constrained")
-    for path in args.results:
-        draw(axes[path.stem], path.stem, json.loads(path.read_text()))
+    figure, axes = plt.subplots(1, len(args.results), figsize=(5 * len(args.results), 8), layout="constrained", squeeze=False)
+    for axis, path in zip(axes[0], args.results, strict=True):
+        draw(axis, path.stem, json.loads(path.read_text()))
     figure.savefig(args.output, dpi=110)
 
 
