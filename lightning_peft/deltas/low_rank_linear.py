@@ -88,7 +88,7 @@ class _LowRankLinear(torch.autograd.Function):
         scale: float,
         dropped: Tensor | None,
         operation: Callable[..., Tensor] | None,
-        *operands: Tensor,
+        *given: Tensor,
     ) -> Tensor:
         read = inputs if dropped is None else dropped
         rows = _rows(read)
@@ -98,7 +98,7 @@ class _LowRankLinear(torch.autograd.Function):
         if not made:
             output.view(-1, output.shape[-1]).addmm_(hidden.T, up.T, alpha=scale)
         of_weight = inputs if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(of_weight, weight, down, up, hidden, *([read] if operation is None else operands))
+        ctx.save_for_backward(of_weight, weight, down, up, hidden, *([read] if operation is None else given))
         ctx.scale, ctx.made, ctx.operation = scale, made, operation
         ctx.drops = dropped is not None
         return output
