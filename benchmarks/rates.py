@@ -87,9 +87,11 @@ def main() -> None:
 
 
 def read(path: Path) -> dict[str, dict[float, float]]:
-    """What was tried before."""
+    """What was tried before, but rates that were chosen by hand and have no value on record."""
     found = json.loads(path.read_text()) if path.exists() else {}
-    return {variant: {float(rate): value for rate, value in tried.items()} for variant, tried in found.items()}
+    return {
+        variant: {float(rate): value for rate, value in tried.items() if value is not None} for variant, tried in found.items()
+    }
 
 
 if __name__ == "__main__":
