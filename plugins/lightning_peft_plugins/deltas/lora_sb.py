@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_peft.deltas.sides import Place
 from lightning_peft.deltas.slots import Slots
 from lightning_peft_plugins.deltas._shared.batch_start import BatchStart
 from lightning_peft_plugins.deltas._shared.core_form import CoreForm
+from lightning_peft_plugins.deltas._shared.input_rows import outputs_last
 
 
 class LoRASB(BatchStart):
@@ -24,6 +28,10 @@ class LoRASB(BatchStart):
         looks: Optimizer steps whose gradients are looked at before the deltas are trained.
         **kwargs: Those of :class:`~lightning_peft_plugins.deltas._shared.scaled_delta.ScaledDelta`.
 
+    Raises:
+        MisconfigurationException: Also for layers whose gradient is not found: grouped convolutions, projections whose layer
+            is not called.
+
     Example:
         >>> LoRASB(rank=32).scale
         1.0
@@ -36,6 +44,15 @@ class LoRASB(BatchStart):
     def __init__(self, rank: int = 32, alpha: float | None = None, looks: int = 8, **kwargs: Any) -> None:
         super().__init__(rank, alpha, looks, **kwargs)
 
+    def _check(self, found: Sequence[Place]) -> None:
+        super()._check(found)
+        if others := [place.path for place in found if not self.watches(place)]:
+            raise MisconfigurationException(
+                f"{self.name} finds a core for linear layers and convolutions of one group that are called, and {others[0]} is "
+                f"none of these, nor are {len(others) - 1} others. Leave them out: exclude={others[:8]}. "
+                "LoRAXS takes any weight."
+            )
+
     def see(self, name: str, layer: nn.Module, inputs: Tensor, output: Tensor) -> None:
         if not output.requires_grad:
             return
@@ -43,7 +60,7 @@ class LoRASB(BatchStart):
 
         def add(gradient: Tensor) -> None:
             dtype = torch.promote_types(gradient.dtype, torch.float32)
-            self.add(name, gradient.flatten(0, -2).T.to(dtype) @ rows.to(dtype))
+            self.add(name, outputs_last(layer, gradient).flatten(0, -2).T.to(dtype) @ rows.to(dtype))
 
         output.register_hook(add)
 

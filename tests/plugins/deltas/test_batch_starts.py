@@ -155,20 +155,64 @@ def test_lengths_are_learned_beside_the_same_first_values(make: Any) -> None:
     assert lengths.states[-1]["model.0.weight"]["magnitude"].ne(lengths.states[0]["model.0.weight"]["magnitude"]).any()
 
 
-def test_layers_that_are_not_linear_begin_as_in_lora() -> None:
-    class Image(Tuned):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = nn.Sequential(nn.Conv1d(1, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * SIZE, 6))
+class Image(Tuned):
+    """A convolution with stride and padding in front."""
 
-        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            return (self.model(batch.unsqueeze(1)) - 1).square().mean()
+    def __init__(self, groups: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        conv = nn.Conv1d(2, 4, 3, stride=2, padding=1, padding_mode="reflect", groups=groups)
+        self.model = nn.Sequential(nn.Unflatten(1, (2, SIZE // 2)), conv, nn.Flatten(), nn.Linear(4 * 3, 6))
 
-    method = EVA(2, looks=1, targets=["model.0", "model.2"], exclude=None, keep=True)
-    module = Image()
+
+BOTH: dict[str, Any] = {"targets": ["model.1", "model.3"], "exclude": None, "keep": True}
+
+
+@pytest.mark.parametrize("make", [EVA, CorDA, LoRASB])
+def test_convolutions_begin_too(make: Any) -> None:
+    method, module = make(2, looks=LOOKS, **BOTH), Image()
+    notes = Notes(method)
+    trainer(callbacks=[method, notes], max_epochs=1).fit(module, BATCHES)  # type: ignore[arg-type]
+    begun, last = (notes.states[at]["model.1.weight"] for at in (LOOKS - 1, -1))
+    alone, columns = Image(), []
+    for batch in BATCHES[:LOOKS]:
+        alone.training_step(batch, 0).backward()
+        padded = nn.functional.pad(batch.view(-1, 2, SIZE // 2), (1, 1), mode="reflect")
+        columns.append(padded.unfold(2, 3, 2).permute(0, 2, 1, 3).flatten(2).flatten(0, 1))
+    if make is LoRASB:
+        step = -1e-2 * alone.model[1].weight.grad.flatten(1).sign()
+        left, values, right = torch.linalg.svd(step, full_matrices=False)
+        torch.testing.assert_close(begun["up"] @ begun["core"] @ begun["down"], left[:, :2] * values[:2] @ right[:2])
+        assert not torch.equal(begun["core"], last["core"])
+    elif make is EVA:
+        rows = torch.cat(columns)
+        right = torch.linalg.svd(rows - rows.mean(0), full_matrices=False).Vh[:2]
+        cosines = (begun["down"].flatten(1) @ right.T).diagonal().abs()
+        torch.testing.assert_close(cosines, torch.ones(2), atol=1e-3, rtol=0)
+    else:
+        second = torch.cat(columns).T @ torch.cat(columns)
+        weight = alone.model[1].weight.detach().flatten(1)
+        taken = begun["taken_up"] @ begun["taken_down"].flatten(1)
+        best = torch.linalg.svd(weight @ second, full_matrices=False)
+        kept = best.U[:, :2] if method.directions == "first" else best.U[:, -2:]
+        expected = kept @ kept.T @ weight
+        torch.testing.assert_close(taken, expected, atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("make", [EVA, CorDA])
+def test_grouped_convolutions_begin_as_in_lora_and_the_plan_says_so(make: Any) -> None:
+    method, module = make(1, looks=1, **BOTH), Image(groups=2)
+    assert "1 of them begin as in LoRA" in method.describe(module)
     trainer(callbacks=[method], max_epochs=1).fit(module, BATCHES)  # type: ignore[arg-type]
     forms = dict(method.forms(module))
-    assert forms["model.0.weight"].up.abs().max() > 0 < forms["model.2.weight"].up.abs().max()
+    assert forms["model.1.weight"].up.abs().max() > 0 < forms["model.3.weight"].up.abs().max()
+
+
+def test_lora_sb_refuses_what_it_finds_no_core_for() -> None:
+    with pytest.raises(MisconfigurationException, match=r"model\.1 is none of these.*exclude=\['model\.1'\]"):
+        trainer(callbacks=[LoRASB(1, looks=1, **BOTH)], max_epochs=1).fit(Image(groups=2), BATCHES)  # type: ignore[arg-type]
+    left_out = {**BOTH, "exclude": ["model.1"]}
+    trainer(callbacks=[LoRASB(1, looks=1, **left_out)], max_epochs=1).fit(Image(groups=2), BATCHES)  # type: ignore[arg-type]
 
 
 def test_a_training_that_is_too_short_says_so() -> None:
