@@ -92,7 +92,7 @@ class Ranks(NamedTuple):
         bases: Of RandLoRA, which has more numbers the smaller the rank.
         nola: Number of NOLA's bases.
         target, most: Mean and largest rank that IncreLoRA ends with.
-        exclude: Layers that have no Bone or PHM, since blocks do not divide them.
+        exclude: Layers that have no Bone or PHM, since blocks do not divide them, and no LoRA-SB, since their padding is their own.
     """
 
     product: int = 7
@@ -154,7 +154,7 @@ def rest(ranks: Ranks, head: Sequence[str] = ()) -> Variants:
         f"TLoRA r={ranks.transform}": (TLoRA, {"rank": ranks.transform}),
         f"FLoRA r={product}": (FLoRA, {"rank": product}),
         f"LoRA-XS r={core}": (LoRAXS, {"rank": core}),
-        f"LoRA-SB r={core}": (LoRASB, {"rank": core, "looks": 2}),
+        f"LoRA-SB r={core}": (LoRASB, {"rank": core, "looks": 2, **where}),
         f"SVFit r={diagonal}": (SVFit, {"rank": diagonal}),
         f"LoLDU r={ranks.pivots}": (LoLDU, {"rank": ranks.pivots}),
         f"Bone r={ranks.block}": (Bone, {"rank": ranks.block, **where}),
