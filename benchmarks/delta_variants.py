@@ -92,7 +92,7 @@ class Ranks(NamedTuple):
         bases: Of RandLoRA, which has more numbers the smaller the rank.
         nola: Number of NOLA's bases.
         target, most: Mean and largest rank that IncreLoRA ends with.
-        exclude: Layers that have no Bone or PHM, since blocks do not divide them, and no LoRA-SB, since their padding is their own.
+        exclude: Layers without Bone and PHM, as blocks do not divide them, and without LoRA-SB, as their padding is their own.
     """
 
     product: int = 7
