@@ -168,7 +168,7 @@ class Image(Tuned):
 BOTH: dict[str, Any] = {"targets": ["model.1", "model.3"], "exclude": None, "keep": True}
 
 
-@pytest.mark.parametrize("make", [EVA, CorDA, LoRASB])
+@pytest.mark.parametrize("make", [EVA, LoRASB])
 def test_convolutions_begin_too(make: Any) -> None:
     method, module = make(2, looks=LOOKS, **BOTH), Image()
     notes = Notes(method)
@@ -184,19 +184,11 @@ def test_convolutions_begin_too(make: Any) -> None:
         left, values, right = torch.linalg.svd(step, full_matrices=False)
         torch.testing.assert_close(begun["up"] @ begun["core"] @ begun["down"], left[:, :2] * values[:2] @ right[:2])
         assert not torch.equal(begun["core"], last["core"])
-    elif make is EVA:
+    else:
         rows = torch.cat(columns)
         right = torch.linalg.svd(rows - rows.mean(0), full_matrices=False).Vh[:2]
         cosines = (begun["down"].flatten(1) @ right.T).diagonal().abs()
         torch.testing.assert_close(cosines, torch.ones(2), atol=1e-3, rtol=0)
-    else:
-        second = torch.cat(columns).T @ torch.cat(columns)
-        weight = alone.model[1].weight.detach().flatten(1)
-        taken = begun["taken_up"] @ begun["taken_down"].flatten(1)
-        best = torch.linalg.svd(weight @ second, full_matrices=False)
-        kept = best.U[:, :2] if method.directions == "first" else best.U[:, -2:]
-        expected = kept @ kept.T @ weight
-        torch.testing.assert_close(taken, expected, atol=1e-3, rtol=1e-2)
 
 
 @pytest.mark.parametrize("make", [EVA, CorDA])
