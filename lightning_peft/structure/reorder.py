@@ -146,4 +146,4 @@ def _is_sized(weight_map: WeightMap) -> bool:
     if isinstance(weight_map, HeldMask):
         return False
     own = [*weight_map.state_dict(keep_vars=True).values(), *vars(weight_map).values()]
-    return any(isinstance(value, Tensor) and value.ndim > 0 for value in own)
+    return any(isinstance(value, Tensor) and value.numel() > 1 for value in own)

@@ -201,7 +201,7 @@ def _maps(module: nn.Module, edit: Recorded) -> dict[str, list[WeightMap]]:
 
 def _check_map(weight_map: WeightMap, name: str, entry: SliceEntry) -> None:
     own = {key: tensor for key, tensor in weight_map.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
-    sized = [key for key, tensor in own.items() if tensor.ndim > 0 and not key.endswith("_extra_state")]
+    sized = [key for key, tensor in own.items() if tensor.numel() > 1 and not key.endswith("_extra_state")]
     if sized:
         raise CheckpointError(
             f"{name} should be cut from {entry['from']} to {entry['to']}, but the weight map {weight_map.kind!r} of "
