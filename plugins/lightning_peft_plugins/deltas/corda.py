@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from lightning_peft.arguments import one_of
 from lightning_peft.deltas.sides import Place
 from lightning_peft.deltas.slots import Slots
-from lightning_peft.network.layers import is_linear
 from lightning_peft_plugins.deltas._shared.batch_start import BatchStart
 from lightning_peft_plugins.deltas._shared.input_moments import moments
 from lightning_peft_plugins.deltas._shared.products import PRODUCTS
@@ -57,11 +56,6 @@ class CorDA(BatchStart):
 
     def arguments(self, place: Place) -> dict[str, Any]:
         return super().arguments(place) | {"taken": self.rank}
-
-    @staticmethod
-    def watches(place: Place) -> bool:
-        """Linear layers alone, as officially: on EfficientNet's convolutions such a start trained worse than LoRA's."""
-        return place.called and is_linear(place.layer)
 
     def see(self, name: str, layer: nn.Module, inputs: Tensor, output: Tensor) -> None:
         self.add(name, moments(inputs))

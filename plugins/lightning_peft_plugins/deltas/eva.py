@@ -69,8 +69,8 @@ class EVA(BatchStart):
         self.add(name, moments(inputs))
 
     def begin_with(self, form: Any, weight: Tensor, seen: Tensor, rate: float) -> None:
-        vectors = torch.linalg.eigh(covariance(seen)).eigenvectors  # in rising order of their values
-        form.down.copy_(vectors.T.flip(0)[: form.rank].view_as(form.down))
+        vectors = torch.linalg.eigh(covariance(seen).double()).eigenvectors  # in rising order of their values
+        form.down.copy_(vectors.T.flip(0)[: form.rank])
 
     def begun(self, forms: Mapping[str, Any]) -> None:
         if self.rho == 1:

@@ -13,7 +13,7 @@ from lightning_peft.deltas.sides import Place
 from lightning_peft.deltas.slots import Slots
 from lightning_peft_plugins.deltas._shared.batch_start import BatchStart
 from lightning_peft_plugins.deltas._shared.core_form import CoreForm
-from lightning_peft_plugins.deltas._shared.input_rows import outputs_last
+from lightning_peft_plugins.deltas._shared.input_rows import has_rows, input_rows, outputs_last
 
 
 class LoRASB(BatchStart):
@@ -53,10 +53,15 @@ class LoRASB(BatchStart):
                 "LoRAXS takes any weight."
             )
 
+    @staticmethod
+    def watches(place: Place) -> bool:
+        """Convolutions too: without a first core nothing would be trained there."""
+        return place.called and has_rows(place.layer)
+
     def see(self, name: str, layer: nn.Module, inputs: Tensor, output: Tensor) -> None:
         if not output.requires_grad:
             return
-        rows = inputs.detach().flatten(0, -2)
+        rows = input_rows(layer, inputs.detach()).flatten(0, -2)
 
         def add(gradient: Tensor) -> None:
             dtype = torch.promote_types(gradient.dtype, torch.float32)

@@ -15,11 +15,11 @@ from lightning_peft import Resource, Run
 from lightning_peft.arguments import positive
 from lightning_peft.capture.layer_calls import LayerCalls
 from lightning_peft.deltas.sides import Place
+from lightning_peft.network.layers import is_linear
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.structure.forms import Form as StateForm
 from lightning_peft.structure.forms import dict_of, fields, tensor
 from lightning_peft.weights.shards import gathered, whole
-from lightning_peft_plugins.deltas._shared.input_rows import has_rows, input_rows
 from lightning_peft_plugins.deltas._shared.scaled_delta import ScaledDelta
 
 
@@ -27,8 +27,8 @@ class BatchStart(ScaledDelta):
     """A delta that trains from the step after ``looks`` steps, in which its layers are watched; subclasses say for what.
 
     Until then a delta adds nothing and gets no gradient, while everything else that is trained goes on. What is watched is
-    added up over all processes, and is in checkpoints until it was used. Other layers than linear ones and convolutions of one
-    group start as in LoRA, and the plan says how many.
+    added up over all processes, and is in checkpoints until it was used. Layers that are not linear start as in LoRA, and the
+    plan says how many.
 
     Args:
         rank: Rank of the deltas.
@@ -55,10 +55,10 @@ class BatchStart(ScaledDelta):
     @staticmethod
     def watches(place: Place) -> bool:
         """Whether first values are found for a tensor."""
-        return place.called and has_rows(place.layer)
+        return place.called and is_linear(place.layer)
 
     def see(self, name: str, layer: nn.Module, inputs: Tensor, output: Tensor) -> None:
-        """Take notice of one call of a layer, whose inputs are given as rows, by :meth:`add`."""
+        """Take notice of one call of a layer, by :meth:`add`."""
         raise NotImplementedError
 
     def begin_with(self, form: Any, weight: Tensor, seen: Tensor, rate: float) -> None:
@@ -104,7 +104,7 @@ class BatchStart(ScaledDelta):
     def _see(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
         if self.in_training_step():
             with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-                self.see(name, layer, input_rows(layer, inputs), output)
+                self.see(name, layer, inputs, output)
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Let no gradient reach the deltas while their layers are watched."""
