@@ -60,7 +60,8 @@ def _low_rank_linear(
     if torch.is_grad_enabled() and not (weight.requires_grad or down.requires_grad):
         output, hidden = linear(inputs, weight, bias), linear(read, down)
         return torch.addmm(_rows(output), _rows(hidden), up.T, alpha=scale).view_as(output)
-    operation, given = operands(read) or (None, ())
+    made = None if weight.requires_grad else operands(read)  # whose gradient needs the input itself
+    operation, given = made or (None, ())
     return _LowRankLinear.apply(  # type: ignore[no-any-return]
         inputs, weight, bias, down, up, scale, dropped, operation, *given
     )
