@@ -1,11 +1,12 @@
-"""What a training step with an adapter costs: ours against PEFT's and against full fine-tuning, side by side in one run.
+"""What a training step with an adapter costs: ours against PEFT's, full fine-tuning and a frozen network, in one run.
 
     python benchmarks/deltas.py --output docs/evidence/deltas
 
 Random weights of real architectures, AdamW, a Lightning Trainer each. As in ``overhead.py`` every variant is a fit in a process
-of its own, and takes one step when the baton comes round. Two kinds of bytes are counted in one more step: those that autograd
-keeps for the backward pass beside parameters, each storage once, and the most that are in use at a time. Attaching is timed in
-turns, in this process.
+of its own, and takes a few steps when the baton comes round. The same code differs by some percent from one process to the
+next, so all of it is started several times. Two kinds of bytes are counted in one more step: those that autograd keeps for the
+backward pass beside parameters, each storage once, and the most that are in use at a time. Attaching is timed in turns, in this
+process.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from lightning_peft import LoRA
 
 RANK = 8
 BAR = 0.92  # of PEFT's step
+TURN = 4  # steps
 
 
 def minilm() -> nn.Module:
@@ -89,14 +91,21 @@ def with_peft(network: nn.Module) -> nn.Module:
     return peft.get_peft_model(network, peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names))
 
 
-VARIANTS = ("full", "peft", "ours")
+VARIANTS = ("full", "peft", "ours", "frozen")
+
+
+def frozen(network: nn.Module) -> nn.Module:
+    """The floor: gradients go all the way back, and no matrix gets one."""
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_("norm" in name.lower())
+    return network
 
 
 def built(name: str, variant: str) -> tuple[Tuned, list[Callback]]:
     """The module and the callbacks of a variant."""
     torch.manual_seed(0)
     network = NETWORKS[name][0]()
-    module = Tuned(with_peft(network) if variant == "peft" else network)
+    module = Tuned({"peft": with_peft, "frozen": frozen}.get(variant, nn.Identity())(network))
     return module.train(), [LoRA(rank=RANK)] if variant == "ours" else []
 
 
@@ -155,11 +164,12 @@ def fit(name: str, variant: str, pipe: Connection, args: argparse.Namespace) -> 
 
 
 def train(name: str, module: Tuned, callbacks: list[Callback], pipe: Connection, args: argparse.Namespace) -> None:
-    """Train a variant when its turn comes; one step more is taken than is timed."""
+    """Train a variant when its turn comes."""
     quiet()
     torch.set_num_threads(args.threads)
-    steps = args.warmup + args.rounds + 1
-    lean(callbacks=[Baton(pipe, time.perf_counter), *callbacks], max_steps=steps).fit(module, batches(name, steps))
+    steps = TURN * (args.warmup + args.rounds) + 1  # a turn ends where the next one would begin
+    baton = Baton(pipe, time.perf_counter, TURN)
+    lean(callbacks=[baton, *callbacks], max_steps=steps).fit(module, batches(name, steps))
 
 
 def lean(**settings: Any) -> Trainer:
@@ -193,12 +203,14 @@ def attaching(name: str, rounds: int) -> float:
 def timed(
     name: str, variants: Sequence[str], against: str, args: argparse.Namespace, fit: Callable[..., None]
 ) -> dict[str, dict[str, Any]]:
-    """Compare the steps of all variants with those of one, in turns."""
-    seconds = interleave(name, variants, args, fit)
+    """Compare the steps of all variants with those of one, in turns, by the medians of every start."""
+    starts = [interleave(name, variants, args, fit) for _ in range(args.starts)]
     rows = {}
-    for variant, times in seconds.items():
-        ratio, interval = compared(times, seconds[against])
-        rows[variant] = {"ms": 1000 * statistics.median(times), "ratio": ratio, "interval": interval}
+    for variant in variants:
+        ratios = [compared(seconds[variant], seconds[against])[0] for seconds in starts]
+        times = [time for seconds in starts for time in seconds[variant]]
+        row = {"ms": 1000 * statistics.median(times), "ratio": statistics.median(ratios), "range": (min(ratios), max(ratios))}
+        rows[variant] = row
     return rows
 
 
@@ -206,8 +218,9 @@ def arguments(description: str | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--starts", type=int, default=4, help="how often all processes begin anew")
+    parser.add_argument("--rounds", type=int, default=5, help=f"counted turns of each start, of {TURN} steps")
+    parser.add_argument("--warmup", type=int, default=1, help="turns before those")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
@@ -222,16 +235,16 @@ def main() -> None:
     for name, rows in results.items():
         for variant, row in rows.items():
             row["kept"], row["peak"] = counted(name, variant)
-    attaches = {name: attaching(name, args.rounds // 3) for name in args.networks}
+    attaches = {name: attaching(name, 2 * args.starts) for name in args.networks}
     for name, rows in results.items():
         table = Table(
-            "variant", "step, ms", "of PEFT's", "95 % interval", "kept, MB", "of PEFT's", "peak, MB", "of PEFT's", title=name
+            "variant", "step, ms", "of PEFT's", "least to most", "kept, MB", "of PEFT's", "peak, MB", "of PEFT's", title=name
         )
         for variant, row in rows.items():
-            interval = "{:.3f} to {:.3f}".format(*row["interval"])
+            spread = "{:.3f} to {:.3f}".format(*row["range"])
             memory = [(row[key] / 1e6, row[key] / rows["peft"][key]) for key in ("kept", "peak")]
             cells = [cell for size, share in memory for cell in (f"{size:.1f}", f"{share:.3f}")]
-            table.add_row(variant, f"{row['ms']:.1f}", f"{row['ratio']:.3f}", interval, *cells)
+            table.add_row(variant, f"{row['ms']:.1f}", f"{row['ratio']:.3f}", spread, *cells)
         Console().print(table)
         Console().print(f"attaching takes {attaches[name]:.2f} of PEFT's time")
     if args.output is not None:

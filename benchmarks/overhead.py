@@ -72,20 +72,32 @@ def quiet() -> None:
 
 
 class Baton(Callback):
-    """Holds its `Trainer` back at every batch start until the other end of the pipe gives leave for one more step.
+    """Holds its `Trainer` back at every batch start until the other end of the pipe gives leave for its next turn.
 
-    What it sends is the seconds of the step before, from one batch start to the next, so that every hook and the data loading
-    between them count.
+    What it sends is the seconds of a step of the turn before, from one batch start to the next, so that every hook and the data
+    loading between them count.
+
+    Args:
+        pipe: The other end gives leave, and takes the seconds.
+        clock: Tells seconds.
+        steps: Steps of a turn. The first of several is not timed: it finds the caches as the other variants left them.
     """
 
-    def __init__(self, pipe: Connection, clock: Callable[[], float]) -> None:
-        self.pipe, self.clock = pipe, clock
+    def __init__(self, pipe: Connection, clock: Callable[[], float], steps: int = 1) -> None:
+        self.pipe, self.clock, self.steps = pipe, clock, steps
         self.started: float | None = None
+        self.left = 0
 
     def on_train_batch_start(self, *args: Any) -> None:
-        self.pipe.send(None if self.started is None else self._now() - self.started)
+        self.left -= 1
+        if self.left > 0:
+            if self.left == self.steps - 1:
+                self.started = self._now()
+            return
+        timed = max(self.steps - 1, 1)
+        self.pipe.send(None if self.started is None else (self._now() - self.started) / timed)
         self.pipe.recv()
-        self.started = self._now()
+        self.left, self.started = self.steps, self._now()
 
     def _now(self) -> float:
         if torch.cuda.is_available():

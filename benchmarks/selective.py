@@ -75,11 +75,11 @@ def main() -> None:
         for variant, row in rows.items():
             row["kept"], row["state"] = weighed(name, variant)
     for name, rows in results.items():
-        table = Table("variant", "step, ms", "of full", "95 % interval", "kept, MB", "Adam's state, MB", title=name)
+        table = Table("variant", "step, ms", "of full", "least to most", "kept, MB", "Adam's state, MB", title=name)
         for variant, row in rows.items():
-            interval = "{:.3f} to {:.3f}".format(*row["interval"])
+            spread = "{:.3f} to {:.3f}".format(*row["range"])
             sizes = (f"{row[key] / 1e6:.2f}" for key in ("kept", "state"))
-            table.add_row(variant, f"{row['ms']:.1f}", f"{row['ratio']:.3f}", interval, *sizes)
+            table.add_row(variant, f"{row['ms']:.1f}", f"{row['ratio']:.3f}", spread, *sizes)
         Console().print(table)
     if args.output is not None:
         args.output.with_suffix(".json").write_text(json.dumps({"about": about, "results": results}, indent=1))

@@ -101,38 +101,53 @@ class _LowRankLinear(torch.autograd.Function):
         of_weight = inputs if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(of_weight, weight, down, up, hidden, *([read] if operation is None else given))
         ctx.scale, ctx.made, ctx.operation = scale, made, operation
-        ctx.drops = dropped is not None
+        ctx.drops, ctx.shape = dropped is not None, inputs.shape
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         of_weight, weight, down, up, hidden, *given = ctx.saved_tensors
-        read, flat = given[0] if ctx.operation is None else ctx.operation(*given), _rows(gradient)
-        rows = _rows(read)
+        flat, needs = _rows(gradient), ctx.needs_input_grad
         if torch.is_grad_enabled():  # a graph of this pass is wanted, in which `hidden` is no constant
-            hidden = down @ rows.T
-        needs = ctx.needs_input_grad
-        inner, of_up = flat @ up, (hidden @ flat).T if needs[4] else None
+            hidden = down @ _rows(given[0] if ctx.operation is None else ctx.operation(*given)).T
+        inner, of_up = up.T @ flat.T, (hidden @ flat).T if needs[4] else None  # `inner` lies along the rows too
         if ctx.scale != 1:
             inner, of_up = inner * ctx.scale, None if of_up is None else of_up * ctx.scale
         of_inputs = of_dropped = None
         if needs[0]:
             of_inputs = flat @ (torch.addmm(weight, up, down, alpha=ctx.scale) if ctx.made else weight)
         if ctx.drops:
-            of_dropped = (inner @ down).view_as(read) if needs[6] else None
+            of_dropped = (inner.T @ down).view(ctx.shape) if needs[6] else None
         elif of_inputs is not None and not ctx.made:
-            of_inputs = of_inputs.addmm_(inner, down)
+            of_inputs = of_inputs.addmm_(inner.T, down)
         return (
-            None if of_inputs is None else of_inputs.view_as(read),
+            None if of_inputs is None else of_inputs.view(ctx.shape),
             flat.T @ _rows(of_weight) if needs[1] else None,
             flat.sum(0) if needs[2] else None,
-            inner.T @ rows if needs[3] else None,
+            _times_input(inner, ctx.operation, given) if needs[3] else None,
             of_up,
             None,
             of_dropped,
             None,
             *(None for _ in given if ctx.operation is not None),
         )
+
+
+def _times_input(inner: Tensor, operation: Callable[..., Tensor] | None, given: list[Tensor]) -> Tensor:
+    """``inner @ x``. An ``x`` that is made again is made in blocks of rows, which stay in the cache of a CPU."""
+    if operation is None:
+        return inner @ _rows(given[0])
+    operands = [_rows(each) for each in torch.broadcast_tensors(*given)]  # type: ignore[no-untyped-call]
+    rows, width = operands[0].shape
+    block = max(_BLOCK // width, 64) if inner.device.type == "cpu" else max(rows, 1)
+    product = inner.new_zeros(len(inner), width)
+    for start in range(0, rows, block):
+        part = slice(start, start + block)
+        product = torch.addmm(product, inner[:, part], operation(*(each[part] for each in operands)))
+    return product
+
+
+_BLOCK = 2**19  # numbers
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -10,6 +10,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 
+def transformed() -> bool:
+    """Whether a call is traced by a compiler or transformed by ``torch.func``: what it makes means nothing outside."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def quick(function: type[Function]) -> Callable[..., Any]:
     """Return ``function.apply``, faster where nobody transforms it.
 
@@ -42,7 +47,6 @@ def quick(function: type[Function]) -> Callable[..., Any]:
     Quick.__name__ = function.__name__
 
     def apply(*inputs: Any) -> Any:
-        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        return (function if transformed else Quick).apply(*inputs)
+        return (function if transformed() else Quick).apply(*inputs)
 
     return apply

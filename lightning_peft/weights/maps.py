@@ -94,10 +94,19 @@ def mapped_tensors(module: nn.Module, *, every_name: bool = False) -> Iterator[M
         every_name: Yield what stands in several places of the module (one layer used twice) under each of its names, as a
             state dict does; by default it comes once, under the first.
     """
-    for prefix, layer in module.named_modules(remove_duplicate=not every_name):
+    # `named_modules` hands each module up through all levels, which is most of a walk that methods take in every step.
+    seen: set[nn.Module] = set()
+    left: list[tuple[str, nn.Module]] = [("", module)]
+    while left:
+        prefix, layer = left.pop()
+        if not every_name:
+            if layer in seen:
+                continue
+            seen.add(layer)
         if isinstance(layer, MappedLayer):
             for attribute in layer.weight_maps:
-                yield MappedTensor(f"{prefix}.{attribute}" if prefix else attribute, layer, attribute)
+                yield MappedTensor(f"{prefix}{attribute}", layer, attribute)
+        left += [(f"{prefix}{name}.", child) for name, child in reversed(layer._modules.items()) if child is not None]
 
 
 def maps_of(module: nn.Module, kind: type[MapT], owner: str) -> Iterator[tuple[MappedTensor, MapT]]:

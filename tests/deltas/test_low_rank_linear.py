@@ -144,6 +144,13 @@ def test_gradients_through_an_input_that_is_made_again(name: str) -> None:
     assert torch.autograd.gradgradcheck(function, (h, a, u))
 
 
+def test_an_input_that_is_made_again_in_blocks() -> None:
+    h, w, b, a, u, _ = tensors((2, 75), 8192, 3, 2)
+    made = low_rank_linear(MADE["gated"](h), w.detach(), b.detach(), a, u, 0.5)
+    theirs = torch.autograd.grad(composed(MADE["gated"](h), w, b, a, u, 0.5).square().sum(), (h, a, u))
+    torch.testing.assert_close(torch.autograd.grad(made.square().sum(), (h, a, u)), theirs)
+
+
 def test_gradients_where_rows_are_frozen() -> None:
     x, w, b, a, u, _ = tensors((2, 3), 4, 5, 2)
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft import NMSparsity, bake, bake_checkpoint, plan
 from lightning_peft.functional import is_nm, nm_mask
+from lightning_peft_plugins.sparsity._nm_sparsity.nm_map import MaskRule, NMMap
 from lightning_peft_plugins.sparsity._nm_sparsity.nm_schedule import RECIPES
 
 
@@ -270,3 +271,35 @@ def test_a_finished_run_that_goes_on_stays_sparse(tmp_path, options):
     fit(seeded(), NMSparsity("2:4", **settings), early, epochs=6)
     assert max(early.seen[18:30]) > 0.0, "a run of that length from the start would be soft there"
     assert all(is_nm(layer.weight, 2, 4) for layer in module.model[2:] if isinstance(layer, nn.Linear))
+
+
+def test_sr_ste_pulls_by_the_masks_of_the_forward_pass():
+    rule = MaskRule(2, 4, pulls=True)
+    rule.set(2, 4, 0.0)
+    nm_map = NMMap(2, 4, 1, rule=rule)
+    seen = torch.tensor([[4.0, 3.0, 2.0, 1.0]], requires_grad=True)
+    later = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    high, low = [[True, True, False, False]], [[False, False, True, True]]
+    nm_map(seen)
+    assert nm_map.take_mask(later).tolist() == high
+    assert nm_map.take_mask(later).tolist() == low, "it is taken once"
+    with torch.no_grad():
+        nm_map(seen)
+    torch.func.grad(lambda weight: nm_map(weight).sum())(seen.detach())
+    assert nm_map.take_mask(later).tolist() == low, "of a pass without gradients, or inside a transform, nothing is kept"
+    nm_map(seen)
+    assert nm_map.take_mask(torch.cat([later, later])).tolist() == low * 2, "nor for a weight of another shape"
+
+
+def test_sr_ste_chooses_its_masks_once_a_step(monkeypatch):
+    chosen = []
+
+    def counted(weight, *args):
+        chosen.append(weight.shape)
+        return nm_mask(weight, *args)
+
+    monkeypatch.setattr("lightning_peft_plugins.sparsity._nm_sparsity.nm_map.nm_mask", counted)
+    method = NMSparsity("2:4", recipe="sr-ste", targets=["model.2", "model.4"], exclude=())
+    trainer = Trainer(accelerator="cpu", max_steps=4, logger=False, enable_checkpointing=False, callbacks=[method])
+    trainer.fit(Net(), data())
+    assert len(chosen) == 2 * (4 + 2), "the last metrics and the module that is left want them too"

@@ -188,7 +188,7 @@ class WeightCompander(Method):
         """Keep learned scales above zero."""
         if self._fit is None and self.learnable:
             maps = maps_of(run.module, CompanderMap, type(self).__name__)
-            if scales := [scale for _, compander in maps for scale in compander.parameters()]:
+            if scales := [scale for _, compander in maps for scale in (compander.a, compander.b)]:
                 torch._foreach_clamp_min_(scales, FLOOR)
 
     @torch.no_grad()
@@ -200,4 +200,4 @@ class WeightCompander(Method):
         maps = [m for t in mapped_tensors(run.module) if t.name in names for m in t.maps if isinstance(m, ArctanMap)]
         with read_whole(*maps):
             scales = [m.scales(torch.float32) for m in maps]
-        return {key: torch.stack([pair[place] for pair in scales]).mean() for place, key in enumerate("ab")}
+        return {key: torch.cat([pair[place] for pair in scales]).mean() for place, key in enumerate("ab")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -178,7 +179,7 @@ class NMSparsity(Method):
         """Put one map on every target, all dense until training starts or a checkpoint says otherwise."""
         layers = self.select(module)
         for name, (n, m) in self._layer_patterns(module, layers).items():
-            rule = self._rules.setdefault((n, m), MaskRule(n, m))
+            rule = self._rules.setdefault((n, m), MaskRule(n, m, pulls=self.sr_lambda > 0))
             kind = HeldNMMap if self.holds_masks else NMMap
             masked = self.grad_mode == "masked" or self.recipe == "one-shot"
             across = output_dim(layers[name], m) if self.transposable else None
@@ -246,7 +247,7 @@ class NMSparsity(Method):
         trained, strength = trained_by(optimizer), self.sr_lambda * run.gradient_scale(optimizer)
         for mapped, nm_map in maps_of(run.module, NMMap, type(self).__name__):
             if mapped.stored in trained and not nm_map.rule.dense:
-                add_penalty(mapped, nm_map, lambda weight, mask=nm_map.mask: pruned_values(weight, mask(weight)) * strength)  # type: ignore[misc]
+                add_penalty(mapped, nm_map, partial(_pull, nm_map, strength))
 
     def _sparse_end(self, run: Run) -> int:
         try:
@@ -324,6 +325,11 @@ class NMSparsity(Method):
         if state["timeline"]:
             self.timeline = PhaseTimeline(*(int(step) for step in state["timeline"]))
         self._enter_phase()
+
+
+def _pull(nm_map: NMMap, strength: float, weight: Tensor) -> Tensor:
+    """Gradient of SR-STE's penalty, by the masks that the forward pass had."""
+    return pruned_values(weight, nm_map.take_mask(weight)) * strength
 
 
 def _on_tensor_cores(layers: Mapping[str, nn.Module]) -> str:

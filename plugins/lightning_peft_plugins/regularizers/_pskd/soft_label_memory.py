@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import tempfile
@@ -103,11 +104,11 @@ class SoftLabelMemory:
             MisconfigurationException: An index is negative or beyond the size.
         """
         self._make_room(index)
-        finite = torch.isfinite(probabilities.sum(1))
-        if not finite.all():
+        if not math.isfinite(probabilities.sum().item()):
+            finite = torch.isfinite(probabilities.sum(1))
             index, probabilities = index[finite], probabilities[finite]
-        last = _last_of_each(index)
-        if len(last) < len(index):
+        if len(set(index.tolist())) < len(index):
+            last = _last_of_each(index)
             index, probabilities = index[last], probabilities[last]
         self._rows.index_copy_(0, index, probabilities.to(self.dtype))
         self._seen.index_fill_(0, index, True)

@@ -27,7 +27,7 @@ class ArctanMap(WeightMap):
     optimizer_overrides = {"weight_decay": 0.0}
 
     def scales(self, dtype: torch.dtype) -> tuple[Tensor | float, Tensor | float]:
-        """Return ``a`` and ``b``, positive: 0-dim tensors of at least single precision, or numbers."""
+        """Return ``a`` and ``b``, positive: tensors of shape ``(1,)`` of at least single precision, or numbers."""
         raise NotImplementedError
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -67,11 +67,11 @@ class CompanderMap(ArctanMap):
         return {"a": self.first[0], "b": self.first[1], "learnable": self.learnable}
 
     def scales(self, dtype: torch.dtype) -> tuple[Tensor | float, Tensor | float]:
-        """Return ``a`` and ``b``: 0-dim tensors of at least single precision where they are learned, else numbers."""
+        """Return ``a`` and ``b``: tensors of shape ``(1,)`` where they are learned, else numbers."""
         if not self.learnable:
             return self.first
         dtype = torch.promote_types(dtype, torch.float32)
-        return self.a.to(dtype).squeeze(0), self.b.to(dtype).squeeze(0)
+        return self.a.to(dtype), self.b.to(dtype)
 
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -138,9 +138,9 @@ class FittedCompanderMap(ArctanMap):
         return {"headroom": self.headroom, "slope": self.slope, "learnable": self.learnable}
 
     def scales(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return ``a`` and ``b``, positive, as 0-dim tensors of at least single precision."""
+        """Return ``a`` and ``b``, positive, as tensors of shape ``(1,)`` of at least single precision."""
         dtype = torch.promote_types(dtype, torch.float32)
-        return self.log_a.to(dtype).exp().squeeze(0), self.log_b.to(dtype).exp().squeeze(0)
+        return self.log_a.to(dtype).exp(), self.log_b.to(dtype).exp()
 
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ def compand(v: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
 
     Args:
         v: Stored values, any shape.
-        a: Scale of the result, positive, a scalar.
-        b: Scale of the argument, positive, a scalar.
+        a: Scale of the result, positive: a number, or a tensor with one element and no more dimensions than ``v``.
+        b: Scale of the argument, likewise.
 
     Returns:
         Weights, same shape and dtype as ``v``.

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_peft import Lane, WeightMap
+from lightning_peft.weights.functions import transformed
 from lightning_peft.weights.held import HeldMask
 from lightning_peft.weights.nm import is_nm, nm_mask
 from lightning_peft.weights.nm_prune import ste_prune
 from lightning_peft.weights.nm_transposable import transposable_nm_mask
+from lightning_peft.weights.shards import spread_as
 
 
 class MaskRule:
@@ -19,11 +21,17 @@ class MaskRule:
 
     One object serves many maps, so a step changes one number instead of one per layer. ``decay`` is a 0-dim tensor because a
     compiled step would be compiled again for every new Python number.
+
+    Args:
+        n: Weights kept.
+        m: Group size.
+        pulls: Whether pruned weights are pulled to zero before a step, by the masks of the forward pass.
     """
 
-    def __init__(self, n: int, m: int) -> None:
+    def __init__(self, n: int, m: int, pulls: bool = False) -> None:
         self.n = n
         self.m = m
+        self.pulls = pulls
         self.dense = True
         self.soft = False
         self.decay = torch.ones(())
@@ -67,6 +75,7 @@ class NMMap(WeightMap):
             rule = MaskRule(n, m)
             rule.set(n, m, 0.0)
         self.rule = rule
+        self._of_forward: Tensor | None = None
 
     def config(self) -> dict[str, Any]:
         sides = {"dim": self.dim} if self.across is None else {"dim": self.dim, "across": self.across}
@@ -86,8 +95,17 @@ class NMMap(WeightMap):
         rule = self.rule
         if rule.dense:
             return weight
-        decay = rule.decay if rule.soft else 0.0
-        return ste_prune(weight, self.mask(weight), decay, masked_grad=self.masked_grad)
+        decay, mask = rule.decay if rule.soft else 0.0, self.mask(weight)
+        if rule.pulls and torch.is_grad_enabled() and not transformed() and type(mask) is Tensor:
+            self._of_forward = mask
+        return ste_prune(weight, mask, decay, masked_grad=self.masked_grad)
+
+    def take_mask(self, weight: Tensor) -> Tensor:
+        """Return the mask of the last forward pass, once; choose one where none was kept."""
+        mask, self._of_forward = self._of_forward, None
+        if mask is None or (mask.shape, mask.device) != (weight.shape, weight.device):
+            return self.mask(weight)
+        return spread_as(weight, mask)  # type: ignore[no-any-return]
 
     def bake(self, weight: Tensor) -> Tensor:
         """Apply the target pattern, whatever the phase."""
