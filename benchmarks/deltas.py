@@ -175,7 +175,7 @@ def train(name: str, module: Tuned, callbacks: list[Callback], pipe: Connection,
 def lean(**settings: Any) -> Trainer:
     """A Trainer that prints and writes nothing."""
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return Trainer(accelerator="cpu", devices=1, **off, **settings)
+    return Trainer(accelerator="cpu", **{"devices": 1, **off, **settings})
 
 
 def counted(name: str, variant: str) -> tuple[int, int]:

@@ -83,6 +83,8 @@ class Contract:
         spares_frozen: Whether it leaves frozen weights alone, as lanes ``REPARAM`` and ``MASK`` do.
         checkpoint: ``"full"``, or ``"trained"``: checkpoints of a fit leave out what it does not change, and hold digests of
             that instead. One method that says so is enough.
+        rank_state: Keys of :meth:`state` under which each rank has what it saw of its own samples. A checkpoint holds that of
+            all ranks, and a resumed rank gets its own back; for another number of ranks see :meth:`pooled`.
         stays: Whether the maps and parts it attaches in a fit stay on the module when that is over, live, instead of going into
             the weights.
         validated_as: What validations see of its weight maps: ``"trained"`` as in training, ``"baked"`` as would be shipped.
@@ -109,6 +111,7 @@ class Contract:
 
     checkpoint: Literal["full", "trained"] = "full"
     stays: bool = False
+    rank_state: ClassVar[frozenset[str]] = frozenset()
     validated_as: Literal["trained", "baked"] = "trained"
     run: Run | None = None
     after: Sequence[str] = ()
@@ -318,6 +321,16 @@ class Contract:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state` gave."""
+
+    def pooled(self, key: str, states: Sequence[Any], rank: int) -> Any:
+        """Return what a rank goes on from when a checkpoint comes from another number of ranks.
+
+        Args:
+            key: One of :attr:`rank_state`.
+            states: What each of those ranks had under it.
+            rank: The rank that goes on.
+        """
+        raise NotImplementedError
 
     def state_form(self, tensors: Mapping[str, Tensor] | None) -> Form | None:
         """Say what :meth:`state` looks like (:mod:`lightning_peft.structure.forms`), so that nothing else is loaded.

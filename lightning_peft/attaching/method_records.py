@@ -7,6 +7,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_peft.attaching import rank_states
 from lightning_peft.contract import Contract
 from lightning_peft.structure import method_state
 from lightning_peft.structure.method_state import MethodState
@@ -20,7 +21,7 @@ def describe(method: Contract) -> dict[str, Any]:
 
 
 def state_of(method: Contract) -> dict[str, Any]:
-    """Return the versioned state of a method.
+    """Return the versioned state of a method; every rank has to ask.
 
     Raises:
         MisconfigurationException: Its ``state()`` returned something that could not be loaded again.
@@ -31,7 +32,7 @@ def state_of(method: Contract) -> dict[str, Any]:
             f"state() of {method.name} holds something that is not plain data, so the checkpoint could not be resumed: "
             f"{found}. Return tensors, numbers, strings, lists and dicts only."
         )
-    return method_state.write(method.steps, method._epochs_ended, state)
+    return method_state.write(method.steps, method._epochs_ended, state, rank_states.of_all(method, state))
 
 
 def check(method: Contract, saved: Any, module: nn.Module | None = None) -> MethodState:
@@ -59,7 +60,7 @@ def restore(method: Contract, saved: Any, module: nn.Module | None) -> None:
     method.steps, method._epochs_ended = found.steps, found.epochs
     method.restored = True
     try:
-        method.load_state(found.state)
+        method.load_state(rank_states.for_this_rank(method, found.state, found.ranks))
     except MisconfigurationException:
         raise
     except Exception as error:  # what load_state meets in a damaged file, its author cannot foresee

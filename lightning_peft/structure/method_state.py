@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,16 +14,18 @@ FORMAT = 1
 
 
 class MethodState(NamedTuple):
-    """A method's part of a checkpoint: its clock and its own state."""
+    """A method's part of a checkpoint: its clock, its own state, and what of that each of several ranks has of its own."""
 
     steps: int
     epochs: int
     state: dict[str, Any]
+    ranks: list[dict[str, Any]]
 
 
-def write(steps: int, epochs: int, state: dict[str, Any]) -> dict[str, Any]:
+def write(steps: int, epochs: int, state: dict[str, Any], ranks: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     """Return the state of a method for a checkpoint."""
-    return {"version": FORMAT, "steps": steps, "epochs": epochs, "state": state}
+    written = {"version": FORMAT, "steps": steps, "epochs": epochs, "state": state}
+    return written | ({"ranks": list(ranks)} if ranks else {})
 
 
 def read(name: str, saved: Any, form: Form | None) -> MethodState:
@@ -43,14 +46,18 @@ def read(name: str, saved: Any, form: Form | None) -> MethodState:
             "Use the version of lightning-peft that wrote it, or start from its baked weights."
         )
     steps, epochs, state = (saved.get(key) for key in ("steps", "epochs", "state"))
-    if whole()(steps, "") or whole()(epochs, "") or not isinstance(state, dict):
+    ranks = saved.get("ranks", [])
+    listed = isinstance(ranks, list) and all(isinstance(own, dict) for own in ranks)
+    if whole()(steps, "") or whole()(epochs, "") or not isinstance(state, dict) or not listed:
         raise MisconfigurationException(
-            f"The checkpoint's state of {name} is malformed: it needs whole numbers from 0 under 'steps' and 'epochs' "
-            "and a dict under 'state'. The file is damaged or was edited; resume from another one."
+            f"The checkpoint's state of {name} is malformed: it needs whole numbers from 0 under 'steps' and 'epochs', "
+            "a dict under 'state', and a list of dicts under 'ranks' if that is there. The file is damaged or was edited; "
+            "resume from another one."
         )
-    if form is not None and (found := form(state, "")) is not None:
-        raise not_restored(name, found)
-    return MethodState(steps, epochs, state)  # type: ignore[arg-type]
+    for each in (state, *({**state, **own} for own in ranks)):
+        if form is not None and (found := form(each, "")) is not None:
+            raise not_restored(name, found)
+    return MethodState(steps, epochs, state, ranks)  # type: ignore[arg-type]
 
 
 def not_restored(name: str, reason: object) -> CheckpointError:

@@ -49,7 +49,7 @@ def run_ddp(
             Lightning (where the system can fork), which start ten times as fast.
 
     Returns:
-        The results, plain data, one per rank.
+        The results, plain data, one per rank; ``None`` of one that ended itself with status 0.
 
     Raises:
         RuntimeError: A rank failed or the time ran out; the message ends with the output of the ranks.
@@ -59,7 +59,8 @@ def run_ddp(
             codes = _launch(function, arguments or {}, processes, timeout, fresh, Path(folder))
             logs = [Path(folder, f"{rank}.log").read_text(errors="replace") for rank in range(processes)]
             if all(code == 0 for code in codes):
-                return [torch.load(Path(folder, f"{rank}.out"), weights_only=True) for rank in range(processes)]
+                outs = [Path(folder, f"{rank}.out") for rank in range(processes)]
+                return [torch.load(out, weights_only=True) if out.is_file() else None for out in outs]
         if attempt < 2 and any(text in log.lower() for log in logs for text in _PORT_TAKEN):
             continue  # somebody took the port between our look and our use
         break

@@ -274,8 +274,9 @@ def test_a_finished_run_that_goes_on_stays_sparse(tmp_path, options):
 
 
 def test_sr_ste_pulls_by_the_masks_of_the_forward_pass():
-    rule = MaskRule(2, 4, pulls=True)
+    rule = MaskRule(2, 4)
     rule.set(2, 4, 0.0)
+    rule.pulls = True
     nm_map = NMMap(2, 4, 1, rule=rule)
     seen = torch.tensor([[4.0, 3.0, 2.0, 1.0]], requires_grad=True)
     later = torch.tensor([[1.0, 2.0, 3.0, 4.0]])

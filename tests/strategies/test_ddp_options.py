@@ -1,14 +1,16 @@
-"""Options of DDP as users set them: methods end with the weights that they end with under plain DDP, bit for bit."""
+"""DDP as users have it: its options change nothing, bit for bit, and where one rank ends the others do."""
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_peft import PSKD, LayerGrowth, LoRA, NMSparsity
@@ -57,3 +59,33 @@ def test_an_option_changes_nothing(ranks: list[dict[str, Any]], methods: str, op
     one, other = (rank[f"{methods}-{option}-{accumulate}"] for rank in ranks)
     assert difference(one, other) is None
     assert difference(one, ranks[0][f"{methods}-{accumulate}"]) is None
+
+
+class Dies(Callback):
+    """Ends one rank before its fifth step, as a kill does: nothing is cleaned up."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 4 and trainer.global_rank == 1:
+            os._exit(0)
+
+
+def left_alone(methods: str, said: str) -> None:
+    """Train beside a rank that ends; the one that is left says what became of it, and ends too."""
+    start = time.monotonic()
+    try:
+        runner = trainer(callbacks=[*METHODS[methods](), Dies()], devices=2, strategy="ddp", max_epochs=3)
+        runner.fit(deepened(Plain)("adam"), loader(32, 4), loader(8))
+        outcome = "the fit ended"
+    except RuntimeError as error:
+        outcome = str(error)
+    Path(said).write_text(f"{time.monotonic() - start:.0f} {outcome}")
+    os._exit(0)
+
+
+@pytest.mark.parametrize("methods", METHODS)
+def test_where_one_rank_dies_the_other_ends_soon_with_an_error(methods: str, tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    assert run_ddp(f"{__file__}:left_alone", {"methods": methods, "said": str(said)}, timeout=120) == [None, None]
+    seconds, _, outcome = said.read_text().partition(" ")
+    assert int(seconds) < 60
+    assert "onnection" in outcome

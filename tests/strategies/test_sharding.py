@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -22,7 +22,9 @@ import lightning_peft
 from lightning_peft import GBLM, PSKD, LayerGrowth, LoRA, NMSparsity, WeightCompander
 from lightning_peft.testing.ddp import run_ddp
 from lightning_peft.testing.modules import Plain, loader, mlp, trainer
+from lightning_peft.weights.maps import maps_of
 from lightning_peft.weights.shards import is_shard, whole
+from lightning_peft_plugins.sparsity._nm_sparsity.nm_map import NMMap
 
 COURSE: dict[str, Any] = {"gradient_clip_val": 0.2, "accumulate_grad_batches": 2}
 TARGETS = {"targets": ["model.0", "model.2"], "exclude": ()}
@@ -124,6 +126,14 @@ def adapted() -> list[Any]:
     return [LoRA(2, alpha=8, **TARGETS)]
 
 
+class Held(Callback):
+    """Counts the whole masks that are held between the backward pass and the step."""
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        maps = [nm_map for _, nm_map in maps_of(pl_module, NMMap, "NMSparsity")]
+        self.count = sum(nm_map._of_forward is not None for nm_map in maps)
+
+
 def on_rank(folder: str) -> dict[str, Any]:
     """Everything that is tried in one pair of processes."""
     found: dict[str, Any] = {}
@@ -137,6 +147,9 @@ def on_rank(folder: str) -> dict[str, Any]:
     found["pruning"] = refusal(lambda: trained(made(Made), [GBLM(0.5)]))
     found["growth"] = refusal(lambda: trained(made(Made), [LayerGrowth(start=2)]))
     found["again"] = refusal(lambda: trained(init, [LoRA(2, **TARGETS)]))
+    held = Held()
+    trained(made(Made), [NMSparsity("2:4", recipe="sr-ste", **TARGETS), held])
+    found["held"] = held.count
     saves = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
     whole_fit, runner = trained(made(Made), [*adapted(), saves])
     resumed, _ = trained(made(Made), adapted(), resume=f"{folder}/epoch=0.ckpt")
@@ -194,6 +207,15 @@ def test_refusals_name_the_way_out(ranks: list[dict[str, Any]], case: str, said:
     for rank in ranks:
         with pytest.raises(MisconfigurationException, match=said):
             raise MisconfigurationException(rank[case])
+
+
+def test_no_process_holds_whole_masks_until_the_step(ranks: list[dict[str, Any]]) -> None:
+    alone = Held()
+    trainer(callbacks=[NMSparsity("2:4", recipe="sr-ste", **TARGETS), alone], max_epochs=1).fit(
+        made(Alone), loader(), loader(8)
+    )
+    assert [rank["held"] for rank in ranks] == [0, 0]
+    assert alone.count == 2
 
 
 def test_a_resumed_fit_ends_as_one_left_alone_bit_for_bit(ranks: list[dict[str, Any]]) -> None:

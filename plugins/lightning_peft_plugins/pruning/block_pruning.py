@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -68,6 +68,7 @@ class BlockPruning(Method):
     """
 
     lane = Lane.STRUCTURE
+    rank_state = frozenset({"seen"})
     writes = frozenset({Resource.STRUCTURE})
     paper = "Men et al., ShortGPT: Layers in Large Language Models are More Redundant Than You Expect, arXiv 2403.03853"
 
@@ -303,6 +304,9 @@ class BlockPruning(Method):
                 "seen": dict_of(SEEN),
             }
         )
+
+    def pooled(self, key: str, states: Sequence[Any], rank: int) -> Any:
+        return self.watch.pooled(states, rank)
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.lists = {path: PrunableList(**found) for path, found in state["lists"].items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -77,6 +77,7 @@ class MaskedPruning(Method):
     """
 
     lane = Lane.MASK
+    rank_state = frozenset({"seen"})
     writes = frozenset({Resource.MASK})
     weight_maps = (MaskMap,)
     commutes = True
@@ -325,6 +326,9 @@ class MaskedPruning(Method):
                 "seen": self.recorder.form(tensors),
             }
         )
+
+    def pooled(self, key: str, states: Sequence[Any], rank: int) -> Any:
+        return self.recorder.pooled(states, rank)
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._chosen_at, self._again = state["chosen_at"], state["again"]

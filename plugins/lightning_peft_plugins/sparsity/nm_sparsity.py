@@ -19,6 +19,7 @@ from lightning_peft.contract import SHARDED, Contract
 from lightning_peft.network.nm_layers import input_dim, inputs, output_dim, outputs, wide_layers
 from lightning_peft.network.targets import SENSITIVE, TargetSpec, by_layer, explicitly_named
 from lightning_peft.optim.optimizers import trained_by
+from lightning_peft.strategies.support import shards
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form, fields, list_of, whole
 from lightning_peft.structure.reorder import Orders
@@ -179,7 +180,7 @@ class NMSparsity(Method):
         """Put one map on every target, all dense until training starts or a checkpoint says otherwise."""
         layers = self.select(module)
         for name, (n, m) in self._layer_patterns(module, layers).items():
-            rule = self._rules.setdefault((n, m), MaskRule(n, m, pulls=self.sr_lambda > 0))
+            rule = self._rules.setdefault((n, m), MaskRule(n, m))
             kind = HeldNMMap if self.holds_masks else NMMap
             masked = self.grad_mode == "masked" or self.recipe == "one-shot"
             across = output_dim(layers[name], m) if self.transposable else None
@@ -200,6 +201,8 @@ class NMSparsity(Method):
             self.timeline = PhaseTimeline(dense_end, total, total)
         if before is not None and self._is_final(before) and not self._is_final(self.timeline):
             self.timeline = PhaseTimeline(before.dense_end, min(before.sparse_end, self.steps), self.timeline.total)
+        for rule in self._rules.values():  # between processes that hold shards of the weights, each would hold whole masks
+            rule.pulls = self.sr_lambda > 0 and not shards(run.trainer.strategy)
         self._enter_phase()
         self._refresh(run.module, fresh_only=True)
 

@@ -176,9 +176,23 @@ class BlockWatch:
         """The observations as plain data."""
         return {name: asdict(seen) for name, seen in self.seen.items()}
 
+    @staticmethod
+    def pooled(states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
+        """Make one state of those of several ranks: the first rank takes what all saw, the others begin anew."""
+        names = dict.fromkeys(name for state in states for name in state)
+        together = {name: [BlockActivations(**state[name]) for state in states if name in state] for name in names}
+        return {name: asdict(_sum(seen) if rank == 0 else BlockActivations()) for name, seen in together.items()}
+
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state` gave."""
         self.seen = {name: BlockActivations(**seen) for name, seen in state.items()}
+
+
+def _sum(seen: Sequence[BlockActivations]) -> BlockActivations:
+    scores = [each.score for each in seen if each.score is not None]
+    counts = {key: sum(getattr(each, key) for each in seen) for key in ("scored", "calls", "misfits", "links")}
+    shapes = next((each.shapes for each in seen if each.shapes), "")
+    return BlockActivations(torch.stack(scores).sum(0) if scores else None, **counts, shapes=shapes)
 
 
 def _feature_dim(block: nn.Module) -> Callable[[Tensor], int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -79,6 +79,12 @@ class LayerRecorder:
             return next(filter(None, (form(value[name], f"{place}[{name!r}]") for name, form in forms.items())), None)
 
         return check
+
+    @staticmethod
+    def pooled(states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
+        """See :meth:`LayerStatistics.pooled`."""
+        names = dict.fromkeys(name for state in states for name in state)
+        return {name: LayerStatistics.pooled([state[name] for state in states if name in state], rank) for name in names}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state` gave."""

@@ -99,6 +99,16 @@ class LayerStatistics:
         """The sums, as plain data."""
         return {"sums": dict(self.sums), "steps": self.steps, "samples": self.samples, "calls": self.calls}
 
+    @staticmethod
+    def pooled(states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
+        """Make one state of those of several ranks: the first takes what all saw of calls, the others go on with none of it."""
+        share = int(rank == 0)
+        sums = {name: value for name, value in states[0]["sums"].items() if name not in FROM_CALLS}
+        for name in FROM_CALLS & {name for state in states for name in state["sums"]}:
+            sums[name] = share * torch.stack([state["sums"][name] for state in states if name in state["sums"]]).sum(0)
+        counts = {key: share * sum(state[key] for state in states) for key in ("samples", "calls")}
+        return {"sums": sums, "steps": states[0]["steps"], **counts}
+
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state` gave."""
         self.sums, self.steps = dict(state["sums"]), int(state["steps"])

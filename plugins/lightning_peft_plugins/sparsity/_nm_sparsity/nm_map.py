@@ -13,7 +13,6 @@ from lightning_peft.weights.held import HeldMask
 from lightning_peft.weights.nm import is_nm, nm_mask
 from lightning_peft.weights.nm_prune import ste_prune
 from lightning_peft.weights.nm_transposable import transposable_nm_mask
-from lightning_peft.weights.shards import spread_as
 
 
 class MaskRule:
@@ -22,16 +21,15 @@ class MaskRule:
     One object serves many maps, so a step changes one number instead of one per layer. ``decay`` is a 0-dim tensor because a
     compiled step would be compiled again for every new Python number.
 
-    Args:
-        n: Weights kept.
-        m: Group size.
-        pulls: Whether pruned weights are pulled to zero before a step, by the masks of the forward pass.
+    Attributes:
+        pulls: Whether pruned weights are pulled to zero before a step by the masks of the forward pass, which are held so long.
     """
 
-    def __init__(self, n: int, m: int, pulls: bool = False) -> None:
+    pulls = False
+
+    def __init__(self, n: int, m: int) -> None:
         self.n = n
         self.m = m
-        self.pulls = pulls
         self.dense = True
         self.soft = False
         self.decay = torch.ones(())
@@ -105,7 +103,7 @@ class NMMap(WeightMap):
         mask, self._of_forward = self._of_forward, None
         if mask is None or (mask.shape, mask.device) != (weight.shape, weight.device):
             return self.mask(weight)
-        return spread_as(weight, mask)  # type: ignore[no-any-return]
+        return mask
 
     def bake(self, weight: Tensor) -> Tensor:
         """Apply the target pattern, whatever the phase."""
