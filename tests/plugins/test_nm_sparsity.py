@@ -282,14 +282,20 @@ def test_sr_ste_pulls_by_the_masks_of_the_forward_pass():
     later = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     high, low = [[True, True, False, False]], [[False, False, True, True]]
     nm_map(seen)
-    assert nm_map.take_mask(later).tolist() == high
+    nm_map(later)
+    assert nm_map.take_mask(later).tolist() == high, "the first pass of a step counts, not one of weights that are tried"
     assert nm_map.take_mask(later).tolist() == low, "it is taken once"
+    rule.set(2, 4, 0.0)
     with torch.no_grad():
         nm_map(seen)
     torch.func.grad(lambda weight: nm_map(weight).sum())(seen.detach())
     assert nm_map.take_mask(later).tolist() == low, "of a pass without gradients, or inside a transform, nothing is kept"
     nm_map(seen)
     assert nm_map.take_mask(torch.cat([later, later])).tolist() == low * 2, "nor for a weight of another shape"
+    rule.set(2, 4, 0.0)
+    nm_map(seen)
+    rule.set(2, 4, 0.0)
+    assert nm_map.take_mask(later).tolist() == low, "nor beyond a step"
 
 
 def test_sr_ste_chooses_its_masks_once_a_step(monkeypatch):

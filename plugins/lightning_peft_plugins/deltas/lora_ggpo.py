@@ -98,9 +98,9 @@ class LoRAGGPO(Stepwise):
         for name, form in self._forms.items():
             if form.up in moved and form.up.grad is not None and form.down.grad is not None:
                 spread = self._spread(form, self._below[name], scale)
-                before = self.spreads.get(name)
+                before = self.spreads.get(name, torch.zeros_like(spread)).to(spread.device)  # it may have been loaded
                 # A step that a gradient scaler is about to skip says nothing.
-                self.spreads[name] = spread.where(spread.isfinite(), torch.zeros_like(spread) if before is None else before)
+                self.spreads[name] = spread.where(spread.isfinite(), before)
 
     def _spread(self, form: PerturbedForm, below: Tensor, scale: float) -> Tensor:
         """The spread of a weight's rows, with the gradient that its factors' gradients make: ``scale (B dA + dB A)``."""

@@ -111,6 +111,14 @@ def test_gradient_scores_are_means_over_the_steps_before(score: str) -> None:
         assert torch.equal(record.masks[name], lowest(value, 0.5))
 
 
+def test_what_was_loaded_follows_the_weights_to_their_device() -> None:
+    seen = LayerStatistics({"|g|"})
+    seen.load_state({"sums": {"|g|": torch.ones(2, 3)}, "steps": 1, "samples": 0, "calls": 0})
+    weight = torch.empty(2, 3, device="meta")
+    seen.see_gradient(weight, weight)
+    assert seen.mean("|g|").device == weight.device
+
+
 def test_wanda_knows_the_inputs_of_convolutions() -> None:
     images = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     layer = nn.Conv2d(3, 2, 3)

@@ -45,8 +45,9 @@ class StepCalls:
 
         adapters = _Adapters(tuners)
         allocator = RankAllocator(adapters, self._config, ADAPTER)
+        device = next(next(iter(tuners.values())).parameters()).device
         for name in _SCORES:
-            setattr(allocator, name, dict(self._restored[name]))
+            setattr(allocator, name, {key: score.to(device) for key, score in self._restored[name].items()})
         self._config.rank_pattern = self._restored["rank_pattern"]
         # What PEFT's AdaLoraModel is to its own method.
         self._model = SimpleNamespace(

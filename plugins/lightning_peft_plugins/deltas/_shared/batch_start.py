@@ -119,7 +119,8 @@ class BatchStart(ScaledDelta):
         """Add up what all processes saw; once that is enough, give the deltas their first values."""
         for name, value in self._new.items():
             everywhere: Any = run.trainer.strategy.reduce(value, reduce_op="sum")
-            self.seen[name] = everywhere if name not in self.seen else self.seen[name] + everywhere
+            # What was loaded can be on another device.
+            self.seen[name] = self.seen[name].to(everywhere.device) + everywhere if name in self.seen else everywhere
         self._new = {}
         if run.step < self.looks or not self.seen:
             return

@@ -69,10 +69,8 @@ class LayerStatistics:
         value = value.to(torch.promote_types(value.dtype, torch.float32))
         # Where a step was not finite nothing was seen; asked without waiting for the device.
         value = torch.where(value.isfinite(), value, 0.0)
-        if quantity in self.sums:
-            self.sums[quantity] += value
-        else:
-            self.sums[quantity] = value
+        # What was loaded can be on another device.
+        self.sums[quantity] = self.sums[quantity].to(value.device).add_(value) if quantity in self.sums else value
 
     @property
     def ready(self) -> bool:
@@ -86,7 +84,7 @@ class LayerStatistics:
     def reduce(self, strategy: Strategy) -> None:
         """Sum what each rank saw of its own calls; gradients are the same on all."""
         for quantity in sorted(FROM_CALLS & self.sums.keys()):
-            self.sums[quantity] = strategy.reduce(self.sums[quantity], reduce_op="sum")  # type: ignore[assignment]
+            self.sums[quantity] = strategy.reduce(self.sums[quantity].to(strategy.root_device), reduce_op="sum")  # type: ignore[assignment]
         if FROM_CALLS & self.sums.keys():
             counts = torch.tensor([self.samples, self.calls], device=strategy.root_device)
             self.samples, self.calls = strategy.reduce(counts, reduce_op="sum").tolist()  # type: ignore[union-attr]

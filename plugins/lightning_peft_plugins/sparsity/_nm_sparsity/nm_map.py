@@ -23,6 +23,7 @@ class MaskRule:
 
     Attributes:
         pulls: Whether pruned weights are pulled to zero before a step by the masks of the forward pass, which are held so long.
+        turn: Counts steps: the first forward pass since the last one counts, not those of other weights that a method tries.
     """
 
     pulls = False
@@ -30,12 +31,14 @@ class MaskRule:
     def __init__(self, n: int, m: int) -> None:
         self.n = n
         self.m = m
+        self.turn = 0
         self.dense = True
         self.soft = False
         self.decay = torch.ones(())
 
     def set(self, n: int, m: int, decay: float) -> None:
-        """Enter a phase."""
+        """Enter a phase, or go on in it after a step."""
+        self.turn += 1
         self.n, self.m = n, m
         self.dense = decay >= 1.0
         self.soft = 0.0 < decay < 1.0
@@ -74,6 +77,7 @@ class NMMap(WeightMap):
             rule.set(n, m, 0.0)
         self.rule = rule
         self._of_forward: Tensor | None = None
+        self._turn = 0
 
     def config(self) -> dict[str, Any]:
         sides = {"dim": self.dim} if self.across is None else {"dim": self.dim, "across": self.across}
@@ -94,14 +98,14 @@ class NMMap(WeightMap):
         if rule.dense:
             return weight
         decay, mask = rule.decay if rule.soft else 0.0, self.mask(weight)
-        if rule.pulls and torch.is_grad_enabled() and not transformed() and type(mask) is Tensor:
-            self._of_forward = mask
+        if rule.pulls and self._turn != rule.turn and torch.is_grad_enabled() and not transformed() and type(mask) is Tensor:
+            self._of_forward, self._turn = mask, rule.turn
         return ste_prune(weight, mask, decay, masked_grad=self.masked_grad)
 
     def take_mask(self, weight: Tensor) -> Tensor:
-        """Return the mask of the last forward pass, once; choose one where none was kept."""
+        """Return the mask of this step's forward pass, once; choose one where none was kept."""
         mask, self._of_forward = self._of_forward, None
-        if mask is None or (mask.shape, mask.device) != (weight.shape, weight.device):
+        if mask is None or self._turn != self.rule.turn or (mask.shape, mask.device) != (weight.shape, weight.device):
             return self.mask(weight)
         return mask
 
