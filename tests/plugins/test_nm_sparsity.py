@@ -282,7 +282,7 @@ def test_sr_ste_pulls_by_the_masks_of_the_forward_pass():
     later = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     high, low = [[True, True, False, False]], [[False, False, True, True]]
     nm_map(seen)
-    nm_map(later)
+    nm_map(later.clone().requires_grad_())
     assert nm_map.take_mask(later).tolist() == high, "the first pass of a step counts, not one of weights that are tried"
     assert nm_map.take_mask(later).tolist() == low, "it is taken once"
     rule.set(2, 4, 0.0)
@@ -310,3 +310,31 @@ def test_sr_ste_chooses_its_masks_once_a_step(monkeypatch):
     trainer = Trainer(accelerator="cpu", max_steps=4, logger=False, enable_checkpointing=False, callbacks=[method])
     trainer.fit(Net(), data())
     assert len(chosen) == 2 * (4 + 2), "the last metrics and the module that is left want them too"
+
+
+def test_no_mask_is_kept_for_weights_that_nothing_pulls():
+    rule = MaskRule(2, 4)
+    rule.set(2, 4, 0.0)
+    nm_map = NMMap(2, 4, 1, rule=rule)
+    weight = torch.randn(2, 8, requires_grad=True)
+    nm_map(weight)
+    rule.pulls = True
+    nm_map(weight.detach())
+    assert nm_map._of_forward[1] is None
+    nm_map(weight)
+    assert nm_map._of_forward[1] is not None
+    assert not any(isinstance(value, torch.Tensor) for value in vars(nm_map).values()), "nothing to cut or move with the map"
+
+
+def test_a_compiled_step_with_sr_ste_is_compiled_once():
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    module = Net()
+    module.model.compile(backend=counted, fullgraph=True)
+    method = NMSparsity("2:4", recipe="sr-ste", targets=["model.2", "model.4"], exclude=())
+    Trainer(accelerator="cpu", max_steps=5, logger=False, enable_checkpointing=False, callbacks=[method]).fit(module, data())
+    assert len(graphs) == 1

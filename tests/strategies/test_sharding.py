@@ -131,7 +131,7 @@ class Held(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         maps = [nm_map for _, nm_map in maps_of(pl_module, NMMap, "NMSparsity")]
-        self.count = sum(nm_map._of_forward is not None for nm_map in maps)
+        self.count = sum(nm_map._of_forward[1] is not None for nm_map in maps)
 
 
 def on_rank(folder: str) -> dict[str, Any]:

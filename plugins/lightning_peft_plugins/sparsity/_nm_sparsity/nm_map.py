@@ -45,6 +45,11 @@ class MaskRule:
         self.decay.fill_(decay)
 
 
+def _lasts(mask: Tensor) -> bool:
+    """Whether a mask of a forward pass means anything after it."""
+    return torch.is_grad_enabled() and not transformed() and type(mask) is Tensor
+
+
 class NMMap(WeightMap):
     """Keeps the N largest of every M consecutive weights along the input dimension; chosen anew from every weight it is given.
 
@@ -76,8 +81,7 @@ class NMMap(WeightMap):
             rule = MaskRule(n, m)
             rule.set(n, m, 0.0)
         self.rule = rule
-        self._of_forward: Tensor | None = None
-        self._turn = 0
+        self._of_forward: tuple[int, Tensor | None] = (0, None)
 
     def config(self) -> dict[str, Any]:
         sides = {"dim": self.dim} if self.across is None else {"dim": self.dim, "across": self.across}
@@ -98,14 +102,16 @@ class NMMap(WeightMap):
         if rule.dense:
             return weight
         decay, mask = rule.decay if rule.soft else 0.0, self.mask(weight)
-        if rule.pulls and self._turn != rule.turn and torch.is_grad_enabled() and not transformed() and type(mask) is Tensor:
-            self._of_forward, self._turn = mask, rule.turn
+        # A compiled step must not read a number that changes with every step: it would be compiled again for it.
+        if rule.pulls and _lasts(mask) and weight.requires_grad and self._of_forward[0] != rule.turn:
+            self._of_forward = (rule.turn, mask)
         return ste_prune(weight, mask, decay, masked_grad=self.masked_grad)
 
     def take_mask(self, weight: Tensor) -> Tensor:
         """Return the mask of this step's forward pass, once; choose one where none was kept."""
-        mask, self._of_forward = self._of_forward, None
-        if mask is None or self._turn != self.rule.turn or (mask.shape, mask.device) != (weight.shape, weight.device):
+        turn, mask = self._of_forward
+        self._of_forward = (turn, None)
+        if mask is None or turn != self.rule.turn or (mask.shape, mask.device) != (weight.shape, weight.device):
             return self.mask(weight)
         return mask
 
