@@ -38,7 +38,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_peft import LoRA
 
 RANK = 8
-BAR = 0.92  # of PEFT's step
 TURN = 4  # steps
 
 

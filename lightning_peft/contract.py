@@ -330,7 +330,7 @@ class Contract:
             states: What each of those ranks had under it.
             rank: The rank that goes on.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has {key!r} in rank_state and does not define pooled()")
 
     def state_form(self, tensors: Mapping[str, Tensor] | None) -> Form | None:
         """Say what :meth:`state` looks like (:mod:`lightning_peft.structure.forms`), so that nothing else is loaded.

@@ -150,6 +150,8 @@ def test_lengths_are_learned_beside_the_same_first_values(make: Any) -> None:
         weight = network().get_submodule(name.split(".")[1]).weight
         torch.testing.assert_close(state["magnitude"], weight.norm(dim=1))
         for key, value in plain.states[LOOKS - 1][name].items():
+            if name.startswith("model.0"):  # later layers are given what one of the two computes in another order
+                assert torch.equal(state[key], value), key
             torch.testing.assert_close(state[key], value, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(lengths.outputs[LOOKS - 1], network()(BATCHES[0]), atol=1e-4, rtol=0)
     assert lengths.states[-1]["model.0.weight"]["magnitude"].ne(lengths.states[0]["model.0.weight"]["magnitude"]).any()
