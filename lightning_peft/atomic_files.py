@@ -42,17 +42,39 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         MisconfigurationException: The folder is in use.
     """
     check_unused(folder)
+    with replaced_folder(folder) as part:
+        yield part
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Let a folder take the place of what may stand there, a file or a link too, when it is finished.
+
+    Args:
+        folder: The folder.
+
+    Yields:
+        Where to write instead, beside it. A write that fails leaves nothing of that, and ``folder`` as it was.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    part, old = _beside(folder), _beside(folder)
     part.mkdir()
     try:
         yield part
-        if folder.exists():
-            folder.rmdir()
-        part.replace(folder)
+        if folder.is_symlink() or folder.exists():
+            folder.rename(old)
+        part.rename(folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+    if old.is_dir() and not old.is_symlink():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink(missing_ok=True)
+
+
+def _beside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
 
 
 def check_unused(folder: Path) -> None:

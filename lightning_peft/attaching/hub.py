@@ -48,8 +48,8 @@ from lightning_peft.namespaces import own
 from lightning_peft.network.resolve import check_materialised
 from lightning_peft.optim.schedulers import FreshSchedule
 from lightning_peft.strategies import sharding
+from lightning_peft.strategies.checkpoints import WholeFiles, files_of, read_folders
 from lightning_peft.strategies.support import check_strategy, rewrap, shards
-from lightning_peft.strategies.whole_files import WholeFiles
 from lightning_peft.structure.carry import regroup
 from lightning_peft.weights import stash
 from lightning_peft.weights.attachment import Attachment
@@ -179,8 +179,10 @@ class Hub:
         check_strategy(self.run.trainer, self.methods)
         if self._shards and self._fitting:
             sharding.check_layout(self.run.trainer.strategy)
-            self._files = WholeFiles(self.run.trainer, self.run.module)
+            self._files = files_of(self.run.trainer, self.run.module)
             self._shims += [shim.install() for shim in self._files.shims()]
+        elif self._fitting:
+            self._shadow(self.run.trainer.strategy, "load_checkpoint", read_folders)
         # Not configure_model itself: WeightAveraging asks in its own setup whether that is overridden.
         self._shadow(self.run.module, "setup", self._setup)
         if self._fitting and any(Resource.SAMPLE_INDEX in method.reads_now() for method in self.methods):

@@ -85,7 +85,7 @@ def leave_out_base(
     left = partial.leave_out(checkpoint["state_dict"], beside, section["weights"], base, under_parts)
     if isinstance(current := checkpoint.get("current_model_state"), dict):  # beside an average, what is trained
         keys = {stored_key(name) if name in section["weights"] else name: name for name in base}
-        same = {key: name for key, name in keys.items() if key in current and partial.digest(current[key]) == base[name]}
+        same = {key: name for key, name in keys.items() if key in current and partial.is_still(current[key], base[name])}
         checkpoint["current_model_state"] = {key: value for key, value in current.items() if key not in same}
         left |= {name: base[name] for name in same.values()}
     section["base"] = left

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lightning_peft.structure import shard_folder
 from lightning_peft.structure.checkpoint import CheckpointError
 
 _PATHS = (pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, pathlib.PureWindowsPath)
@@ -41,7 +42,7 @@ def read_checkpoint(path: str | Path, *, trusted: bool = False) -> dict[str, Any
     """Read a checkpoint; nothing in it is run unless it is trusted.
 
     Args:
-        path: Checkpoint of any Lightning run.
+        path: Checkpoint of any Lightning run, a file or a folder of shards.
         trusted: Whether Python objects in it may be rebuilt, which can run any code: hyperparameters that hold a network, an
             OmegaConf configuration, an enum, an array of NumPy. Only for files whose source you know.
 
@@ -52,8 +53,11 @@ def read_checkpoint(path: str | Path, *, trusted: bool = False) -> dict[str, Any
     """
     try:
         with harmless_objects():
-            loaded = torch.load(path, map_location="cpu", weights_only=not trusted)
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
+            if shard_folder.is_shard_folder(path):
+                loaded = shard_folder.read(path, trusted=trusted)
+            else:
+                loaded = torch.load(path, map_location="cpu", weights_only=not trusted)
+    except (FileNotFoundError, IsADirectoryError, PermissionError, CheckpointError):
         raise
     except Exception as error:  # a damaged file can raise anything, and so can the code of a trusted one
         raise CheckpointError(_reason(path, error, trusted)) from error

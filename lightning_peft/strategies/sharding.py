@@ -16,7 +16,7 @@ _LINE = "call lightning_peft.attach(self) in configure_model, when the network i
 
 
 def check_layout(strategy: Any) -> None:
-    """Refuse a fit whose weights would be split within layers, or whose checkpoints would be folders of shards.
+    """Refuse a fit whose weights would be split within layers.
 
     Args:
         strategy: A ``ModelParallelStrategy`` that has set up its processes.
@@ -28,13 +28,7 @@ def check_layout(strategy: Any) -> None:
         raise MisconfigurationException(
             f"{type(strategy).__name__} gives every layer to {ranks} processes (tensor_parallel_size={ranks}, which is all of "
             "a machine's by default), and methods act on layers. Shard without that: ModelParallelStrategy("
-            f"data_parallel_size={strategy.world_size}, tensor_parallel_size=1, save_distributed_checkpoint=False)."
-        )
-    if strategy._save_distributed_checkpoint:
-        raise MisconfigurationException(
-            "With methods on a sharded module a fit writes and reads whole files, not folders of shards yet. Use "
-            f"{type(strategy).__name__}(..., save_distributed_checkpoint=False); the first process then needs room for the "
-            "whole module in main memory when it saves. After the fit either of both goes."
+            f"data_parallel_size={strategy.world_size}, tensor_parallel_size=1)."
         )
 
 

@@ -18,6 +18,7 @@ from lightning_peft.structure import part_states
 from lightning_peft.structure.errors import CheckpointError as CheckpointError
 from lightning_peft.structure.forms import anything, dict_of, fields, maybe, text, whole
 from lightning_peft.structure.plain_state import PLAIN
+from lightning_peft.weights import shards
 from lightning_peft.weights.mapped_layer import map_prefix, maps_prefix, stored_key
 from lightning_peft.weights.maps import MappedTensor, WeightMap, mapped_tensors
 from lightning_peft.weights.stash import StashedTensor
@@ -221,7 +222,9 @@ def mount_state_dict(state: MutableMapping[str, Tensor], module: nn.Module) -> N
     for mapped in mapped_tensors(module, every_name=True):
         if mapped.name not in state:
             continue
-        state[stored_key(mapped.name)] = mapped.chain.enter(state.pop(mapped.name))
+        value = state.pop(mapped.name)
+        with shards.read_whole(*mapped.maps):
+            state[stored_key(mapped.name)] = shards.spread_as(value, mapped.chain.enter(shards.whole(value)))
         for position, weight_map in enumerate(mapped.maps):
             for key, tensor in weight_map.state_dict().items():
                 state[map_prefix(mapped.name, position) + key] = tensor

@@ -20,7 +20,7 @@ from lightning_peft.weights.attachment import Attachment
 from lightning_peft.weights.layer_part import LayerPart
 from lightning_peft.weights.mapped_layer import stored_key
 from lightning_peft.weights.parts import part_stacks, placed_parts, recorded_parts
-from lightning_peft.weights.shards import spread_as
+from lightning_peft.weights.shards import read_whole, spread_as, whole
 
 PARTS, WEIGHTS, MERGED, COPIES = "parts", "part_weights", "part_merged", "part_copies"
 
@@ -57,7 +57,8 @@ def write(
                 merged.append(name)
             else:
                 weights[name] = state[name]
-            state[name] = stack.merged(key, state[name])
+            with read_whole(*stack.parts):
+                state[name] = spread_as(state[name], stack.merged(key, whole(state[name])))
     return section_of(records, weights, merged)
 
 

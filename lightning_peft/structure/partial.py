@@ -14,9 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from lightning_peft.network.tensor_bytes import tensor_bytes
+from lightning_peft.structure import base_shards
 from lightning_peft.structure.errors import CheckpointError
 from lightning_peft.weights.mapped_layer import stored_key
-from lightning_peft.weights.shards import whole
+from lightning_peft.weights.shards import is_shard, whole
 
 Digests = dict[str, str]
 
@@ -31,6 +32,11 @@ def digest(tensor: Tensor) -> str:
 def digests(tensors: Mapping[str, Any]) -> Digests:
     """Return the digest of each tensor by name."""
     return {name: digest(tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+
+
+def is_still(tensor: Tensor, wanted: str) -> bool:
+    """Whether a tensor has a digest."""
+    return base_shards.is_still(tensor, wanted, digest) if is_shard(tensor) else digest(tensor) == wanted
 
 
 def leave_out(
@@ -56,7 +62,7 @@ def leave_out(
     for name in [name for name in plain if name in base]:
         key = stored_key(name) if name in weights else name
         stored = under_parts.get(name, beside.get(key, plain[name]))
-        if isinstance(stored, Tensor) and digest(stored) == base[name]:
+        if isinstance(stored, Tensor) and is_still(stored, base[name]):
             left[name] = base[name]
             beside.pop(key, None)
             under_parts.pop(name, None)
@@ -98,7 +104,7 @@ def filled(
             "base. Build the model with its base weights and give it to base=, or use "
             "lightning_peft.load_from_checkpoint(ModelClass, path), whose class loads them."
         )
-    wrong = [name for name, wanted in base.items() if name not in tensors or digest(tensors[name]) != wanted]
+    wrong = [name for name, wanted in base.items() if name not in tensors or not is_still(tensors[name], wanted)]
     if wrong:
         raise CheckpointError(
             f"The checkpoint holds only tensors that were trained on another base: {wrong[0]} "

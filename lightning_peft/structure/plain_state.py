@@ -19,6 +19,7 @@ from lightning_peft.network.tensor_bytes import checksum, tensor_bytes
 from lightning_peft.structure.errors import CheckpointError
 from lightning_peft.weights.mapped_layer import map_prefix, maps_prefix, stored_key
 from lightning_peft.weights.maps import mapped_tensors
+from lightning_peft.weights.shards import spread_as, whole
 
 PLAIN = 3
 """The first format of the section whose checkpoints hold plain names."""
@@ -43,8 +44,8 @@ def seen_values(
             if id(mapped.chain) not in known:
                 states = [below(state, map_prefix(mapped.name, place)) for place in range(len(mapped.maps))]
                 there = mapped.stored.device
-                value = mapped.chain.value_of(stored.to(there), [_moved(each, there) for each in states])
-                known[id(mapped.chain)] = value.to(stored.device, stored.dtype)
+                value = mapped.chain.value_of(whole(stored).to(there), [_moved(each, there) for each in states])
+                known[id(mapped.chain)] = spread_as(stored, value.to(stored.device, stored.dtype))
             seen[mapped.name] = known[id(mapped.chain)]
     return seen
 
@@ -55,7 +56,7 @@ def below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _moved(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in state.items()}
+    return {key: whole(value).to(device) if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
 def split(state: Mapping[str, Any], seen: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -120,6 +121,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors hold the same numbers, NaN and the sign of zero included."""
     if a is b:
         return True
+    a, b = whole(a), whole(b)
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(tensor_bytes(a), tensor_bytes(b))
 
 
@@ -161,7 +163,7 @@ def fingerprint(tensor: Tensor) -> int:
         >>> fingerprint(ones) == fingerprint(ones.view(1, 2)), fingerprint(ones) == fingerprint(-ones)
         (True, False)
     """
-    return checksum(tensor)
+    return checksum(whole(tensor))
 
 
 def edited(state: Mapping[str, Any], section: Mapping[str, Any] | None) -> list[str]:

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lightning_peft.baking.reading import read_checkpoint
 from lightning_peft.method import Method
 from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.ddp import load_module
 from lightning_peft.testing.modules import Plain, loader
-from lightning_peft.testing.runs import fit
+from lightning_peft.testing.runs import fit, resumable
 from lightning_peft.testing.trace import difference, trace
 from lightning_peft.weights.shards import whole
 
@@ -77,7 +78,8 @@ def trained_in_shards(factory: Callable[[], Method], style: type[Plain]) -> dict
     """Train in double precision as a rank of two that share the parameters, and alone on the batches of both.
 
     Returns:
-        The weights, whole, of ``"shards"``, of a training ``"resumed"`` after the first epoch, and of one ``"alone"``.
+        The weights, whole, of ``"shards"``, of a training ``"resumed"`` after the first epoch, and of one ``"alone"``; and how
+        the folder of shards that the first one saved at its end differs from the file of the second, under ``"folder"``.
     """
 
     def build(module: Any) -> None:
@@ -92,17 +94,26 @@ def trained_in_shards(factory: Callable[[], Method], style: type[Plain]) -> dict
     samples: Any = loader(64).dataset
     single = fit([factory()], style=alone, data=loader(64), max_epochs=2)
 
-    def spread(**settings: Any) -> dict[str, Tensor]:
-        strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
+    def spread(folders: bool, **settings: Any) -> dict[str, Tensor]:
+        strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=folders)
         data = DataLoader(samples, 4, sampler=DistributedSampler(samples, 2, dist.get_rank(), shuffle=False))
         shared: dict[str, Any] = {"devices": 2, "strategy": strategy, "use_distributed_sampler": False, "max_epochs": 2}
         run = fit([factory()], style=shards, data=data, **shared, **settings)
         return {name: whole(tensor) for name, tensor in run.module.state_dict().items()}
 
     with _one_folder() as folder:
-        trained = spread(after=[every_epoch(folder)])
-        resumed = spread(resume=folder / "epoch=0.ckpt")
-    return {"shards": trained, "resumed": resumed, "alone": dict(single.module.state_dict())}
+        trained = spread(True, after=[every_epoch(folder / "folders")])
+        resumed = spread(False, resume=folder / "folders/epoch=0.ckpt", after=[every_epoch(folder / "files")])
+        first, second = (_saved(folder / kind / "epoch=1.ckpt") for kind in ("folders", "files"))
+    found = {"shards": trained, "resumed": resumed, "alone": dict(single.module.state_dict())}
+    return found | {"folder": difference(first, second)}
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of a training; states of parameters in the order of the optimizer."""
+    found = resumable(read_checkpoint(path))
+    found["optimizer_states"] = [list(state["state"].values()) for state in found["optimizer_states"]]
+    return found
 
 
 @contextmanager

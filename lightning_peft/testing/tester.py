@@ -273,7 +273,8 @@ class MethodTester(LifeCycleChecks, OrdinaryChecks, LastingChecks, ReferenceChec
         found = difference(first["shards"], second["shards"])
         assert found is None, f"after FSDP2 training rank 0 and rank 1 hold different weights: {found}"
         found = difference(first["shards"], first["resumed"])
-        assert found is None, f"resumed under FSDP2 after the first of two epochs: {found}"
+        assert found is None, f"resumed under FSDP2 from a folder of shards of the first of two epochs: {found}"
+        assert first["folder"] is None, f"a folder of shards against the file of the same training: {first['folder']}"
         if self.no_accumulation:
             pytest.skip(self.no_accumulation)
         error = max((value - first["alone"][name]).abs().max().item() for name, value in first["shards"].items())

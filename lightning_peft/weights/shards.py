@@ -21,19 +21,34 @@ def whole(tensor: Any) -> Any:
 
 
 def spread_as(stored: Any, value: Any) -> Any:
-    """Return a whole tensor, the same in every process, spread as a stored one is.
+    """Return a tensor spread as a stored one is, or whole where that is.
 
     Args:
         stored: A parameter, of which nothing else is looked at.
-        value: The tensor, on any device; anything else comes back as it is, and so does it where nothing is spread.
+        value: Shards, or a whole tensor that is the same in every process; anything else comes back as it is.
     """
-    if not is_shard(stored) or is_shard(value):
-        return value
+    if not is_shard(stored):
+        return whole(value)
+    if is_shard(value):
+        return value if value.placements == stored.placements else value.redistribute(placements=stored.placements)
     from torch.distributed.tensor import DTensor, Replicate
 
     everywhere = [Replicate()] * stored.device_mesh.ndim
     spread = DTensor.from_local(value.to(stored.device), stored.device_mesh, everywhere, run_check=False)
     return spread.redistribute(placements=stored.placements)
+
+
+def empty_shards(module: nn.Module) -> Callable[[torch.Size, torch.dtype], Tensor]:
+    """Return how to make tensors that are spread as a module's parameters are; those without dimensions are whole."""
+    from torch.distributed.tensor import Shard, empty
+
+    first: Any = next(each for each in module.parameters() if is_shard(each))
+    mesh, spread = first.device_mesh, [Shard(0) if placement.is_shard() else placement for placement in first.placements]
+
+    def make(size: torch.Size, dtype: torch.dtype) -> Tensor:
+        return empty(size, dtype=dtype, device_mesh=mesh, placements=spread) if size else torch.empty(size, dtype=dtype)
+
+    return make
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,45 +12,15 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.utils.data import DataLoader, DistributedSampler
+from sharded_toys import COURSE, TARGETS, Alone, Made, adapted, made, shard, spread, trained, weights
+from torch import nn
 
 import lightning_peft
 from lightning_peft import GBLM, PSKD, LayerGrowth, LoRA, NMSparsity, WeightCompander
 from lightning_peft.testing.ddp import run_ddp
 from lightning_peft.testing.modules import Plain, loader, mlp, trainer
 from lightning_peft.weights.maps import maps_of
-from lightning_peft.weights.shards import is_shard, whole
 from lightning_peft_plugins.sparsity._nm_sparsity.nm_map import NMMap
-
-COURSE: dict[str, Any] = {"gradient_clip_val": 0.2, "accumulate_grad_batches": 2}
-TARGETS = {"targets": ["model.0", "model.2"], "exclude": ()}
-
-
-def shard(module: LightningModule, network: nn.Module) -> None:
-    mesh = module.device_mesh["data_parallel"]  # type: ignore[index]
-    fully_shard(network[0], mesh=mesh)  # type: ignore[index]
-    fully_shard(network, mesh=mesh)
-
-
-class Alone(Plain):
-    """In double precision."""
-
-    def build(self) -> None:
-        self.model = mlp().double()
-
-    def base_loss(self, batch: Any) -> Tensor:
-        return super().base_loss([batch[0].double(), batch[1]])
-
-
-class Made(Alone):
-    """Makes its network when it is built, and shards it."""
-
-    def configure_model(self) -> None:
-        if not any(is_shard(parameter) for parameter in self.model.parameters()):
-            shard(self, self.model)
 
 
 class MadeLater(Made):
@@ -83,28 +52,6 @@ class MadeInTwo(Made):
         super().configure_model()
 
 
-def spread(**settings: Any) -> Trainer:
-    strategy = ModelParallelStrategy(*settings.pop("sizes", (2, 1)), save_distributed_checkpoint=settings.pop("folders", False))
-    return trainer(devices=2, strategy=strategy, use_distributed_sampler=False, **settings)
-
-
-def of_rank() -> DataLoader[Any]:
-    samples: Any = loader().dataset
-    return DataLoader(samples, 4, sampler=DistributedSampler(samples, 2, int(os.environ["RANK"]), shuffle=False))
-
-
-def weights(module: nn.Module) -> dict[str, Tensor]:
-    return {name: whole(tensor).detach().clone() for name, tensor in module.state_dict().items()}
-
-
-def trained(
-    module: LightningModule, methods: list[Any], resume: str | None = None, **settings: Any
-) -> tuple[LightningModule, Trainer]:
-    runner = spread(callbacks=methods, max_epochs=2, **settings)
-    runner.fit(module, of_rank(), loader(8), ckpt_path=resume)
-    return module, runner
-
-
 def refusal(call: Callable[[], Any]) -> str:
     try:
         call()
@@ -113,17 +60,8 @@ def refusal(call: Callable[[], Any]) -> str:
     return "nothing was refused"
 
 
-def made(style: type[Plain]) -> Any:
-    torch.manual_seed(0)
-    return style("sgd")
-
-
 def together() -> list[Any]:
     return [LoRA(2, alpha=8, **TARGETS), NMSparsity("2:4", **TARGETS), WeightCompander(**TARGETS), PSKD(alpha=0.3)]
-
-
-def adapted() -> list[Any]:
-    return [LoRA(2, alpha=8, **TARGETS)]
 
 
 class Held(Callback):
@@ -142,7 +80,6 @@ def on_rank(folder: str) -> dict[str, Any]:
     found["init"], found["later"] = weights(init), weights(later)
     found["silent"] = refusal(lambda: trained(made(MadeInSilence), together()))
     found["two"] = refusal(lambda: trained(made(MadeInTwo), [LoRA(2, **TARGETS)]))
-    found["folders"] = refusal(lambda: trained(made(Made), [LoRA(2, **TARGETS)], folders=True))
     found["split"] = refusal(lambda: trained(made(Made), [LoRA(2, **TARGETS)], sizes=(1, 2)))
     found["pruning"] = refusal(lambda: trained(made(Made), [GBLM(0.5)]))
     found["growth"] = refusal(lambda: trained(made(Made), [LayerGrowth(start=2)]))
@@ -196,8 +133,7 @@ def test_one_line_attaches_to_a_network_that_is_made_when_it_is_sharded(ranks: l
     [
         ("silent", r"no method was attached to.*call lightning_peft.attach\(self\) in configure_model"),
         ("two", r"made more.weight after the methods were attached"),
-        ("folders", r"whole files, not folders of shards yet.*save_distributed_checkpoint=False"),
-        ("split", r"data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False\)"),
+        ("split", r"data_parallel_size=2, tensor_parallel_size=1\)"),
         ("pruning", r"gblm does not work under the fsdp2 strategy"),
         ("growth", r"Shards are laid out before training begins"),
         ("again", r"sharded already.*Build the module anew"),

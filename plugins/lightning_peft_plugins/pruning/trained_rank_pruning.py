@@ -21,6 +21,7 @@ from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form, dict_of, fields, tensors_like, whole
 from lightning_peft.weights.low_rank import SCHEMES, Scheme, truncate
 from lightning_peft.weights.maps import mapped_tensors
+from lightning_peft.weights.shards import spread_as
 
 
 class TrainedRankPruning(Method):
@@ -127,7 +128,7 @@ class TrainedRankPruning(Method):
         for name in self._moving:
             pull, grad = self._pulls.pop(name, None), run.module.get_parameter(name).grad
             if pull is not None and grad is not None:
-                grad.add_(pull.to(grad.device), alpha=self.nuclear)
+                grad.add_(spread_as(grad, pull.to(grad.device)), alpha=self.nuclear)
 
     def after_step(self, run: Run) -> None:
         """Truncate the weights that an optimizer has moved, when their time has come."""
