@@ -81,7 +81,7 @@ def on_rank(folder: str) -> dict[str, Any]:
     found["silent"] = refusal(lambda: trained(made(MadeInSilence), together()))
     found["two"] = refusal(lambda: trained(made(MadeInTwo), [LoRA(2, **TARGETS)]))
     found["split"] = refusal(lambda: trained(made(Made), [LoRA(2, **TARGETS)], sizes=(1, 2)))
-    found["pruning"] = refusal(lambda: trained(made(Made), [GBLM(0.5)]))
+    found["pruning"] = refusal(lambda: trained(made(Made), [GBLM(0.5, rewind=0)]))
     found["growth"] = refusal(lambda: trained(made(Made), [LayerGrowth(start=2)]))
     found["again"] = refusal(lambda: trained(init, [LoRA(2, **TARGETS)]))
     held = Held()

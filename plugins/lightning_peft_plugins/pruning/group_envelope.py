@@ -9,7 +9,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_peft.arguments import positive
-from lightning_peft.contract import Contract
 from lightning_peft.weights.choose import keep_largest
 from lightning_peft_plugins.pruning._group_envelope.envelope_shrink import EnvelopeShrink
 from lightning_peft_plugins.pruning._masked_pruning.nm_grouping import NMGrouping
@@ -39,7 +38,6 @@ class GroupEnvelope(MaskedPruning):
         GroupEnvelope(amount=0.5, ... strength=0.01, pattern='channel', end='80%', ...)
     """
 
-    strategies = Contract.strategies
     paper = "Refael et al., Pruning of neural networks by a weighted group sparse envelope function, 2022, arXiv 2212.12921"
 
     fixed_arguments = frozenset({"score", "every", "rule", "shape"})

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_peft.compose.schedule import Shape
-from lightning_peft.contract import Contract
 from lightning_peft.weights.choose import Scope
 from lightning_peft_plugins.pruning._masked_pruning.rules import RuleName
 from lightning_peft_plugins.pruning.masked_pruning import MaskedPruning
@@ -32,7 +31,6 @@ class ISSP(MaskedPruning):
         ISSP(amount=0.9, ... alpha=0.95, end='60%', ...)
     """
 
-    strategies = Contract.strategies
     paper = "Wang et al., Iterative Soft Shrinkage Learning for Efficient Image Super-Resolution, ICCV 2023, arXiv 2303.09650"
 
     def __init__(

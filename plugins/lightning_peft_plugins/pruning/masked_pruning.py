@@ -77,7 +77,7 @@ class MaskedPruning(Method):
     """
 
     lane = Lane.MASK
-    rank_state = frozenset({"seen"})
+    rank_state = frozenset({"calls"})
     writes = frozenset({Resource.MASK})
     weight_maps = (MaskMap,)
     commutes = True
@@ -130,8 +130,8 @@ class MaskedPruning(Method):
         self.every = parse_point(every)
         self.rule = make_rule(rule, alpha, strength, ends=end is not None)
         self.rewind = Rewind(None if rewind is None else parse_point(rewind))
-        if self.score.reads - FROM_CALLS or rule not in ("zero", "ste") or rewind is not None:
-            self.strategies = Contract.strategies  # these look at gradients, change weights, or keep them all
+        if rewind is not None:  # which keeps the weights of all ranks
+            self.strategies = Contract.strategies
         self.restarts = rewind is not None
         self.timeline: PruningTimeline | None = None
         self.recorder = LayerRecorder(self.score.reads, self._records, self.in_training_step)
@@ -312,6 +312,7 @@ class MaskedPruning(Method):
             "rewind": dict(self.rewind.values),
             "rewind_due": self.rewind.due,
             "seen": self.recorder.state(),
+            "calls": self.recorder.of_calls(),
         }
 
     def state_form(self, tensors: Mapping[str, Tensor] | None) -> Form:
@@ -324,6 +325,7 @@ class MaskedPruning(Method):
                 "rewind": rewind_form(tensors),
                 "rewind_due": flag,
                 "seen": self.recorder.form(tensors),
+                "calls": self.recorder.calls_form(tensors),
             }
         )
 
@@ -335,3 +337,4 @@ class MaskedPruning(Method):
         self.rule.masked, self.rule.faded_at = state["masked"], state["shrunk_at"]
         self.rewind.values, self.rewind.due = dict(state["rewind"]), state["rewind_due"]
         self.recorder.load_state(state["seen"])
+        self.recorder.load_state(state["calls"])

@@ -9,7 +9,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_peft.contract import Contract
 from lightning_peft.weights.choose import Scope, keep_largest
 from lightning_peft_plugins.pruning._masked_pruning.nm_grouping import NMGrouping
 from lightning_peft_plugins.pruning.functional.sparsity_index import pq_index, pq_pruned
@@ -44,7 +43,6 @@ class SAP(MaskedPruning):
         SAP(p=0.5, q=1.0, ... start='20%', end='80%', every='20%', rewind=0, ...)
     """
 
-    strategies = Contract.strategies
     paper = "Diao et al., Pruning Deep Neural Networks from a Sparsity Perspective, ICLR 2023, arXiv 2302.05601"
 
     def __init__(

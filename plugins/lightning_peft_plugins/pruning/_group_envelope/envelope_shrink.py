@@ -12,6 +12,7 @@ from lightning_peft.network.nm_layers import input_dim
 from lightning_peft.optim.optimizers import owner
 from lightning_peft.weights.groups import Grouping
 from lightning_peft.weights.maps import MappedTensor
+from lightning_peft.weights.shards import spread_as, whole
 from lightning_peft_plugins.pruning._masked_pruning.rules import Shrink, Targets
 from lightning_peft_plugins.pruning.functional.group_envelope import group_envelope_scale
 
@@ -33,7 +34,7 @@ class EnvelopeShrink(Shrink):
         """Apply the operator, a factor a group, to all targets together; pruned or not."""
         moved = [(mapped, input_dim(mapped.layer), _rate(run, mapped)) for mapped, _ in targets]
         moved = [target for target in moved if target[2] > 0]
-        norms = [self.grouping.sums(mapped.stored.detach().square(), dim).sqrt() for mapped, dim, _ in moved]
+        norms = [self.grouping.sums(whole(mapped.stored.detach()).square(), dim).sqrt() for mapped, dim, _ in moved]
         if not norms:
             return
         flat = torch.cat([values.flatten() for values in norms])
@@ -43,7 +44,8 @@ class EnvelopeShrink(Shrink):
         free = len(flat) - int(self.amount * len(flat) + 1e-6)
         parts = torch.split(group_envelope_scale(flat, free, self.strength * rates), [values.numel() for values in norms])
         for (mapped, dim, _), values, part in zip(moved, norms, parts, strict=True):
-            yield mapped, self.grouping.spread(part.view_as(values), mapped.stored.shape, dim)
+            factor = self.grouping.spread(part.view_as(values), mapped.stored.shape, dim)
+            yield mapped, spread_as(mapped.stored, factor)
 
 
 def _rate(run: Run, mapped: MappedTensor) -> float:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_peft import Run
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.weights.maps import MappedTensor
+from lightning_peft.weights.shards import spread_as
 from lightning_peft_plugins.pruning._masked_pruning.mask_map import MaskMap
 from lightning_peft_plugins.pruning._shared.timeline import PruningTimeline
 from lightning_peft_plugins.pruning.functional.decay import pruned_decay
@@ -74,7 +75,8 @@ class Decay(Fading):
         for mapped, mask in targets:
             stored = mapped.stored
             if stored in moved and stored.grad is not None and mask.holds(stored):
-                stored.grad.add_(pruned_decay(stored, mask.held, self.strength * progress * scale))
+                held = spread_as(stored, mask.held)
+                stored.grad.add_(pruned_decay(stored, held, self.strength * progress * scale))
 
 
 class Shrink(Fading):
@@ -101,7 +103,7 @@ class Shrink(Fading):
         """What targets are multiplied by."""
         for mapped, mask in targets:
             if mask.holds(mapped.stored):
-                yield mapped, torch.where(mask.held, 1.0, self.alpha)
+                yield mapped, spread_as(mapped.stored, torch.where(mask.held, 1.0, self.alpha))
 
 
 def make_rule(name: str, alpha: float, strength: float, *, ends: bool) -> PruneRule:

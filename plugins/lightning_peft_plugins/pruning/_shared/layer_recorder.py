@@ -65,17 +65,28 @@ class LayerRecorder:
         self._calls.close()
 
     def state(self) -> dict[str, Any]:
-        """The observations as plain data."""
+        """What was seen of gradients, as plain data."""
         return {name: seen.state() for name, seen in self.seen.items()}
+
+    def of_calls(self) -> dict[str, Any]:
+        """What this rank saw of calls of its own, as plain data."""
+        return {name: seen.of_calls() for name, seen in self.seen.items()} if self.reads & FROM_CALLS else {}
 
     def form(self, tensors: Mapping[str, Tensor] | None) -> Form:
         """What :meth:`state` looks like, names and shapes held against tensors where they are at hand."""
+        return self._form(self.reads - FROM_CALLS, tensors, ("steps",))
 
+    def calls_form(self, tensors: Mapping[str, Tensor] | None) -> Form:
+        """What :meth:`of_calls` looks like, likewise."""
+        return self._form(self.reads & FROM_CALLS, tensors, ("samples", "calls"))
+
+    @staticmethod
+    def _form(quantities: frozenset[Quantity], tensors: Mapping[str, Tensor] | None, counts: Sequence[str]) -> Form:
         def check(value: Any, place: str) -> str | None:
             if (found := dict_of(anything, tensors)(value, place)) is not None:
                 return found
             shapes = {name: None if tensors is None else tensors[name].shape for name in value}
-            forms = {name: statistics_form(self.reads, shape) for name, shape in shapes.items()}
+            forms = {name: statistics_form(quantities, shape, counts) for name, shape in shapes.items()}
             return next(filter(None, (form(value[name], f"{place}[{name!r}]") for name, form in forms.items())), None)
 
         return check
@@ -87,6 +98,6 @@ class LayerRecorder:
         return {name: LayerStatistics.pooled([state[name] for state in states if name in state], rank) for name in names}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state` gave."""
+        """Take back what :meth:`state` or :meth:`of_calls` gave."""
         for name, seen in state.items():
             self.of(name).load_state(seen)

@@ -10,6 +10,8 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
 from lightning_peft.structure.forms import Form, dict_of, fields, tensor, whole
+from lightning_peft.weights.shards import spread_as
+from lightning_peft.weights.shards import whole as whole_tensor
 from lightning_peft_plugins.pruning._shared.deviations import deviation_ratio
 
 Quantity: TypeAlias = Literal["|g|", "g^2", "|wg|", "x^2", "sd"]
@@ -69,8 +71,9 @@ class LayerStatistics:
         value = value.to(torch.promote_types(value.dtype, torch.float32))
         # Where a step was not finite nothing was seen; asked without waiting for the device.
         value = torch.where(value.isfinite(), value, 0.0)
-        # What was loaded can be on another device.
-        self.sums[quantity] = self.sums[quantity].to(value.device).add_(value) if quantity in self.sums else value
+        if quantity in self.sums:  # what was loaded can be on another device, and whole where gradients are shards
+            value = spread_as(value, self.sums[quantity].to(value.device)).add_(value)
+        self.sums[quantity] = value
 
     @property
     def ready(self) -> bool:
@@ -79,7 +82,12 @@ class LayerStatistics:
 
     def mean(self, quantity: Quantity) -> Tensor:
         """Mean over what was seen: optimizer steps, for inputs samples, for deviations calls."""
-        return self.sums[quantity] / max(1, {"x^2": self.samples, "sd": self.calls}.get(quantity, self.steps))
+        return self.sum(quantity) / max(1, {"x^2": self.samples, "sd": self.calls}.get(quantity, self.steps))
+
+    def sum(self, quantity: Quantity) -> Tensor:
+        """The sum over what was seen, whole."""
+        found: Tensor = whole_tensor(self.sums[quantity])
+        return found
 
     def reduce(self, strategy: Strategy) -> None:
         """Sum what each rank saw of its own calls; gradients are the same on all."""
@@ -94,27 +102,37 @@ class LayerStatistics:
         self.sums, self.steps, self.samples, self.calls = {}, 0, 0, 0
 
     def state(self) -> dict[str, Any]:
-        """The sums, as plain data."""
-        return {"sums": dict(self.sums), "steps": self.steps, "samples": self.samples, "calls": self.calls}
+        """What was seen of gradients, as plain data."""
+        return {"sums": {name: self.sums[name] for name in self.sums if name not in FROM_CALLS}, "steps": self.steps}
+
+    def of_calls(self) -> dict[str, Any]:
+        """What this rank saw of its own calls, as plain data."""
+        sums = {name: self.sums[name] for name in self.sums if name in FROM_CALLS}
+        return {"sums": sums, "samples": self.samples, "calls": self.calls}
 
     @staticmethod
     def pooled(states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
-        """Make one state of those of several ranks: the first takes what all saw of calls, the others go on with none of it."""
-        share = int(rank == 0)
-        sums = {name: value for name, value in states[0]["sums"].items() if name not in FROM_CALLS}
+        """Make one state of :meth:`of_calls` of several ranks: the first takes what all saw, the others go on with nothing."""
+        share, sums = int(rank == 0), {}
         for name in FROM_CALLS & {name for state in states for name in state["sums"]}:
             sums[name] = share * torch.stack([state["sums"][name] for state in states if name in state["sums"]]).sum(0)
-        counts = {key: share * sum(state[key] for state in states) for key in ("samples", "calls")}
-        return {"sums": sums, "steps": states[0]["steps"], **counts}
+        return {"sums": sums, **{key: share * sum(state[key] for state in states) for key in ("samples", "calls")}}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state` gave."""
-        self.sums, self.steps = dict(state["sums"]), int(state["steps"])
-        self.samples, self.calls = int(state["samples"]), int(state["calls"])
+        """Take back what :meth:`state` or :meth:`of_calls` gave, beside what was taken back of the other."""
+        self.sums |= state["sums"]
+        self.steps = int(state.get("steps", self.steps))
+        self.samples, self.calls = int(state.get("samples", self.samples)), int(state.get("calls", self.calls))
 
 
-def statistics_form(quantities: Collection[str], shape: Sequence[int] | None) -> Form:
-    """What :meth:`LayerStatistics.state` looks like for a weight of some shape; ``None`` when that is not known."""
+def statistics_form(quantities: Collection[str], shape: Sequence[int] | None, counts: Sequence[str]) -> Form:
+    """What a state of :class:`LayerStatistics` looks like.
+
+    Args:
+        quantities: Those that are summed.
+        shape: Shape of the weight; ``None`` when that is not known.
+        counts: The numbers beside the sums.
+    """
 
     def sums(value: Any, place: str) -> str | None:
         if (found := dict_of(tensor(), quantities, "quantity of this score")(value, place)) is not None:
@@ -130,4 +148,4 @@ def statistics_form(quantities: Collection[str], shape: Sequence[int] | None) ->
                 )
         return None
 
-    return fields({"sums": sums, "steps": whole(), "samples": whole(), "calls": whole()})
+    return fields({"sums": sums, **dict.fromkeys(counts, whole())})

@@ -44,7 +44,7 @@ def wanda(weight: Tensor, inputs: Tensor, dim: int) -> Tensor:
 
 def _gblm(weight: Tensor, seen: LayerStatistics, dim: int) -> Tensor:
     # The norm of a weight's gradients is over the steps, not their mean, while inputs are a mean over samples.
-    return wanda(weight, seen.mean("x^2"), dim) + GBLM_ALPHA * weight.detach().abs() * seen.sums["g^2"].sqrt()
+    return wanda(weight, seen.mean("x^2"), dim) + GBLM_ALPHA * weight.detach().abs() * seen.sum("g^2").sqrt()
 
 
 def beta_rank(weight: Tensor, ratio: Tensor, dim: int) -> Tensor:
