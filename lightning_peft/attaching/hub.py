@@ -209,6 +209,7 @@ class Hub:
             sharding.configure(self.run.module, inner, self.attach)
             if not self._attached:
                 sharding.check_whole(self.run.module)
+            self._trained.find_again()
         self.attach()
 
     def attach(self) -> None:

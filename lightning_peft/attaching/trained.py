@@ -33,6 +33,7 @@ class TrainedParameters:
         self._run = run
         self._methods = methods
         self._frozen = False
+        self._frozen_names: list[str] = []
 
     def freeze(self) -> None:
         """Freeze what is not trained.
@@ -47,10 +48,11 @@ class TrainedParameters:
             return
         self._frozen = True
         module, frozen = self._run.module, self._run.frozen
-        for parameter in module.parameters():
+        for name, parameter in module.named_parameters():
             if parameter.requires_grad and parameter not in wanted:
                 parameter.requires_grad_(False)
                 frozen.add(parameter)
+                self._frozen_names.append(name)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if not trained:
             raise MisconfigurationException(
@@ -59,6 +61,12 @@ class TrainedParameters:
             )
         sizes = [sum(parameter.numel() for parameter in part) / 1e6 for part in (trained, frozen)]
         rank_zero_info(f"lightning_peft: {sizes[0]:.2f} M parameters are trained, {sizes[1]:.2f} M frozen for this fit")
+
+    def find_again(self) -> None:
+        """Find what is frozen for the fit among the shards that stand in the place of parameters."""
+        present = dict(self._run.module.named_parameters())
+        self._run.frozen.clear()
+        self._run.frozen.update(present[name] for name in self._frozen_names)
 
     def freeze_late(self) -> bool:
         """Freeze what methods name only now that optimizers and state are in place; say whether anything was frozen."""
@@ -126,6 +134,7 @@ class TrainedParameters:
         for parameter in self._run.frozen:
             parameter.requires_grad_(True)
         self._run.frozen.clear()
+        self._frozen_names.clear()
         self._frozen = False
 
     def _names(self) -> str:

@@ -83,6 +83,8 @@ def on_rank(folder: str) -> dict[str, Any]:
     found["split"] = refusal(lambda: trained(made(Made), [LoRA(2, **TARGETS)], sizes=(1, 2)))
     found["pruning"] = refusal(lambda: trained(made(Made), [GBLM(0.5, rewind=0)]))
     found["growth"] = refusal(lambda: trained(made(Made), [LayerGrowth(start=2)]))
+    preset: dict[str, Any] = {"targets": "all-linear", "exclude": ()}
+    found["preset"] = refusal(lambda: trained(made(Made), [LoRA(2, **preset), NMSparsity("2:4", **preset)]))
     found["again"] = refusal(lambda: trained(init, [LoRA(2, **TARGETS)]))
     held = Held()
     trained(made(Made), [NMSparsity("2:4", recipe="sr-ste", **TARGETS), held])
@@ -91,6 +93,7 @@ def on_rank(folder: str) -> dict[str, Any]:
     whole_fit, runner = trained(made(Made), [*adapted(), saves])
     resumed, _ = trained(made(Made), adapted(), resume=f"{folder}/epoch=0.ckpt")
     found |= {"whole": weights(whole_fit), "resumed": weights(resumed)}
+    found["free"] = [parameter.requires_grad for parameter in whole_fit.parameters()]
     for folders in (True, False):
         (tested,) = runner.test(whole_fit, loader(8), verbose=False)
         path = Path(folder, f"saved-{folders}.ckpt")
@@ -143,6 +146,12 @@ def test_refusals_name_the_way_out(ranks: list[dict[str, Any]], case: str, said:
     for rank in ranks:
         with pytest.raises(MisconfigurationException, match=said):
             raise MisconfigurationException(rank[case])
+
+
+def test_what_is_frozen_for_a_fit_is_known_in_shards_and_given_back(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["preset"] == "nothing was refused"
+        assert all(rank["free"])
 
 
 def test_no_process_holds_whole_masks_until_the_step(ranks: list[dict[str, Any]]) -> None:
