@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch.distributed
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_peft.contract import Contract
+from lightning_peft.strategies.ranks import of_ranks
 
 
 def of_all(method: Contract, state: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -19,10 +19,7 @@ def of_all(method: Contract, state: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     if not method.rank_state or method.run is None or method.run.trainer.world_size == 1:
         return []
-    own = {key: tree_map(_on_cpu, state[key]) for key in sorted(method.rank_state)}
-    found: list[Any] = [None] * method.run.trainer.world_size
-    torch.distributed.all_gather_object(found, own)
-    return found
+    return of_ranks({key: tree_map(_on_cpu, state[key]) for key in sorted(method.rank_state)})
 
 
 def for_this_rank(method: Contract, state: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

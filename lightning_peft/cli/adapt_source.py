@@ -11,15 +11,15 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 
 from lightning_peft import registry
-from lightning_peft.atomic_files import whole
 from lightning_peft.baking.bake import baked, read_checkpoint
-from lightning_peft.cli.beside import quiet
+from lightning_peft.cli.beside import quiet, save_last
 from lightning_peft.cli.file_commands import existing
 from lightning_peft.cli.folders import check_settings, file_digest, settings
+from lightning_peft.cli.job import Job
 from lightning_peft.cli.launch import interruptible, launch, methods_in, parse, quiet_lightning
 from lightning_peft.cli.loading import find_loading
 from lightning_peft.cli.recipes import Recipe, UsageError
-from lightning_peft.cli.trial import Job, train
+from lightning_peft.cli.trial import train
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.method import Method
 from lightning_peft.report.trial import show
@@ -64,6 +64,10 @@ class Source:
             quiet(arguments)
 
         self._cli = launch(recipe, overrides, adjust=keep)
+        if (processes := self._cli.trainer.world_size) > 1:
+            raise UsageError(
+                f"The recipe {recipe.name} asks for {processes} processes, and adapt works in one: add --trainer.devices 1."
+            )
         self.methods = _distinct([method for method in methods if method.lane == Lane.ADAPT])
         self.companions = [method for method in methods if method.lane == Lane.REPORT]
 
@@ -139,8 +143,7 @@ class Source:
             self._load(checkpoint, cli.model, _methods(cli.trainer.callbacks))  # type: ignore[attr-defined]
         with interruptible(cli.trainer):
             cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
-        with whole(path) as part:
-            cli.trainer.save_checkpoint(part)
+        save_last(cli.trainer, path)
 
     def _load(self, path: Path, model: LightningModule, methods: Iterable[Method]) -> None:
         """Give a module the ordinary weights in a checkpoint, and methods what they had saved in it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,14 @@ class LastEpoch(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, after all other callbacks."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(self.path) as part:
-            trainer.save_checkpoint(part)
+        save_last(trainer, self.path)
+
+
+def save_last(trainer: Trainer, path: Path) -> None:
+    """Let a checkpoint appear when it is finished; where processes share a training, all of them ask and the first writes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) if trainer.is_global_zero else nullcontext(path) as part:
+        trainer.save_checkpoint(part)
 
 
 def stand_beside(

@@ -13,9 +13,10 @@ from lightning_peft import registry
 from lightning_peft.cli.console import Outcome, grid
 from lightning_peft.cli.folders import held
 from lightning_peft.cli.interrupts import AGAIN, going_on
+from lightning_peft.cli.job import CURVES, Job
 from lightning_peft.cli.launch import methods_in
 from lightning_peft.cli.recipes import Recipe, UsageError, check_seeds, find_for
-from lightning_peft.cli.trial import CURVES, Job, train
+from lightning_peft.cli.trial import train
 from lightning_peft.report.comparison import Comparison, comparison_report, cost_table, metric_table
 from lightning_peft.report.curves import Curves, read_curves
 from lightning_peft.report.reach import reach_tables

@@ -23,6 +23,7 @@ from lightning_peft.cli.launch import interruptible, launch, methods_in, quiet_l
 from lightning_peft.cli.loading import recorded_build
 from lightning_peft.cli.recipes import UsageError, find
 from lightning_peft.measure.network_inputs import NetworkInputs
+from lightning_peft.strategies.support import strategy_kind
 from lightning_peft.structure import checkpoint as sections
 from lightning_peft.structure import journal
 
@@ -164,6 +165,8 @@ def _built(
 
     quiet_lightning()
     cli = launch(recipe, overrides, methods_in(recipe, overrides), adjust)
+    if strategy_kind(cli.trainer.strategy) != "single":  # examples are the same in one process
+        cli.trainer = cli.instantiate_trainer(devices=1, num_nodes=1, strategy="auto")
     cli.model.configure_model()
     modules = [copy.deepcopy(cli.model) for _ in paths]
     base = cli.model.state_dict()

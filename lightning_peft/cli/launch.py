@@ -14,7 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning_peft.cli.classes import class_name, is_method
 from lightning_peft.cli.explain import as_usage_errors
 from lightning_peft.cli.overrides import apply_named, split_named
-from lightning_peft.cli.recipes import Recipe, UsageError, check_extras
+from lightning_peft.cli.recipes import Recipe, check_extras
 
 Adjust = Callable[[dict[str, Any]], None]
 
@@ -106,18 +106,11 @@ def launch(recipe: Recipe, overrides: Sequence[str], without: Sequence[str] = ()
         adjust: See :class:`RecipeCLI`.
 
     Raises:
-        UsageError: An extra is missing, LightningCLI refuses the file or an override, or it asks for several processes.
+        UsageError: An extra is missing, or LightningCLI refuses the file or an override.
     """
     check_extras(recipe)
     with as_usage_errors(recipe):
-        cli = RecipeCLI(["--config", str(recipe.path), *overrides], without, adjust)
-    if cli.trainer.world_size > 1:  # each process would run this command from its beginning
-        raise UsageError(
-            f"The recipe {recipe.name} asks for {cli.trainer.world_size} processes, and this command works in one: add "
-            '--trainer.devices 1. To train on several, give the file to LightningCLI itself: python -c "from '
-            f'lightning.pytorch.cli import LightningCLI; LightningCLI()" fit --config {recipe.path}'
-        )
-    return cli
+        return RecipeCLI(["--config", str(recipe.path), *overrides], without, adjust)
 
 
 def parse(recipe: Recipe, overrides: Sequence[str], without: Sequence[str] = ()) -> RecipeCLI:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from lightning_peft.cli.messages import message_of, silence
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -235,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # In JSON mode standard output carries the document and nothing else, whatever a library prints.
     quiet = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
     with quiet, warnings.catch_warnings(), sigterm_interrupts():
-        _silence()
+        silence()
         console = Console()
         status = 0
         try:
@@ -272,7 +274,7 @@ def _failure(error: BaseException, options: argparse.Namespace) -> tuple[int, st
     if options.traceback:
         traceback.print_exc()
     assert isinstance(error, Exception)
-    return 2, f"error: {_message(error)}"
+    return 2, f"error: {message_of(error)}"
 
 
 def _print_failure(message: str, status: int) -> None:
@@ -280,37 +282,6 @@ def _print_failure(message: str, status: int) -> None:
     import json
 
     print(json.dumps({"error": message.removeprefix("error: "), "exit_code": status}, indent=2))
-
-
-def _message(error: Exception) -> str:
-    """Say what went wrong; errors that were not written for users also say what they are."""
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    from lightning_peft.assets.archives import AssetError
-    from lightning_peft.cli.recipes import UsageError
-
-    cause = error.__context__
-    if isinstance(error, RuntimeError) and isinstance(cause, OSError):  # torch.save on a full disk
-        error = cause
-    if isinstance(error, (UsageError, MisconfigurationException, AssetError, OSError)):
-        return str(error)
-    return f"{type(error).__name__}: {error} (--traceback shows where)"
-
-
-def _silence() -> None:
-    """Leave out remarks of Lightning that a recipe's user can do nothing about."""
-    for message in (
-        ".*does not have many workers",
-        ".*The number of training batches",
-        ".*Checkpoint directory .* exists and is not empty",
-        ".*isinstance.treespec, LeafSpec.",
-        ".*No complete tensor found in the group",
-        ".*GPU available but not used",
-        # LightningCLI's own use of jsonargparse
-        r"\s*By default only one JsonargparseDeprecationWarning",
-        r"[\s\S]*was deprecated in v4\.",
-    ):
-        warnings.filterwarnings("ignore", message=message)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 
 from lightning_peft.measure.flop_count import FlopCount
 from lightning_peft.measure.flop_meter import SECONDS, compiled, in_training
 from lightning_peft.network.batches import tensors_of
 from lightning_peft.report.trial import duration, show
+from lightning_peft.strategies.ranks import of_ranks
 
 
 class Stopwatch(Callback):
@@ -93,7 +95,17 @@ class RandomState(Callback):
     """
 
     def state_dict(self) -> dict[str, Any]:
-        """Random states of Python, NumPy, PyTorch and every CUDA device, as plain data."""
+        """Random states of Python, NumPy, PyTorch and every CUDA device, as plain data; in several processes those of each."""
+        ranks = of_ranks(self._own())
+        return {**ranks[0], "ranks": ranks[1:]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put the states back; the next to draw is the loader of the next epoch."""
+        rank, ranks = rank_zero_only.rank, state_dict.get("ranks", [])
+        self._put_back(ranks[rank - 1] if 0 < rank <= len(ranks) else state_dict)
+
+    @staticmethod
+    def _own() -> dict[str, Any]:
         version, internal, gauss = random.getstate()
         name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
         return {
@@ -103,15 +115,15 @@ class RandomState(Callback):
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put the states back; the next to draw is the loader of the next epoch."""
-        version, internal, gauss = state_dict["python"]
+    @staticmethod
+    def _put_back(states: dict[str, Any]) -> None:
+        version, internal, gauss = states["python"]
         random.setstate((version, tuple(internal), gauss))
-        name, keys, *rest = state_dict["numpy"]
+        name, keys, *rest = states["numpy"]
         np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-        torch.set_rng_state(state_dict["torch"])
-        if state_dict["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state_dict["cuda"])
+        torch.set_rng_state(states["torch"])
+        if states["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(states["cuda"])
 
 
 class EpochLines(Callback):

@@ -20,10 +20,11 @@ from lightning_peft.cli.beside import quiet
 from lightning_peft.cli.console import Outcome, facts, grid
 from lightning_peft.cli.folders import CONFIG, held, try_hold
 from lightning_peft.cli.interrupts import going_on
+from lightning_peft.cli.job import CURVES, RESULT, Job
 from lightning_peft.cli.launch import launch, methods_in, parse
 from lightning_peft.cli.loading import find_loading
 from lightning_peft.cli.recipes import Recipe, UsageError, find_for
-from lightning_peft.cli.trial import CURVES, RESULT, Job, preflight, train
+from lightning_peft.cli.trial import preflight, train
 from lightning_peft.report.curves import read_curves
 from lightning_peft.report.plots import available
 from lightning_peft.report.proof import prove

@@ -22,14 +22,15 @@ class ChangeRecorder(Callback):
     """Measures at the end of a fit how its matrices changed.
 
     Under a delta the weight it started from is the frozen one, which is still there. Only a weight that is trained itself, or
-    has a delta that is not zero at the start, is copied, to the CPU.
+    has a delta that is not zero at the start, is copied, to the CPU. Where processes share the work, the first one measures,
+    and the others only help to gather shards.
 
     Args:
         most: Numbers of starting values that are kept.
         work: See :data:`~lightning_peft.measure.weight_changes.MOST_WORK`.
 
     Attributes:
-        learnt: What was found; empty before the end.
+        learnt: What was found; empty before the end, and in all processes but the first.
 
     Example:
         >>> from lightning_peft.testing import Plain, loader, trainer
@@ -61,7 +62,8 @@ class ChangeRecorder(Callback):
         for matrix in sorted(moving, key=lambda matrix: matrix.stored.numel()):
             room -= matrix.stored.numel()
             if room >= 0:
-                self._start[matrix.name] = matrix.seen().to("cpu", matrix.stored.dtype, copy=True)
+                value = matrix.seen() if trainer.is_global_zero else matrix.seen()[:0]
+                self._start[matrix.name] = value.to("cpu", matrix.stored.dtype, copy=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, while deltas are still on the module."""
@@ -76,7 +78,13 @@ class ChangeRecorder(Callback):
             if matrix.name not in self._start and (matrix.stored.requires_grad or matrix.name in self._moving):
                 lost.setdefault(self._why_lost(matrix), []).append(matrix.name)
         missing = {name for names in lost.values() for name in names}
-        rows, notes = self._measured([matrix for matrix in trained if matrix.name not in missing])
+        known = [matrix for matrix in trained if matrix.name not in missing]
+        if not trainer.is_global_zero:
+            for matrix in known:
+                self._before_and_after(matrix)
+            self._start = {}
+            return
+        rows, notes = self._measured(known)
         notes += [f"What {_listed(names)} held when the training began is not known: {why}." for why, names in lost.items()]
         self.learnt, self._start = Learnt(tuple(rows), tuple(notes), time.perf_counter() - begun), {}
 
@@ -86,18 +94,23 @@ class ChangeRecorder(Callback):
         return f"more than {self.most:,} numbers are not kept" if matrix.name in self._moving else "it was frozen then"
 
     def _measured(self, known: Sequence[Matrix]) -> tuple[list[WeightChange], list[str]]:
-        shapes = [tuple(part.shape) for matrix in known for _, part in matrix.split(matrix.stored.detach())]
+        shapes = [
+            tuple(part.shape) for matrix in known for _, part in matrix.split(torch.empty(matrix.stored.shape, device="meta"))
+        ]
         wanted = worth_decomposing(shapes, self.work)  # type: ignore[arg-type]
         rows: list[WeightChange] = []
         for matrix in known:
-            before = self._start.get(matrix.name)
-            pairs = zip(matrix.split(matrix.base() if before is None else before), matrix.split(matrix.seen()), strict=True)
-            for (name, old), (_, new) in pairs:
+            before, after = self._before_and_after(matrix)
+            for (name, old), (_, new) in zip(matrix.split(before), matrix.split(after), strict=True):
                 rows.append(weight_change(name, old.cpu(), new.cpu(), decompose=wanted[len(rows)]))
         if all(wanted):
             return rows, []
         chosen = f"{sum(wanted)} of the {len(rows)} matrices, spread over the network"
         return rows, [f"Ranks and intruders are those of {chosen}: those of all would take more than {self.work:.0e} products."]
+
+    def _before_and_after(self, matrix: Matrix) -> tuple[Tensor, Tensor]:
+        start = self._start.get(matrix.name)
+        return matrix.base() if start is None else start, matrix.seen()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to know of the start."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lightning_peft.measure.calibration import calibration_table
 from lightning_peft.measure.network_calls import NetworkCalls
 from lightning_peft.network.labels import labels_of
 from lightning_peft.network.logits import as_logits
+from lightning_peft.strategies.ranks import of_ranks
 
 Bins = list[tuple[float, float, float]]
 
@@ -81,6 +83,13 @@ class ConfidenceRecorder(NetworkCalls):
             self.confidence += confidence.tolist()
             self.correct += (predicted == labels).tolist()
             self._keep(logits, labels)
+
+    def gather(self) -> None:
+        """Take what other processes saw; every one has to ask, once, after the test."""
+        ranks = of_ranks((self.confidence, self.correct, self.logits, self.labels))
+        self.confidence, self.correct, self.logits, self.labels = ([*chain(*column)] for column in zip(*ranks, strict=True))
+        if not all(logits for _, _, logits, _ in ranks) or sum(batch.numel() for batch in self.logits) > MOST:
+            self.logits, self.labels = [], []
 
     def _keep(self, logits: Tensor, labels: Tensor) -> None:
         self._numbers += logits.numel()

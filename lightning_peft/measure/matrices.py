@@ -14,11 +14,14 @@ from lightning_peft.compose.lanes import Lane
 from lightning_peft.deltas.layout import layout_of
 from lightning_peft.weights.attachment import Attachment
 from lightning_peft.weights.mapped_layer import MappedLayer
+from lightning_peft.weights.shards import read_whole, whole
 
 
 @dataclass(frozen=True)
 class Matrix:
     """A parameter of two dimensions or more; masks on it, and what stands outside of them, are not seen here.
+
+    Where it is a shard, its values are those of the whole, for which every process has to ask.
 
     Attributes:
         name: Its qualified name.
@@ -43,9 +46,11 @@ class Matrix:
     @torch.no_grad()
     def base(self) -> Tensor:
         """Return what deltas are added to."""
-        value: Tensor = self.stored.detach()
-        for weight_map in self._maps(delta=False):
-            value = weight_map(value)
+        value: Tensor = whole(self.stored.detach())
+        maps = self._maps(delta=False)
+        with read_whole(*maps):
+            for weight_map in maps:
+                value = weight_map(value)
         return value
 
     @torch.no_grad()
@@ -54,10 +59,12 @@ class Matrix:
         value = self.base()
         if self.has_delta:
             value = value.double()
-        for weight_map in self._maps(delta=True):
-            value = weight_map(value)
-        for part in self._parts():
-            value = part.merged(value)
+        maps, parts = self._maps(delta=True), self._parts()
+        with read_whole(*maps, *parts):
+            for weight_map in maps:
+                value = weight_map(value)
+            for part in parts:
+                value = part.merged(value)
         return value
 
     def split(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:

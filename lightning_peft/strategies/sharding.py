@@ -19,12 +19,15 @@ def check_layout(strategy: Any) -> None:
     """Refuse a fit whose weights would be split within layers.
 
     Args:
-        strategy: A ``ModelParallelStrategy`` that has set up its processes.
+        strategy: A ``ModelParallelStrategy``, of a Trainer that may not have begun.
 
     Raises:
         MisconfigurationException: It is told to do so, or does by default.
     """
-    if (ranks := strategy.device_mesh["tensor_parallel"].size()) > 1:
+    ranks = strategy._tensor_parallel_size
+    if ranks == "auto":  # what the strategy makes of it when it begins
+        ranks = strategy.num_processes
+    if ranks > 1:
         raise MisconfigurationException(
             f"{type(strategy).__name__} gives every layer to {ranks} processes (tensor_parallel_size={ranks}, which is all of "
             "a machine's by default), and methods act on layers. Shard without that: ModelParallelStrategy("

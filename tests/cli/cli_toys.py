@@ -7,9 +7,11 @@ import signal
 
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_peft import Lane, Method, Resource, WeightMap
@@ -44,14 +46,28 @@ class ToyModule(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
 
 
+class ShardedModule(ToyModule):
+    """Shared by processes, layer by layer."""
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
+            mesh = self.device_mesh["data_parallel"]
+            fully_shard(self.model[0], mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+
+
 class ToyData(LightningDataModule):
-    def __init__(self, samples: int = 64) -> None:
+    def __init__(self, samples: int = 64, batch: int = 16, shuffle: bool = True) -> None:
         super().__init__()
+        self.batch, self.shuffle = batch, shuffle
         inputs = torch.randn(samples, 8, generator=torch.Generator().manual_seed(0))
         self.data = TensorDataset(inputs, inputs[:, :3].argmax(1))
 
     def train_dataloader(self):
-        return DataLoader(self.data, 16, shuffle=True)
+        if self.shuffle:
+            return DataLoader(self.data, self.batch, shuffle=True)
+        ranks, rank = self.trainer.world_size, self.trainer.global_rank  # Lightning's own sampler would shuffle
+        return DataLoader(self.data, self.batch, sampler=DistributedSampler(self.data, ranks, rank, shuffle=False))
 
     def val_dataloader(self):
         return DataLoader(self.data, 16)
@@ -108,12 +124,20 @@ class ToyTerm(Method):
 
 
 class Killer(Callback):
-    """Sends the process a signal, `kill -9` or another, in the middle of an epoch, when the environment says so."""
+    """Sends the process a signal, `kill -9` or another, in the middle of an epoch, when the environment says so.
+
+    Of several processes it is that of a rank, or the command that started them if its number is there. In place of a signal it
+    may be an error.
+    """
 
     def on_train_batch_end(self, trainer, *_) -> None:
         composed = any(isinstance(callback, ToyMask) for callback in trainer.callbacks)
-        if composed and os.environ.get("TOY_KILL_AT") == str(trainer.global_step):
-            os.kill(os.getpid(), signal.Signals[os.environ.get("TOY_SIGNAL", "SIGKILL")])
+        rank = os.environ.get("TOY_RANK", "0")
+        if composed and (os.environ.get("TOY_KILL_AT"), rank) == (str(trainer.global_step), str(trainer.global_rank)):
+            name = os.environ.get("TOY_SIGNAL", "SIGKILL")
+            if name == "an error":
+                raise MisconfigurationException("The toy cannot go on.")
+            os.kill(int(os.environ.get("TOY_COMMAND", os.getpid())), signal.Signals[name])
 
 
 class Residual(nn.Module):

@@ -86,5 +86,5 @@ def test_a_write_that_is_cut_short_leaves_the_epoch_before(tmp_path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        LastEpoch(path).on_train_epoch_end(SimpleNamespace(save_checkpoint=save), None)
+        LastEpoch(path).on_train_epoch_end(SimpleNamespace(save_checkpoint=save, is_global_zero=True), None)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("model.ckpt", "the first epoch")]

@@ -96,10 +96,3 @@ def test_what_a_constructor_refuses_is_its_own_message(several, given, answer) -
     assert answer in str(refused.value)
     assert "cannot be built" in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
-
-
-def test_several_processes_are_refused_with_what_helps(several) -> None:
-    with pytest.raises(UsageError, match="asks for 2 processes") as refused:
-        launch(several, ["--trainer.devices", "2"])
-    assert "--trainer.devices 1" in str(refused.value)
-    assert launch(several, ["--trainer.devices", "2", "--trainer.devices", "1"]).trainer.world_size == 1
