@@ -56,7 +56,7 @@ def processes_of(trainer: Trainer) -> int:
     alone = "Or train in one: --trainer.devices 1 --trainer.strategy auto."
     if kind not in KINDS:
         raise UsageError(f"{asks}. This command trains under DDPStrategy and ModelParallelStrategy. {alone}")
-    environment: Any = trainer._accelerator_connector.cluster_environment  # type: ignore[attr-defined]
+    environment: Any = trainer._accelerator_connector.cluster_environment
     if environment.creates_processes_externally or trainer.num_nodes > 1:
         raise UsageError(
             f"{asks}, on {trainer.num_nodes} machines or started from elsewhere. This command starts all of them itself, on "

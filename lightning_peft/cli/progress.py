@@ -101,7 +101,8 @@ class RandomState(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put the states back; the next to draw is the loader of the next epoch."""
-        rank, ranks = rank_zero_only.rank, state_dict.get("ranks", [])
+        rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
+        ranks = state_dict.get("ranks", [])
         self._put_back(ranks[rank - 1] if 0 < rank <= len(ranks) else state_dict)
 
     @staticmethod

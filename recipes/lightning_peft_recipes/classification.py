@@ -110,7 +110,7 @@ class Classifier(LightningModule):
     def _evaluate(self, batch: Any, stage: str, metrics: MetricCollection) -> None:
         logits, labels = self.logits_and_labels(batch)
         metrics.update(logits.softmax(dim=-1), labels)
-        self.log(f"{stage}/loss", F.cross_entropy(logits, labels), batch_size=len(labels))
+        self.log(f"{stage}/loss", F.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
         self.log_dict(metrics, batch_size=len(labels), prog_bar=stage == "val")
 
 

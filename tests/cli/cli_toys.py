@@ -46,6 +46,14 @@ class ToyModule(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
 
 
+class NoisyModule(ToyModule):
+    """Draws in every step, in later ranks more."""
+
+    def training_step(self, batch, batch_idx: int) -> Tensor:
+        noise = sum(torch.randn_like(batch[0]) for _ in range(self.global_rank + 1))
+        return super().training_step([batch[0] + noise, batch[1]], batch_idx)
+
+
 class ShardedModule(ToyModule):
     """Shared by processes, layer by layer."""
 

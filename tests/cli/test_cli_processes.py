@@ -83,7 +83,7 @@ def test_two_processes_that_share_a_network_end_as_one_does(cli, sharded, tmp_pa
 
 
 def test_a_run_whose_process_dies_or_that_is_stopped_goes_on_from_its_last_epoch(cli, warm, toy, tmp_path, monkeypatch) -> None:
-    start = ("run", toy, "--no-baseline", *TWO)
+    start = ("run", toy, "--no-baseline", *TWO, "--model", "cli_toys.NoisyModule")
     assert cli(*start, "--out", tmp_path / "whole")[0] == 0
     monkeypatch.setenv("TOY_KILL_AT", "3")  # in the middle of the second of three epochs
     monkeypatch.setenv("TOY_RANK", "1")
@@ -128,6 +128,7 @@ REFUSED = [
         "does not work under the fsdp2 strategy",
     ),
     ([*SHARDS, "--NMSparsity.targets", "[model.9]"], "model.9"),
+    (["--NMSparsity.targets", "[model.8]"], "model.8"),
     ([*TWO, "--trainer.fast_dev_run", "true"], "--check"),
 ]
 
@@ -135,9 +136,10 @@ REFUSED = [
 @pytest.mark.parametrize(("given", "answer"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
 def test_what_cannot_be_done_is_answered_before_any_process_starts(cli, sharded, monkeypatch, given, answer) -> None:
     monkeypatch.setattr(subprocess, "Popen", None)
-    status, _, error = cli("run", sharded, *given)
+    status, out, error = cli("run", sharded, *given)
     assert status == 2
     assert answer in error
+    assert "epoch" not in out
     assert len(error.splitlines()) == 1
 
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from quick_plots import draw_quickly
+from recipe_helpers import needs
 
 from lightning_peft import plan
 from lightning_peft.cli.launch import launch, methods_in, parse
@@ -14,6 +15,7 @@ from lightning_peft.cli.main import main
 from lightning_peft.cli.recipes import EXTRAS, UsageError, find, packaged, parse_header, read
 from lightning_peft.contract import methods_of
 from lightning_peft.network.layers import heads
+from lightning_peft_recipes.assets import MOVIE_REVIEWS
 
 RECIPES = sorted(packaged())
 # What makes a run of each recipe short, and what builds its model without pretrained weights.
@@ -37,6 +39,11 @@ SHORT = {
         *("--data.source", "rotten_tomatoes", "--data.context", "16"),
         *("--data.train_size", "8000", "--data.val_size", "1000", "--data.test_size", "1000"),
         *("--model.hidden_size", "16", "--model.heads", "2", "--model.ffn", "32"),
+    ],
+    "language/sharded_llama_reviews": [
+        *("--data.source", "rotten_tomatoes", "--data.context", "16", "--trainer.max_epochs", "1"),
+        *("--data.train_size", "8000", "--data.val_size", "1024", "--data.test_size", "1024"),
+        *("--model.hidden_size", "16", "--model.heads", "2", "--model.ffn", "32", "--model.depth", "2"),
     ],
     "vision/grow_vit_cifar10": [
         *("--data.train_size", "60", "--data.val_size", "20", "--data.test_size", "20", "--data.batch_size", "10"),
@@ -64,6 +71,7 @@ OFFLINE = {
     "vision/eata_cifar10_vit": [],
     "vision/eata_groceries": ["--model.weights", "null"],
     "language/grow_llama_reviews": [],
+    "language/sharded_llama_reviews": [],
     "vision/grow_vit_cifar10": [],
     "vision/structured_groceries": ["--model.weights", "null"],
     "vision/lora_groceries": ["--model.weights", "null"],
@@ -73,6 +81,7 @@ SLICING = ["StructuredPruning"]
 LOW_RANK = ["LoRA"]
 ALONE = {"LayerGrowth": "layer_growth", "StructuredPruning": "structured_pruning", "LoRA": "lora"}
 TRAINING = ["NMSparsity", "WeightCompander", "PSKD"]
+SHARDED = ["NMSparsity", "WeightCompander"]
 TEST_TIME = ["BatchNormAdapt", "Tent", "ETA", "EATA", "SAR", "DeYO", "CoTTA", "ROID", "FisherEstimator"]
 METHODS = {
     "quickstart": TRAINING,
@@ -82,6 +91,7 @@ METHODS = {
     "vision/eata_groceries": TEST_TIME,
     "language/eata_reviews": [name for name in TEST_TIME if name not in ("BatchNormAdapt", "DeYO", "CoTTA")],
     "language/grow_llama_reviews": GROWTH,
+    "language/sharded_llama_reviews": SHARDED,
     "vision/grow_vit_cifar10": GROWTH,
     "vision/structured_groceries": SLICING,
     "language/lora_stories": LOW_RANK,
@@ -114,7 +124,7 @@ def test_every_recipe_says_what_it_needs_and_parses(name) -> None:
     assert set(recipe.needs) <= set(EXTRAS)
     assert recipe.online, "the header names the usual online source"
     assert recipe.monitor.startswith("test/")
-    assert recipe.command == ("run" if METHODS[name] in (TRAINING, GROWTH, SLICING, LOW_RANK) else "adapt")
+    assert recipe.command == ("run" if METHODS[name] in (TRAINING, GROWTH, SLICING, LOW_RANK, SHARDED) else "adapt")
     assert methods_in(recipe, []) == METHODS[name]
     without = parse(recipe, SHORT[name], METHODS[name])
     assert without.config.trainer.callbacks == []
@@ -127,6 +137,9 @@ def test_a_recipe_without_pretrained_weights_is_built_offline_and_has_a_plan(nam
     methods = list(methods_of(cli.trainer.callbacks))
     if METHODS[name] is TRAINING:
         assert [row.name for row in plan(cli.model, methods).rows] == ["weight_compander", "nm_sparsity", "pskd"]
+        return
+    if METHODS[name] is SHARDED:
+        assert [row.name for row in plan(cli.model, methods).rows] == ["weight_compander", "nm_sparsity"]
         return
     if METHODS[name] in (GROWTH, SLICING, LOW_RANK):
         assert [row.name for row in plan(cli.model, methods).rows] == [ALONE[METHODS[name][0]]]
@@ -195,6 +208,22 @@ def test_recipes_of_deltas_keep_what_was_trained_and_end_in_an_ordinary_network(
     assert len(moved) > 30
     assert all(key.endswith("weight") and whole[key].ndim > 1 for key in moved)
     assert (out / "report.html").read_text().count("data:image/png") >= 2
+
+
+@pytest.mark.network
+@pytest.mark.slow
+def test_the_recipe_in_two_processes_ends_in_a_proven_report(tmp_path, capsys) -> None:
+    out, name = tmp_path / "out", "language/sharded_llama_reviews"
+    needs(MOVIE_REVIEWS)
+    assert main(["run", name, "--out", str(out), "--json", *SHORT[name]]) == 0, capsys.readouterr().err
+    data = json.loads(capsys.readouterr().out)
+    assert {"test/loss", "test/perplexity"} == set(data["composed"]["metrics"])
+    assert data["composed"]["steps"] == data["dense"]["steps"] == 31
+    assert data["composed"]["parameters"] == data["dense"]["parameters"]
+    assert len(data["nm_proof"]) == 14
+    assert all(proof["holds"] for proof in data["nm_proof"])
+    assert len(data["composed"]["learnt"]["rows"]) == len(data["dense"]["learnt"]["rows"]) == 15
+    assert "import lightning_peft" not in data["loading"]
 
 
 def test_a_header_may_be_absent_and_must_be_right(tmp_path) -> None:
