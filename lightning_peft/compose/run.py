@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
@@ -15,6 +17,7 @@ from lightning_peft.capture.sampling import SampleRecorder
 from lightning_peft.compose.course import Course
 from lightning_peft.compose.schedule import Point, ResolvedSchedule, Schedule, parse_point
 from lightning_peft.namespaces import both
+from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.optim.schedulers import FreshSchedule
 from lightning_peft.optim.wrapped import innermost
 
@@ -79,6 +82,13 @@ class Run:
         scaler = self.gradient_scaler
         unscales = getattr(innermost(optimizer), "_step_supports_amp_scaling", False)
         return float(scaler.get_scale()) if scaler is not None and unscales else 1.0
+
+    def skips(self, optimizer: Optimizer) -> bool:
+        """Whether a gradient scaler is about to skip a step, because a gradient is not finite; to be asked before it clips."""
+        if self.gradient_scaler is None:
+            return False
+        gradients = [parameter.grad for parameter in trained_by(optimizer) if parameter.grad is not None]
+        return not bool(torch.nn.utils.get_total_norm(gradients, math.inf).isfinite())
 
     def place(self, point: Point, argument: str = "A schedule point") -> int:
         """Convert a point of training to optimizer steps.

@@ -122,11 +122,12 @@ class IncreLoRA(GrowingRanks):
             for form in self._forms.values():
                 form.reserve()
         due = self.due(run.step)
-        if self._see(run) and due:
+        self._see(run)
+        if due:
             self.grow((self._scores * self._gaps).tolist(), self.top, run.step)
 
-    def _see(self, run: Run) -> bool:
-        """Take the scores of the step in; not of one that a gradient scaler will skip."""
+    def _see(self, run: Run) -> None:
+        """Take the scores of the step in."""
         first = next(iter(self._forms.values())).values[0]
         now = torch.stack([first.new_zeros(()) if form.score is None else form.score for form in self._forms.values()])
         for form in self._forms.values():
@@ -134,11 +135,8 @@ class IncreLoRA(GrowingRanks):
         now = run.trainer.strategy.reduce(now, reduce_op="mean")  # type: ignore[assignment]
         if (scaler := run.gradient_scaler) is not None:
             now = now / scaler.get_scale()
-            if not now.isfinite().all():
-                return False
         self._scores = torch.lerp(now, self._scores.to(now), self.beta1)
         self._gaps = torch.lerp((now - self._scores).abs(), self._gaps.to(now), self.beta2)
-        return True
 
     def finish(self, run: Run) -> None:
         """Let go of the forms."""

@@ -129,7 +129,7 @@ class BlockPruning(Method):
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """See the gradients of a step."""
-        if self.score != "taylor" or not self._watches():
+        if self.score != "taylor" or not self._watches() or run.skips(optimizer):
             return
         moved = trained_by(optimizer)
         for name in self._blocks(run):

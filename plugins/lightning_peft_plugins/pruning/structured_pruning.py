@@ -158,7 +158,7 @@ class StructuredPruning(Method):
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """See the gradients of a step."""
-        if self.score.reads:
+        if self.score.reads and not run.skips(optimizer):
             self.recorder.see_gradients(_weights(run), optimizer)
 
     def next_edit(self, run: Run) -> EditRequest | None:

@@ -126,12 +126,14 @@ class TrainedRankPruning(Method):
         moved = trained_by(optimizer)
         self._moving = [name for name in self._names if run.module.get_parameter(name) in moved]
         for name in self._moving:
-            pull, grad = self._pulls.pop(name, None), run.module.get_parameter(name).grad
+            pull, grad = self._pulls.get(name), run.module.get_parameter(name).grad
             if pull is not None and grad is not None:
                 grad.add_(spread_as(grad, pull.to(grad.device)), alpha=self.nuclear)
 
     def after_step(self, run: Run) -> None:
         """Truncate the weights that an optimizer has moved, when their time has come."""
+        for name in self._moving:  # not before the step, which a gradient scaler may skip
+            self._pulls.pop(name, None)
         if self._moving and (self.steps % self.period == 0 or self.steps == self._last):
             self._truncate(run, self._moving)
         self._moving, self._untrained = [], {}

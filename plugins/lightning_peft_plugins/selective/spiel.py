@@ -115,10 +115,11 @@ class SpIEL(SparseUpdate):
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Take the gradients of the weights away before the optimizer uses them, and sum those of the candidates."""
+        skips = run.skips(optimizer)
         for mapped, values in self.maps(run.module):
             if owner([optimizer], values.values) is None:
                 continue
-            if (found := self._gradients.take(run, mapped.stored)) is not None:
+            if (found := self._gradients.take(run, mapped.stored)) is not None and not skips:
                 self._candidates[mapped.name] = summed(self._candidates.get(mapped.name), found, len(values.indices))
 
     def after_step(self, run: Run) -> None:

@@ -122,7 +122,7 @@ class GrowingRanks(ScaledDelta):
         for form in self._forms.values():
             for parameter in form.idle():
                 parameter.grad = None  # nothing moves, and no optimizer begins a state for it
-        if self._missing >= self.increment:
+        if self._missing >= self.increment and not run.skips(optimizer):
             self.consider(run)
 
     def due(self, step: int) -> bool:

@@ -91,8 +91,13 @@ def rewind_form(tensors: Mapping[str, Tensor] | None) -> Form:
             return f"{place} lacks {lost!r}"
         for name, item in value.items():
             like = None if tensors is None else tensors[name]
-            if not isinstance(item, Tensor) or (like is not None and (item.shape, item.dtype) != (like.shape, like.dtype)):
+            # Not of its type: precision="bf16-true" converts a module after this.
+            if not isinstance(item, Tensor) or (like is not None and _kind(item) != _kind(like)):
                 return f"{place}[{name!r}] is not a tensor like the module's"
         return None
 
     return check
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, bool]:
+    return tensor.shape, tensor.is_floating_point()
