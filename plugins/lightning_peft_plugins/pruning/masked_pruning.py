@@ -199,7 +199,7 @@ class MaskedPruning(Method):
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """See the gradients of a step, and let pruned weights decay."""
-        if self.score.reads:
+        if self.score.reads and not run.skips(optimizer):
             self.recorder.see_gradients(((mapped.name, mapped.stored) for mapped, _ in self.masks(run.module)), optimizer)
         if self.timeline is not None:
             scale = run.gradient_scale(optimizer)
@@ -235,16 +235,14 @@ class MaskedPruning(Method):
         maps = list(self.masks(run.module))
         scores, sizes = {}, {}
         for mapped, mask in maps:
-            seen = self.recorder.of(mapped.name)
+            seen, dim, weight = self.recorder.of(mapped.name), input_dim(mapped.layer), mapped.entering(mask)
+            seen.reduce(run.trainer.strategy, weight, dim)
             if not seen.ready:
                 raise MisconfigurationException(
                     f"{mapped.name} cannot be scored by {self.score_name!r}: its layer was not called, or got no "
                     f"gradient, in the {self.timeline.every} steps before step {self.steps}. Leave it out with exclude=, or "
                     "raise every=."
                 )
-            seen.reduce(run.trainer.strategy)
-            dim = input_dim(mapped.layer)
-            weight = mapped.entering(mask)
             value = self.score.value(weight, seen, dim)
             check_scores(mapped.name, value)
             seen.clear()

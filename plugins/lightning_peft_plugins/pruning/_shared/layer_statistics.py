@@ -78,7 +78,8 @@ class LayerStatistics:
     @property
     def ready(self) -> bool:
         """Whether everything was seen at least once."""
-        return self.quantities <= self.sums.keys()
+        counts = {"x^2": self.samples, "sd": self.calls}
+        return all(counts.get(quantity, quantity in self.sums) for quantity in self.quantities)
 
     def mean(self, quantity: Quantity) -> Tensor:
         """Mean over what was seen: optimizer steps, for inputs samples, for deviations calls."""
@@ -89,11 +90,21 @@ class LayerStatistics:
         found: Tensor = whole_tensor(self.sums[quantity])
         return found
 
-    def reduce(self, strategy: Strategy) -> None:
-        """Sum what each rank saw of its own calls; gradients are the same on all."""
-        for quantity in sorted(FROM_CALLS & self.sums.keys()):
-            self.sums[quantity] = strategy.reduce(self.sums[quantity].to(strategy.root_device), reduce_op="sum")  # type: ignore[assignment]
-        if FROM_CALLS & self.sums.keys():
+    def reduce(self, strategy: Strategy, weight: Tensor, dim: int) -> None:
+        """Sum what each rank saw of its own calls; gradients are the same on all.
+
+        Args:
+            strategy: The strategy.
+            weight: The weight as layers see it.
+            dim: Dimension of its inputs.
+        """
+        sizes = {"x^2": weight.shape[dim], "sd": weight.shape[1 if dim == 0 else 0]}
+        nothing = weight.new_zeros((), dtype=torch.promote_types(weight.dtype, torch.float32))
+        # Also what this rank saw nothing of: others did, and wait for it.
+        for quantity in sorted(FROM_CALLS & self.quantities):
+            own = self.sums.get(quantity, nothing.expand(sizes[quantity])).to(strategy.root_device)
+            self.sums[quantity] = strategy.reduce(own.contiguous(), reduce_op="sum")  # type: ignore[assignment]
+        if FROM_CALLS & self.quantities:
             counts = torch.tensor([self.samples, self.calls], device=strategy.root_device)
             self.samples, self.calls = strategy.reduce(counts, reduce_op="sum").tolist()  # type: ignore[union-attr]
 

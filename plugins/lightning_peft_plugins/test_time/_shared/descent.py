@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -100,6 +102,8 @@ class DescentMethod(StreamMethod):
 
     def adapt_start(self, run: Run) -> None:
         super().adapt_start(run)
+        if self.sync == "mean":
+            check_equal_numbers(self.name, run.trainer)
         everything = dict(run.module.named_parameters())
         self.parameters = {name: everything[name] for name in self.claims(run.module) if name in everything}
         self._held = [(p, p.requires_grad, p.grad) for p in everything.values()]
@@ -240,6 +244,24 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     """
     norms = torch._foreach_norm(list(tensors), float("inf")) if tensors else ()
     return not norms or bool(torch.stack(norms).isfinite().all())
+
+
+def check_equal_numbers(name: str, trainer: Trainer) -> None:
+    """Refuse ranks with unequal numbers of batches, the first of which to end would leave the others waiting.
+
+    Raises:
+        MisconfigurationException: They have; streams without a length are not known to.
+    """
+    loops = {TrainerFn.VALIDATING: trainer.num_val_batches, TrainerFn.PREDICTING: trainer.num_predict_batches}
+    found: list[Any] = [None] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(found, loops.get(trainer.state.fn, trainer.num_test_batches))
+    if any(counts != found[0] for counts in found):
+        counted = " and ".join(str(sum(counts)) for counts in found)
+        raise MisconfigurationException(
+            f'{name} adapts all ranks as one with every batch (sync="mean"), and they have {counted} batches. Give every rank '
+            'as many, as Lightning\'s own sampler does, or let each adapt to its own, sync="none".'
+        )
 
 
 def average_over_ranks(parameters: Sequence[nn.Parameter], samples: int) -> int:
