@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_peft.attaching import after_fit, averaging, part_calls, validating
+from lightning_peft.attaching import after_fit, averaging, kept_layers, part_calls, validating
 from lightning_peft.attaching.adapting import Adapting
 from lightning_peft.attaching.editing import edit_training
 from lightning_peft.attaching.first_edits import FirstEdits
@@ -248,6 +248,7 @@ class Hub:
                     self._shadow(module, step, MissingBlocks(module).step)
             self._gradients = StepGradients(self.run, self.methods, self._terms, lambda: self.active)
             self._shims += [shim.install() for shim in self._gradients.shims()]
+            self._shadow(self.run.trainer.precision_plugin, "convert_module", partial(kept_layers.convert, self.run))
             self._shadow(module, "on_fit_start", self._fit_start)
             self._shadow(module, "configure_optimizers", self._configure_optimizers)
         adapter = next((method for method in self.methods if method.lane == Lane.ADAPT), None)

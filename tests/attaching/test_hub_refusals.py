@@ -8,9 +8,10 @@ import pytest
 import torch
 from hub_toys import methods
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins.precision import Precision
 from torch import nn
 
-from lightning_peft import Lane, Loss, Method, Resource
+from lightning_peft import BitFit, Lane, LoRA, Loss, Method, Resource
 from lightning_peft.compose.loss import NonFiniteLossError
 from lightning_peft.testing.callbacks import PlannedError
 from lightning_peft.testing.modules import Manual, Plain, Root, loader, trainer
@@ -45,6 +46,27 @@ def test_manual_optimization_without_apply_terms():
 def test_manual_optimization_needs_no_call_without_loss_terms():
     run = fit([ToyScale(), ToyThreshold()], style=NeverAsks)
     assert_clean(run.module, "manual optimization without terms")
+
+
+class Replacing(Precision):
+    """Does as Lightning's plugins for 8 and 4 bits do."""
+
+    def convert_module(self, module):
+        for name, layer in [(name, layer) for name, layer in module.named_modules() if type(layer) is not type(module)]:
+            if isinstance(layer, nn.Linear):
+                module.set_submodule(name, nn.Linear(layer.in_features, layer.out_features))
+        return module
+
+
+@pytest.mark.parametrize(
+    ("method", "what"),
+    [(lambda: LoRA(2, targets="all-linear"), "those that lora acts on"), (BitFit, "that of model.0.weight, which is frozen")],
+    ids=["attached", "frozen"],
+)
+def test_a_plugin_that_replaces_layers(method, what):
+    with pytest.raises(MisconfigurationException, match=f"Replacing puts layers of its own.*{what}.*bf16-mixed"):
+        fit([method()], plugins=[Replacing()])
+    assert_clean(fit([ToyEntropy()], plugins=[Replacing()]).module, "a plugin that replaces what nobody acts on")
 
 
 class TwoNets(Plain):
