@@ -392,10 +392,15 @@ class Hub:
 
     def end_validation(self) -> None:
         """Tell every method that a validation is over."""
+        self._reshard()
         validating.show_baked(self.run.module, self.methods, on=False)
         if not self.run.trainer.sanity_checking:
             for method in self.methods:
                 method.validation_end(self.run)
+
+    def _reshard(self) -> None:
+        if self._shards:
+            sharding.reshard(self.run.module)
 
     def _edit(self) -> None:
         for method in self.methods:
@@ -480,6 +485,7 @@ class Hub:
         module = self.run.module
         if _HUBS.pop(module, None) is None:
             return
+        self._reshard()
         validating.show_baked(module, self.methods, on=False)
         for handle in self._handles:
             handle.remove()

@@ -79,6 +79,15 @@ def check_whole(module: LightningModule) -> None:
         )
 
 
+def reshard(module: nn.Module) -> None:
+    """Let groups that a pass without a backward one has left whole be shards again: what is written to whole ones is lost."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def forget_taken_off(trainer: Trainer, module: LightningModule) -> None:
     """Let optimizers forget parameters that are on the module no more; checkpoints of shards name every one they hold."""
     present = set(module.parameters())
