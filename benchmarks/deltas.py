@@ -168,20 +168,20 @@ def train(name: str, module: Tuned, callbacks: list[Callback], pipe: Connection,
     torch.set_num_threads(args.threads)
     steps = TURN * (args.warmup + args.rounds) + 1  # a turn ends where the next one would begin
     baton = Baton(pipe, time.perf_counter, TURN)
-    lean(callbacks=[baton, *callbacks], max_steps=steps).fit(module, batches(name, steps))
+    lean(callbacks=[baton, *callbacks], max_steps=steps, accelerator=args.device).fit(module, batches(name, steps))
 
 
 def lean(**settings: Any) -> Trainer:
     """A Trainer that prints and writes nothing."""
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return Trainer(accelerator="cpu", **{"devices": 1, **off, **settings})
+    return Trainer(**{"accelerator": "cpu", "devices": 1, **off, **settings})
 
 
-def counted(name: str, variant: str) -> tuple[int, int]:
+def counted(name: str, variant: str, device: str) -> tuple[int, int]:
     """Bytes that autograd keeps for the backward pass of one step, and the most that are in use in it."""
     counter = Kept()
     module, callbacks = built(name, variant)
-    lean(callbacks=[*callbacks, counter], max_steps=1).fit(module, batches(name, 1))
+    lean(callbacks=[*callbacks, counter], max_steps=1, accelerator=device).fit(module, batches(name, 1))
     return counter.bytes, counter.peak
 
 
@@ -221,6 +221,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help=f"counted turns of each start, of {TURN} steps")
     parser.add_argument("--warmup", type=int, default=1, help="turns before those")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
 
@@ -233,7 +234,7 @@ def main() -> None:
     results = {name: timed(name, VARIANTS, "peft", args, fit) for name in args.networks}
     for name, rows in results.items():
         for variant, row in rows.items():
-            row["kept"], row["peak"] = counted(name, variant)
+            row["kept"], row["peak"] = counted(name, variant, args.device)
     attaches = {name: attaching(name, 2 * args.starts) for name in args.networks}
     for name, rows in results.items():
         table = Table(

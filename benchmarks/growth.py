@@ -22,7 +22,7 @@ import timm
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from overhead import Baton, median_interval, quiet
+from overhead import Baton, median_interval, now, quiet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -65,7 +65,7 @@ class EditClock(Callback):
     def __init__(self) -> None:
         self.before: list[float] = []
         self.steps: list[float] = []
-        self._since = time.perf_counter()
+        self._since = now()
 
     def first(self) -> Callback:
         """The callback to list before the method."""
@@ -73,15 +73,15 @@ class EditClock(Callback):
 
         class First(Callback):
             def on_train_batch_start(self, *args: Any) -> None:
-                now = time.perf_counter()
-                clock.steps.append(now - clock._since)
-                clock._since = now
+                this = now()
+                clock.steps.append(this - clock._since)
+                clock._since = this
 
         return First()
 
     def on_train_batch_start(self, *args: Any) -> None:
-        self.before.append(time.perf_counter() - self._since)
-        self._since = time.perf_counter()  # the edit is no part of the step
+        self.before.append(now() - self._since)
+        self._since = now()  # the edit is no part of the step
 
 
 def growth(name: str) -> LayerGrowth:
@@ -89,35 +89,35 @@ def growth(name: str) -> LayerGrowth:
     return LayerGrowth(at=f"step:{EDIT_STEP}", start=2 if name == "llama" else 3, optimizer_state="copy")
 
 
-def trainer(callbacks: list[Callback], steps: int) -> Trainer:
+def trainer(callbacks: list[Callback], steps: int, device: str) -> Trainer:
     """A Trainer that does nothing but train."""
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return Trainer(max_steps=steps, max_epochs=-1, accelerator="cpu", callbacks=callbacks, **off)
+    return Trainer(max_steps=steps, max_epochs=-1, accelerator=device, devices=1, callbacks=callbacks, **off)
 
 
-def edit_cost(name: str, *, average: bool, repeats: int) -> dict[str, float]:
+def edit_cost(name: str, *, average: bool, repeats: int, device: str) -> dict[str, float]:
     """Median cost of an edit, in seconds and in steps."""
     costs, steps = [], []
     for _ in range(repeats):
         clock = EditClock()
         module, data = task(name)
         averages = [EMAWeightAveraging()] if average else []
-        trainer([*averages, clock.first(), growth(name), clock], EDIT_STEP + 6).fit(module, data)
+        trainer([*averages, clock.first(), growth(name), clock], EDIT_STEP + 6, device).fit(module, data)
         costs.append(clock.before[EDIT_STEP])
         steps.append(statistics.median(clock.steps[EDIT_STEP + 2 :]))
     seconds, step = statistics.median(costs), statistics.median(steps)
     return {"seconds": seconds, "step": step, "steps": seconds / step}
 
 
-def fit(name: str, grown: bool, pipe: Connection, rounds: int, threads: int) -> None:
+def fit(name: str, grown: bool, pipe: Connection, rounds: int, threads: int, device: str) -> None:
     """Train in this process, a step at a time."""
     quiet()
     torch.set_num_threads(threads)
     module, data = task(name)
-    trainer([Baton(pipe, time.perf_counter), *([growth(name)] if grown else [])], rounds + 2).fit(module, data)
+    trainer([Baton(pipe, time.perf_counter), *([growth(name)] if grown else [])], rounds + 2, device).fit(module, data)
 
 
-def step_ratio(name: str, rounds: int, threads: int) -> dict[str, Any]:
+def step_ratio(name: str, rounds: int, threads: int, device: str) -> dict[str, Any]:
     """Ratio of a step after growth to a step of the network built that size."""
     os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 36)}  # see overhead.py
     context = multiprocessing.get_context("spawn")
@@ -126,7 +126,7 @@ def step_ratio(name: str, rounds: int, threads: int) -> dict[str, Any]:
     try:
         for grown in (False, True):
             pipe, end = context.Pipe()
-            runs.append(context.Process(target=fit, args=(name, grown, end, rounds, threads)))
+            runs.append(context.Process(target=fit, args=(name, grown, end, rounds, threads, device)))
             runs[-1].start()
             end.close()
             pipe.recv()
@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60, help="steps of each training that are compared")
     parser.add_argument("--repeats", type=int, default=5, help="edits that are timed")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     args = parser.parse_args()
     quiet()
@@ -180,13 +181,14 @@ def main() -> None:
         name: {
             "what": what,
             "blocks": blocks,
-            "edit": edit_cost(name, average=False, repeats=args.repeats),
-            "edit with EMA": edit_cost(name, average=True, repeats=args.repeats),
-            "step": step_ratio(name, args.rounds, args.threads),
+            "edit": edit_cost(name, average=False, repeats=args.repeats, device=args.device),
+            "edit with EMA": edit_cost(name, average=True, repeats=args.repeats, device=args.device),
+            "step": step_ratio(name, args.rounds, args.threads, args.device),
         }
         for name, (what, blocks) in shown.items()
     }
-    about = {"device": f"CPU, {args.threads} threads", "torch": torch.__version__.partition("+")[0], "batch": 16}
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
+    about = {"device": where, "torch": torch.__version__.partition("+")[0], "batch": 16}
     text = markdown(results, about)
     if args.output is not None:
         args.output.with_suffix(".json").write_text(json.dumps({"about": about, "results": results}, indent=1))

@@ -71,6 +71,13 @@ def quiet() -> None:
         logging.getLogger(f"lightning.{package}").setLevel(logging.ERROR)
 
 
+def now(clock: Callable[[], float] = time.perf_counter) -> float:
+    """What a clock says when a GPU, if there is one, has done its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return clock()
+
+
 class Baton(Callback):
     """Holds its `Trainer` back at every batch start until the other end of the pipe gives leave for its next turn.
 
@@ -100,9 +107,7 @@ class Baton(Callback):
         self.left, self.started = self.steps, self._now()
 
     def _now(self) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return self.clock()
+        return now(self.clock)
 
 
 def variants(targets: str) -> dict[str, Callable[[], list[Callback]]]:

@@ -57,11 +57,11 @@ class State(Callback):
         self.bytes = sum(each.numel() * each.element_size() for each in tensors)
 
 
-def weighed(name: str, variant: str) -> tuple[int, int]:
+def weighed(name: str, variant: str, device: str) -> tuple[int, int]:
     """Bytes that autograd keeps for the backward pass of a step, and of the optimizer's state."""
     kept, state = Kept(), State()
     module, callbacks = built(name, variant)
-    lean(callbacks=[*callbacks, kept, state], max_steps=1).fit(module, batches(name, 1))
+    lean(callbacks=[*callbacks, kept, state], max_steps=1, accelerator=device).fit(module, batches(name, 1))
     return kept.bytes, state.bytes
 
 
@@ -73,7 +73,7 @@ def main() -> None:
     results = {name: timed(name, ("full", *METHODS), "full", args, fit) for name in args.networks}
     for name, rows in results.items():
         for variant, row in rows.items():
-            row["kept"], row["state"] = weighed(name, variant)
+            row["kept"], row["state"] = weighed(name, variant, args.device)
     for name, rows in results.items():
         table = Table("variant", "step, ms", "of full", "least to most", "kept, MB", "Adam's state, MB", title=name)
         for variant, row in rows.items():
