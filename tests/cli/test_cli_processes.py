@@ -89,7 +89,7 @@ def test_a_run_whose_process_dies_or_that_is_stopped_goes_on_from_its_last_epoch
     monkeypatch.setenv("TOY_RANK", "1")
     begun = time.monotonic()
     status, _, error = cli(*start, "--out", tmp_path / "killed")
-    assert time.monotonic() - begun < 90
+    assert time.monotonic() - begun < 200  # gloo alone would wait for half an hour
     assert status == 2
     assert error.splitlines()[-1].startswith("error: Process 1 of 2 was ended by SIGKILL, as a system")
     monkeypatch.setenv("TOY_KILL_AT", "5")
