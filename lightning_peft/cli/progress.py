@@ -14,8 +14,9 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 
 from lightning_peft.measure.flop_count import FlopCount
-from lightning_peft.measure.flop_meter import SECONDS, compiled, in_training
+from lightning_peft.measure.flop_meter import SECONDS, in_training
 from lightning_peft.network.batches import tensors_of
+from lightning_peft.network.compiled import is_compiled
 from lightning_peft.report.trial import duration, show
 from lightning_peft.strategies.ranks import of_ranks
 
@@ -70,7 +71,7 @@ class ForwardMeter(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Begin with the first batch."""
-        if batch_idx == dataloader_idx == 0 and not compiled(pl_module):
+        if batch_idx == dataloader_idx == 0 and not is_compiled(pl_module):
             self._count = self._counting.enter_context(FlopCount())
 
     def on_test_batch_end(

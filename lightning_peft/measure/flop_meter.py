@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_peft.measure.flop_count import FlopCount
 from lightning_peft.network.batches import tensors_of
+from lightning_peft.network.compiled import is_compiled
 
 FLOPS, SECONDS = "peft/flops", "peft/seconds"  # what a training has cost, in the row of its validation metrics
 
@@ -63,7 +64,7 @@ class FlopMeter(Callback):
         known = self._known.setdefault(self._name(pl_module), {})
         if self._silent or self._batch[0] in known or len(known) >= self.shapes:
             return
-        if compiled(pl_module):
+        if is_compiled(pl_module):
             self._silent = True
             self.total = 0
             rank_zero_warn("The training FLOPs are not counted: the module is compiled, and counting would run it uncompiled.")
@@ -129,19 +130,6 @@ class FlopMeter(Callback):
     def _scaled(elements: int, known: dict[str, list[int]]) -> int:
         near, flops = min(known.values(), key=lambda entry: abs(entry[0] - elements), default=(1, 0))
         return round(flops * elements / max(near, 1))
-
-
-def compiled(module: nn.Module) -> bool:
-    """Whether a module, or one inside it, is compiled.
-
-    Example:
-        >>> import torch
-        >>> compiled(nn.Sequential(nn.Linear(2, 2))), compiled(nn.Sequential(torch.compile(nn.Linear(2, 2))))
-        (False, True)
-    """
-    if getattr(module, "_compiler_ctx", None) is not None:  # Lightning's record of torch.compile(module)
-        return True
-    return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in module.modules())
 
 
 def in_training(trainer: Trainer) -> bool:

@@ -81,7 +81,8 @@ def resolve_network(module: nn.Module, name: str | None = None) -> tuple[str, nn
     )
     for child, size in sizes.items():
         found = module.get_submodule(child)
-        if size >= _DOMINANT * total and type(found).forward is not nn.Module.forward:  # a list of blocks answers nothing
+        answers = type(found).forward is not nn.Module.forward or "forward" in vars(found)  # the latter by torch.compile
+        if size >= _DOMINANT * total and answers:  # a list of blocks answers nothing
             return child, found
     if not isinstance(module, both(LightningModule)) or type(module).forward is not own(LightningModule, module).forward:
         return "", module

@@ -43,6 +43,10 @@ class Attachment(nn.Module):
     lr_scale: float = 1.0
     faster: Mapping[str, tuple[str, float]] = {}
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.enabled = True  # of its own from the start: code that was compiled would notice that a switch puts it there
+
     def config(self) -> dict[str, Any]:
         """Constructor arguments as plain data, so that a file can be baked without the model's class."""
         return {}

@@ -15,6 +15,11 @@ def transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+def in_backward() -> bool:
+    """Whether autograd walks back now, in which activation checkpointing repeats calls; a compiler traces none of that."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def quick(function: type[Function]) -> Callable[..., Any]:
     """Return ``function.apply``, faster where nobody transforms it.
 

@@ -60,7 +60,8 @@ class PartStack:
             return self._through(depth - 1, own, layer, args, kwargs)
 
         part = self.parts[depth - 1]
-        if not part.called:
+        # Compiled code that reads the flag would be compiled anew for the second call.
+        if torch.compiler.is_compiling() or not part.called:
             part.called = True
         return part.around(below, layer, args, kwargs) if part.enabled else below(*args, **kwargs)
 

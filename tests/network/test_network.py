@@ -48,6 +48,11 @@ def test_a_name_wins():
     assert resolve_network(module, "") == ("", module)
 
 
+def test_a_network_that_is_compiled_before_it_is_held_is_the_network():
+    module = Holder(net=torch.compile(nn.Linear(2, 2), backend="eager"))
+    assert resolve_network(module) == ("net", module.net)
+
+
 def test_an_unknown_name_lists_the_children():
     with pytest.raises(MisconfigurationException, match=r"network='c' is not a submodule of Holder; its children are 'a', 'b'"):
         resolve_network(Holder(a=nn.Linear(2, 2), b=nn.Linear(2, 2)), "c")

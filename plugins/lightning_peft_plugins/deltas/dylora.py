@@ -48,7 +48,23 @@ class NestedForm(LowRankForm):
     ) -> None:
         super().__init__(layout, rank, scale, table)
         self.at, self.frozen = at or rank, frozen
-        self.drawn: int | None = None
+        self._count = torch.tensor(rank, device="cpu")
+        self.drawn = None
+
+    @property
+    def drawn(self) -> int | None:
+        """``b`` of a training step; ``None`` outside of one."""
+        return self._drawn
+
+    @drawn.setter
+    def drawn(self, count: int | None) -> None:
+        self._drawn, self._draws = count, count is not None
+        self._count.fill_(count or self.rank)
+
+    @property
+    def _compiled(self) -> bool:
+        """Whether a step is compiled: once for every ``b``, so it must not look at the number."""
+        return self._draws and torch.compiler.is_compiling()
 
     @property
     def now(self) -> int:
@@ -58,7 +74,7 @@ class NestedForm(LowRankForm):
     @property
     def scale(self) -> float:  # type: ignore[override]
         """Factor of the product at the moment."""
-        return self._scale * self.rank / self.now
+        return self._scale if self._compiled else self._scale * self.rank / self.now
 
     @scale.setter
     def scale(self, whole: float) -> None:
@@ -66,6 +82,8 @@ class NestedForm(LowRankForm):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         rows, columns = self.rows(), self.up
+        if self._compiled:
+            return self._all_factors(rows, columns)
         if not (self.drawn and self.frozen):
             return rows[..., : self.now, :], columns[..., : self.now]
         before, last = self.drawn - 1, slice(self.drawn - 1, self.drawn)
@@ -73,6 +91,15 @@ class NestedForm(LowRankForm):
             torch.cat([rows[..., :before, :].detach(), rows[..., last, :]], -2),
             torch.cat([columns[..., :before].detach(), columns[..., last]], -1),
         )
+
+    def _all_factors(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both factors whole, with zeros in place of what does not count, and what ``b`` has to do with the scale."""
+        count, place = self._count, torch.arange(self.rank, device=columns.device)
+        if self.frozen:
+            last = place == count - 1
+            rows = torch.where(last.unsqueeze(-1), rows, rows.detach())
+            columns = torch.where(last, columns, columns.detach())
+        return rows, torch.where(place < count, columns, 0.0) * (self.rank / count.to(columns.dtype))
 
     def config(self) -> dict[str, Any]:
         return {"rank": self.rank, "scale": self._scale, "table": self.table, "at": self.at, "frozen": self.frozen}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_peft import Resource, Run
 from lightning_peft.arguments import not_negative
 from lightning_peft.deltas.slots import Slots
+from lightning_peft.network.seeds import name_hash
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form as StateForm
@@ -121,7 +121,7 @@ class LoRAGGPO(Stepwise):
         for name, form in self._forms.items():
             spread = None if step is None else self.spreads.get(name)
             form.spread = None if spread is None else spread.to(form.up.device)
-            form.seed = torch.tensor(zlib.crc32(f"{self.seed}/{step}/{name}".encode()), device="cpu")
+            form.seed = torch.tensor(name_hash(f"{self.seed}/{step}/{name}"), device="cpu")
 
     def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
         """Share of the parameters that are trained, and the mean standard deviation of what is added to weights."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,16 +58,14 @@ class LoRASB(BatchStart):
         """Convolutions too: without a first core nothing would be trained there."""
         return place.called and has_rows(place.layer)
 
-    def see(self, name: str, layer: nn.Module, inputs: Tensor, output: Tensor) -> None:
-        if not output.requires_grad:
-            return
-        rows = input_rows(layer, inputs.detach()).flatten(0, -2)
+    def _watch(self, layers: Mapping[str, nn.Module]) -> None:
+        self._calls.open_gradients(layers, self.see, self.in_training_step)
 
-        def add(gradient: Tensor) -> None:
-            dtype = torch.promote_types(gradient.dtype, torch.float32)
-            self.add(name, outputs_last(layer, gradient).flatten(0, -2).T.to(dtype) @ rows.to(dtype))
-
-        output.register_hook(add)
+    @torch.no_grad()
+    def see(self, name: str, layer: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        rows = input_rows(layer, inputs).flatten(0, -2)
+        self.add(name, outputs_last(layer, gradient).flatten(0, -2).T.to(dtype) @ rows.to(dtype))
 
     def begin_with(self, form: Any, weight: Tensor, seen: Tensor, rate: float) -> None:
         left, values, right = torch.linalg.svd(-rate * seen.sign(), full_matrices=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from lightning_peft.deltas.factored_form import FactoredForm
 from lightning_peft.deltas.layout import Layout
 from lightning_peft.deltas.sides import Place
 from lightning_peft.deltas.slots import Slots
+from lightning_peft.network.seeds import name_hash
 from lightning_peft_plugins.deltas._shared.scaled_delta import ScaledDelta
 
 _LARGEST = 2**31  # numbers in the bases of one weight
@@ -96,4 +96,4 @@ class NOLA(ScaledDelta):
         self.bases, self.seed = bases, seed
 
     def arguments(self, place: Place) -> dict[str, Any]:
-        return super().arguments(place) | {"bases": self.bases, "seed": self.seed ^ zlib.crc32(place.tensor.encode())}
+        return super().arguments(place) | {"bases": self.bases, "seed": self.seed ^ name_hash(place.tensor)}

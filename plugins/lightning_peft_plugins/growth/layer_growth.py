@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft import Lane, Resource, Run
 from lightning_peft.arguments import one_of
+from lightning_peft.network.compiled import is_compiled
 from lightning_peft.network.resolve import resolve_network
 from lightning_peft.structure.block_names import block_name
 from lightning_peft.structure.carry import RULES
@@ -221,8 +222,9 @@ class LayerGrowth(TimedMethod):
             self._masks.append(Masks.install(module, edit))
         if edit["op"] == "blocks" and edit.get("zeroed"):
             self._forget_promise()
-            names = [block_name(edit, place) for place in new_places(edit["sources"])]
-            self._promise = Promise({name: module.get_submodule(name) for name in names}, self.plan.kind)
+            if not is_compiled(module):  # hooks would have it compiled anew, into one that rounds otherwise
+                names = [block_name(edit, place) for place in new_places(edit["sources"])]
+                self._promise = Promise({name: module.get_submodule(name) for name in names}, self.plan.kind)
         if self._kept_function is not None:
             self._kept_function.measure()
 

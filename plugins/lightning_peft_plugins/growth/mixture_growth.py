@@ -17,6 +17,7 @@ from lightning_peft.capture.shim import Shim
 from lightning_peft.contract import methods_of
 from lightning_peft.network.resolve import resolve_network
 from lightning_peft.network.targets import TargetSpec
+from lightning_peft.weights.functions import in_backward
 from lightning_peft.weights.maps import MappedTensor, mapped_tensors
 from lightning_peft_plugins.growth._mixture_growth.halves import head_layers, inner_layers
 from lightning_peft_plugins.growth._mixture_growth.leak import check_apart
@@ -126,7 +127,7 @@ class MixtureGrowth(TimedMethod):
         if self.lr_rule.restart:
             raise MisconfigurationException('lr="restart" is not offered here; write "rewarm:<length>@<peak>" or "continue".')
         self.stem, self.head = stem, head
-        self._turns: dict[str, Any] = {"on": False, "offset": 0}
+        self._turns: dict[str, Any] = {"on": False, "offset": torch.tensor(0, device="cpu")}  # a number would be compiled in
         self._shims: list[Shim] = []
         self._apart = False
 
@@ -169,7 +170,7 @@ class MixtureGrowth(TimedMethod):
     def _answer(self, layer: nn.Module, inner: Callable[..., Tensor], features: Tensor) -> Tensor:
         """In training, let the head see of each sample what its member made of it."""
         # A network can be trained in evaluation mode; activation checkpointing repeats its calls in the backward pass.
-        trains = layer.training or (self.run is not None and self.run.in_step) or torch._C._current_graph_task_id() != -1
+        trains = layer.training or (self.run is not None and self.run.in_step) or in_backward()
         dim = -1 if isinstance(layer, nn.Linear) else 1
         if self._turns["on"] and trains:
             if not self._apart and self.run is not None and self.run.in_step and not torch.compiler.is_compiling():
@@ -193,7 +194,7 @@ class MixtureGrowth(TimedMethod):
         for _, weight_map in self._maps(module):
             weight_map.fused = bool(self.done)
         self._turns["on"] = not self.done
-        self._turns["offset"] = self.steps % 2  # else a batch of one sample would always be the first member's
+        self._turns["offset"].fill_(self.steps % 2)  # else a batch of one sample would always be the first member's
 
     def after_step(self, run: Run) -> None:
         """Fuse the members when the moment has come."""

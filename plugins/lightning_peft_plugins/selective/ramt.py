@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Literal
 
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_peft import Lane, Method, Resource, Run, Step
 from lightning_peft.arguments import not_negative, one_of, positive
 from lightning_peft.deltas.sides import matrices
+from lightning_peft.network.seeds import name_hash
 from lightning_peft.network.targets import TargetSpec, select
 from lightning_peft.network.tunable import kinds_of, tunable
 from lightning_peft.optim.optimizers import trained_by
@@ -159,7 +159,7 @@ class RAMT(Method):
                 continue
             pull = self._pulls.pop(mapped.name, torch.zeros_like(gradient))
             pull = run.trainer.strategy.reduce(pull, reduce_op="mean")  # type: ignore[assignment]
-            draw = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{run.step}/{mapped.name}".encode()))
+            draw = torch.Generator().manual_seed(name_hash(f"{self.seed}/{run.step}/{mapped.name}"))
             kept = kept_share(gradient, pull) > torch.rand(gradient.shape, generator=draw).to(gradient.device)
             gradient.mul_(torch.where(kept, 1.0, 1 - self.dropout))
 

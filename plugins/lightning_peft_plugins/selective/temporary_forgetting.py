@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.compose.schedule import parse_point
 from lightning_peft.network.layers import is_norm, own_parameters, parameter_names, public_class
+from lightning_peft.network.seeds import name_hash
 from lightning_peft.network.targets import TargetSpec, excluded, select
 from lightning_peft.structure.forms import Form, fields, whole
 from lightning_peft.weights.maps import set_plain_values
@@ -122,7 +122,7 @@ class TemporaryForgetting(Method):
 
     @torch.no_grad()
     def _forget(self, run: Run, name: str, layer: nn.Module) -> None:
-        seed = zlib.crc32(f"{self.seed}/{run.step}/{name}".encode())
+        seed = name_hash(f"{self.seed}/{run.step}/{name}")
         if self.std is None:
             device = next(tensor.device for tensor in own_parameters(layer).values())
             with torch.random.fork_rng([device] if device.type == "cuda" else []):

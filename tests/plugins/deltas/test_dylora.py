@@ -73,6 +73,24 @@ def test_gradients_of_rows_that_take_no_part_are_exactly_zero(rank: int, frozen:
     assert [bool(column.any()) for column in form.up.grad.T] == trained
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_compiled_code_is_that_of_every_drawn_rank(frozen: bool) -> None:
+    form, graphs = drawn_form(4, frozen), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda: form.delta(), backend=backend, fullgraph=True)
+    for b in (3, 1, 4, 2):
+        form.drawn = b
+        deltas = [form.delta(), compiled()]
+        gradients = [torch.autograd.grad(delta.square().sum(), [form.down, form.up]) for delta in deltas]
+        torch.testing.assert_close(*deltas, atol=1e-14, rtol=1e-14)
+        torch.testing.assert_close(*gradients, atol=1e-14, rtol=1e-14)
+    assert len(graphs) == 1
+
+
 def test_draws_are_even_and_of_the_step_alone() -> None:
     method = DyLoRA(5, 3, seed=7)
     counts = Counter(method.draw(step) for step in range(3000))

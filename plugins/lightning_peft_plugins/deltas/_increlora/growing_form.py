@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
+from lightning_peft.capture.look import GradientLook
 from lightning_peft.deltas.factored_form import FactoredForm
 from lightning_peft.deltas.form import Beside
 from lightning_peft.deltas.layout import Layout
@@ -45,6 +46,7 @@ class GrowingForm(BlocksForm):
         self.values = nn.ParameterList(torch.zeros(*stack, size) for size in self.sizes)
         self.reserved, self.watched = False, False
         self.score: Tensor | None = None
+        self._look = GradientLook(self.see)
 
     def reset(self, weight: Tensor, generator: Generator) -> None:
         with torch.no_grad():
@@ -60,7 +62,7 @@ class GrowingForm(BlocksForm):
     @property
     def used(self) -> int:
         """Blocks that take part, one in reserve included."""
-        return super().used + self.reserved
+        return 1 + self.grown + self.reserved  # compilers know no properties of super()
 
     @torch.no_grad()
     def reserve(self) -> None:
@@ -100,9 +102,7 @@ class GrowingForm(BlocksForm):
 
     def delta(self) -> Tensor:
         made = super().delta()
-        if self.watched and made.requires_grad:
-            made.register_hook(self.see)
-        return made
+        return self._look(made) if self.watched else made
 
     @torch.no_grad()
     def see(self, gradient: Tensor) -> None:

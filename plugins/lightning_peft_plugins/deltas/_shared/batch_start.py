@@ -99,7 +99,10 @@ class BatchStart(ScaledDelta):
                 f"{self.name} trains no delta in its first {self.looks} steps, and the gradient scaler of 16-mixed wants a "
                 "gradient in every step. Train with precision='bf16-mixed'."
             )
-        self._calls.open({name: place.layer for name, place in self._watched.items()}, self._see)
+        self._watch({name: place.layer for name, place in self._watched.items()})
+
+    def _watch(self, layers: Mapping[str, nn.Module]) -> None:
+        self._calls.open(layers, self._see)
 
     def _see(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
         if self.in_training_step():

@@ -14,6 +14,7 @@ from lightning_peft import Run
 from lightning_peft.capture.once_more import RandomState, attributes_kept, metrics_kept, silent, statistics_kept
 from lightning_peft.capture.step_calls import bound_step
 from lightning_peft.compose.loss import split_output
+from lightning_peft.network.compiled import is_compiled
 from lightning_peft.network.modes import modes_kept
 from lightning_peft.weights.maps import mapped_tensors
 from lightning_peft_plugins.growth._layer_growth.promise import tensors_in
@@ -63,9 +64,8 @@ class KeptFunction:
     def _answers(self) -> list[Tensor] | None:
         """Outputs of the network and the loss; ``None`` where they cannot be asked without side effects, or at all."""
         module, trainer = self._run.module, self._run.trainer
-        compiled = any(part._compiled_call_impl is not None for part in module.modules())  # would compile once more
         mapped = next(mapped_tensors(module), None) is not None  # maps may choose masks anew when the structure changes
-        if self._batch is None or not module.automatic_optimization or compiled or mapped:
+        if self._batch is None or not module.automatic_optimization or mapped or is_compiled(module):  # would compile once more
             return None
         found: list[Tensor] = []
         kept = (silent(module), statistics_kept(module), metrics_kept(module), attributes_kept(module), modes_kept(module))

@@ -82,7 +82,7 @@ def cross_coefficients(
     return own + drawn / length * noise
 
 
-def of_its_member(features: Tensor, dim: int, offset: int = 0) -> Tensor:
+def of_its_member(features: Tensor, dim: int, offset: int | Tensor = 0) -> Tensor:
     """Keep for each sample the half of the features that its member computes; the other half is zero.
 
     Args:

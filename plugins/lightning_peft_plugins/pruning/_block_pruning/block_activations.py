@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
+from lightning_peft.capture.look import Look
 from lightning_peft.capture.shim import Shim
 from lightning_peft.capture.tap import forward_attribute
 from lightning_peft.network.block_lists import entry_names
@@ -104,24 +106,23 @@ class BlockWatch:
                 self._shims.append(Shim(block, forward_attribute(block), see).install())
 
     def _see(self, path: str, name: str, features: Callable[[Tensor], int]) -> Callable[..., Any]:
-        # What is counted here is no part of the network, and would be compiled anew at every step.
-        note = torch.compiler.disable(self._note)
+        look = Look(partial(self._note, path, name, features))
 
         def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            outputs = inner(*args, **kwargs)
-            note(path, name, features, args[0] if args else next(iter(kwargs.values()), None), outputs)
-            return outputs
+            returned = inner(*args, **kwargs)
+            outputs = returned[0] if isinstance(returned, tuple) and returned else returned
+            look(args[0] if args else next(iter(kwargs.values()), None), outputs)
+            return returned
 
         return forward
 
     @torch.no_grad()
-    def _note(self, path: str, name: str, features: Callable[[Tensor], int], given: Any, returned: Any) -> None:
+    def _note(self, path: str, name: str, features: Callable[[Tensor], int], given: Any, outputs: Any) -> None:
         if not self.watching():
             return
-        outputs = returned[0] if isinstance(returned, tuple) and returned else returned
         if not isinstance(given, Tensor) or not isinstance(outputs, Tensor):
             raise MisconfigurationException(
-                f"{name} takes {type(given).__name__} and returns {type(returned).__name__}: only blocks that take a tensor "
+                f"{name} takes {type(given).__name__} and returns {type(outputs).__name__}: only blocks that take a tensor "
                 "and return one of the same shape, alone or first in a tuple, can be removed. Leave its list out with "
                 f"exclude=[{path!r}]."
             )

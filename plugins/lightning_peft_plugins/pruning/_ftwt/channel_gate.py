@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_peft import Lane, LayerPart
 from lightning_peft.network.channel_units import Activation, rectifies
 from lightning_peft.network.layers import is_conv
+from lightning_peft.weights.functions import in_backward
 from lightning_peft_plugins.pruning._ftwt.skipping.predictor import ChannelPredictor, Normalise, channel_means, chosen
 from lightning_peft_plugins.pruning.functional.active_channels import Criterion, active_channels
 
@@ -107,7 +108,7 @@ class ChannelGate(LayerPart):
         if logits is None:
             return output
         # A forward pass that activation checkpointing repeats within the backward pass is no second call.
-        if self.open and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1 and len(self.calls) < _MOST_CALLS:
+        if self.open and torch.is_grad_enabled() and not in_backward() and len(self.calls) < _MOST_CALLS:
             self.calls.append(Prediction(logits, self._target(output.detach())))
         mask = chosen(logits.detach()).to(output.dtype)
         if self._convolution:

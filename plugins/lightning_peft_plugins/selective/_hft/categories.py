@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from torch import nn
 
 from lightning_peft.network.block_lists import entry_names, find_lists, is_trunk
 from lightning_peft.network.layers import heads, own_parameters
+from lightning_peft.network.seeds import name_hash
 
 VECTORS, ALONE = "vectors", "matrices"
 
@@ -41,7 +41,7 @@ class Category:
             (['v', 'o'], 2)
         """
         count = (len(self.layers) + self.more) // 2
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{turn}/{self.name}".encode()))
+        generator = torch.Generator().manual_seed(name_hash(f"{seed}/{turn}/{self.name}"))
         drawn = torch.randperm(len(self.layers), generator=generator)[:count].tolist()
         return [self.layers[index] for index in sorted(drawn)]
 
