@@ -339,7 +339,7 @@ def page(results: dict[str, dict[str, Any]], backend: str) -> str:
 def code(name: str) -> str:
     """A name with the method's class as code."""
     first, *rest = name.split(", ", 1)
-    return ", ".join([f"`{first}`" if first.isidentifier() and first != "plain" else first, *rest])
+    return " ".join([f"`{first}`" if first.isidentifier() and first != "plain" else first, *(f"({each})" for each in rest)])
 
 
 def _alike(found: dict[str, Any]) -> dict[str, list[str]]:

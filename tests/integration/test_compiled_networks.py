@@ -117,7 +117,7 @@ def test_what_torch_compile_returns_is_trained_as_the_network_in_it() -> None:
     for style in (Plain, Silent):
         torch.manual_seed(0)
         module = style("sgd")
-        trainer(callbacks=[PSKD(), LoRA(rank=2, **ONE)]).fit(module, loader(), loader(8))
+        trainer(callbacks=[PSKD(), LoRA(rank=2, **EVERYWHERE)]).fit(module, loader(), loader(8))
         weights.append({name.replace("_orig_mod.", ""): value for name, value in module.state_dict().items()})
     torch._dynamo.reset()
     torch.testing.assert_close(*weights, rtol=0, atol=0)
