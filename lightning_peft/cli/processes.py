@@ -45,8 +45,8 @@ def processes_of(trainer: Trainer) -> int:
     """Return how many processes to start for a Trainer; none where it works in this one.
 
     Raises:
-        UsageError: They cannot be started here.
-        MisconfigurationException: A method does not work under the strategy, or the strategy would write folders of shards.
+        UsageError: They cannot be started here, or would write folders of shards.
+        MisconfigurationException: A method does not work under the strategy.
     """
     kind, strategy = strategy_kind(trainer.strategy), trainer.strategy
     check_strategy(trainer, methods_of(trainer.callbacks))  # type: ignore[attr-defined]
@@ -66,6 +66,11 @@ def processes_of(trainer: Trainer) -> int:
         raise UsageError(f"{asks}, which forks or spawns functions. Choose --trainer.strategy ddp. {alone}")
     if shards(strategy):
         check_layout(strategy)
+        if strategy._save_distributed_checkpoint:  # type: ignore[attr-defined]
+            raise UsageError(
+                f"{asks}, with checkpoints that are folders of shards. This command keeps files, which it bakes and reports "
+                "on: add --trainer.strategy.save_distributed_checkpoint false."
+            )
     return trainer.world_size
 
 

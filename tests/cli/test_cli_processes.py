@@ -121,7 +121,7 @@ def test_an_error_in_one_process_ends_the_command_with_its_message(cli, warm, to
 REFUSED = [
     ([*TWO, "--trainer.strategy", "ddp_spawn"], "--trainer.strategy ddp"),
     ([*TWO, "--trainer.num_nodes", "2"], "on one machine"),
-    ([*SHARDS, "--trainer.strategy.save_distributed_checkpoint", "true"], "save_distributed_checkpoint=False"),
+    ([*SHARDS, "--trainer.strategy.save_distributed_checkpoint", "true"], "save_distributed_checkpoint false"),
     ([*SHARDS, "--trainer.strategy.tensor_parallel_size", "auto"], "tensor_parallel_size=1"),
     (
         [*SHARDS, "--trainer.callbacks+", "lightning_peft.LayerGrowth", "--LayerGrowth.start", "2"],
