@@ -104,6 +104,7 @@ def weigh(checkpoint: Mapping[str, Any], base: Mapping[str, Tensor] | None = Non
         name: value for name, value in baked(checkpoint, base)["state_dict"].items() if isinstance(value, Tensor)
     }
     values = {name: value for name, value in state.items() if value.is_floating_point() and not _is_statistic(name)}
+    values = {name: values[name] for name in _untied(values, checkpoint["state_dict"])}
     rows = tuple(_row(name, value, maps.get(name, ())) for name, value in values.items() if value.ndim > 1)
     parameters = sum(value.numel() for value in values.values())
     nonzero = sum(int(value.count_nonzero()) for value in values.values())
@@ -119,6 +120,15 @@ def weigh(checkpoint: Mapping[str, Any], base: Mapping[str, Tensor] | None = Non
         return Weights(rows, parameters, nonzero, state=state)
     edges = torch.linspace(low, high, 82)
     return Weights(rows, parameters, nonzero, **_histogram(edges, before, after[after != 0]), state=state)
+
+
+def _untied(values: Mapping[str, Tensor], saved: Mapping[str, Any]) -> list[str]:
+    """Return one name of each tensor: what layers share is one storage in the file, whatever was made of it since."""
+    first: dict[tuple[Any, ...], str] = {}
+    for name, value in values.items():
+        given = saved.get(name, value)
+        first.setdefault((given.data_ptr() or name, given.shape, given.stride()), name)
+    return list(first.values())
 
 
 def _row(name: str, value: Tensor, records: Sequence[dict[str, Any]]) -> TensorRow:

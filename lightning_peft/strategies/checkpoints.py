@@ -21,6 +21,7 @@ from lightning_peft.atomic_files import replaced_folder
 from lightning_peft.capture.shim import Shim
 from lightning_peft.optim.optimizers import named_groups
 from lightning_peft.structure import shard_folder
+from lightning_peft.structure.plain_state import with_versions
 from lightning_peft.weights.detach import attachments
 from lightning_peft.weights.shards import empty_shards, is_shard, read_whole, spread_as, whole
 
@@ -62,11 +63,17 @@ class WholeFiles:
 
     def lightning_module_state_dict(self, inner: Callable[..., Any]) -> dict[str, Any]:
         """Return the module's tensors, whole, in the first process, and none elsewhere."""
-        return self._first({name: self._on_cpu(tensor) for name, tensor in self._module.state_dict().items()})
+        return self._first(self._tensors(self._on_cpu))
 
     def optimizer_state(self, inner: Callable[..., Any], optimizer: Any) -> dict[str, Any]:
         """Return an optimizer's state, likewise, as that of an optimizer without shards."""
         return self._first(tree_map(self._on_cpu, _unwrapped(optimizer).state_dict()))
+
+    def _tensors(self, made: Callable[[Any], Any]) -> dict[str, Any]:
+        """Return what is made of the module's tensors; of one with several names the same under all of them."""
+        found = self._module.state_dict(keep_vars=True)
+        once = {id(value): made(value) for value in found.values()}
+        return with_versions({name: once[id(value)] for name, value in found.items()}, found)
 
     def _on_cpu(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -120,7 +127,7 @@ class ShardFolders(WholeFiles):
 
     def lightning_module_state_dict(self, inner: Callable[..., Any]) -> dict[str, Any]:
         """Return the module's tensors as they are."""
-        return self._module.state_dict()
+        return self._tensors(lambda value: value.detach() if isinstance(value, Tensor) else value)
 
     def optimizer_state(self, inner: Callable[..., Any], optimizer: Any) -> dict[str, Any]:
         """Return an optimizer's state as it is, by names of parameters, as folders of shards hold it."""

@@ -55,7 +55,9 @@ def write(checkpoint: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """
     others = dict(checkpoint)
     state = others.pop("state_dict")
-    tensors = {"state_dict": state}
+    first: dict[int, str] = {}
+    shared = {name: other for name, value in state.items() if (other := first.setdefault(id(value), name)) != name}
+    tensors = {"state_dict": {name: value for name, value in state.items() if name not in shared}}
     tensors |= {f"optimizer_{place}": held for place, held in enumerate(others.pop("optimizer_states", ()))}
     beside: dict[str, Tensor] = {}
 
@@ -68,7 +70,7 @@ def write(checkpoint: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     rest: dict[str, Any] = tree_map(taken_out, others)
     with _said_plainly(f"{folder} was not written"):
         save(tensors | ({_BESIDE: beside} if beside else {}), checkpoint_id=folder)
-    names = tree_map(lambda _: None, tensors) | {"state_dict": with_versions(dict.fromkeys(state), state)}
+    names = tree_map(lambda _: None, tensors) | {"state_dict": with_versions({name: shared.get(name) for name in state}, state)}
     return rest | {_NAMES: names}
 
 
@@ -109,9 +111,11 @@ def read(
         return beside[value[_MARK]]
 
     checkpoint: dict[str, Any] = tree_map(put_back, rest, is_leaf=_is_mark)
-    names = checkpoint.pop(_NAMES, {"state_dict": {}} | dict.fromkeys(nested))  # a folder that Lightning wrote has none
+    state = nested.pop("state_dict", {})
+    names = checkpoint.pop(_NAMES, {"state_dict": dict.fromkeys(state), **dict.fromkeys(nested)})  # Lightning writes none
+    shared = names.pop("state_dict")
+    checkpoint["state_dict"] = with_versions({name: state[other or name] for name, other in shared.items()}, shared)
     tensors = {key: _in_order(nested.get(key, {}), below) for key, below in names.items()}
-    checkpoint["state_dict"] = with_versions(tensors.pop("state_dict"), names["state_dict"] or {})
     states = [tensors[key] for place in range(len(tensors)) if (key := f"optimizer_{place}") in tensors]
     return checkpoint | ({"optimizer_states": states} if states else {})
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_peft import NMSparsity
 from lightning_peft.measure.confidence import reliability_bins
 from lightning_peft.network.labels import labels_of
 from lightning_peft.report import plots as report_plots
@@ -22,6 +23,9 @@ from lightning_peft.report.report import Report
 from lightning_peft.report.run import RunEvidence, run_report
 from lightning_peft.report.trial import Trial
 from lightning_peft.report.weights import size_estimate, weigh
+from lightning_peft.testing.callbacks import every_epoch
+from lightning_peft.testing.modules import Plain
+from lightning_peft.testing.runs import fit
 
 
 def sample() -> Report:
@@ -140,6 +144,26 @@ def test_weights_are_counted_as_baked() -> None:
     assert sum(weights.after) <= 24 < sum(weights.before) <= 48
     # 24 values of 32 bits with 2 bits of position each, and six biases.
     assert size_estimate(weights) == {"dense": 54 * 4.0, "packed": 24 * 34 / 8 + 6 * 4.0}
+
+
+def test_a_weight_that_layers_share_is_counted_once(tmp_path) -> None:
+    torch.manual_seed(0)
+    tied = Tied("sgd")
+    fit([NMSparsity("2:4", targets="all-linear", exclude=())], module=tied, after=[every_epoch(tmp_path)], max_epochs=1)
+    weights = weigh(torch.load(tmp_path / "epoch=0.ckpt", weights_only=True))
+    assert weights.parameters == sum(parameter.numel() for parameter in tied.parameters())
+    assert weights.nonzero == sum(int(parameter.count_nonzero()) for parameter in tied.parameters())
+
+
+class Tied(Plain):
+    """Its second layer is called twice, by two names."""
+
+    def build(self) -> None:
+        super().build()
+        self.again = self.model[2]
+
+    def logits(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.model[4](self.again(self.model[:4](inputs)))
 
 
 def test_a_checkpoint_alone_makes_a_report(tmp_path) -> None:

@@ -13,6 +13,8 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from sharded_toys import COURSE, TARGETS, Alone, Made, adapted, made, trained, weights
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import lightning_peft
 from lightning_peft import LoRA, NMSparsity
@@ -32,6 +34,19 @@ def three() -> list[Any]:
 
 def every_epoch(folder: str | Path) -> ModelCheckpoint:
     return ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+
+
+class Tied(Made):
+    """Two layers are one, shared in the one group that there is."""
+
+    def build(self) -> None:
+        super().build()
+        self.model[2] = nn.Linear(16, 16, bias=False, dtype=torch.float64)
+        self.model.insert(3, nn.Linear(16, 16, bias=False, dtype=torch.float64))
+        self.model[3].weight = self.model[2].weight
+
+    def configure_model(self) -> None:
+        fully_shard(self.model, mesh=self.device_mesh["data_parallel"])  # type: ignore[index]
 
 
 class FullDisk(Callback):
@@ -71,6 +86,8 @@ def on_rank(folder: str) -> dict[str, Any]:
         found[name] = {"left": weights(left), "resumed": weights(resumed)}
         trained(made(Made, "adam"), [*methods(), every_epoch(f"{folder}/{name}-file")], **COURSE)
     trained(made(Made, "adam"), [*adapted(), Edits(), every_epoch(f"{folder}/edited")], **FOLDERS)
+    for folders in (True, False):
+        trained(made(Tied, "adam"), [NMSparsity("2:4", **TARGETS), every_epoch(f"{folder}/tied-{folders}")], folders=folders)
     full = FullDisk(Path(folder, "full.ckpt"))
     trained(made(Made, "adam"), [*adapted(), full], **FOLDERS)
     found["full"] = full.said
@@ -139,6 +156,13 @@ def test_a_save_that_fails_leaves_the_folder_that_was_there(ranks: list[dict[str
     assert all("no space left on device" in rank["full"] for rank in ranks)
     assert read_checkpoint(folder / "full.ckpt")["epoch"] == 0
     assert [path.name for path in folder.iterdir() if "full" in path.name] == ["full.ckpt"]
+
+
+@pytest.mark.parametrize("folders", [True, False])
+def test_what_layers_share_is_saved_once_and_shared_again(ranks: list[dict[str, Any]], folder: Path, folders: bool) -> None:
+    state = read_checkpoint(folder / f"tied-{folders}/epoch=1.ckpt")["state_dict"]
+    assert state["model.2.weight"].data_ptr() == state["model.3.weight"].data_ptr()
+    assert state["model.2.weight"].view(-1, 4).ne(0).sum(1).max() == 2
 
 
 @pytest.fixture
