@@ -126,11 +126,11 @@ WHY: dict[str, str] = {
     "PeftAdapter": "PEFT's own layers run as Python. Without `fullgraph` they do, uncompiled",
     "SaRA": "its values stand elsewhere, in another number",
     "SpIEL": "its values are chosen",
-    "NMSparsity": "phases of the recipe; masks are applied by another operation: rounding",
-    **{f"NMSparsity, {recipe}": "phases of the recipe; rounding likewise" for recipe in ("ste", "sr-ste")},
-    **{f"NMSparsity, {recipe}": "phases of the recipe; rounding likewise" for recipe in ("mdgf-linear", "sdgf-stepwise")},
+    "NMSparsity": "phases of the recipe; rounding in convolutions, where exactly was not looked for",
+    **{f"NMSparsity, {recipe}": "phases of the recipe; rounding as above" for recipe in ("ste", "sr-ste")},
+    **{f"NMSparsity, {recipe}": "phases of the recipe; rounding as above" for recipe in ("mdgf-linear", "sdgf-stepwise")},
     **dict.fromkeys(("GBLM", "GroupEnvelope", "ISSP", "MaskedPruning", "SAP", "Wanda", "NMSparsity, one-shot"), MASKS),
-    "LoRA and 2:4": "phases of the recipe; rounding likewise",
+    "LoRA and 2:4": "phases of the recipe; rounding as above",
     "MagnitudePruning, gradual": f"{MASKS}; that more is pruned later compiles nothing",
 }
 PAGE = """# Networks compiled with `fullgraph=True`
