@@ -15,6 +15,7 @@ from lightning_peft.contract import SHARDED
 from lightning_peft.network.targets import SENSITIVE, TargetSpec
 from lightning_peft.network.tunable import TUNABLE, kinds_of, share_trained, tunable
 from lightning_peft.weights.maps import mapped_tensors
+from lightning_peft.weights.shards import whole
 from lightning_peft_plugins.pruning.functional.perp import MaskLoRAMap, ScaleLoRAMap
 
 LORA = {"mask": MaskLoRAMap, "scale": ScaleLoRAMap}
@@ -127,4 +128,4 @@ class PERP(Method):
 
 def _is_sparse(parameter: Tensor) -> bool:
     """Whether some weights of a matrix are zero; not all, as in a head that is yet to be trained."""
-    return parameter.ndim > 1 and 0 < int(parameter.count_nonzero()) < parameter.numel()
+    return parameter.ndim > 1 and 0 < int(whole(parameter).count_nonzero()) < parameter.numel()

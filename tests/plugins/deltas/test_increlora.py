@@ -278,7 +278,7 @@ def test_under_a_mask_the_zeros_stay_and_ranks_grow() -> None:
     assert int(weight.view(16, 4, 4).count_nonzero(-1).max()) <= 2
 
 
-def test_scores_are_unscaled_and_those_of_a_step_that_is_skipped_left_out() -> None:
+def test_scores_are_unscaled_and_those_of_a_step_that_is_skipped_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     method = IncreLoRA(1, 2, targets=["model.0"], exclude=None)
     module = Plain()
     method.attach(module)
@@ -288,12 +288,12 @@ def test_scores_are_unscaled_and_those_of_a_step_that_is_skipped_left_out() -> N
     strategy = SimpleNamespace(reduce=lambda value, reduce_op: value)
     trainer = SimpleNamespace(strategy=strategy, precision_plugin=SimpleNamespace(scaler=scaler))
     run: Any = Run(trainer, nn.Module(), "", nn.Module())  # type: ignore[arg-type]
-    form.score = torch.tensor(2048.0)
-    assert method._see(run)
-    assert method._scores.tolist() == pytest.approx([0.15 * 2])
-    form.score = torch.tensor(torch.inf)
-    assert not method._see(run)
-    assert method._scores.tolist() == pytest.approx([0.15 * 2])
+    run.step, first = 1, form.down[0]
+    monkeypatch.setattr(method, "due", lambda step: False)
+    for gradient, score in ((1.0, 2048.0), (torch.inf, 4096.0)):
+        first.grad, form.score = torch.full_like(first, gradient), torch.tensor(score)
+        method.before_step(run, torch.optim.SGD([first], lr=1.0))
+        assert method._scores.tolist() == pytest.approx([0.15 * 2])
 
 
 def test_a_training_that_ends_before_the_last_growth_says_so() -> None:
