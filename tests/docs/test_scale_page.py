@@ -14,4 +14,4 @@ PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 def test_the_table_names_the_methods_that_say_so() -> None:
     row = next(line for line in PAGE.read_text().splitlines() if "ModelParallelStrategy" in line)
     declared = {name for name, entry in registry.installed().items() if entry.load().strategies == SHARDED}
-    assert set(re.findall(r"`(\w+)`", row.split("|")[2])) - {"permute", "rewind"} == declared
+    assert set(re.findall(r"`(\w+)`", row.split("|")[2])) - {"permute"} == declared

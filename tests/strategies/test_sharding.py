@@ -16,7 +16,7 @@ from sharded_toys import COURSE, TARGETS, Alone, Made, adapted, made, shard, spr
 from torch import nn
 
 import lightning_peft
-from lightning_peft import GBLM, PSKD, LayerGrowth, LoRA, NMSparsity, WeightCompander
+from lightning_peft import PSKD, BlockPruning, LayerGrowth, LoRA, NMSparsity, WeightCompander
 from lightning_peft.testing.ddp import run_ddp
 from lightning_peft.testing.modules import Plain, loader, mlp, trainer
 from lightning_peft.weights.maps import maps_of
@@ -81,7 +81,7 @@ def on_rank(folder: str) -> dict[str, Any]:
     found["silent"] = refusal(lambda: trained(made(MadeInSilence), together()))
     found["two"] = refusal(lambda: trained(made(MadeInTwo), [LoRA(2, **TARGETS)]))
     found["split"] = refusal(lambda: trained(made(Made), [LoRA(2, **TARGETS)], sizes=(1, 2)))
-    found["pruning"] = refusal(lambda: trained(made(Made), [GBLM(0.5, rewind=0)]))
+    found["pruning"] = refusal(lambda: trained(made(Made), [BlockPruning(1)]))
     found["growth"] = refusal(lambda: trained(made(Made), [LayerGrowth(start=2)]))
     preset: dict[str, Any] = {"targets": "all-linear", "exclude": ()}
     found["preset"] = refusal(lambda: trained(made(Made), [LoRA(2, **preset), NMSparsity("2:4", **preset)]))
@@ -137,7 +137,7 @@ def test_one_line_attaches_to_a_network_that_is_made_when_it_is_sharded(ranks: l
         ("silent", r"no method was attached to.*call lightning_peft.attach\(self\) in configure_model"),
         ("two", r"made more.weight after the methods were attached"),
         ("split", r"data_parallel_size=2, tensor_parallel_size=1\)"),
-        ("pruning", r"gblm does not work under the fsdp2 strategy"),
+        ("pruning", r"block_pruning does not work under the fsdp2 strategy"),
         ("growth", r"Shards are laid out before training begins"),
         ("again", r"sharded already.*Build the module anew"),
     ],

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_peft import Lane, Method, Resource, Run, Schedule
 from lightning_peft.arguments import one_of
 from lightning_peft.compose.schedule import Shape, parse_point
-from lightning_peft.contract import SHARDED, Contract
+from lightning_peft.contract import SHARDED
 from lightning_peft.network.nm_layers import input_dim, wide_layers
 from lightning_peft.network.targets import SENSITIVE, TargetSpec
 from lightning_peft.structure.edits import Change
@@ -130,8 +130,6 @@ class MaskedPruning(Method):
         self.every = parse_point(every)
         self.rule = make_rule(rule, alpha, strength, ends=end is not None)
         self.rewind = Rewind(None if rewind is None else parse_point(rewind))
-        if rewind is not None:  # which keeps the weights of all ranks
-            self.strategies = Contract.strategies
         self.restarts = rewind is not None
         self.timeline: PruningTimeline | None = None
         self.recorder = LayerRecorder(self.score.reads, self._records, self.in_training_step)

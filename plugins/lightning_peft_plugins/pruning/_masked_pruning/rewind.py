@@ -15,6 +15,7 @@ from lightning_peft.contract import methods_of
 from lightning_peft.structure.carry import reset_states
 from lightning_peft.structure.forms import Form, anything, dict_of
 from lightning_peft.weights.maps import plain_tensors
+from lightning_peft.weights.shards import spread_as
 
 
 class Rewind:
@@ -75,7 +76,7 @@ class Rewind:
         self.due = False
         tensors = plain_tensors(run.module)
         for name, value in self.values.items():
-            tensors[name].copy_(value)
+            tensors[name].copy_(spread_as(tensors[name], value))
         reset_states(run.trainer.optimizers)
         for schedule in run.schedules:
             schedule.restart()
