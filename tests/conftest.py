@@ -13,6 +13,8 @@ import torch
 from lightning.pytorch.trainer.connectors import callback_connector
 from lightning.pytorch.utilities import model_helpers
 
+from lightning_peft.testing.ddp import run_ddp
+
 # Doctests are collected from every module; two conftest.py would meet as modules of one name.
 collect_ignore_glob = ["conftest.py", "*/conftest.py"]
 
@@ -34,6 +36,18 @@ model_helpers.inspect = SimpleNamespace(stack=functools.partial(inspect.stack, c
 for device in (torch.cuda, torch.xpu, torch.mtia):
     if not device.is_available():
         device.manual_seed_all = lambda seed: None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of a test module, for what its ranks leave."""
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(request, folder):
+    """What ``on_rank(folder)`` of a test module returns in each of two processes."""
+    return run_ddp(f"{request.module.__file__}:on_rank", {"folder": str(folder)})
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -6,23 +6,13 @@ would have held, in shards or whole.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
-import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.utils._pytree import tree_map
 
 from lightning_peft.structure.errors import CheckpointError
@@ -53,6 +43,8 @@ def write(checkpoint: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: A process could not write; all of them are told.
     """
+    from lightning_peft.structure import distributed_format  # whose imports take longer than most commands have use for
+
     others = dict(checkpoint)
     state = others.pop("state_dict")
     first: dict[int, str] = {}
@@ -68,8 +60,7 @@ def write(checkpoint: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         return {_MARK: str(len(beside) - 1)}
 
     rest: dict[str, Any] = tree_map(taken_out, others)
-    with _said_plainly(f"{folder} was not written"):
-        save(tensors | ({_BESIDE: beside} if beside else {}), checkpoint_id=folder)
+    distributed_format.write(tensors | ({_BESIDE: beside} if beside else {}), folder)
     names = tree_map(lambda _: None, tensors) | {"state_dict": with_versions({name: shared.get(name) for name in state}, state)}
     return rest | {_NAMES: names}
 
@@ -90,17 +81,10 @@ def read(
     Raises:
         CheckpointError: It is damaged, or holds something that does not belong into such a folder.
     """
+    from lightning_peft.structure import distributed_format
+
     rest = torch.load(Path(folder, REST), map_location="cpu", weights_only=not trusted)
-    reader = _Reader(folder)
-    found = reader.read_metadata()
-    entries = found.state_dict_metadata.items()
-    flat: dict[str, Any] = {
-        key: empty(entry.size, entry.properties.dtype) if isinstance(entry, dcp_metadata.TensorStorageMetadata) else None
-        for key, entry in entries
-    }
-    with _said_plainly(f"{folder} cannot be read"):
-        _load_state_dict(flat, storage_reader=reader, planner=_Planner(trusted), no_dist=True)
-    nested: dict[str, Any] = unflatten_state_dict(flat, found.planner_data or {key: (key,) for key in flat})
+    nested = distributed_format.read(folder, empty, trusted)
     beside = nested.pop(_BESIDE, {})
 
     def put_back(value: Any) -> Any:
@@ -127,57 +111,5 @@ def _in_order(found: Any, names: Any) -> Any:
     return {key: _in_order(found[str(key)], below) if str(key) in found else below for key, below in names.items()}
 
 
-@contextlib.contextmanager
-def _said_plainly(problem: str) -> Iterator[None]:
-    """Raise what stopped some process as an ordinary error in all of them."""
-    try:
-        yield
-    except CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        raise CheckpointError(f"{problem}: process {rank} met {type(cause).__name__}, {cause}") from error
-
-
 def _is_mark(value: Any) -> bool:
     return isinstance(value, dict) and value.keys() == {_MARK}
-
-
-class _Reader(FileSystemReader):
-    """Reads what torch writes, and rebuilds no other object that a file names."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp_metadata.Metadata:
-        with Path(self.path, ".metadata").open("rb") as file:
-            found: dcp_metadata.Metadata = _Unpickler(file).load()
-        places = {info.relative_path for info in found.storage_data.values()}
-        if outside := sorted(place for place in places if Path(place).name != place):
-            raise CheckpointError(f"{self.path} names the file {outside[0]}, which is not in it.")
-        found.storage_meta = found.storage_meta or dcp_metadata.StorageMeta()
-        found.storage_meta.load_id = self.load_id
-        return found
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _KNOWN:
-            raise CheckpointError(f"The folder's .metadata names {module}.{name}, which does not belong there: not opened.")
-        return super().find_class(module, name)
-
-
-_HOME = dcp_metadata.__name__
-_KNOWN = {
-    *((_HOME, name) for name, value in vars(dcp_metadata).items() if getattr(value, "__module__", "") == _HOME),
-    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("collections", "OrderedDict"),
-    *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
-}
-
-
-class _Planner(DefaultLoadPlanner):
-    def __init__(self, trusted: bool) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._trusted = trusted
-
-    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=not self._trusted)

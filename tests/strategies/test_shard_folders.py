@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from sharded_toys import COURSE, TARGETS, Alone, Made, adapted, made, trained, weights
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -20,7 +20,7 @@ import lightning_peft
 from lightning_peft import LoRA, NMSparsity
 from lightning_peft.baking.reading import read_checkpoint
 from lightning_peft.structure.errors import CheckpointError
-from lightning_peft.testing.ddp import run_ddp
+from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import loader, trainer
 from lightning_peft.testing.runs import resumable
 from lightning_peft.testing.trace import difference
@@ -30,10 +30,6 @@ FOLDERS: dict[str, Any] = {"folders": True, **COURSE}
 
 def three() -> list[Any]:
     return [LoRA(2, alpha=8, **TARGETS), NMSparsity("2:4", **TARGETS), lightning_peft.WeightCompander(**TARGETS)]
-
-
-def every_epoch(folder: str | Path) -> ModelCheckpoint:
-    return ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
 
 
 class Tied(Made):
@@ -81,29 +77,18 @@ def on_rank(folder: str) -> dict[str, Any]:
     """Everything that is tried in one pair of processes."""
     found: dict[str, Any] = {}
     for name, methods in {"three": three, "adapted": adapted}.items():
-        left, _ = trained(made(Made, "adam"), [*methods(), every_epoch(f"{folder}/{name}")], **FOLDERS)
+        left, _ = trained(made(Made, "adam"), [*methods(), every_epoch(Path(folder, name))], **FOLDERS)
         resumed, _ = trained(made(Made, "adam"), methods(), resume=f"{folder}/{name}/epoch=0.ckpt", **FOLDERS)
         found[name] = {"left": weights(left), "resumed": weights(resumed)}
-        trained(made(Made, "adam"), [*methods(), every_epoch(f"{folder}/{name}-file")], **COURSE)
-    trained(made(Made, "adam"), [*adapted(), Edits(), every_epoch(f"{folder}/edited")], **FOLDERS)
+        trained(made(Made, "adam"), [*methods(), every_epoch(Path(folder, f"{name}-file"))], **COURSE)
+    trained(made(Made, "adam"), [*adapted(), Edits(), every_epoch(Path(folder, "edited"))], **FOLDERS)
     for folders in (True, False):
-        methods = [NMSparsity("2:4", targets=["model.0"], exclude=()), every_epoch(f"{folder}/tied-{folders}")]
+        methods = [NMSparsity("2:4", targets=["model.0"], exclude=()), every_epoch(Path(folder, f"tied-{folders}"))]
         trained(made(Tied, "adam"), methods, folders=folders)
     full = FullDisk(Path(folder, "full.ckpt"))
     trained(made(Made, "adam"), [*adapted(), full], **FOLDERS)
     found["full"] = full.said
     return found
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("folders")
-
-
-@pytest.fixture(scope="module")
-def ranks(folder: Path) -> list[dict[str, Any]]:
-    results: list[dict[str, Any]] = run_ddp(f"{__file__}:on_rank", {"folder": str(folder)})
-    return results
 
 
 @pytest.mark.parametrize("name", ["three", "adapted"])

@@ -17,7 +17,6 @@ from torch import nn
 
 import lightning_peft
 from lightning_peft import PSKD, BlockPruning, LayerGrowth, LoRA, NMSparsity, WeightCompander
-from lightning_peft.testing.ddp import run_ddp
 from lightning_peft.testing.modules import Plain, loader, mlp, trainer
 from lightning_peft.weights.maps import maps_of
 from lightning_peft_plugins.sparsity._nm_sparsity.nm_map import NMMap
@@ -103,17 +102,6 @@ def on_rank(folder: str) -> dict[str, Any]:
         (again,) = spread(folders=folders).test(read, loader(8), ckpt_path=path, verbose=False)
         found[f"saved {folders}"] = {"read": weights(read), "losses": [tested, again]}
     return found
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("shards")
-
-
-@pytest.fixture(scope="module")
-def ranks(folder: Path) -> list[dict[str, Any]]:
-    results: list[dict[str, Any]] = run_ddp(f"{__file__}:on_rank", {"folder": str(folder)})
-    return results
 
 
 def test_three_methods_together_end_as_in_one_process(ranks: list[dict[str, Any]]) -> None:

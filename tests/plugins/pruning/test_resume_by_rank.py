@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_peft import GBLM, ISSP, BlockPruning, MaskedPruning, Method, Wanda
-from lightning_peft.testing.ddp import run_ddp
 from lightning_peft.testing.modules import Plain, deepened, loader, trainer
 from lightning_peft.testing.trace import difference
 
@@ -54,16 +53,6 @@ def on_rank(folder: str) -> dict[str, Any]:
         again = {file.stem: difference(whole, trained(name, data, resume=str(file), **ranks)) for file in files}
         found[name] = {"whole": whole, "differ": {step: text for step, text in again.items() if text}, "tried": len(again)}
     return found
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ranks")
-
-
-@pytest.fixture(scope="module")
-def ranks(folder: Path) -> list[dict[str, Any]]:
-    return run_ddp(f"{__file__}:on_rank", {"folder": str(folder)})
 
 
 @pytest.mark.parametrize("name", METHODS)

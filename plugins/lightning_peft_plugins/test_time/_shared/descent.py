@@ -19,6 +19,7 @@ from lightning_peft.arguments import one_of
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.network.layers import parameter_names
 from lightning_peft.network.targets import TargetSpec, excluded
+from lightning_peft.strategies.ranks import of_ranks
 from lightning_peft_plugins.test_time._shared.batch_statistics import UseBatchStatistics, batch_norms
 from lightning_peft_plugins.test_time._shared.fine_parameters import FineParameters
 from lightning_peft_plugins.test_time._shared.stream import StreamMethod
@@ -253,9 +254,7 @@ def check_equal_numbers(name: str, trainer: Trainer) -> None:
         MisconfigurationException: They have; streams without a length are not known to.
     """
     loops = {TrainerFn.VALIDATING: trainer.num_val_batches, TrainerFn.PREDICTING: trainer.num_predict_batches}
-    found: list[Any] = [None] * trainer.world_size
-    if trainer.world_size > 1:
-        torch.distributed.all_gather_object(found, loops.get(trainer.state.fn, trainer.num_test_batches))
+    found = of_ranks(loops.get(trainer.state.fn, trainer.num_test_batches))
     if any(counts != found[0] for counts in found):
         counted = " and ".join(str(sum(counts)) for counts in found)
         raise MisconfigurationException(
