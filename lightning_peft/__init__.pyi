@@ -26,12 +26,13 @@ from lightning_peft.deltas.blend import blend as blend
 from lightning_peft.deltas.peft_folder import load_peft as load_peft
 from lightning_peft.deltas.peft_folder import save_peft as save_peft
 from lightning_peft.deltas.slots import LowRank as LowRank
+from lightning_peft.merging.merge import merge as merge
+from lightning_peft.merging.merge_function import merge_function as merge_function
 from lightning_peft.method import Method as Method
 from lightning_peft.optim.wrapped import WrappedOptimizer as WrappedOptimizer
 from lightning_peft.report.compare_deployments import compare_deployments as compare_deployments
 from lightning_peft.weights.layer_part import LayerPart as LayerPart
 from lightning_peft.weights.maps import WeightMap as WeightMap
-from lightning_peft.weights.merge import merge as merge
 from lightning_peft.weights.merge import unmerge as unmerge
 from lightning_peft.weights.switch import switch as switch
 from lightning_peft_plugins.deltas.adalora import AdaLoRA as AdaLoRA

@@ -53,9 +53,9 @@ def save_baked(
     folder = Path(folder)
     check_unused(folder)  # before the work
     found = _of_module(source, methods) if isinstance(source, nn.Module) else _of_checkpoint(Path(source), trusted)
-    tensors, tied = _untied(found.state)
+    tensors, tied = untied(found.state)
     with whole_folder(folder) as part:
-        _save(tensors, part / WEIGHTS)
+        save_tensors(tensors, part / WEIGHTS)
         history = journal.write(found.edits) if found.edits else None
         text = manifest(tensors, tied, found.methods, history, found.hyper_parameters, part / WEIGHTS)
         (part / MANIFEST).write_text(json.dumps(text, indent=1, allow_nan=False), encoding="utf-8")
@@ -154,8 +154,18 @@ def _of_checkpoint(path: Path, trusted: bool) -> _Baked:
     return _Baked(checkpoint["state_dict"], journal.read(section), records, checkpoint.get("hyper_parameters", {}))
 
 
-def _untied(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Keep each tensor once, since safetensors holds no two names of one; views of another tensor become their own."""
+def untied(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Keep each tensor once, since safetensors holds no two names of one; views of another tensor become their own.
+
+    Args:
+        state: A state dict.
+
+    Returns:
+        Tensors by name, and by their further names the first one.
+
+    Raises:
+        MisconfigurationException: Something in it is no tensor, or one that safetensors cannot hold.
+    """
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
@@ -183,12 +193,24 @@ def _untied(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]
     return tensors, tied
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors that share no memory as safetensors.
+
+    Args:
+        tensors: They, by name.
+        path: The file.
+        metadata: What readers are told beside ``"format"``.
+
+    Raises:
+        OSError: The disk is full, or nothing may be written there.
+        MisconfigurationException: safetensors is missing.
+    """
+    _require_safetensors()
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
-        save_file(dict(tensors), path, metadata={"format": "pt"})
+        save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:  # whatever the system said
         raise OSError(str(error)) from error
 

@@ -38,6 +38,21 @@ def harmless_objects() -> Iterator[None]:
             yield
 
 
+@contextlib.contextmanager
+def readable(path: str | Path, trusted: bool) -> Iterator[None]:
+    """Say of what goes wrong while a file is read whether it is damaged, or not trusted.
+
+    Raises:
+        CheckpointError: Whatever went wrong, unless there is no such file, or nobody may read it.
+    """
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, PermissionError, CheckpointError):
+        raise
+    except Exception as error:  # a damaged file can raise anything, and so can the code of a trusted one
+        raise CheckpointError(_reason(path, error, trusted)) from error
+
+
 def read_checkpoint(path: str | Path, *, trusted: bool = False) -> dict[str, Any]:
     """Read a checkpoint; nothing in it is run unless it is trusted.
 
@@ -51,16 +66,11 @@ def read_checkpoint(path: str | Path, *, trusted: bool = False) -> dict[str, Any
             cannot be rebuilt here.
         FileNotFoundError: There is no such file.
     """
-    try:
-        with harmless_objects():
-            if shard_folder.is_shard_folder(path):
-                loaded = shard_folder.read(path, trusted=trusted)
-            else:
-                loaded = torch.load(path, map_location="cpu", weights_only=not trusted)
-    except (FileNotFoundError, IsADirectoryError, PermissionError, CheckpointError):
-        raise
-    except Exception as error:  # a damaged file can raise anything, and so can the code of a trusted one
-        raise CheckpointError(_reason(path, error, trusted)) from error
+    with readable(path, trusted), harmless_objects():
+        if shard_folder.is_shard_folder(path):
+            loaded = shard_folder.read(path, trusted=trusted)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=not trusted)
     if not isinstance(loaded, dict) or not isinstance(loaded.get("state_dict"), Mapping):
         raise CheckpointError(f'{path} is not a Lightning checkpoint: it has no "state_dict".')
     return loaded

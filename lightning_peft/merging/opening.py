@@ -1,0 +1,123 @@
+"""Opening what is to be merged: state dicts, checkpoints, safetensors, folders; tensors are mapped, not read."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_peft.baking.bake import baked
+from lightning_peft.baking.baked_folder import read_tensors
+from lightning_peft.baking.manifest import MANIFEST, read_manifest
+from lightning_peft.baking.reading import harmless_objects, read_checkpoint, readable
+from lightning_peft.merging.errors import MergeError
+from lightning_peft.merging.model import Model
+
+Source = str | Path | Mapping[str, Any]
+
+_INDEX = "model.safetensors.index.json"
+
+
+def open_model(source: Source, label: str = "", *, trusted: bool = False) -> Model:
+    """Open a model.
+
+    Args:
+        source: A state dict, or a path: a checkpoint of Lightning, with methods or without, a folder of its shards; a file that
+            ``torch.save`` made of a state dict; a file of safetensors; a folder of Hugging Face, or of
+            :func:`lightning_peft.save_baked`.
+        label: What messages call a state dict.
+        trusted: Whether Python objects in a checkpoint may be rebuilt, which can run any code.
+
+    Raises:
+        CheckpointError: The file is damaged, holds Python objects and is not trusted, or is of another kind.
+        FileNotFoundError: There is no such file.
+        MergeError: The folder holds no model.
+    """
+    if isinstance(source, Mapping):
+        return _of_state(source, label)
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file {path}.")
+    if path.is_dir() and not (path / ".metadata").is_file():
+        return _of_folder(path, trusted)
+    if path.suffix == ".safetensors":
+        return _of_state(_safetensors(path), str(path))
+    return _of_file(path, trusted)
+
+
+def _of_state(state: Mapping[str, Any], label: str, **more: Any) -> Model:
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise MergeError(f"{label} holds no tensors.")
+    if strange := next((name for name in tensors if not isinstance(name, str)), None):
+        raise MergeError(f"{label} has {strange!r} for the name of a tensor.")
+    if odd := next((name for name, value in tensors.items() if value.layout != torch.strided or value.is_meta), None):
+        raise MergeError(f"{odd} of {label} is packed, sparse or without data. Merge models before they are packed.")
+    return Model(label, tensors, {name: value for name, value in state.items() if name not in tensors}, **more)
+
+
+def _of_file(path: Path, trusted: bool) -> Model:
+    loaded = _load(path, trusted)
+    if not isinstance(loaded.get("state_dict"), Mapping):
+        return _of_state(loaded, str(path))
+    found = baked(loaded)
+    state = found.pop("state_dict")
+    return _of_state(state, str(path), rest=found)
+
+
+def _load(path: Path, trusted: bool) -> Mapping[str, Any]:
+    """Read a file of torch, its tensors mapped."""
+    if path.is_dir():
+        return read_checkpoint(path, trusted=trusted)
+    with readable(path, trusted), harmless_objects():
+        # Files of torch before 1.6 are none, and cannot be mapped.
+        loaded = torch.load(path, map_location="cpu", weights_only=not trusted, mmap=zipfile.is_zipfile(path))
+    if not isinstance(loaded, Mapping):
+        raise MergeError(f"{path} holds a {type(loaded).__name__}, no state dict and no checkpoint.")
+    return loaded
+
+
+def _of_folder(path: Path, trusted: bool) -> Model:
+    if (path / MANIFEST).is_file():
+        return _of_state(read_tensors(path, read_manifest(path)), str(path), folder=path)
+    if (path / _INDEX).is_file():
+        parts = [_safetensors(path / file) for file in sorted(set(_index(path / _INDEX).values()))]
+        return _of_state({name: value for part in parts for name, value in part.items()}, str(path), folder=path)
+    if (path / "model.safetensors").is_file():
+        return _of_state(_safetensors(path / "model.safetensors"), str(path), folder=path)
+    if (path / "pytorch_model.bin").is_file():
+        return _of_state(_load(path / "pytorch_model.bin", trusted), str(path), folder=path)
+    raise MergeError(
+        f"{path} is no folder of a model: it has neither model.safetensors, alone or in parts with {_INDEX}, nor "
+        "pytorch_model.bin, nor shards of a checkpoint."
+    )
+
+
+def _index(path: Path) -> dict[str, str]:
+    """Read which file holds which tensor; only names of files in the same folder are believed."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if all(isinstance(file, str) and Path(file).name == file for file in found.values()):
+            return dict(found)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise MergeError(f"{path} is damaged: it does not say which file of its folder holds which tensor. Copy it again.")
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    if find_spec("safetensors") is None:
+        raise MergeError('This needs safetensors. Install the extra: pip install "lightning-peft[export]".')
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise MergeError(f"{path} is not a readable safetensors file: {error}. Copy or save it again.") from error
+    return found

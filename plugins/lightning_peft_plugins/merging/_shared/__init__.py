@@ -1,0 +1,1 @@
+"""Steps that several merge functions are made of; nothing here is registered."""
