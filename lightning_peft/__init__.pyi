@@ -26,7 +26,9 @@ from lightning_peft.deltas.blend import blend as blend
 from lightning_peft.deltas.peft_folder import load_peft as load_peft
 from lightning_peft.deltas.peft_folder import save_peft as save_peft
 from lightning_peft.deltas.slots import LowRank as LowRank
+from lightning_peft.merging.greedy import greedy_soup as greedy_soup
 from lightning_peft.merging.merge import merge as merge
+from lightning_peft.merging.merge_at_end import MergeAtEnd as MergeAtEnd
 from lightning_peft.merging.merge_function import merge_function as merge_function
 from lightning_peft.method import Method as Method
 from lightning_peft.optim.wrapped import WrappedOptimizer as WrappedOptimizer

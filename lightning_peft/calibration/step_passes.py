@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_peft.arguments import one_of
+from lightning_peft.capture.nested_trainer import quiet_trainer, trainers_kept
 from lightning_peft.namespaces import own
 from lightning_peft.network.tensor_bytes import checksum
 
@@ -58,10 +59,7 @@ class StepPasses:
         self._stage = defined if stage is None else stage
         self.digest = self.batches = 0
         self._watcher = _BatchWatcher()
-        quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
-        quiet |= {"enable_progress_bar": False, "enable_model_summary": False}
-        with isolate_rng():  # a Trainer draws which tip it gives
-            self.trainer = Trainer(devices=1, callbacks=[self._watcher], **quiet, **settings)
+        self.trainer = quiet_trainer(devices=1, callbacks=[self._watcher], **settings)
         if self.trainer.world_size > 1:
             raise MisconfigurationException(
                 f"calibrate runs in one process, and this is one of {self.trainer.world_size}. Call it before they are started."
@@ -73,18 +71,13 @@ class StepPasses:
         Raises:
             MisconfigurationException: The batches are not those of the first pass, or there are none.
         """
-        kept = [(part, part._trainer) for part in self._module.modules() if isinstance(part, LightningModule)]
         self._watcher.digest = self._watcher.batches = 0
-        try:
-            with isolate_rng(), warnings.catch_warnings():
-                torch.manual_seed(self._seed)
-                random.seed(self._seed)
-                for known in _EXPECTED:
-                    warnings.filterwarnings("ignore", message=known)
-                self._evaluate()
-        finally:
-            for part, trainer in kept:
-                part._trainer = trainer
+        with trainers_kept(self._module), isolate_rng(), warnings.catch_warnings():
+            torch.manual_seed(self._seed)
+            random.seed(self._seed)
+            for known in _EXPECTED:
+                warnings.filterwarnings("ignore", message=known)
+            self._evaluate()
         if not self._watcher.batches:
             raise MisconfigurationException("batches= holds no batch, so there is nothing to calibrate on.")
         found, first = (self._watcher.digest, self._watcher.batches), (self.digest, self.batches)

@@ -15,6 +15,7 @@ from lightning_peft.merging.errors import MergeError
 from lightning_peft.merging.matching import Entry, matched, working_type
 from lightning_peft.merging.merge_function import MergeFunction
 from lightning_peft.merging.model import Model
+from lightning_peft.merging.nm_kept import Pattern, keep_, shared_pattern
 from lightning_peft.merging.stacks import Stacker, generators
 
 Progress = Callable[[int, int], None]
@@ -48,6 +49,12 @@ class Combining:
         settings: What else was chosen.
         base: The model they were trained from.
         fisher: The Fisher information of each model.
+
+    Attributes:
+        entries: The tensors, and what becomes of them.
+        first: The model that gives the order of tensors, and what is not merged.
+        rechosen: Tensors whose N:M pattern all models share, with masks that differ, so that :meth:`run` chose one anew: the
+            pattern, and the share of the sum of squares that went with it.
     """
 
     def __init__(
@@ -67,6 +74,7 @@ class Combining:
         self._fisher = None if fisher is None else Stacker(self._checked(fisher), None, working)
         self._depths = depths({name: tensor.shape for name, tensor in self.first.tensors.items()})
         self._weights = torch.tensor(settings.weights, dtype=working)
+        self.rechosen: dict[str, tuple[Pattern, float]] = {}
         self._norms = torch.zeros(len(models), dtype=torch.float64)
         if not function.traits.elementwise:
             self._check_memory()
@@ -100,6 +108,14 @@ class Combining:
             self._rescale(found)
         return found | dict(self.first.others)
 
+    def _keep_pattern(self, name: str, value: Tensor) -> Tensor:
+        """Give a merged tensor the N:M pattern that all models have it in."""
+        if (pattern := shared_pattern([model.tensors[name] for model in self._models])) is not None:
+            lost = keep_(value, pattern)
+            if lost:
+                self.rechosen[name] = (pattern, lost)
+        return value
+
     def _entry(self, entry: Entry, found: Mapping[str, Tensor], surveyed: Mapping[str, Any]) -> Tensor:
         own = self.first.tensors[entry.name]
         if entry.fate == "tied":
@@ -122,7 +138,7 @@ class Combining:
             if self._function.of_deltas and self._function.traits.rescale is None:
                 merged = merged.mul(self._scale(entry.name)).add_(self._stacker.of_base(entry.name, piece))
             target.copy_(merged.view_as(target))
-        return result
+        return result if self._function.traits.rescale is not None else self._keep_pattern(entry.name, result)
 
     def _supplied(
         self, name: str, piece: slice | None, chance: list[torch.Generator], surveyed: Mapping[str, Any]
@@ -151,7 +167,8 @@ class Combining:
         factor = float(self._function.traits.rescale(self._norms.sqrt(), own))
         for name in self._merged:
             values = found[name].mul_(factor * self._scale(name)).add_(self._stacker.of_base(name))
-            found[name] = values.to(self._settings.dtype or self.first.tensors[name].dtype)
+            values = values.to(self._settings.dtype or self.first.tensors[name].dtype)
+            found[name] = self._keep_pattern(name, values)
         for entry in self.entries:
             if entry.fate == "tied":
                 found[entry.name] = found[entry.source]

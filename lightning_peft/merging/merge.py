@@ -68,8 +68,8 @@ def merge(
 
     Of a list of models, it returns the state dict of a merged one. Tensors are matched by name and merged one after the other,
     by most methods in pieces, so that the result and little else is held in memory. What is no floating-point number is the
-    first model's; running statistics of batch norms are averaged, and do not belong to the merged weights: estimate them
-    again, ``torch.optim.swa_utils.update_bn(loader, module)``.
+    first model's. An N:M pattern that a weight has in all models stays. Running statistics of batch norms are averaged, and do
+    not belong to the merged weights: estimate them again, ``torch.optim.swa_utils.update_bn(loader, module)``.
 
     Args:
         models: State dicts or paths: checkpoints of Lightning, trained with methods or without; state dicts that
@@ -115,6 +115,15 @@ def merge(
     settings = Settings(_weights(weights, len(opened)), _scale(scale), per_tensor, _dtype(dtype), seed)
     combining = Combining(opened, function, settings, start, information)
     state = combining.run(progress)
+    if combining.rechosen:
+        name, (pattern, lost) = max(combining.rechosen.items(), key=lambda item: item[1][1])
+        warnings.warn(
+            f"{len(combining.rechosen)} tensors are {pattern} in all models, under masks that differ. The largest entries of "
+            f"each group of the merged ones were kept; of {name}, the most, {lost:.0%} of the sum of squares went. Train the "
+            "merged model on with NMSparsity, or merge models of one mask.",
+            UserWarning,
+            stacklevel=2,
+        )
     if averaged := next((entry.name for entry in combining.entries if entry.fate == "averaged"), None):
         warnings.warn(
             f"Running statistics of batch norms, such as {averaged}, are the mean of the models' and not those of the merged "

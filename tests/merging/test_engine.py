@@ -12,6 +12,7 @@ from torch import nn
 
 import lightning_peft
 from lightning_peft import merge, merge_function
+from lightning_peft.functional import is_nm, nm_mask
 from lightning_peft.merging import stacks
 from lightning_peft.merging.depth import depths
 from lightning_peft.merging.errors import MergeError
@@ -66,6 +67,28 @@ def test_counters_are_kept_and_statistics_averaged_with_a_word():
     loader = [torch.randn(8, 5) for _ in range(4)]
     torch.optim.swa_utils.update_bn(loader, fresh)  # as the warning says
     assert torch.allclose(fresh[1].running_mean, fresh[0](torch.cat(loader)).mean(0), atol=1e-5)
+
+
+def test_an_nm_pattern_that_all_models_have_stays(recwarn):
+    torch.manual_seed(0)
+    dense = torch.randn(6, 8)
+    weights = [dense + torch.randn(6, 8) for _ in range(2)]
+    one_mask = [state(w=each * nm_mask(dense, 2, 4)) for each in weights]
+    merged = merge(one_mask)["w"]
+    assert torch.equal(merged, (one_mask[0]["w"] + one_mask[1]["w"]) / 2)
+    assert not recwarn
+    masks = [state(w=each * nm_mask(each, 2, 4)) for each in weights]
+    mean = (masks[0]["w"] + masks[1]["w"]) / 2
+    assert not is_nm(mean, 2, 4)
+    for make in (lambda: merge(masks), lambda: merge(masks, "task_arithmetic", base=state(w=0 * dense), scale=0.5)):
+        with pytest.warns(UserWarning, match=r"1 tensors are 2:4 in all models, under masks that differ.*of w, the most"):
+            merged = make()["w"]
+        assert torch.allclose(merged, mean * nm_mask(mean, 2, 4))
+    along_rows = [state(w=each["w"].T.contiguous()) for each in masks]
+    with pytest.warns(UserWarning, match="are 2:4"):
+        assert torch.allclose(merge(along_rows)["w"], merged.T)
+    dense_one = merge([masks[0], state(w=weights[1])])["w"]
+    assert torch.allclose(dense_one, (masks[0]["w"] + weights[1]) / 2)
 
 
 def test_tied_tensors_stay_tied_where_all_models_have_them_so():
