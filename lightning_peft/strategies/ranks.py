@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+
+from lightning_peft.weights.shards import is_shard
 
 
 def of_ranks(value: Any) -> list[Any]:
@@ -22,3 +26,16 @@ def of_ranks(value: Any) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
+
+
+def mean_over_ranks(strategy: Strategy, gradient: Tensor) -> Tensor:
+    """Return the mean of what each process has of a gradient; every one has to ask.
+
+    Args:
+        strategy: The strategy.
+        gradient: The gradient; one that is spread over processes was reduced when it came, and is left as it is.
+    """
+    if is_shard(gradient):
+        return gradient
+    reduced: Any = strategy.reduce(gradient, reduce_op="mean")
+    return reduced  # type: ignore[no-any-return]

@@ -43,6 +43,11 @@ def shards(strategy: Strategy) -> bool:
     return strategy_kind(strategy) == "fsdp2"
 
 
+def waits_for_gradients(strategy: Strategy) -> bool:
+    """Whether processes wait for a gradient of every trained parameter, as those of DDP do, and those of shards do not."""
+    return strategy_kind(strategy) == "ddp"
+
+
 def check_strategy(trainer: Trainer, methods: Iterable[Contract]) -> None:
     """Refuse a strategy that any method does not support, before anything is touched.
 

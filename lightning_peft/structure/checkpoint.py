@@ -259,19 +259,25 @@ def check_tensors(state: Mapping[str, Any], module: nn.Module) -> None:
         CheckpointError: A tensor has another shape.
     """
     own = module.state_dict()
-    free = {
+    sized = {
         map_prefix(mapped.name, position) + key
         for mapped in mapped_tensors(module, every_name=True)
         for position, weight_map in enumerate(mapped.maps)
         for key in weight_map.sized_by_file
     }
+    free = {name for name in sized if not shards.is_shard(own.get(name))}  # what is spread over processes keeps its size
     for name, value in state.items():
         if not isinstance(value, Tensor) or name.endswith("_extra_state") or name in free:
             continue  # modules read their own extra state, whatever its shape
         if name in own and isinstance(own[name], Tensor) and own[name].shape != value.shape:
+            cure = (
+                "the weights that its fit began with, for shards keep their size"
+                if name in sized
+                else "the arguments it was saved with"
+            )
             raise CheckpointError(
                 f"The checkpoint holds {name} with shape {tuple(value.shape)}; this model has {tuple(own[name].shape)}. Build "
-                "the model with the arguments it was saved with."
+                f"the model with {cure}."
             )
 
 

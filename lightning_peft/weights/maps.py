@@ -27,7 +27,7 @@ from lightning_peft.weights.mapped_layer import (
     is_mapped,
 )
 from lightning_peft.weights.parts import check_masks, part_stacks, placed_parts
-from lightning_peft.weights.shards import read_whole, whole
+from lightning_peft.weights.shards import read_whole, spread_as, whole
 from lightning_peft.weights.weight_map import WeightMap as WeightMap
 
 MapT = TypeVar("MapT", bound=WeightMap)
@@ -72,6 +72,22 @@ class MappedTensor:
                 if below.enabled:
                     value = below(value)
         return value.detach()
+
+    @torch.no_grad()
+    def leaving(self, weight_map: WeightMap) -> Tensor:
+        """Return the value one of the maps gives to those above it, whole and without a graph."""
+        with read_whole(weight_map):
+            value: Tensor = weight_map(self.entering(weight_map))
+        return value
+
+    @torch.no_grad()
+    def set_entering(self, weight_map: WeightMap, value: Tensor) -> None:
+        """Store what one of the maps is given as this value, whole, by those below it."""
+        below = self.maps[: self.maps.index(weight_map)]
+        if below:
+            with read_whole(*below):
+                value = self.chain.enter(value, outermost=below[-1])
+        self.stored.copy_(spread_as(self.stored, value))
 
     def unmasked(self) -> Tensor:
         """The value that enters the masks, without a graph."""
@@ -148,8 +164,9 @@ def set_plain_values(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
         if name in mapped:
             _check_invertible(mapped[name])
-            value = mapped[name].chain.enter(value)
-        tensors[name].copy_(value)
+            with read_whole(*mapped[name].maps):
+                value = mapped[name].chain.enter(value)
+        tensors[name].copy_(spread_as(tensors[name], value))
 
 
 def _check_invertible(mapped: MappedTensor, inside: Lane = Lane.MASK) -> None:

@@ -38,6 +38,27 @@ def spread_as(stored: Any, value: Any) -> Any:
     return spread.redistribute(placements=stored.placements)
 
 
+@contextmanager
+def opened(tensor: Tensor) -> Iterator[Tensor]:
+    """Give a tensor whole, to be changed in place; what is spread over processes is changed there when the block ends.
+
+    Args:
+        tensor: Shards or a whole tensor, such as what an optimizer keeps of a parameter; every process has to ask.
+
+    Example:
+        >>> moments = torch.zeros(2)
+        >>> with opened(moments) as full:
+        ...     full[1] = 1
+        >>> moments
+        tensor([0., 1.])
+    """
+    full: Tensor = whole(tensor.detach())
+    yield full
+    if is_shard(tensor):
+        with torch.no_grad():
+            tensor.copy_(spread_as(tensor, full))
+
+
 def empty_shards(module: nn.Module) -> Callable[[torch.Size, torch.dtype], Tensor]:
     """Return how to make tensors that are spread as a module's parameters are; those without dimensions are whole."""
     from torch.distributed.tensor import Shard, empty

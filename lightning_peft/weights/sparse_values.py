@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.compose.lanes import Lane
+from lightning_peft.weights.shards import opened
 from lightning_peft.weights.weight_map import WeightMap
 
 
@@ -43,9 +44,9 @@ class SparseValues(WeightMap):
     def move(self, indices: Tensor) -> None:
         """Stand at as many other coordinates, ascending; values of those that stay come along, the others begin at zero."""
         indices = indices.to(self.indices.device)
-        kept = carried(self.values, self.indices, indices)
+        with opened(self.values) as full:
+            full.copy_(carried(full, self.indices, indices))
         self.indices = indices
-        self.values.copy_(kept)
 
     def config(self) -> dict[str, Any]:
         return {"size": self.size, "indices": len(self.indices)}

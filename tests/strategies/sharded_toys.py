@@ -49,8 +49,8 @@ def spread(**settings: Any) -> Trainer:
     return trainer(devices=2, strategy=strategy, use_distributed_sampler=False, **settings)
 
 
-def of_rank() -> DataLoader[Any]:
-    samples: Any = loader().dataset
+def of_rank(count: int = 32) -> DataLoader[Any]:
+    samples: Any = loader(count).dataset
     return DataLoader(samples, 4, sampler=DistributedSampler(samples, 2, int(os.environ["RANK"]), shuffle=False))
 
 

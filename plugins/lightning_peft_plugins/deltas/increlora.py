@@ -16,6 +16,7 @@ from lightning_peft.deltas.sides import Place
 from lightning_peft.deltas.slots import Slots
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form, fields, tensor, whole
+from lightning_peft.weights.shards import read_whole
 from lightning_peft_plugins.deltas._increlora.growing_form import GrowingForm
 from lightning_peft_plugins.deltas._increlora.scored_part import ScoredPart
 from lightning_peft_plugins.deltas._shared.growing_ranks import GrowingRanks
@@ -129,7 +130,8 @@ class IncreLoRA(GrowingRanks):
     def _see(self, run: Run) -> None:
         """Take the scores of the step in."""
         first = next(iter(self._forms.values())).values[0]
-        now = torch.stack([first.new_zeros(()) if form.score is None else form.score for form in self._forms.values()])
+        none = torch.zeros((), dtype=first.dtype, device=first.device)
+        now = torch.stack([none if form.score is None else form.score for form in self._forms.values()])
         for form in self._forms.values():
             form.score = None
         now = run.trainer.strategy.reduce(now, reduce_op="mean")  # type: ignore[assignment]
@@ -157,8 +159,10 @@ class IncreLoRA(GrowingRanks):
 
 def _penalty(form: GrowingForm) -> tuple[Tensor, int]:
     """Distance of the vectors from orthonormal ones, of the first block together and of others one by one, and their number."""
-    gap, matrices = orthogonality(form.down[0]) + orthogonality(form.up[0].mT), form.values[0][..., 0].numel()
+    with read_whole(form):
+        downs, ups = form.blocks_of(form.down), form.blocks_of(form.up)
+    gap, matrices = orthogonality(downs[0]) + orthogonality(ups[0].mT), downs[0][..., 0, 0].numel()
     if (others := form.used - 1) > 0:
-        down, up = torch.cat([*form.down[1 : form.used]], -2), torch.cat([*form.up[1 : form.used]], -1)
+        down, up = torch.cat(downs[1:], -2), torch.cat(ups[1:], -1)
         gap = gap + (down.square().sum(-1) - 1).abs().sum() + (up.square().sum(-2) - 1).abs().sum()
     return gap, 2 * matrices * (1 + others * form.increment)

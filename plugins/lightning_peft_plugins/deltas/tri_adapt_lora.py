@@ -16,6 +16,7 @@ from lightning_peft.compose.schedule import parse_point
 from lightning_peft.deltas.slots import Slots
 from lightning_peft.structure.edits import Change
 from lightning_peft.structure.forms import Form, fields, tensor, whole
+from lightning_peft.weights.shards import read_whole
 from lightning_peft_plugins.deltas._shared.growing_ranks import GrowingRanks
 from lightning_peft_plugins.deltas._shared.orthogonality import orthogonality
 from lightning_peft_plugins.deltas._tri_adapt_lora.triangular_form import TriangularForm
@@ -90,7 +91,11 @@ class TriAdaptLoRA(GrowingRanks):
 
     @torch.no_grad()
     def _present(self) -> Tensor:
-        return torch.stack([form.size() for form in self._forms.values()])
+        found = []
+        for form in self._forms.values():
+            with read_whole(form):
+                found.append(form.size())
+        return torch.stack(found)
 
     def structure_changed(self, module: LightningModule, change: Change) -> None:
         """Go on with the weights there are now, judged by what they gain from here on."""
@@ -98,9 +103,13 @@ class TriAdaptLoRA(GrowingRanks):
         self._sizes = self._present()
 
     def gap(self) -> Tensor:
-        pairs = [form.joined() for form in self._forms.values()]
-        gaps = [orthogonality(down) + orthogonality(up.mT) for down, up in pairs]
-        return torch.stack(gaps).sum() / (2 * sum(down[..., 0, 0].numel() for down, _ in pairs))
+        gaps, matrices = [], 0
+        for form in self._forms.values():
+            with read_whole(form):
+                down, up = form.joined()
+            gaps.append(orthogonality(down) + orthogonality(up.mT))
+            matrices += down[..., 0, 0].numel()
+        return torch.stack(gaps).sum() / (2 * matrices)
 
     def consider(self, run: Run) -> None:
         """Let those grow whose ``C`` has gained most since the last growth."""

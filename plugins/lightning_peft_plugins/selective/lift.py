@@ -82,7 +82,7 @@ class LIFT(SparseUpdate):
         if self.every is None or run.step == self._found_at or run.step % max(1, run.place(self.every, "every=")):
             return
         self._found_at = run.step
-        found = {mapped.name: self.first(mapped.name, self.seen(mapped, values)) for mapped, values in self.maps(run.module)}
+        found = {mapped.name: self.first(mapped.name, mapped.leaving(values)) for mapped, values in self.maps(run.module)}
         self.move(run, found, fold=True)
 
     def awaited(self, run: Run) -> Iterable[str]:

@@ -15,6 +15,7 @@ from lightning_peft import Run, Step
 from lightning_peft.attaching.averaging import averaged_modules
 from lightning_peft.compose.schedule import parse_point
 from lightning_peft.network.targets import TargetSpec
+from lightning_peft.weights.shards import read_whole
 from lightning_peft_plugins.selective._sara.small_values import SmallValues
 from lightning_peft_plugins.selective._shared.roomy_values import RoomyValues
 from lightning_peft_plugins.selective._shared.sparse_update import SparseUpdate
@@ -114,7 +115,9 @@ class SaRA(SparseUpdate):
         if not self.nuclear or not found:
             return None
         mapped, values = found[zlib.crc32(f"{self.seed}/{step.run.step}".encode()) % len(found)]
-        norm = nuclear_norm(mapped.entering(values), values.indices, values.values[: len(values.indices)])
+        with read_whole(values):
+            trained = values.values[: len(values.indices)]
+        norm = nuclear_norm(mapped.entering(values), values.indices, trained)
         return self.nuclear * norm
 
     def after_step(self, run: Run) -> None:
@@ -124,7 +127,7 @@ class SaRA(SparseUpdate):
         self._selected_at = run.step
         still: dict[str, Tensor] = {}
         for mapped, values in self.maps(run.module):
-            small = self.seen(mapped, values).flatten()[values.indices].abs() < self.threshold
+            small = mapped.leaving(values).flatten()[values.indices].abs() < self.threshold
             still[mapped.name] = values.indices[small]
             for optimizer in run.trainer.optimizers:
                 optimizer.state.pop(values.values, None)

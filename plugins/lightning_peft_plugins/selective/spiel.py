@@ -16,6 +16,7 @@ from lightning_peft.network.targets import TargetSpec
 from lightning_peft.optim.optimizers import owner
 from lightning_peft.optim.wrapped import innermost
 from lightning_peft.structure.forms import Form, dict_of, fields, tensor
+from lightning_peft.weights.shards import opened, whole
 from lightning_peft.weights.sparse_values import SparseValues, carried
 from lightning_peft_plugins.selective._shared.sparse_update import SparseUpdate
 from lightning_peft_plugins.selective._shared.whole_gradients import WholeGradients
@@ -120,7 +121,8 @@ class SpIEL(SparseUpdate):
             if owner([optimizer], values.values) is None:
                 continue
             if (found := self._gradients.take(run, mapped.stored)) is not None and not skips:
-                self._candidates[mapped.name] = summed(self._candidates.get(mapped.name), found, len(values.indices))
+                seen, gradient = self._candidates.get(mapped.name), whole(found).flatten()
+                self._candidates[mapped.name] = summed(seen, gradient, len(values.indices))
 
     def after_step(self, run: Run) -> None:
         """Drop and grow when a window is over."""
@@ -137,7 +139,7 @@ class SpIEL(SparseUpdate):
             if (candidates := seen.get(mapped.name)) is None:
                 continue
             count = int(len(values.indices) * share)
-            slots, places = reallocated(values.values, values.indices, candidates.indices, candidates.total, count)
+            slots, places = reallocated(whole(values.values), values.indices, candidates.indices, candidates.total, count)
             indices = values.indices.clone()
             indices[slots] = candidates.indices[places]
             chosen[mapped.name], grown[mapped.name] = indices.sort().values, places
@@ -157,7 +159,8 @@ class SpIEL(SparseUpdate):
         at = torch.searchsorted(values.indices, candidates.indices[places])
         moments = seeded_moments(candidates.total[places], candidates.squares[places], candidates.samples, betas)
         for key, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
-            state[key][at] = moment.to(state[key].dtype)
+            with opened(state[key]) as full:
+                full[at] = moment.to(full.dtype)
         self._ages[name][at] = candidates.samples
 
     def finish(self, run: Run) -> None:

@@ -22,9 +22,11 @@ from lightning_peft.network.seeds import named_seed
 from lightning_peft.network.targets import TargetSpec, excluded
 from lightning_peft.network.tunable import tunable
 from lightning_peft.optim.optimizers import owner, trained_by
+from lightning_peft.strategies.support import waits_for_gradients
 from lightning_peft.structure.forms import Form as StateForm
 from lightning_peft.structure.forms import dict_of, fields, tensor
 from lightning_peft.weights.maps import MappedTensor
+from lightning_peft.weights.shards import spread_as, whole
 from lightning_peft_plugins.selective._shared.sparse_update import SparseUpdate
 from lightning_peft_plugins.selective._shared.whole_gradients import WholeGradients
 from lightning_peft_plugins.selective._spt.ranked_tensors import Ranked, ranked_matrix, ranked_vectors
@@ -117,7 +119,7 @@ class SPT(SparseUpdate):
         Raises:
             MisconfigurationException: Not one.
         """
-        entries = sum(each.tensor.numel() for each in ranked.values())
+        entries = sum(each.size for each in ranked.values())
         count = int(self.budget * entries + 1e-6) if self.budget < 1 else int(self.budget)
         if not count:
             raise MisconfigurationException(
@@ -132,15 +134,15 @@ class SPT(SparseUpdate):
         for name, each in ranked.items():
             if name in present:
                 continue
-            form = None
-            if each.layout is not None and each.least <= each.tensor.numel():
+            form, seen = None, each.seen
+            if each.layout is not None and each.least <= each.size:
                 form = LowRankForm(each.layout, self.rank)
                 drawn = torch.Generator().manual_seed(named_seed(f"{self.name}/{name}"))
-                form.reset(each.layout.matrix(each.tensor.detach()), drawn)
-            values = SensitiveValues(each.tensor.numel(), each.room(budget), form)
-            if each.tensor.dtype == torch.float64:
-                values.to(each.tensor.dtype)
-            self.map_weight(module, name, values.to(each.tensor.device))
+                form.reset(each.layout.matrix(seen), drawn)
+            values = SensitiveValues(each.size, each.room(budget), form)
+            if seen.dtype == torch.float64:
+                values.to(seen.dtype)
+            self.map_weight(module, name, values.to(seen.device))
 
     def sensitive(self, module: nn.Module) -> Iterator[tuple[MappedTensor, SensitiveValues]]:
         """The values on a module or on an average of it, each with its tensor."""
@@ -158,8 +160,9 @@ class SPT(SparseUpdate):
                 "gradient in every step. Train with precision='bf16-mixed'."
             )
         for mapped, _ in self.sensitive(run.module):
-            if mapped.name in self.seen_squares:
-                self.seen_squares[mapped.name] = self.seen_squares[mapped.name].to(mapped.stored.device)
+            if (seen := self.seen_squares.get(mapped.name)) is not None:
+                placed = seen.to(mapped.stored.device).view_as(mapped.stored)
+                self.seen_squares[mapped.name] = spread_as(mapped.stored, placed)
 
     def batch_start(self, run: Run, batch: Any) -> None:
         """Have all ranked tensors get a gradient in the first steps."""
@@ -168,7 +171,7 @@ class SPT(SparseUpdate):
 
     def loss(self, step: Step) -> Tensor | None:
         """Zero; ranks wait for a gradient of everything."""
-        if step.run.trainer.world_size == 1:
+        if not waits_for_gradients(step.run.trainer.strategy):
             return None
         idle = [0 * each.sum() for _, values in self.sensitive(step.run.module) for each in values.idle()]
         return torch.stack(idle).sum() if idle else None
@@ -196,14 +199,15 @@ class SPT(SparseUpdate):
             return
         self._gradients.close()
         ranked = self.ranked(run.module)
-        seen = {name: self.seen_squares.get(name, torch.zeros(each.tensor.numel())) for name, each in ranked.items()}
-        whole, least = ({name: getattr(each, key) for name, each in ranked.items()} for key in ("whole", "least"))
-        chosen = sensitive_entries({name: each.cpu() for name, each in seen.items()}, whole, least, self.affordable(ranked))
+        seen = {name: self.seen_squares.get(name, torch.zeros(each.size)) for name, each in ranked.items()}
+        costs, least = ({name: getattr(each, key) for name, each in ranked.items()} for key in ("whole", "least"))
+        squares = {name: whole(each).cpu() for name, each in seen.items()}
+        chosen = sensitive_entries(squares, costs, least, self.affordable(ranked))
         for module in (run.module, *averaged_modules(run.trainer)):
             for mapped, values in self.sensitive(module):
                 indices, each = chosen[mapped.name], ranked[mapped.name]
                 many = len(indices) >= each.least
-                everything = torch.arange(each.tensor.numel()) if many and each.layout is None else indices
+                everything = torch.arange(each.size) if many and each.layout is None else indices
                 values.choose(everything, low_rank=many and each.layout is not None)
         self.seen_squares = {}
         rank_zero_info(f"{self.name}: {self._said(run.module)} from step {run.step + 1} on.")
@@ -228,7 +232,7 @@ class SPT(SparseUpdate):
     def describe(self, module: nn.Module) -> str:
         """Say what is ranked, and the budget."""
         ranked = self.ranked(module)
-        entries = sum(each.tensor.numel() for each in ranked.values())
+        entries = sum(each.size for each in ranked.values())
         parts = [f"at most {self.affordable(ranked):,} numbers for {entries:,} entries of {len(ranked)} tensors"]
         return ", ".join([*parts, f"trained from step {self.looks + 1}", *(f"{part} as they are" for part in self.tune)])
 

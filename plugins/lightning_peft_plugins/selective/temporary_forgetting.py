@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.compose.schedule import parse_point
+from lightning_peft.contract import SHARDED
 from lightning_peft.network.layers import is_norm, own_parameters, parameter_names, public_class
 from lightning_peft.network.seeds import name_hash
 from lightning_peft.network.targets import TargetSpec, excluded, select
 from lightning_peft.structure.forms import Form, fields, whole
+from lightning_peft.weights.detach import attachments
 from lightning_peft.weights.maps import set_plain_values
+from lightning_peft.weights.shards import gathered
 
 
 class TemporaryForgetting(Method):
@@ -45,6 +48,7 @@ class TemporaryForgetting(Method):
 
     lane = Lane.GRADIENT
     spares_frozen = True
+    strategies = SHARDED
     reads = frozenset({Resource.STRUCTURE})
     paper = "Chen et al., Improving Language Plasticity via Pretraining with Active Forgetting, NeurIPS 2023, arXiv 2307.01163"
 
@@ -125,7 +129,8 @@ class TemporaryForgetting(Method):
         seed = name_hash(f"{self.seed}/{run.step}/{name}")
         if self.std is None:
             device = next(tensor.device for tensor in own_parameters(layer).values())
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            # Whole, or every process would draw for its shards.
+            with gathered(layer, *attachments(layer)), torch.random.fork_rng([device] if device.type == "cuda" else []):
                 torch.manual_seed(seed)
                 layer.reset_parameters()  # type: ignore[operator]
         else:
@@ -137,14 +142,13 @@ class TemporaryForgetting(Method):
                 optimizer.state.pop(parameter, None)
 
     def _drawn(self, layer: nn.Module, key: str, tensor: Tensor, draw: torch.Generator) -> Tensor:
-        if key.endswith("bias"):
-            return torch.zeros_like(tensor)
-        if is_norm(layer):
-            return torch.ones_like(tensor)
+        if key.endswith("bias") or is_norm(layer):
+            value = 0.0 if key.endswith("bias") else 1.0
+            return torch.full(tensor.shape, value, dtype=tensor.dtype, device=tensor.device)
         drawn = torch.randn(tensor.shape, generator=draw) * (self.std or 0)
         if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
             drawn[layer.padding_idx] = 0
-        return drawn.to(tensor)
+        return drawn.to(tensor.device, tensor.dtype)
 
     def describe(self, module: nn.Module) -> str:
         """Name the layers."""

@@ -10,7 +10,6 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lightning_peft.capture.look import GradientLook
-from lightning_peft.deltas.factored_form import FactoredForm
 from lightning_peft.deltas.form import Beside
 from lightning_peft.deltas.layout import Layout
 from lightning_peft_plugins.deltas._shared.blocks_form import LEAST, BlocksForm
@@ -93,25 +92,28 @@ class GrowingForm(BlocksForm):
         yield from super().idle()
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        values = torch.cat([*self.values[: self.used]], -1).unsqueeze(-1)
-        return torch.cat([*self.down[: self.used]], -2) * values, torch.cat([*self.up[: self.used]], -1)
+        downs, values, ups = (self.blocks_of(each) for each in (self.down, self.values, self.up))
+        return torch.cat(downs, -2) * torch.cat(values, -1).unsqueeze(-1), torch.cat(ups, -1)
 
     def written_factors(self) -> tuple[Tensor, Tensor]:
         down, up = self.factors()
         return (down, up) if self.layout.stacked else (down[: self.ranks], up[:, : self.ranks])
 
     def delta(self) -> Tensor:
-        made = super().delta()
-        return self._look(made) if self.watched else made
+        down, up = self.factors()
+        made = self.scale * (up @ down)
+        return self._look(made, down, up) if self.watched else made
 
     @torch.no_grad()
-    def see(self, gradient: Tensor) -> None:
+    def see(self, gradient: Tensor, down: Tensor, up: Tensor) -> None:
         """Score the product by its gradient: ``sum |product · gradient|`` over the root of their number (section 3.2).
 
         Args:
             gradient: Of the loss for the product, in its shape.
+            down: First of the factors as the forward pass had them; the parameters may be shards when a gradient comes.
+            up: Second of them.
         """
-        product = FactoredForm.delta(self)
+        product = self.scale * (up @ down)
         self.score = (product * gradient.to(product.dtype)).abs().sum() / math.sqrt(product.numel())
 
     def get_extra_state(self) -> Tensor:

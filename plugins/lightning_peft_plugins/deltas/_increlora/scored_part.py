@@ -21,8 +21,10 @@ class ScoredPart(BlocksPart):
 
     def around(self, call: Callable[..., Any], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output: Tensor = super().around(call, layer, args, kwargs)
-        return self._look(output, args[0] if args else next(iter(kwargs.values()))) if self.form.watched else output
+        if not self.form.watched:
+            return output
+        return self._look(output, args[0] if args else next(iter(kwargs.values())), *self.form.factors())
 
-    def _see(self, gradient: Tensor, inputs: Tensor) -> None:
+    def _see(self, gradient: Tensor, inputs: Tensor, down: Tensor, up: Tensor) -> None:
         flat = gradient.flatten(0, -2)
-        self.form.see(flat.T @ inputs.flatten(0, -2).to(flat.dtype))
+        self.form.see(flat.T @ inputs.flatten(0, -2).to(flat.dtype), down, up)

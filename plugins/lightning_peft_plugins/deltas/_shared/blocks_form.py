@@ -72,6 +72,10 @@ class BlocksForm(FactoredForm):
         """Blocks that take part."""
         return 1 + self.grown
 
+    def blocks_of(self, factors: nn.ParameterList) -> list[Tensor]:
+        """Return those of some factors that take part."""
+        return [*factors][: self.used]  # a slice of the list itself makes parameters of what is whole in place of shards
+
     @property
     def scale(self) -> float:  # type: ignore[override]
         """Factor of the product; falls with every block that begins to count."""

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from lightning_peft import Run, Step
 from lightning_peft.arguments import not_negative, positive
 from lightning_peft.compose.schedule import parse_point
-from lightning_peft.contract import Contract
 from lightning_peft.deltas.sides import Place
 from lightning_peft.optim.optimizers import trained_by
+from lightning_peft.strategies.support import waits_for_gradients
 from lightning_peft_plugins.deltas._shared.blocks_form import BlocksForm
 from lightning_peft_plugins.deltas._shared.blocks_part import BlocksPart
 from lightning_peft_plugins.deltas._shared.scaled_delta import ScaledDelta
@@ -46,7 +46,6 @@ class GrowingRanks(ScaledDelta):
         ranks: The present rank of every weight, by its name.
     """
 
-    strategies = Contract.strategies  # ranks are chosen by what forms see of themselves, of which shards are a part
     fixed_arguments = frozenset({"scaling"})
     kind: ClassVar[type[BlocksForm]]
     part = BlocksPart
@@ -109,7 +108,7 @@ class GrowingRanks(ScaledDelta):
 
     def loss(self, step: Step) -> Tensor | None:
         terms = [self.gamma * self.gap()] if self.gamma else []
-        if step.run.trainer.world_size > 1:  # ranks wait for a gradient of everything
+        if waits_for_gradients(step.run.trainer.strategy):
             terms += [0 * parameter.sum() for form in self._forms.values() for parameter in form.idle()]
         return torch.stack(terms).sum() if terms else None
 

@@ -47,8 +47,9 @@ class TriangularForm(BlocksForm):
 
     def middle(self) -> Tensor:
         """``C``, shape ``(rank, rank)`` with the rank of the blocks that count."""
-        made = self.rows[0] + self.columns[0]
-        for row, column in zip(self.rows[1 : self.used], self.columns[1 : self.used], strict=True):
+        first, *borders = zip(self.blocks_of(self.rows), self.blocks_of(self.columns), strict=True)
+        made = first[0] + first[1]
+        for row, column in borders:
             before = made.shape[-1]
             above = torch.cat([made, column[..., :before, :]], -1)
             below = torch.cat([row[..., :before], row[..., before:] + column[..., before:, :]], -1)
@@ -57,7 +58,7 @@ class TriangularForm(BlocksForm):
 
     def joined(self) -> tuple[Tensor, Tensor]:
         """``A``, shape ``(rank, inputs)``, and ``B``, ``(outputs, rank)``, of the blocks that count."""
-        return torch.cat([*self.down[: self.used]], -2), torch.cat([*self.up[: self.used]], -1)
+        return torch.cat(self.blocks_of(self.down), -2), torch.cat(self.blocks_of(self.up), -1)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         down, up = self.joined()

@@ -13,10 +13,12 @@ from torch.optim import Optimizer
 from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.arguments import one_of
 from lightning_peft.attaching.averaging import averaged_modules
+from lightning_peft.contract import SHARDED
 from lightning_peft.network.layers import loose_matrices
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft.network.tunable import kinds_of, share_trained, tunable
 from lightning_peft.weights.maps import MappedTensor, maps_of
+from lightning_peft.weights.shards import opened
 from lightning_peft.weights.sparse_values import SparseValues, carried
 
 
@@ -34,6 +36,7 @@ class SparseUpdate(Method):
     """
 
     lane = Lane.DELTA
+    strategies = SHARDED
     reads = frozenset({Resource.STRUCTURE})
     writes = frozenset({Resource.DELTA})
     weight_maps = (SparseValues,)
@@ -111,18 +114,12 @@ class SparseUpdate(Method):
                     self.fold(mapped, values)
                 values.move(chosen[mapped.name])
 
-    @classmethod
-    @torch.no_grad()
-    def fold(cls, mapped: MappedTensor, values: SparseValues) -> None:
-        """Let values into their weight for good."""
-        mapped.stored.copy_(mapped.chain.enter(cls.seen(mapped, values), outermost=values))
-        values.values.zero_()
-
     @staticmethod
     @torch.no_grad()
-    def seen(mapped: MappedTensor, values: SparseValues) -> Tensor:
-        """A weight with its values, below whatever else acts on it."""
-        return values(mapped.entering(values))
+    def fold(mapped: MappedTensor, values: SparseValues) -> None:
+        """Let values into their weight for good."""
+        mapped.set_entering(values, mapped.leaving(values))
+        values.values.zero_()
 
     def describe(self, module: nn.Module) -> str:
         """Count the coordinates, and name matrices that no layer of the usual kinds holds."""
@@ -145,4 +142,5 @@ def _carry_state(optimizers: Iterable[Optimizer], values: SparseValues, indices:
     for optimizer in optimizers:
         for tensor in optimizer.state.get(values.values, {}).values():
             if isinstance(tensor, Tensor) and tensor.shape == values.values.shape:
-                tensor.copy_(carried(tensor, values.indices, new))
+                with opened(tensor) as full:
+                    full.copy_(carried(full, values.indices, new))

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from lightning_peft import Run
 from lightning_peft.optim.optimizers import owner
+from lightning_peft.strategies.ranks import mean_over_ranks
+from lightning_peft.weights.shards import whole
 
 
 class WholeGradients:
@@ -28,8 +30,8 @@ class WholeGradients:
         """Take a weight's gradient away before an optimizer steps.
 
         Returns:
-            The mean over processes, flattened; ``None`` where the weight is not watched, no layer was called with it, or a
-            gradient scaler will skip the step.
+            The mean over processes, spread as the weight is; ``None`` where the weight is not watched, no layer was called
+            with it, or a gradient scaler will skip the step.
         """
         if weight not in self._watched:
             return None
@@ -37,8 +39,8 @@ class WholeGradients:
         if gradient is None and run.trainer.world_size == 1:
             return None
         found = torch.zeros_like(weight) if gradient is None else gradient / self.scale(run, weight)
-        found = run.trainer.strategy.reduce(found.flatten(), reduce_op="mean")
-        return found if found.any() and found.isfinite().all() else None
+        found = mean_over_ranks(run.trainer.strategy, found)
+        return found if whole(found.any()) and whole(found.isfinite().all()) else None
 
     @staticmethod
     def scale(run: Run, weight: nn.Parameter) -> float:

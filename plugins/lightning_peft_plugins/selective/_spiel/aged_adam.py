@@ -12,6 +12,7 @@ from torch.optim import Adam, Optimizer
 
 from lightning_peft import WrappedOptimizer
 from lightning_peft.optim.optimizers import trained_by
+from lightning_peft.weights.shards import spread_as
 
 
 class AgedAdam(WrappedOptimizer):
@@ -70,6 +71,7 @@ class AgedAdam(WrappedOptimizer):
         rate, (beta1, beta2) = float(group["lr"]), group["betas"]
         state["step"] += 1
         age.add_(1)
+        grown: Tensor = spread_as(parameter, age)
         if group["weight_decay"]:
             if group.get("decoupled_weight_decay") or isinstance(self.inner, torch.optim.AdamW):
                 parameter.mul_(1 - rate * group["weight_decay"])
@@ -77,8 +79,8 @@ class AgedAdam(WrappedOptimizer):
                 gradient = gradient.add(parameter, alpha=group["weight_decay"])
         first = state["exp_avg"].lerp_(gradient, 1 - beta1)
         second = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        size = (second.sqrt() / (1 - beta2**age).sqrt()).add_(group["eps"])
-        parameter.sub_(first / size * (rate / (1 - beta1**age)))
+        size = (second.sqrt() / (1 - beta2**grown).sqrt()).add_(group["eps"])
+        parameter.sub_(first / size * (rate / (1 - beta1**grown)))
 
 
 def counts_ages(optimizer: Optimizer) -> bool:

@@ -22,32 +22,40 @@ class Ranked:
 
     Attributes:
         name: Qualified name.
-        tensor: What the layer sees.
+        layer: The layer that holds it.
+        size: How many entries it has.
         whole: How many numbers are trained where it has many sensitive entries.
         least: How many entries are many; infinity where it gets values at them however many they are.
         layout: How it is read as a matrix; ``None`` for a vector, which is trained as a whole then.
     """
 
     name: str
-    tensor: Tensor
+    layer: nn.Module
+    size: int
     whole: int
     least: float
     layout: Layout | None = None
 
+    @property
+    def seen(self) -> Tensor:
+        """What the layer sees, made anew whenever it is asked for."""
+        tensor: Tensor = getattr(self.layer, self.name.rpartition(".")[2])
+        return tensor.detach()
+
     def room(self, budget: int) -> int:
         """The most coordinates that it can get values at."""
-        size = self.tensor.numel()
         if self.layout is None:
-            return size
-        return min(size, budget, size if math.isinf(self.least) else math.ceil(self.least) - 1)
+            return self.size
+        return min(self.size, budget, self.size if math.isinf(self.least) else math.ceil(self.least) - 1)
 
 
 def ranked_matrix(place: Place, rank: int, ease: float) -> Ranked:
     """A matrix; one that a product of this rank would not be smaller than gets none."""
-    layout = layout_of(place.layer, place.seen, place.tensor.rpartition(".")[2])
+    size = place.stored.numel()
+    layout = layout_of(place.layer, place.stored, place.tensor.rpartition(".")[2])
     whole = LowRankForm.trainable(layout, rank)
-    fits = rank <= layout.largest_rank and whole < place.seen.numel()
-    return Ranked(place.tensor, place.seen, whole, whole / ease if fits else math.inf, layout)
+    fits = rank <= layout.largest_rank and whole < size
+    return Ranked(place.tensor, place.layer, size, whole, whole / ease if fits else math.inf, layout)
 
 
 def ranked_vectors(module: nn.Module, spared: Collection[nn.Module], tuned: Collection[object], ease: float) -> list[Ranked]:
@@ -66,5 +74,5 @@ def ranked_vectors(module: nn.Module, spared: Collection[nn.Module], tuned: Coll
         for key, parameter in own_parameters(layer).items():
             if parameter in chosen and parameter not in tuned and layer not in spared and holders[parameter] == 1:
                 size = parameter.numel()
-                found.append(Ranked(f"{path}.{key}".removeprefix("."), parameter, size, size / ease))
+                found.append(Ranked(f"{path}.{key}".removeprefix("."), layer, size, size, size / ease))
     return found
