@@ -14,11 +14,14 @@ from lightning.pytorch.callbacks import Callback
 from sharded_toys import COURSE, TARGETS, Alone, Made, made, of_rank, spread, weights
 from torch import Tensor
 
-from lightning_peft import LIFT, SPT, IncreLoRA, SaRA, SpIEL, TemporaryForgetting, TriAdaptLoRA
+from lightning_peft import LIFT, RAMT, SPT, IncreLoRA, SaRA, SpIEL, TemporaryForgetting, TriAdaptLoRA
 from lightning_peft.testing.callbacks import every_epoch
 from lightning_peft.testing.modules import loader, trainer
 from lightning_peft.testing.trace import difference
 from lightning_peft.weights.detach import attachments
+from lightning_peft.weights.maps import maps_of
+from lightning_peft.weights.shards import whole
+from lightning_peft_plugins.selective._ramt.binary_mask import BinaryMask
 
 # Four optimizer steps an epoch: sums and windows are open when the first one is saved.
 METHODS: dict[str, Callable[[], Any]] = {
@@ -28,6 +31,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "SPT": lambda: SPT(budget=80, rank=1, looks=6, ease=3.0, **TARGETS),
     "IncreLoRA": lambda: IncreLoRA(1, 3, top=1, warmup=0, every=2, **TARGETS),
     "TriAdaptLoRA": lambda: TriAdaptLoRA(1, 4, every=2, **TARGETS),
+    "RAMT": lambda: RAMT(dropout=0.9, threshold=-0.03, norm=0.01, temperature=2.0, tune=("head",), **TARGETS),
     "TemporaryForgetting": lambda: TemporaryForgetting(every=5, std=0.1, targets=["model.0"]),
     "layers that begin anew": lambda: TemporaryForgetting(every=5, targets=["model.2"]),
 }
@@ -44,6 +48,7 @@ class Choices(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *_: Any) -> None:
         state = {name: value for name, value in pl_module.state_dict().items() if name.endswith("_extra_state")}
         state |= {str(place): each.form.get_extra_state() for place, each in enumerate(self._grown(pl_module))}
+        state |= {mapped.name: whole(mask.bits()) for mapped, mask in maps_of(pl_module, BinaryMask, "RAMT")}
         numbers = {name: float(value) for name, value in self.method.metrics(self.method.run).items()}
         self.found.append({"held": {name: _plain(value) for name, value in state.items()}, "numbers": numbers})
 

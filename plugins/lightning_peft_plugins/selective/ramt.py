@@ -13,13 +13,17 @@ from torch.optim import Optimizer
 
 from lightning_peft import Lane, Method, Resource, Run, Step
 from lightning_peft.arguments import not_negative, one_of, positive
+from lightning_peft.contract import SHARDED
 from lightning_peft.deltas.sides import matrices
 from lightning_peft.network.seeds import name_hash
 from lightning_peft.network.targets import TargetSpec, select
 from lightning_peft.network.tunable import kinds_of, tunable
 from lightning_peft.optim.optimizers import trained_by
+from lightning_peft.strategies.gradients import gradients_beside
+from lightning_peft.strategies.ranks import mean_over_ranks
 from lightning_peft.weights.frozen_answers import frozen_answers
 from lightning_peft.weights.maps import MappedTensor, maps_of
+from lightning_peft.weights.shards import spread_as, whole
 from lightning_peft_plugins.selective._ramt.binary_mask import BinaryMask
 from lightning_peft_plugins.selective.functional.ramt import distance_from_answers, kept_share
 
@@ -55,6 +59,7 @@ class RAMT(Method):
     """
 
     lane = Lane.MASK
+    strategies = SHARDED
     reads = frozenset({Resource.LOGITS, Resource.STRUCTURE})
     writes = frozenset({Resource.MASK, Resource.GRADIENT})
     weight_maps = (BinaryMask,)
@@ -132,23 +137,25 @@ class RAMT(Method):
         """What :attr:`tune` names; masks are trained whatever they stand on."""
         return tunable(module, self.tune, {tensor.rpartition(".")[0] for tensor in self.claims(module)})
 
-    def loss(self, step: Step) -> Tensor | None:
-        masks = {mapped.name: mask.real for mapped, mask in self.maps(step.run.module)}
-        if self.dropout and not step.repeated:
-            self._see(step, masks)
-        return self.norm * torch.stack([real.norm() for real in masks.values()]).sum() if self.norm else None
+    def _masks(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        return {mapped.name: mask.real for mapped, mask in self.maps(module)}
 
-    def _see(self, step: Step, masks: Mapping[str, Tensor]) -> None:
+    def loss(self, step: Step) -> Tensor | None:
+        if self.dropout and not step.repeated:
+            self._see(step)
+        lengths = [whole(real.norm()) for real in self._masks(step.run.module).values()]
+        return self.norm * torch.stack(lengths).sum() if self.norm else None
+
+    def _see(self, step: Step) -> None:
         """Add to the gradients of the distance from what the network answers without masks."""
         logits = step.logits.float() if step.logits.dtype in (torch.float16, torch.bfloat16) else step.logits
         distance = distance_from_answers(logits, frozen_answers(step, self.name), self.temperature)
         scaler = step.run.gradient_scaler
         scale = 1.0 if scaler is None else float(scaler.get_scale())  # half precision would lose small gradients
-        found = torch.autograd.grad(scale * distance, list(masks.values()), retain_graph=True, allow_unused=True)
-        for name, gradient in zip(masks, found, strict=True):
-            if gradient is not None:
-                gradient = gradient / scale / step.run.trainer.accumulate_grad_batches
-                self._pulls[name] = self._pulls[name] + gradient if name in self._pulls else gradient
+        found = gradients_beside(step.run, scale * distance, lambda: self._masks(step.run.module))
+        for name, gradient in found.items():
+            gradient = gradient / scale / step.run.trainer.accumulate_grad_batches
+            self._pulls[name] = self._pulls[name] + gradient if name in self._pulls else gradient
 
     def before_step(self, run: Run, optimizer: Optimizer) -> None:
         """Drop what is not kept of the gradients of masks."""
@@ -158,10 +165,10 @@ class RAMT(Method):
             if not self.dropout or gradient is None or mask.real not in moved:
                 continue
             pull = self._pulls.pop(mapped.name, torch.zeros_like(gradient))
-            pull = run.trainer.strategy.reduce(pull, reduce_op="mean")  # type: ignore[assignment]
+            pull = mean_over_ranks(run.trainer.strategy, pull)
             draw = torch.Generator().manual_seed(name_hash(f"{self.seed}/{run.step}/{mapped.name}"))
-            kept = kept_share(gradient, pull) > torch.rand(gradient.shape, generator=draw).to(gradient.device)
-            gradient.mul_(torch.where(kept, 1.0, 1 - self.dropout))
+            drawn = spread_as(gradient, torch.rand(gradient.shape, generator=draw).to(gradient.device))
+            gradient.mul_(torch.where(kept_share(gradient, pull) > drawn, 1.0, 1 - self.dropout))
 
     def after_step(self, run: Run) -> None:
         """Forget the gradients of the step."""
@@ -182,4 +189,4 @@ class RAMT(Method):
     def metrics(self, run: Run) -> Mapping[str, Tensor | float]:
         """Share of the entries that are masked."""
         bits = [mask.bits() for _, mask in self.maps(run.module)]
-        return {"masked": 1 - sum(int(each.sum()) for each in bits) / max(1, sum(each.numel() for each in bits))}
+        return {"masked": 1 - sum(int(whole(each.sum())) for each in bits) / max(1, sum(each.numel() for each in bits))}
