@@ -39,6 +39,9 @@ PartT = TypeVar("PartT", bound=LayerPart)
 SHARDED = frozenset({"single", "ddp", "fsdp2"})
 """Strategies of a method whose arithmetic holds where parameters are shards between steps."""
 
+SPLIT = SHARDED | {"tensor-parallel"}
+"""Those of a method whose arithmetic also holds where each process computes with a part of a layer."""
+
 
 class Contract:
     """A method as the engine sees it; authors subclass :class:`lightning_peft.Method`, which is this and a Lightning callback.
@@ -75,7 +78,8 @@ class Contract:
         writes: What it changes; two methods that write one thing are a conflict.
         commutes: Whether all it does to gradients is to add something that does not depend on them, so that it comes to the
             same before and after others that do so.
-        strategies: Kinds of Lightning strategy it works with: ``"single"``, ``"ddp"``, ``"fsdp2"``.
+        strategies: Kinds of Lightning strategy it works with: ``"single"``, ``"ddp"``, ``"fsdp2"``, and
+            ``"tensor-parallel"`` within that.
         weight_maps: Weight maps it may attach, so that its checkpoints can be baked without the model's class.
         replacements: What it may put in a layer's place, so that its checkpoints can be loaded.
         parts: Layer parts it may put beside layers, for the same reason.

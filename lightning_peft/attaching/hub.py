@@ -178,7 +178,7 @@ class Hub:
         """Take hold of the module; methods are attached once its own ``setup`` and ``configure_model`` have run."""
         check_strategy(self.run.trainer, self.methods)
         if self._shards and self._fitting:
-            sharding.check_layout(self.run.trainer.strategy)
+            sharding.check_layout(self.run.trainer.strategy, self.methods)
             self._files = files_of(self.run.trainer, self.run.module)
             self._shims += [shim.install() for shim in self._files.shims()]
         elif self._fitting:
@@ -310,6 +310,8 @@ class Hub:
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Show every method the gradients of a step."""
+        if self._shards:
+            sharding.settle_gradients(optimizer)
         if self.active and self.run.started:
             if not self._moved:
                 part_calls.check_called(self.run.module)

@@ -49,7 +49,8 @@ def processes_of(trainer: Trainer) -> int:
         MisconfigurationException: A method does not work under the strategy.
     """
     kind, strategy = strategy_kind(trainer.strategy), trainer.strategy
-    check_strategy(trainer, methods_of(trainer.callbacks))  # type: ignore[attr-defined]
+    methods = list(methods_of(trainer.callbacks))  # type: ignore[attr-defined]
+    check_strategy(trainer, methods)
     if trainer.world_size == 1 and kind not in KINDS:
         return 0
     asks = f"The Trainer asks for {trainer.world_size} processes under {type(strategy).__name__}"
@@ -65,7 +66,7 @@ def processes_of(trainer: Trainer) -> int:
     if not isinstance(strategy.launcher, _SubprocessScriptLauncher):
         raise UsageError(f"{asks}, which forks or spawns functions. Choose --trainer.strategy ddp. {alone}")
     if shards(strategy):
-        check_layout(strategy)
+        check_layout(strategy, methods)
         if strategy._save_distributed_checkpoint:  # type: ignore[attr-defined]
             raise UsageError(
                 f"{asks}, with checkpoints that are folders of shards. This command keeps files, which it bakes and reports "

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.deltas.form import Form, build_form, described
+from lightning_peft.deltas.low_rank_form import LowRankForm
 from lightning_peft.weights.weight_map import WeightMap
 
 
@@ -29,6 +30,10 @@ class DeltaMap(WeightMap):
     def __init__(self, form: Form | Mapping[str, Any]) -> None:
         super().__init__()
         self.form = form if isinstance(form, Form) else build_form(**form)
+
+    def splits(self, weight: Tensor) -> bool:
+        """So it can where torch takes the product apart with the weight."""
+        return isinstance(self.form, LowRankForm) and weight.ndim == 2
 
     def forward(self, weight: Tensor) -> Tensor:
         return self.form.on_weight(weight)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lightning_peft.deltas.operands import operands
+from lightning_peft.weights.shards import is_shard
 
 
 def low_rank_linear(
@@ -38,7 +39,7 @@ def low_rank_linear(
         >>> low_rank_linear(x, w, None, a, b, 0.5)
         tensor([[2., 2.]])
     """
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or is_shard(inputs):
         read = inputs if dropped is None else dropped
         return linear(inputs, weight, bias) + scale * linear(linear(read, down), up)
     device = inputs.device.type

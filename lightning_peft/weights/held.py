@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_peft.weights.hard_mask import mask_factor
 from lightning_peft.weights.maps import WeightMap
+from lightning_peft.weights.shards import is_shard
 
 
 class HeldMask(WeightMap):
@@ -41,7 +42,7 @@ class HeldMask(WeightMap):
 
     def factor(self, weight: Tensor) -> Tensor | None:
         """The mask as :func:`~lightning_peft.weights.hard_mask.mask_factor` for this weight, where that is faster."""
-        if weight.device.type != "cpu" or torch.compiler.is_compiling():
+        if weight.device.type != "cpu" or torch.compiler.is_compiling() or is_shard(weight):
             return None
         if self._factor is None or self._factor.dtype is not weight.dtype:
             with torch.inference_mode(False):  # a first use in validation must not spoil it for training

@@ -17,14 +17,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_peft.compose.lanes import Lane
 from lightning_peft.network.plain_class import StandIn
 from lightning_peft.weights.part_stack import PartStack
-from lightning_peft.weights.sharded_view import stored_values
-from lightning_peft.weights.shards import is_shard, read_whole, whole
+from lightning_peft.weights.sharded_view import is_shown, stored_values
+from lightning_peft.weights.shards import is_shard, is_split, read_whole, replicate, spread_as, whole
 from lightning_peft.weights.weight_map import WeightMap
 
 
@@ -48,10 +49,17 @@ class MapChain:
         return [weight_map for weight_map in self.maps if weight_map.enabled]
 
     def __call__(self, stored: Tensor) -> Tensor:
-        """Return the weight the layer sees, whole where the stored value is spread over processes: all of them have to ask."""
+        """Return the weight the layer sees, whole where the stored value is spread over processes: all of them have to ask.
+
+        Where layers compute with parts of it, it is spread as it was.
+        """
         if is_shard(stored):
+            split = is_split(stored)
+            if split and all(weight_map.splits(stored) for weight_map in self.active):
+                return spread_as(stored, self._mapped(stored))  # type: ignore[no-any-return]
             with read_whole(*self.maps):
-                return self._mapped(whole(stored))
+                value = self._mapped(whole(stored))
+            return spread_as(stored, value) if split else value
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         return _untraced(self._mapped, stored) if tracing else self._mapped(stored)
 
@@ -158,6 +166,22 @@ class MappedLayer(StandIn):
     ) -> Iterator[tuple[str, nn.Parameter]]:
         if recurse or stored_values(self) is None:
             yield from super().named_parameters(prefix, recurse, remove_duplicate)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Take a parameter; what stands on a layer that is split among processes goes along.
+
+        Raises:
+            MisconfigurationException: The layer is split among others than those who share it for Lightning.
+        """
+        super().register_parameter(name, param)
+        if is_shard(param):
+            if not is_split(param):
+                raise MisconfigurationException(
+                    f"A {type(self).plain_class.__name__} that methods act on is split on a mesh other than that of the "
+                    'strategy. Give parallelize_module self.device_mesh["tensor_parallel"].'
+                )
+            for beside in (*(entry for _, entry in self._named_maps("")), *(self.part_stack or ())):
+                replicate(beside, param)
 
     def _shown(self) -> Iterator[tuple[str, nn.Module]]:
         """What is shown to sharding alone."""
@@ -423,6 +447,8 @@ def _forward(cls: type[nn.Module]) -> Callable[..., Any]:
 
 def _reader(name: str) -> property:
     def read(self: MappedLayer) -> Tensor:
+        if is_shown():
+            return self._parameters[name]  # type: ignore[return-value]
         try:
             return self.weight_maps[name](self._parameters[name])  # type: ignore[arg-type]
         except AttributeError as error:

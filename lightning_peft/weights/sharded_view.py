@@ -41,6 +41,11 @@ def shown_to_sharding() -> Iterator[None]:
         _SHOWN.reset(token)
 
 
+def is_shown() -> bool:
+    """Whether that lasts: a layer under maps answers with stored values then."""
+    return _SHOWN.get() is not None
+
+
 def stored_values(layer: nn.Module) -> nn.Module | None:
     """The module that shows a layer's stored values; ``None`` where walks see the layer as it is."""
     shown = _SHOWN.get()

@@ -24,6 +24,13 @@ class WeightMap(Attachment):
     as_baked: bool = False
     sized_by_file: ClassVar[frozenset[str]] = frozenset()
 
+    def splits(self, weight: Tensor) -> bool:
+        """Whether the map can act on a weight whose parts are computed with by several processes; else it sees it whole.
+
+        Such a weight is a tensor of the whole shape, see :func:`~lightning_peft.weights.shards.by_parts`.
+        """
+        return False
+
     def forward(self, weight: Tensor) -> Tensor:
         """Map the value coming from the lane below to the value for the lane above; same shape and dtype."""
         raise NotImplementedError

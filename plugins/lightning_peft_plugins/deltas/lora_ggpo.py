@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_peft import Resource, Run
 from lightning_peft.arguments import not_negative
+from lightning_peft.contract import SHARDED
 from lightning_peft.deltas.slots import Slots
 from lightning_peft.network.seeds import name_hash
 from lightning_peft.optim.optimizers import trained_by
@@ -52,6 +53,7 @@ class LoRAGGPO(Stepwise):
     slots = Slots(rule=("lora-ggpo",))
     reads = frozenset({Resource.GRADIENT})
     fixed_arguments = frozenset({"init"})
+    strategies = SHARDED  # its random matrices are whole in every process
     kind = PerturbedForm
     part = PerturbedPart
     parts = (PerturbedPart,)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from lightning_peft.contract import SHARDED
 from lightning_peft.deltas.factored_form import FactoredForm
 from lightning_peft.deltas.layout import Layout
 from lightning_peft.deltas.slots import Slots
@@ -57,6 +58,7 @@ class MiSS(DeltaMethod):
     """
 
     slots = Slots(form=("miss",), init=())
+    strategies = SHARDED  # one of its factors is no parameter
     kind = SharedForm
     paper = (
         "Kang, Yin, MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure, 2024, arXiv 2409.15371"

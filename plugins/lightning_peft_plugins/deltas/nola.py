@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lightning_peft.arguments import positive
+from lightning_peft.contract import SHARDED
 from lightning_peft.deltas.factored_form import FactoredForm
 from lightning_peft.deltas.layout import Layout
 from lightning_peft.deltas.sides import Place
@@ -87,6 +88,7 @@ class NOLA(ScaledDelta):
     """
 
     slots = Slots(form=("nola",), init=())
+    strategies = SHARDED  # torch flattens no matrix whose rows do not divide among processes
     kind = BasisForm
     paper = "Koohpayegani et al., NOLA: Compressing LoRA using Linear Combination of Random Basis, ICLR 2024, arXiv 2310.02556"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_peft.contract import SHARDED
 from lightning_peft.weights.choose import Scope
 from lightning_peft_plugins.pruning.masked_pruning import MaskedPruning
 
@@ -26,6 +27,7 @@ class GBLM(MaskedPruning):
         GBLM(amount=0.5, score='gblm', ... scope='row', ... every=128, ...)
     """
 
+    strategies = SHARDED
     paper = "Das et al., Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models, 2023, arXiv 2311.04902"
 
     def __init__(self, amount: float | None = None, score: str = "gblm", *, scope: Scope = "row", **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_peft import Lane, Method, Resource, Run, Schedule
 from lightning_peft.arguments import one_of
 from lightning_peft.compose.schedule import Shape, parse_point
-from lightning_peft.contract import SHARDED
+from lightning_peft.contract import SHARDED, SPLIT
 from lightning_peft.network.nm_layers import input_dim, wide_layers
 from lightning_peft.network.targets import SENSITIVE, TargetSpec
 from lightning_peft.structure.edits import Change
@@ -81,7 +81,7 @@ class MaskedPruning(Method):
     writes = frozenset({Resource.MASK})
     weight_maps = (MaskMap,)
     commutes = True
-    strategies = SHARDED
+    strategies = SPLIT
     paper = (
         "Zhu & Gupta, To prune, or not to prune: exploring the efficacy of pruning for model compression, 2017, "
         "arXiv 1710.01878"
@@ -121,6 +121,8 @@ class MaskedPruning(Method):
         self.grouping = read_pattern(pattern)
         self.amount = self._read_amount(amount, pattern)
         self.score, self.scope, self.score_name = SCORES[score], scope, score
+        if self.score.reads & FROM_CALLS:  # of which each process sees a part
+            self.strategies = SHARDED
         if scope == "row" and not self.grouping.single:
             raise MisconfigurationException(
                 f'scope="row" ranks single weights, pattern={pattern!r} prunes groups: use "layer".'

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.arguments import one_of
-from lightning_peft.contract import SHARDED
+from lightning_peft.contract import SPLIT
 from lightning_peft.network.targets import SENSITIVE, TargetSpec
 from lightning_peft.network.tunable import TUNABLE, kinds_of, share_trained, tunable
 from lightning_peft.weights.maps import mapped_tensors
@@ -51,7 +51,7 @@ class PERP(Method):
     reads = frozenset({Resource.STRUCTURE})
     writes = frozenset({Resource.DELTA})
     weight_maps = (MaskLoRAMap, ScaleLoRAMap)
-    strategies = SHARDED
+    strategies = SPLIT
     paper = "Zimmer et al., PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs, 2023, arXiv 2312.15230"
 
     def __init__(

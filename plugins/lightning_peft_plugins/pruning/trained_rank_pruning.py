@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.arguments import one_of
-from lightning_peft.contract import SHARDED
+from lightning_peft.contract import SPLIT
 from lightning_peft.network.targets import SENSITIVE, TargetSpec
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.structure.edits import Change
@@ -51,7 +51,7 @@ class TrainedRankPruning(Method):
         TrainedRankPruning(energy=0.95, period=5, nuclear=0.0003, scheme='spatial', ...)
     """
 
-    strategies = SHARDED
+    strategies = SPLIT
     lane = Lane.GRADIENT
     spares_frozen = True
     writes = frozenset({Resource.GRADIENT})

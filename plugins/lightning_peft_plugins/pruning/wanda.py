@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_peft.contract import SHARDED
 from lightning_peft.weights.choose import Scope
 from lightning_peft_plugins.pruning.masked_pruning import MaskedPruning
 
@@ -25,6 +26,7 @@ class Wanda(MaskedPruning):
         Wanda(score='wanda', pattern='2:4', ... scope='row', ... every=32, ...)
     """
 
+    strategies = SHARDED
     paper = "Sun et al., A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024, arXiv 2306.11695"
 
     def __init__(self, amount: float | None = None, score: str = "wanda", *, scope: Scope = "row", **kwargs: Any) -> None:

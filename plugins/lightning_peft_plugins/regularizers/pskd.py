@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_peft import Lane, Loss, Method, Resource, Run, Step
 from lightning_peft.arguments import one_of
-from lightning_peft.contract import SHARDED, Contract
+from lightning_peft.contract import SPLIT, Contract
 from lightning_peft.network.deep_copy import deep_copy
 from lightning_peft.network.logits import as_logits
 from lightning_peft.structure.edits import Change
@@ -65,7 +65,7 @@ class PSKD(Method):
         PSKD(alpha=0.8, sample_index='auto', memory='auto', dtype='float32', teacher='memory', reduction='mean', check='on')
     """
 
-    strategies = SHARDED
+    strategies = SPLIT
     lane = Lane.LOSS
     reads = frozenset({Resource.LOGITS})
     writes = frozenset({Resource.LOSS_SCALE})

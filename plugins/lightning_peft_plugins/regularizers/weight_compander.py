@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.arguments import one_of, positive
-from lightning_peft.contract import SHARDED
+from lightning_peft.contract import SPLIT
 from lightning_peft.network.targets import TargetSpec
 from lightning_peft.optim.trial import decays_by_gradient
 from lightning_peft.optim.wrapped import innermost
@@ -62,7 +62,7 @@ class WeightCompander(Method):
     commutes = True
     writes = frozenset({Resource.WEIGHT_MAP})
     weight_maps = (CompanderMap, FittedCompanderMap)
-    strategies = SHARDED
+    strategies = SPLIT
     paper = "Cakaj, Mehnert, Yang: Weight Compander, IJCNN 2023, https://arxiv.org/abs/2306.16993"
 
     def __init__(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.arguments import one_of
 from lightning_peft.compose.schedule import parse_point
-from lightning_peft.contract import SHARDED
+from lightning_peft.contract import SPLIT
 from lightning_peft.network.layers import parameter_names
 from lightning_peft.network.targets import TargetSpec, excluded
 from lightning_peft.network.tunable import share_trained
@@ -43,7 +43,7 @@ class HFT(Method):
 
     lane = Lane.GRADIENT
     reads = frozenset({Resource.STRUCTURE})
-    strategies = SHARDED
+    strategies = SPLIT
     paper = "Hui et al., HFT: Half Fine-Tuning for Large Language Models, ACL 2025, arXiv 2404.18466"
 
     def __init__(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft import Lane, Method, Run
 from lightning_peft.arguments import not_negative, one_of
-from lightning_peft.contract import SHARDED
+from lightning_peft.contract import SPLIT
 from lightning_peft.network.layers import is_norm, is_weight, loose_matrices, public_class
 from lightning_peft.network.seeds import named_seed
 from lightning_peft.network.targets import TargetSpec, explicitly_named, select
@@ -47,7 +47,7 @@ class SSF(Method):
         SSF(head=True, noise=0.02, exclude=('head',), keep=False, checkpoint='trained')
     """
 
-    strategies = SHARDED
+    strategies = SPLIT
     lane = Lane.DELTA
     parts = (ScaleShiftPart,)
     paper = "Lian et al., Scaling & Shifting Your Features, NeurIPS 2022, arXiv 2210.08823"

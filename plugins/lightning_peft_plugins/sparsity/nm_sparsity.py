@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.arguments import one_of
 from lightning_peft.compose.schedule import parse_point
-from lightning_peft.contract import SHARDED, Contract
+from lightning_peft.contract import SPLIT, Contract
 from lightning_peft.network.nm_layers import input_dim, inputs, output_dim, outputs, wide_layers
 from lightning_peft.network.targets import SENSITIVE, TargetSpec, by_layer, explicitly_named
 from lightning_peft.optim.optimizers import trained_by
@@ -79,7 +79,7 @@ class NMSparsity(Method):
         NMSparsity(pattern='2:4', recipe='sr-ste', targets='pointwise', ... fine_tune='20%', ...)
     """
 
-    strategies = SHARDED
+    strategies = SPLIT
     lane = Lane.MASK
     commutes = True
     writes = frozenset({Resource.MASK})

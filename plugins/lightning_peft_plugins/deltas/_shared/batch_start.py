@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_peft import Resource, Run
 from lightning_peft.arguments import positive
 from lightning_peft.capture.layer_calls import LayerCalls
+from lightning_peft.contract import SHARDED
 from lightning_peft.deltas.sides import Place
 from lightning_peft.network.layers import is_linear
 from lightning_peft.optim.optimizers import trained_by
@@ -40,6 +41,7 @@ class BatchStart(ScaledDelta):
         MisconfigurationException: Also in a training with a gradient scaler, which wants a gradient in every step.
     """
 
+    strategies = SHARDED  # of inputs of a layer that is split, a process sees a part, or what others see too
     writes = frozenset({Resource.DELTA, Resource.GRADIENT})
 
     def __init__(self, rank: int = 8, alpha: float | None = None, looks: int = 8, **kwargs: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from lightning_peft import Lane, Method, Resource, Run
 from lightning_peft.arguments import one_of, positive
-from lightning_peft.contract import SHARDED
+from lightning_peft.contract import SPLIT
 from lightning_peft.deltas.delta_map import DeltaMap
 from lightning_peft.deltas.delta_part import DeltaPart
 from lightning_peft.deltas.form import Form
@@ -53,7 +53,7 @@ class DeltaMethod(Method):
         slots: What :func:`~lightning_peft.deltas.slots.LowRank` finds the member by.
     """
 
-    strategies = SHARDED
+    strategies = SPLIT
     lane = Lane.DELTA
     ties = True
     writes = frozenset({Resource.DELTA})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from lightning_peft import Lane
 from lightning_peft.weights.hard_mask import hard_mask
 from lightning_peft.weights.held import HeldMask
+from lightning_peft.weights.shards import by_parts, spread_as
 
 
 class Visibility(Protocol):
@@ -43,7 +45,11 @@ class MaskMap(HeldMask):
         super().__init__()
         self.rule = rule or AlwaysMasked()
 
+    def splits(self, weight: Tensor) -> bool:
+        return True
+
     def forward(self, weight: Tensor) -> Tensor:
         if not self.rule.masked or not self.holds(weight):
             return weight
-        return hard_mask(weight, self.held, self.factor(weight), regrow=self.rule.regrow)
+        masked = partial(hard_mask, factor=self.factor(weight), regrow=self.rule.regrow)
+        return by_parts(masked, weight, spread_as(weight, self.held))  # type: ignore[no-any-return]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft import Lane, WeightMap
 from lightning_peft.arguments import positive
+from lightning_peft.weights.shards import by_parts
 from lightning_peft_plugins.regularizers.functional.compander import compand, compand_inverse, compander_scales
 
 FLOOR = 1e-3  # of learned scales: one that reaches zero has no function
@@ -30,8 +31,11 @@ class ArctanMap(WeightMap):
         """Return ``a`` and ``b``, positive: tensors of shape ``(1,)`` of at least single precision, or numbers."""
         raise NotImplementedError
 
+    def splits(self, weight: Tensor) -> bool:
+        return True
+
     def forward(self, weight: Tensor) -> Tensor:
-        return compand(weight, *self.scales(weight.dtype))
+        return by_parts(compand, weight, *self.scales(weight.dtype))  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config().items())

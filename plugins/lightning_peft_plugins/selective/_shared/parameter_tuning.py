@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft import Lane, Method, Run
 from lightning_peft.arguments import one_of
-from lightning_peft.contract import SHARDED
+from lightning_peft.contract import SPLIT
 from lightning_peft.network.targets import TargetSpec, excluded, select
 from lightning_peft.network.tunable import share_trained, tunable
 from lightning_peft_plugins.selective._shared.untied_heads import described_heads, untied_heads
@@ -32,7 +32,7 @@ class ParameterTuning(Method):
         MisconfigurationException: There is nothing of this kind to train.
     """
 
-    strategies = SHARDED
+    strategies = SPLIT
     lane = Lane.DELTA
     kind: ClassVar[Literal["bias", "norm"]]
     called: ClassVar[tuple[str, str]]

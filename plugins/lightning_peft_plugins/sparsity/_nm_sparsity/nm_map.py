@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lightning_peft.weights.held import HeldMask
 from lightning_peft.weights.nm import is_nm, nm_mask
 from lightning_peft.weights.nm_prune import ste_prune
 from lightning_peft.weights.nm_transposable import transposable_nm_mask
+from lightning_peft.weights.shards import by_parts, cuts, spread_as
 
 
 class MaskRule:
@@ -89,13 +91,18 @@ class NMMap(WeightMap):
 
     def mask(self, weight: Tensor) -> Tensor:
         """Return the mask in force for a weight."""
-        return self.chosen(weight.detach(), self.rule.n, self.rule.m)
+        return by_parts(self.chosen, weight.detach(), self.rule.n, self.rule.m)  # type: ignore[no-any-return]
 
     def chosen(self, weight: Tensor, n: int, m: int) -> Tensor:
         """Choose a mask of a pattern."""
         if self.across is None:
             return nm_mask(weight, n, m, self.dim)
         return transposable_nm_mask(weight, n, m, self.dim, self.across)
+
+    def splits(self, weight: Tensor) -> bool:
+        """So it can where no group has members in two processes."""
+        grouped = (self.dim, *(() if self.across is None else (self.across,)))
+        return not any(cuts(weight, dim, m) for dim in grouped for m in (self.m, self.rule.m))
 
     def forward(self, weight: Tensor) -> Tensor:
         rule = self.rule
@@ -105,7 +112,7 @@ class NMMap(WeightMap):
         # A compiled step must not read a number that changes with every step: it would be compiled again for it.
         if rule.pulls and _lasts(mask) and weight.requires_grad and self._of_forward[0] != rule.turn:
             self._of_forward = (rule.turn, mask)
-        return ste_prune(weight, mask, decay, masked_grad=self.masked_grad)
+        return by_parts(partial(ste_prune, masked_grad=self.masked_grad), weight, mask, decay)  # type: ignore[no-any-return]
 
     def take_mask(self, weight: Tensor) -> Tensor:
         """Return the mask of this step's forward pass, once; choose one where none was kept."""
@@ -134,7 +141,7 @@ class HeldNMMap(HeldMask, NMMap):
         self.hold(self.chosen(weight, self.rule.n, self.rule.m))
 
     def mask(self, weight: Tensor) -> Tensor:
-        return self.held if self.holds(weight) else super().mask(weight)
+        return spread_as(weight, self.held) if self.holds(weight) else super().mask(weight)
 
     def bake(self, weight: Tensor) -> Tensor:
         """Apply the mask for good where it has the target pattern; on the way there it is wider."""
