@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_peft import Run, Step
 from lightning_peft.arguments import not_negative, positive
 from lightning_peft.compose.schedule import parse_point
+from lightning_peft.contract import SHARDED
 from lightning_peft.deltas.sides import Place
 from lightning_peft.optim.optimizers import trained_by
 from lightning_peft.strategies.support import waits_for_gradients
@@ -50,6 +51,8 @@ class GrowingRanks(ScaledDelta):
     kind: ClassVar[type[BlocksForm]]
     part = BlocksPart
     parts = (BlocksPart,)
+
+    strategies = SHARDED  # how the blocks of ranks are split was not tried
 
     def __init__(
         self,
