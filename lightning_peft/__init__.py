@@ -36,6 +36,7 @@ _HOMES = {
     "load_baked": "baking.baked_folder",
     "load_from_checkpoint": "baking.bake",
     "load_peft": "deltas.peft_folder",
+    "match_weights": "merging.weight_matching",
     "merge": "merging.merge",
     "merge_function": "merging.merge_function",
     "plan": "attaching.plan",

@@ -30,6 +30,7 @@ from lightning_peft.merging.greedy import greedy_soup as greedy_soup
 from lightning_peft.merging.merge import merge as merge
 from lightning_peft.merging.merge_at_end import MergeAtEnd as MergeAtEnd
 from lightning_peft.merging.merge_function import merge_function as merge_function
+from lightning_peft.merging.weight_matching import match_weights as match_weights
 from lightning_peft.method import Method as Method
 from lightning_peft.optim.wrapped import WrappedOptimizer as WrappedOptimizer
 from lightning_peft.report.compare_deployments import compare_deployments as compare_deployments

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,16 +11,10 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from lightning_peft.structure.coupled.dependency import HEADS, RETURNED, channel_groups, layers_of, tied_outside
-from lightning_peft.structure.coupled.drawn_network import TRIALS, DrawnNetwork, failing
-from lightning_peft.structure.coupled.heads import attention_heads
-from lightning_peft.structure.coupled.network_copy import NetworkCopy
+from lightning_peft.structure.coupled.movable import movable_groups
 from lightning_peft.structure.coupled.units import Coupled
-from lightning_peft.structure.reorder import fixed_by, group_orders, reorder, reordered, unit_order
-from lightning_peft.weights.maps import plain_tensors, split_name
+from lightning_peft.structure.reorder import group_orders, reordered
 from lightning_peft.weights.nm_permutation import kept_magnitude, nm_permutation
-
-_MOVED = "the network does not compute the same with them in another order, because the forward moves, mixes or returns them"
 
 
 class Sparse(NamedTuple):
@@ -86,34 +79,25 @@ def channel_order(
     Raises:
         MisconfigurationException: Torch-Pruning is missing, or the network cannot be traced or called on its own.
     """
-    prefix = f"{path}." if path else ""
-    twin = NetworkCopy(network, path, example)
-    heads = list(attention_heads(twin.module))
-    found, whole = channel_groups(twin, layers_of(heads), {name.removeprefix(prefix) for name in excused})
-    left = {prefix + name: why for name, why in whole.items() if why not in (RETURNED, HEADS)}
-    groups = []
-    for group in found:
-        named = group.under(path)
-        if not any(_reads(named, name, weight) for name, weight in sparse.items()):
-            continue
-        reason = _fixed(module, named, frozen) or tied_outside(module, path, group)
-        groups += [] if reason else [group]
-        left |= {named.name: reason} if reason else {}
-    if groups:
-        wrong = failing(groups, _Proof(network, twin.name, example).fault)
-        groups = [group for group in groups if group.name not in wrong]
-        left |= {prefix + name: why for name, why in wrong.items()}
+    found = movable_groups(
+        module,
+        path,
+        network,
+        example,
+        wanted=lambda group: any(_reads(group, name, weight) for name, weight in sparse.items()),
+        frozen=frozen,
+        excused=excused,
+    )
     console = Console(stderr=True)  # of its own: Lightning's progress bar may be live on the common one
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         chosen = {}
-        for group in bar.track(groups, description="channel orders"):
-            named = group.under(path)
-            order = _search(named, sparse, escapes)
-            if _gain(module, named, order, sparse) > 0:
-                chosen[group.name] = (named, order)
+        for group in bar.track(found.groups, description="channel orders"):
+            order = _search(group, sparse, escapes)
+            if _gain(module, group, order, sparse) > 0:
+                chosen[group.name] = (group, order)
     orders = group_orders(module, chosen)
     new = [Sparse(reordered(weight.weight, orders.get(name, {})), *weight[1:]) for name, weight in sparse.items()]
-    return ChannelOrder(orders, kept_share(sparse.values()), kept_share(new), len(chosen), left)
+    return ChannelOrder(orders, kept_share(sparse.values()), kept_share(new), len(chosen), found.left)
 
 
 def kept_share(weights: Collection[Sparse]) -> float:
@@ -123,20 +107,6 @@ def kept_share(weights: Collection[Sparse]) -> float:
 
 def _reads(group: Coupled, name: str, weight: Sparse) -> bool:
     return any(place.tensor == name and place.dim == weight.dim for place in group.places)
-
-
-def _fixed(module: nn.Module, group: Coupled, frozen: Callable[[Tensor], bool]) -> str | None:
-    """Why the channels of a group stay where they are."""
-    tensors = plain_tensors(module)
-    held = next((place.tensor for place in group.places if frozen(tensors[place.tensor])), None)
-    if held is not None:
-        return f"{held} is frozen"
-    for place in group.places:
-        try:
-            unit_order(place.units, torch.arange(group.units))
-        except ValueError as error:
-            return f"{error} in {place.tensor}"
-    return fixed_by(module, group)
 
 
 def _columns(group: Coupled, name: str, weight: Sparse) -> tuple[int, Tensor] | None:
@@ -170,26 +140,3 @@ def _search(group: Coupled, sparse: Mapping[str, Sparse], escapes: int) -> Tenso
 def _gain(module: nn.Module, group: Coupled, order: Tensor, sparse: Mapping[str, Sparse]) -> float:
     orders = group_orders(module, {group.name: (group, order)})
     return sum(sparse[name].kept(dims) - sparse[name].kept() for name, dims in orders.items() if name in sparse)
-
-
-class _Proof:
-    """Compares a network with random weights to its copy with the channels of groups in another order."""
-
-    def __init__(self, network: nn.Module, name: str, example: Mapping[str, Any]) -> None:
-        self.drawn = DrawnNetwork(network, name, example, "The order of channels")
-
-    def fault(self, groups: Sequence[Coupled]) -> str | None:
-        """Say what is wrong with the order of some groups together."""
-        for self.drawn.trial in range(TRIALS):
-            generator = torch.Generator().manual_seed(self.drawn.trial)
-            orders = {group.name: (group, torch.randperm(group.units, generator=generator)) for group in groups}
-            other = copy.deepcopy(self.drawn.whole)
-            try:
-                reorder(other, group_orders(other, orders))
-                found, whole = self.drawn.output(other, other), self.drawn.output(self.drawn.whole, self.drawn.whole)
-            except Exception as error:
-                return f"the network fails with them in another order, with {type(error).__name__}: {error}"
-            moved = {split_name(place.tensor)[0] for group in groups for place in group.places if place.written}
-            if not found.agrees(whole, without=moved):
-                return _MOVED
-        return None
