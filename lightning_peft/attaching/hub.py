@@ -43,7 +43,7 @@ from lightning_peft.capture.shim import Shim
 from lightning_peft.compose.lanes import Lane, Resource
 from lightning_peft.compose.pace import Pace
 from lightning_peft.compose.run import Run
-from lightning_peft.contract import Contract, methods_of, ordered
+from lightning_peft.contract import Contract, methods_of, ordered, overrides
 from lightning_peft.namespaces import own
 from lightning_peft.network.resolve import check_materialised
 from lightning_peft.optim.schedulers import FreshSchedule
@@ -147,6 +147,9 @@ class Hub:
         listed = list(methods_of(trainer.callbacks))  # type: ignore[attr-defined]
         self.driver = listed[0]
         self.methods = ordered(listed)
+        self._editing = [method for method in self.methods if method.lane == Lane.STRUCTURE]
+        self._ordering = [method for method in self.methods if overrides(method, "next_order")]
+        self._choosing = [method for method in self.methods if overrides(method, "next_trained")]
         self.run = Run(trainer, module, "", module)
         self._pace = Pace(self.run)
         self._fitting = trainer.state.fn == TrainerFn.FITTING
@@ -172,7 +175,7 @@ class Hub:
     @property
     def active(self) -> bool:
         """Whether this Trainer is running its own callbacks at the moment."""
-        return any(callback is self.driver for callback in self.run.trainer.callbacks)  # type: ignore[attr-defined]
+        return self.driver in self.run.trainer.callbacks  # type: ignore[attr-defined]
 
     def install(self) -> None:
         """Take hold of the module; methods are attached once its own ``setup`` and ``configure_model`` have run."""
@@ -364,11 +367,12 @@ class Hub:
         """Note the batch a step will see; between two optimizer steps, give the module the structure methods ask for."""
         self._map_groups.follow()
         if not self._gradients_pending:
-            self.run.batch = (batch, batch_idx)
-            try:
-                self._edit()
-            finally:
-                self.run.batch = None
+            if self._editing or self._ordering:
+                self.run.batch = (batch, batch_idx)
+                try:
+                    self._edit()
+                finally:
+                    self.run.batch = None
             self._choose_trained()
         self._gradients_pending = True
         self._pace.batch()
@@ -381,7 +385,7 @@ class Hub:
 
     def _choose_trained(self) -> None:
         """Train other parameters from here on if a method says so."""
-        asked = [method.next_trained(self.run) for method in self.methods]  # every one, whatever the first says
+        asked = [method.next_trained(self.run) for method in self._choosing]  # every one, whatever the first says
         if any(asked):
             self._trained.choose_again()
             rewrap(self.run.trainer)
@@ -405,14 +409,13 @@ class Hub:
             sharding.reshard(self.run.module)
 
     def _edit(self) -> None:
-        for method in self.methods:
-            if method.lane == Lane.STRUCTURE:
-                while (growth := method.next_edit(self.run)) is not None:
-                    change = edit_training(
-                        self.run.trainer, self.run.module, self.methods, growth, self._trained, self.run.schedules
-                    )
-                    self._new_blocks.added(change)
-        for method in self.methods:
+        for method in self._editing:
+            while (growth := method.next_edit(self.run)) is not None:
+                change = edit_training(
+                    self.run.trainer, self.run.module, self.methods, growth, self._trained, self.run.schedules
+                )
+                self._new_blocks.added(change)
+        for method in self._ordering:
             if (orders := method.next_order(self.run)) is not None:
                 reorder_training(self.run.trainer, self.run.module, orders)
 

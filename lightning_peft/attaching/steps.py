@@ -135,9 +135,7 @@ class StepTerms:
 
     def _checks(self, loss: Tensor) -> bool:
         """Whether to ask if the loss is finite: another device would have to be waited for, and a gradient scaler skips it."""
-        if self.run.gradient_scaler is not None:
-            return False
-        return loss.device.type == "cpu" or self._should_log
+        return (loss.is_cpu or self._should_log) and self.run.gradient_scaler is None
 
     @property
     def _should_log(self) -> bool:

@@ -122,7 +122,8 @@ def mapped_tensors(module: nn.Module, *, every_name: bool = False) -> Iterator[M
         if isinstance(layer, MappedLayer):
             for attribute in layer.weight_maps:
                 yield MappedTensor(f"{prefix}{attribute}", layer, attribute)
-        left += [(f"{prefix}{name}.", child) for name, child in reversed(layer._modules.items()) if child is not None]
+        if layer._modules:
+            left += [(f"{prefix}{name}.", child) for name, child in reversed(layer._modules.items()) if child is not None]
 
 
 def maps_of(module: nn.Module, kind: type[MapT], owner: str) -> Iterator[tuple[MappedTensor, MapT]]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_peft.weights.nm_kernels import eager_kernel, magnitude_keys, traced_kernel
-from lightning_peft.weights.nm_layout import group_view, remainder
+from lightning_peft.weights.nm_layout import group_rows, group_view, remainder
 from lightning_peft.weights.nm_pattern import check_pattern, geometric_frames, parse_pattern, stepwise_frames
 from lightning_peft.weights.nm_prune import decay_exponential, decay_linear, ste_prune
 
@@ -23,6 +23,7 @@ __all__ = [
     "geometric_frames",
     "is_nm",
     "nm_mask",
+    "nm_masks",
     "nm_violations",
     "parse_pattern",
     "ste_prune",
@@ -82,10 +83,40 @@ def nm_mask(weight: Tensor, n: int, m: int, dim: int = -1, *, compiled: bool | N
     weight = weight.detach()
     if weight.is_meta:
         return torch.empty_like(weight, dtype=torch.bool)
-    groups = group_view(weight, m, dim)
+    groups = group_rows(weight, m, dim)
     if n == m or groups.numel() == 0:
         return torch.ones_like(weight, dtype=torch.bool)
-    kept = _run(groups.reshape(-1, m).contiguous(), n, compiled).view(groups.shape).flatten(-2)
+    return _laid_out(_run(groups, n, compiled), weight, m, dim)
+
+
+def nm_masks(weights: Sequence[Tensor], n: int, m: int, dims: Sequence[int]) -> list[Tensor]:
+    """Masks of several weights, each the one that :func:`nm_mask` makes of it, in one pass for all: small ones take no longer.
+
+    Args:
+        weights: Weights of one type on one device. Their groups are copied into one tensor.
+        n: Entries kept per group.
+        m: Group size.
+        dims: Dimension of each weight along which groups run.
+
+    Returns:
+        Masks in the order of the weights. Together they are one tensor, which stays as long as one of them.
+
+    Example:
+        >>> [mask.tolist() for mask in nm_masks([torch.tensor([1.0, 2.0]), torch.tensor([4.0, 3.0])], 1, 2, [0, 0])]
+        [[False, True], [True, False]]
+    """
+    rows = [group_rows(weight.detach(), m, dim) for weight, dim in zip(weights, dims, strict=True)]
+    if n == m or not all(map(len, rows)):
+        return [nm_mask(weight, n, m, dim) for weight, dim in zip(weights, dims, strict=True)]
+    kept = _run(torch.cat(rows), n, None).split_with_sizes([len(each) for each in rows])
+    return [_laid_out(part, weight, m, dim) for part, weight, dim in zip(kept, weights, dims, strict=True)]
+
+
+def _laid_out(kept: Tensor, weight: Tensor, m: int, dim: int) -> Tensor:
+    """Bring rows of groups into the layout of the weight they are from."""
+    if kept.numel() == weight.numel() and weight.is_contiguous() and dim in (-1, weight.ndim - 1):
+        return kept.view(weight.shape)
+    kept = kept.view(group_view(weight, m, dim).shape).flatten(-2)
     dense = remainder(weight.shape[dim], m)
     if dense:
         kept = torch.cat((kept, kept.new_ones((*kept.shape[:-1], dense))), dim=-1)

@@ -36,6 +36,20 @@ def group_view(weight: Tensor, m: int, dim: int = -1) -> Tensor:
     return moved.narrow(-1, 0, size - remainder(size, m)).view(*moved.shape[:-1], size // m, m)
 
 
+def group_rows(weight: Tensor, m: int, dim: int = -1) -> Tensor:
+    """Return the groups of :func:`group_view` as contiguous rows, shape ``(groups, m)``; a copy only where they are spread.
+
+    Example:
+        >>> import torch
+        >>> group_rows(torch.arange(4).reshape(2, 2), 2, dim=0)
+        tensor([[0, 2],
+                [1, 3]])
+    """
+    if dim in (-1, weight.ndim - 1) and weight.is_contiguous() and remainder(weight.shape[-1], m) == 0:
+        return weight.view(-1, m)
+    return group_view(weight, m, dim).reshape(-1, m).contiguous()
+
+
 def density(mask: Tensor) -> float:
     """Share of nonzero entries; 1.0 for an empty tensor.
 

@@ -13,6 +13,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from lightning_peft.weights.functions import quick
 
 _INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_FEW = 2**12  # values up to which starting one operation more takes longer than the slow one (measured)
 
 
 def ste_prune(
@@ -106,7 +107,7 @@ def decay_exponential(step: float, coef: float) -> float:
 
 def _select(values: Tensor, mask: Tensor, *, pruned: bool = False) -> Tensor:
     """``values`` where the mask says kept (or pruned), zero elsewhere."""
-    if torch.compiler.is_compiling() or values.device.type != "cpu" or values.element_size() not in _INT:
+    if torch.compiler.is_compiling() or not values.is_cpu or values.numel() <= _FEW or values.element_size() not in _INT:
         return torch.where(mask, 0.0, values) if pruned else torch.where(mask, values, 0.0)
     # ATen's CPU where and masked_fill are not vectorised for boolean masks. A mask byte becomes a word of ones or
     # zeros and is and-ed with the bits of the value (docs/evidence/nm_mask.md).

@@ -31,6 +31,7 @@ from lightning_peft_plugins.sparsity._nm_sparsity.channel_order import Sparse
 from lightning_peft_plugins.sparsity._nm_sparsity.nm_map import HeldNMMap, MaskRule, NMMap
 from lightning_peft_plugins.sparsity._nm_sparsity.nm_schedule import NEVER, RECIPES, PhaseTimeline, Recipe, needs_end, phase_at
 from lightning_peft_plugins.sparsity._nm_sparsity.permutation import STATE_FORM, Permutation
+from lightning_peft_plugins.sparsity._nm_sparsity.step_masks import StepMasks
 
 
 class NMSparsity(Method):
@@ -236,7 +237,9 @@ class NMSparsity(Method):
         return {name for name, layer in module.named_modules() if layer in named}
 
     def batch_start(self, run: Run, batch: Any) -> None:
-        """Begin with the masks once the channels are permuted."""
+        """Begin with the masks once the channels are permuted; choose none for what weights were at an earlier batch."""
+        for rule in self._rules.values():
+            rule.together.begin()
         if self._begins:
             self._begins = False
             self._enter_phase()
@@ -250,7 +253,7 @@ class NMSparsity(Method):
         trained, strength = trained_by(optimizer), self.sr_lambda * run.gradient_scale(optimizer)
         for mapped, nm_map in maps_of(run.module, NMMap, type(self).__name__):
             if mapped.stored in trained and not nm_map.rule.dense:
-                add_penalty(mapped, nm_map, partial(_pull, nm_map, strength))
+                add_penalty(mapped, nm_map, partial(_pruned, nm_map), strength)
 
     def _sparse_end(self, run: Run) -> int:
         try:
@@ -298,8 +301,10 @@ class NMSparsity(Method):
                 held.refresh(mapped.entering(held))
 
     def finish(self, run: Run) -> None:
-        """Stop waiting for a call."""
+        """Stop waiting for a call, and let go of the weights of this fit."""
         self.permutation.stop()
+        for rule in self._rules.values():
+            rule.together = StepMasks()
 
     @torch.no_grad()
     def metrics(self, run: Run) -> dict[str, Tensor | float]:
@@ -330,9 +335,9 @@ class NMSparsity(Method):
         self._enter_phase()
 
 
-def _pull(nm_map: NMMap, strength: float, weight: Tensor) -> Tensor:
+def _pruned(nm_map: NMMap, weight: Tensor) -> Tensor:
     """Gradient of SR-STE's penalty, by the masks that the forward pass had."""
-    return pruned_values(weight, nm_map.take_mask(weight)) * strength
+    return pruned_values(weight, nm_map.take_mask(weight))
 
 
 def _on_tensor_cores(layers: Mapping[str, nn.Module]) -> str:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_peft import Lane, WeightMap
 from lightning_peft.weights.functions import transformed
@@ -15,6 +15,7 @@ from lightning_peft.weights.nm import is_nm, nm_mask
 from lightning_peft.weights.nm_prune import ste_prune
 from lightning_peft.weights.nm_transposable import transposable_nm_mask
 from lightning_peft.weights.shards import by_parts, cuts, spread_as
+from lightning_peft_plugins.sparsity._nm_sparsity.step_masks import StepMasks
 
 
 class MaskRule:
@@ -26,6 +27,7 @@ class MaskRule:
     Attributes:
         pulls: Whether pruned weights are pulled to zero before a step by the masks of the forward pass, which are held so long.
         turn: Counts steps: the first forward pass since the last one counts, not those of other weights that a method tries.
+        together: Chooses masks of small weights with one another.
     """
 
     pulls = False
@@ -37,19 +39,21 @@ class MaskRule:
         self.dense = True
         self.soft = False
         self.decay = torch.ones(())
+        self.together = StepMasks()
 
     def set(self, n: int, m: int, decay: float) -> None:
         """Enter a phase, or go on in it after a step."""
         self.turn += 1
+        self.together.begin()
         self.n, self.m = n, m
         self.dense = decay >= 1.0
         self.soft = 0.0 < decay < 1.0
         self.decay.fill_(decay)
 
 
-def _lasts(mask: Tensor) -> bool:
-    """Whether a mask of a forward pass means anything after it."""
-    return torch.is_grad_enabled() and not transformed() and type(mask) is Tensor
+def _trains(weight: Tensor) -> bool:
+    """Whether a forward pass with this weight is one of the training's, run as Python: what it makes means something later."""
+    return not transformed() and weight.requires_grad and torch.is_grad_enabled()
 
 
 class NMMap(WeightMap):
@@ -93,6 +97,11 @@ class NMMap(WeightMap):
         """Return the mask in force for a weight."""
         return by_parts(self.chosen, weight.detach(), self.rule.n, self.rule.m)  # type: ignore[no-any-return]
 
+    def mask_of_step(self, weight: nn.Parameter) -> Tensor:
+        """Return the same for a parameter in a training step, where it may be chosen with those of other layers."""
+        found = self.rule.together.take(weight, self.rule.n, self.rule.m, self.dim) if self.across is None else None
+        return self.mask(weight) if found is None else found
+
     def chosen(self, weight: Tensor, n: int, m: int) -> Tensor:
         """Choose a mask of a pattern."""
         if self.across is None:
@@ -108,10 +117,12 @@ class NMMap(WeightMap):
         rule = self.rule
         if rule.dense:
             return weight
-        decay, mask = rule.decay if rule.soft else 0.0, self.mask(weight)
+        trains = _trains(weight)
+        mask = self.mask_of_step(weight) if trains and type(weight) is nn.Parameter else self.mask(weight)
         # A compiled step must not read a number that changes with every step: it would be compiled again for it.
-        if rule.pulls and _lasts(mask) and weight.requires_grad and self._of_forward[0] != rule.turn:
+        if rule.pulls and trains and type(mask) is Tensor and self._of_forward[0] != rule.turn:
             self._of_forward = (rule.turn, mask)
+        decay = rule.decay if rule.soft else 0.0
         return by_parts(partial(ste_prune, masked_grad=self.masked_grad), weight, mask, decay)  # type: ignore[no-any-return]
 
     def take_mask(self, weight: Tensor) -> Tensor:
@@ -142,6 +153,8 @@ class HeldNMMap(HeldMask, NMMap):
 
     def mask(self, weight: Tensor) -> Tensor:
         return spread_as(weight, self.held) if self.holds(weight) else super().mask(weight)
+
+    mask_of_step = mask
 
     def bake(self, weight: Tensor) -> Tensor:
         """Apply the mask for good where it has the target pattern; on the way there it is wider."""
