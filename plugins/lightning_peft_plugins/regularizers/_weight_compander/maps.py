@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft import Lane, WeightMap
 from lightning_peft.arguments import positive
+from lightning_peft.weights.functions import as_type
 from lightning_peft.weights.shards import by_parts
 from lightning_peft_plugins.regularizers.functional.compander import compand, compand_inverse, compander_scales
 
@@ -75,7 +76,7 @@ class CompanderMap(ArctanMap):
         if not self.learnable:
             return self.first
         dtype = torch.promote_types(dtype, torch.float32)
-        return self.a.to(dtype), self.b.to(dtype)
+        return as_type(self.a, dtype), as_type(self.b, dtype)
 
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -144,7 +145,7 @@ class FittedCompanderMap(ArctanMap):
     def scales(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return ``a`` and ``b``, positive, as tensors of shape ``(1,)`` of at least single precision."""
         dtype = torch.promote_types(dtype, torch.float32)
-        return self.log_a.to(dtype).exp(), self.log_b.to(dtype).exp()
+        return as_type(self.log_a, dtype).exp(), as_type(self.log_b, dtype).exp()
 
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> Tensor:

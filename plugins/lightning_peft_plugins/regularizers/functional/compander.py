@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
-from lightning_peft.weights.functions import quick
+from lightning_peft.weights.functions import as_type, quick
 
 
 def compand(v: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
@@ -151,7 +151,7 @@ def _compute_dtype(value: Tensor) -> torch.dtype:
 
 
 def _scalar(value: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:
-    return value.to(dtype) if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype, device=like.device)
+    return as_type(value, dtype) if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype, device=like.device)
 
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class _Compand(Function):
 
     @staticmethod
     def forward(v: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return torch.div(v.to(a.dtype), b).atan_().mul_(a).to(v.dtype)
+        return as_type(torch.div(as_type(v, a.dtype), b).atan_().mul_(a), v.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -180,17 +180,17 @@ class _Compand(Function):
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         v, w, a, b = ctx.saved_tensors  # type: ignore[attr-defined]
         need_v, need_a, need_b = ctx.needs_input_grad  # type: ignore[attr-defined]
-        g, x = grads[0].to(a.dtype), v.to(a.dtype)
+        g, x = as_type(grads[0], a.dtype), as_type(v, a.dtype)
         grad_v = grad_a = grad_b = None
         if need_v or need_b:
             t = x * (a.rsqrt() * b.rsqrt())
             # In place where nobody differentiates again: memory passes are what this function costs.
             grad_v = g / (t * t + b / a if torch.is_grad_enabled() else t.mul_(t).add_(b / a))
         if need_a:
-            grad_a = _inner(g, w.to(a.dtype)) / a
+            grad_a = _inner(g, as_type(w, a.dtype)) / a
         if need_b and grad_v is not None:
             grad_b = -_inner(grad_v, x) / b
-        return (grad_v.to(v.dtype) if need_v and grad_v is not None else None), grad_a, grad_b
+        return (as_type(grad_v, v.dtype) if need_v and grad_v is not None else None), grad_a, grad_b
 
 
 _compand = quick(_Compand)
