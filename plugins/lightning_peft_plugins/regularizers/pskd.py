@@ -158,7 +158,7 @@ class PSKD(Method):
         if self.teacher == "copy":
             return self._distil_copy(step, logits, alpha)
         index = step.sample_index if self.sample_index == "auto" else index_in_batch(step.batch, self.sample_index)
-        if len(index) != len(logits):
+        if index.shape[0] != logits.shape[0]:
             raise MisconfigurationException(
                 f"The network returned logits of {len(logits)} samples for a batch of {len(index)}. PSKD needs one row of "
                 "logits a sample; a step that mixes, drops or repeats samples can carry the index through with sample_index=..."
@@ -181,8 +181,8 @@ class PSKD(Method):
         if logits.is_cuda:
             previous = previous.pin_memory()
         previous = previous.to(logits.device, non_blocking=True)
-        value = alpha * soft_cross_entropy(log_probabilities, previous, self.reduction)
-        return Loss(value=value, scale=1 - alpha * (seen / len(index)))
+        value = soft_cross_entropy(log_probabilities, previous, self.reduction, alpha)
+        return Loss(value=value, scale=1 - alpha * (seen / index.shape[0]))
 
     def _check(self, step: Step, logits: Tensor) -> None:
         self._unchecked = False
@@ -266,7 +266,7 @@ class PSKD(Method):
             return Loss()
         with torch.no_grad():
             previous = as_logits(self._copy(*step.call.args, **step.call.kwargs)).float().softmax(-1)
-        return Loss(value=alpha * soft_cross_entropy(_log_softmax(logits), previous, self.reduction), scale=1 - alpha)
+        return Loss(value=soft_cross_entropy(_log_softmax(logits), previous, self.reduction, alpha), scale=1 - alpha)
 
     def _memory_of(self, run: Run, classes: int) -> SoftLabelMemory:
         if self.memory is not None and self._fits:

@@ -51,6 +51,7 @@ class SoftLabelMemory:
         self._rows = self._allocate(size or 0)
         self._seen = torch.zeros(size or 0, dtype=torch.bool)
         self._used = size or 0
+        self._complete = False
         self._visits: list[Tensor] = []
 
     @property
@@ -91,7 +92,8 @@ class SoftLabelMemory:
             MisconfigurationException: An index is negative or beyond the size.
         """
         self._make_room(index)
-        return self._rows.index_select(0, index).float(), int(self._seen.index_select(0, index).sum())
+        seen = index.shape[0] if self._complete else int(self._seen.index_select(0, index).count_nonzero())
+        return self._rows.index_select(0, index).float(), seen
 
     def write(self, index: Tensor, probabilities: Tensor) -> None:
         """Remember distributions; a row that is not finite is left out, and of a sample given twice the last row stays.
@@ -111,12 +113,14 @@ class SoftLabelMemory:
             last = _last_of_each(index)
             index, probabilities = index[last], probabilities[last]
         self._rows.index_copy_(0, index, probabilities.to(self.dtype))
-        self._seen.index_fill_(0, index, True)
+        if not self._complete:
+            self._seen.index_fill_(0, index, True)
         self._visits.append(index)
 
     def forget_visits(self) -> None:
         """Stop noting what was written so far for a later :meth:`merge`."""
         self._visits.clear()
+        self._complete = self.fixed and bool(self.seen.all())  # from then on nobody counts
 
     def merge(self, all_gather: AllGather) -> None:
         """Exchange what ranks wrote since the last merge, so that all hold the same memory. All ranks must call it.

@@ -44,7 +44,9 @@ def soften_targets(target: Tensor, previous: Tensor, alpha: float) -> Tensor:
     return (1 - alpha) * target + alpha * previous
 
 
-def soft_cross_entropy(log_probabilities: Tensor, target: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+def soft_cross_entropy(
+    log_probabilities: Tensor, target: Tensor, reduction: Literal["mean", "sum"] = "mean", weight: float = 1.0
+) -> Tensor:
     """Cross entropy with a distribution as target: ``-sum_c target_c * log p_c`` of each sample.
 
     Args:
@@ -53,6 +55,7 @@ def soft_cross_entropy(log_probabilities: Tensor, target: Tensor, reduction: Lit
         target: Target distribution, same shape. A row of zeros makes its sample count nothing in the sum and still count as one
             in the mean.
         reduction: ``"mean"`` over the batch or ``"sum"``.
+        weight: Factor of the result.
 
     Returns:
         A scalar.
@@ -62,6 +65,7 @@ def soft_cross_entropy(log_probabilities: Tensor, target: Tensor, reduction: Lit
         >>> soft_cross_entropy(logits.log_softmax(-1), torch.tensor([[0.2, 0.72, 0.08]]))
         tensor(1.8395)
     """
-    terms = torch.where(target > 0, target * log_probabilities, 0.0)
-    total = -terms.sum()
-    return total / max(1, len(target)) if reduction == "mean" else total
+    # All factors go into the target, which has no graph: every one behind the sum would be a step of the backward pass.
+    factor = weight / max(1, target.shape[0]) if reduction == "mean" else weight
+    shares = target.to(log_probabilities.dtype) * -factor
+    return torch.where(shares == 0, 0.0, shares * log_probabilities).sum()
