@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_peft.merging.depth import depths
 from lightning_peft.merging.errors import MergeError
 from lightning_peft.merging.matching import Entry, matched, working_type
-from lightning_peft.merging.merge_function import MergeFunction
+from lightning_peft.merging.merge_function import MergeFunction, Stacks
 from lightning_peft.merging.model import Model
 from lightning_peft.merging.nm_kept import Pattern, keep_, shared_pattern
 from lightning_peft.merging.stacks import Stacker, generators
@@ -97,7 +97,7 @@ class Combining:
             MergeError: A model holds numbers that are not finite.
         """
         found: dict[str, Any] = {}
-        surveyed = {} if self._settings.per_tensor else self._function.survey(self._stacks(self._merged))
+        surveyed = {} if self._settings.per_tensor else self._survey(self._merged)
         done, total = 0, sum(tensor.numel() for tensor in self.first.tensors.values())
         for entry in self.entries:
             found[entry.name] = self._entry(entry, found, surveyed)
@@ -126,7 +126,7 @@ class Combining:
         if entry.fate == "averaged":
             return self._stacker.values(entry.name).mean(0).to(dtype)
         if self._settings.per_tensor:
-            surveyed = self._function.survey(self._stacks([entry.name]))
+            surveyed = self._survey([entry.name])
         # A difference that is still to be rescaled is kept as precise as it was computed.
         kept = self._stacker.dtype if self._function.traits.rescale is not None else dtype
         result = torch.empty(own.shape, dtype=kept)
@@ -177,10 +177,15 @@ class Combining:
         first, last = self._settings.scale
         return first + (last - first) * self._depths.get(name, 0.0)
 
-    def _stacks(self, names: Sequence[str]) -> Callable[[], Iterator[Tensor]]:
-        """Goes through tensors in pieces, as surveys see them."""
-        read = self._stacker.deltas if self._function.of_deltas else self._stacker.values
-        return lambda: (read(name, piece) for name in names for piece in self._stacker.pieces(name))
+    def _survey(self, names: Sequence[str]) -> dict[str, Any]:
+        """Let the method look at tensors, in pieces."""
+        own = self._stacker.deltas if self._function.of_deltas else self._stacker.values
+        of_fisher = own if self._fisher is None else self._fisher.values
+
+        def through(read: Callable[[str, slice], Tensor]) -> Stacks:
+            return lambda: (read(name, piece) for name in names for piece in self._stacker.pieces(name))
+
+        return self._function.survey(through(own), through(of_fisher))
 
     def _checked(self, fisher: Sequence[Model]) -> Sequence[Model]:
         """Refuse Fisher information that is not of these models."""

@@ -63,8 +63,9 @@ def merge_function(
         elementwise: Whether each entry of the result depends on the same entry of every model alone, but for surveys. Then
             tensors come flat and in pieces, which stay in the processor's cache.
         surveys: By the name of a positional parameter, a function that finds its value from a look at all tensors: it takes
-            :data:`Stacks`, then earlier surveys and options by the names of its parameters. With ``per_tensor=True`` it
-            looks at one tensor at a time.
+            :data:`Stacks`, then earlier surveys and options by the names of its parameters. Where its first parameter is
+            called ``fisher``, it takes those of the Fisher information. With ``per_tensor=True`` it looks at one tensor at a
+            time.
         rescale: Of a function of ``deltas``: takes the norms of the models' whole differences, ``(n,)``, and that of the merged
             one, and returns what the latter is multiplied by.
     """
@@ -110,13 +111,13 @@ class MergeFunction:
         """Merge one tensor, or a piece of it."""
         return self.function(*(supplied[name] for name in self.supplied), **self.options)
 
-    def survey(self, stacks: Stacks) -> dict[str, Any]:
-        """Look at all tensors, or at one."""
+    def survey(self, stacks: Stacks, fisher: Stacks) -> dict[str, Any]:
+        """Look at all tensors, or at one, and at the Fisher information of them."""
         found: dict[str, Any] = {}
         for name, look in self.traits.surveys.items():
             known = {**self.options, **found}
-            wanted = list(inspect.signature(look).parameters)[1:]
-            found[name] = look(stacks, **{key: known[key] for key in wanted})
+            first, *wanted = inspect.signature(look).parameters
+            found[name] = look(fisher if first == "fisher" else stacks, **{key: known[key] for key in wanted})
         return found
 
 

@@ -13,6 +13,7 @@ import pytest
 import lightning_peft
 from lightning_peft import registry
 from lightning_peft.cli.card_heads import parse_head, split_head
+from lightning_peft.merging import merge_function
 
 CARDS = sorted(markdown.ROOT.glob("plugins/*/*/cards/*.md"))
 CODE = re.compile(r"`([^`\n]+)`")
@@ -26,7 +27,10 @@ def body(path) -> str:
 
 
 def parameters(name: str) -> dict[str, inspect.Parameter]:
-    """Arguments of a method, those that its constructor hands on to a base class included."""
+    """Arguments of a method, those that its constructor hands on to a base class included; options of a merge function."""
+    if name in merge_function.installed():
+        function = merge_function.installed()[name].load()
+        return {key: each for key, each in inspect.signature(function).parameters.items() if each.kind is each.KEYWORD_ONLY}
     found: dict[str, inspect.Parameter] = {}
     for base in registry.find(name).__mro__:
         own = inspect.signature(base.__init__).parameters
