@@ -10,7 +10,7 @@ from lightning_peft import merge
 from lightning_peft.merging import merge_function, stacks
 
 # Options under which a function that cuts or drops little is exact for one model.
-WHOLE = {"ties": {"density": 1.0}, "dare": {"density": 1.0}, "interpolate": {"share": 1.0}}
+WHOLE = {"ties": {"density": 1.0}, "dare": {"density": 1.0}, "interpolate": {"share": 1.0}, "lines": {"growth": 0.0}}
 NAMES = sorted(merge_function.installed())
 
 

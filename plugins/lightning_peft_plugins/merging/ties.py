@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
-import torch
 from torch import Tensor
 
 from lightning_peft import merge_function
-from lightning_peft.merging.merge_function import Stacks
 from lightning_peft_plugins.merging._shared import signs
-from lightning_peft_plugins.merging._shared.signs import thresholds
-
-
-def majority(stacks: Stacks, thresholds: Tensor) -> Callable[[], Tensor]:
-    """Return what finds the sign that most entries elect after trimming; -1 where there are as many of both.
-
-    Hardly ever does a sum cancel out, so nobody looks before one has.
-    """
-
-    @cache
-    def find() -> Tensor:
-        votes = (signs.trim_(piece, thresholds).sum(0).sign_().sum(dtype=torch.float64) for piece in stacks())
-        return torch.where(torch.stack(list(votes)).sum() > 0, 1.0, -1.0)
-
-    return find
+from lightning_peft_plugins.merging._shared.signs import majority, thresholds
 
 
 @merge_function(elementwise=True, surveys={"thresholds": thresholds, "majority": majority})
@@ -46,6 +29,7 @@ def ties(deltas: Tensor, thresholds: Tensor, majority: Callable[[], Tensor], *, 
         The merged difference, ``(*shape)``.
 
     Example:
+        >>> import torch
         >>> deltas = torch.tensor([[3.0, 1.0, 2.0], [1.0, 2.0, -4.0]])
         >>> ties(deltas, torch.tensor([1.0, 2.0]), lambda: torch.tensor(1.0))
         tensor([ 3.0000,  1.5000, -4.0000])

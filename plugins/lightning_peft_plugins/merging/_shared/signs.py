@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -60,6 +61,20 @@ def elected(deltas: Tensor, otherwise: Callable[[], Tensor]) -> Tensor:
     return sign
 
 
+def majority(stacks: Stacks, thresholds: Tensor) -> Callable[[], Tensor]:
+    """Return what finds the sign that most entries elect after trimming; -1 where there are as many of both.
+
+    Hardly ever does a sum cancel out, so nobody looks before one has.
+    """
+
+    @cache
+    def find() -> Tensor:
+        votes = (trim_(piece, thresholds).sum(0).sign_().sum(dtype=torch.float64) for piece in stacks())
+        return torch.where(torch.stack(list(votes)).sum() > 0, 1.0, -1.0)
+
+    return find
+
+
 def disjoint_mean(deltas: Tensor, signs: Tensor) -> Tensor:
     """Average, entry by entry, the differences that have the elected sign; zero where there is none.
 
@@ -73,3 +88,29 @@ def disjoint_mean(deltas: Tensor, signs: Tensor) -> Tensor:
     agreed = (deltas * signs).clamp_(min=0)
     count = agreed.sign().sum(0).clamp_(min=1)
     return agreed.sum(0).div_(count).mul_(signs)
+
+
+def disjoint_sum(deltas: Tensor, signs: Tensor) -> Tensor:
+    """Add, entry by entry, the differences that have the elected sign, like :func:`disjoint_mean`."""
+    return (deltas * signs).clamp_(min=0).sum(0).mul_(signs)
+
+
+def election(stacks: Stacks, density: float, join: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return what merges differences as TIES does.
+
+    Args:
+        stacks: All differences, from which it finds where to trim.
+        density: Share of each model's differences that stays.
+        join: :func:`disjoint_mean` or :func:`disjoint_sum`.
+
+    Returns:
+        A function of differences, ``(n, *shape)``, that returns ``(*shape)``.
+    """
+    floors = thresholds(stacks, density)
+    most = majority(stacks, floors)
+
+    def merge(deltas: Tensor) -> Tensor:
+        trimmed = trim_(deltas.clone(), floors)
+        return join(trimmed, elected(trimmed, most))
+
+    return merge
