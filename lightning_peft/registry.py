@@ -1,4 +1,7 @@
-"""Finding methods by name without importing them: entry points of installed packages, and classes defined in this process."""
+"""Finding methods by name without importing them: entry points of installed packages, and classes defined in this process.
+
+Merge functions are found in the same way.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-GROUP = "lightning_peft.plugins"
+GROUP, MERGES = "lightning_peft.plugins", "lightning_peft.merges"
 
 _DEFINED_HERE: dict[str, type[Any]] = {}
 
 
 @dataclass(frozen=True)
 class MethodEntry:
-    """An installed method: its public name, where its class lives, and the distribution that ships it."""
+    """An installed method, or merge function: its public name, where it lives, and the distribution that ships it."""
 
     name: str
     value: str
@@ -30,14 +33,14 @@ class MethodEntry:
         """Package folder that holds the method, such as ``sparsity``; the module itself when it is in none."""
         return self.value.partition(":")[0].split(".")[-2:][0]
 
-    def load(self) -> type[Any]:
-        """Import the class.
+    def load(self) -> Any:
+        """Import the class, or the function.
 
         Raises:
             MisconfigurationException: The plugin cannot be imported.
         """
         try:
-            loaded: type[Any] = EntryPoint(self.name, self.value, GROUP).load()
+            loaded = EntryPoint(self.name, self.value, GROUP).load()
         except Exception as error:
             raise _misconfiguration(
                 f"The method {self.name} of the package {self.distribution} {self.version} could not be imported: "
@@ -53,9 +56,19 @@ def installed() -> dict[str, MethodEntry]:
     Raises:
         MisconfigurationException: Two packages register one name.
     """
+    return _registered(GROUP)
+
+
+@cache
+def merge_functions() -> dict[str, MethodEntry]:
+    """Return the merge functions of all installed packages by name, see :func:`installed`."""
+    return _registered(MERGES)
+
+
+def _registered(group: str) -> dict[str, MethodEntry]:
     found: dict[str, MethodEntry] = {}
     described = cache(lambda dist: (dist.name, dist.version) if dist else ("unknown", "?"))  # each asks for a file to be parsed
-    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+    for point in sorted(entry_points(group=group), key=lambda point: point.name):
         entry = MethodEntry(point.name, point.value, *described(point.dist))
         twin = found.get(point.name)
         if twin is not None and twin.value != entry.value:
@@ -83,7 +96,8 @@ def find(name: str) -> type[Any]:
     """
     entries = installed()
     if name in entries:
-        return entries[name].load()
+        found: type[Any] = entries[name].load()
+        return found
     if name in _DEFINED_HERE:
         return _DEFINED_HERE[name]
     raise _misconfiguration(f"There is no method {name!r}.{suggest(name, [*entries, *_DEFINED_HERE])}")

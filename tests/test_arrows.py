@@ -13,7 +13,6 @@ import pytest
 
 import lightning_peft
 from lightning_peft import functional, registry
-from lightning_peft.merging import merge_function
 
 ROOT = Path(__file__).parents[1]
 ENGINE, PLUGINS, RECIPES = (
@@ -186,7 +185,7 @@ def test_public_names_come_from_the_package_as_contributing_teaches(path):
 @pytest.mark.parametrize("family", sorted(path.name for path in PLUGINS.iterdir() if (path / "__init__.py").exists()))
 def test_a_family_lists_its_methods_and_nothing_beside(family):
     """Helpers stand in a folder named after their method, or in one that says it is shared; pure functions in functional."""
-    entries = (*registry.installed().values(), *merge_function.installed().values())
+    entries = (*registry.installed().values(), *registry.merge_functions().values())
     methods = {entry.value.partition(":")[0] for entry in entries}
     folder = PLUGINS / family
     listed = {path.stem for path in folder.glob("*.py")} - {"__init__"}

@@ -1,4 +1,4 @@
-"""The files that describe an installed method: its card and one sentence, both read without importing its package."""
+"""The files that describe an installed method or merge function: card and one sentence, read without importing its package."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _card_file(entry: MethodEntry) -> str:
 
 
 def summary_of(entry: MethodEntry) -> str:
-    """Return one sentence on the method: the first of its card, else that of its class's docstring, else nothing."""
+    """Return one sentence on the method: the first of its card, else that of its docstring, else nothing."""
     return lead(card_of(entry)) or _docstring_summary(entry)
 
 
@@ -77,21 +77,22 @@ def _first_sentence(text: str) -> str:
 
 
 def _docstring_summary(entry: MethodEntry) -> str:
-    class_name = entry.value.partition(":")[2]
+    name = entry.value.partition(":")[2]
     for module in _places(entry):
         for path in (module.with_suffix(".py"), module / "__init__.py"):
             if path.is_file():
-                docstring = _class_docstring(path.read_text(encoding="utf-8"), class_name)
+                docstring = _own_docstring(path.read_text(encoding="utf-8"), name)
                 return _first_sentence(docstring.partition("\n\n")[0])
     return ""
 
 
-def _class_docstring(source: str, name: str) -> str:
+def _own_docstring(source: str, name: str) -> str:
     try:
         body = ast.parse(source).body
     except SyntaxError:
         return ""
-    found = (ast.get_docstring(node) for node in body if isinstance(node, ast.ClassDef) and node.name == name)
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    found = (ast.get_docstring(node) for node in body if isinstance(node, kinds) and node.name == name)
     return next(found, None) or ""
 
 

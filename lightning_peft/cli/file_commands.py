@@ -31,7 +31,7 @@ def bake(path: Path, out: Path | None, *, trusted: bool = False) -> Outcome:
     """
     from lightning_peft.baking.bake import bake_checkpoint, read_checkpoint
     from lightning_peft.cli.folders import check_writable
-    from lightning_peft.cli.loading import STAND_IN, recorded_class
+    from lightning_peft.cli.loading import stored_lines
     from lightning_peft.report.proof import proof_data, proof_fact, proof_table, prove
     from lightning_peft.report.weights import weigh
     from lightning_peft.structure import checkpoint as sections
@@ -47,19 +47,7 @@ def bake(path: Path, out: Path | None, *, trusted: bool = False) -> Outcome:
     target.parent.mkdir(parents=True, exist_ok=True)
     bake_checkpoint(path, target, trusted=trusted)
     edits = journal.read(sections.read(checkpoint))
-    head, name = recorded_class(checkpoint.get("hyper_parameters"))
-    place = repr(str(target.resolve()))
-    lines = [*head, f"net = {name}.load_from_checkpoint({place}, weights_only={not trusted})"]
-    how = (
-        f", with your class for {name} and, unless it saves them, the arguments it was trained with" if name == STAND_IN else ""
-    )
-    note = f"It loads without lightning_peft{how}:"
-    if edits:
-        trust = ", trusted=True" if trusted else ""
-        lines = ["import lightning_peft", *head, f"net = lightning_peft.load_from_checkpoint({name}, {place}{trust})"]
-        note = (
-            f"Its structure changed in training ({len(edits)} changes), which the class alone may not build. It loads so{how}:"
-        )
+    lines, note = stored_lines(target, checkpoint.get("hyper_parameters"), len(edits), trusted=trusted)
     applied = [{"name": row.name, "maps": list(row.maps), "nonzero": row.nonzero, "total": row.total} for row in weights.mapped]
 
     def show(console: Console) -> None:

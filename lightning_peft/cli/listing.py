@@ -1,4 +1,4 @@
-"""`list` and `show`: what is installed, and the card of one method."""
+"""`list` and `show`: what is installed, and the card of one method or merge function."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ def list_for(wishes: str) -> Outcome:
     Raises:
         UsageError: No method serves them; what cards can be asked for is listed.
     """
-    methods = [_method(entry) for entry in registry.installed().values()]
-    found = [item for item in methods if not item["error"] and CardHead(**item["head"]).serves(wishes, item["summary"])]
-    if not found:
+    found, merges = (
+        [item for item in map(_method, entries.values()) if _serves(item, wishes)]
+        for entries in (registry.installed(), registry.merge_functions())
+    )
+    if not found and not merges:
         raise UsageError(
             f"No method is for {wishes!r}. Goals: {', '.join(GOALS)}. Domains: {', '.join(DOMAINS)}. Give one of them, or "
             "words from the head of a card; separate several by commas."
@@ -40,29 +42,37 @@ def list_for(wishes: str) -> Outcome:
 
     def show(console: Console) -> None:
         console.print(f"[bold]Methods for[/] {wishes}\n")
-        for item in found:
+        for item in [*found, *merges]:
             console.print(Text.assemble((item["name"], "bold"), "  ", item["summary"]))
             for field in ("needs", "saves", "cost"):
                 if words := item["head"][field]:
                     console.print(Padding(Text.assemble((f"{field}: ", "dim"), words), (0, 0, 0, 2)))
         console.print("\n[dim]lightning-peft show METHOD[/]")
 
-    return Outcome({"for": wishes, "methods": found}, show)
+    return Outcome({"for": wishes, "methods": found, "merges": merges}, show)
+
+
+def _serves(item: dict[str, Any], wishes: str) -> bool:
+    return not item["error"] and CardHead(**item["head"]).serves(wishes, item["summary"])
 
 
 def list_all() -> Outcome:
-    """List methods and recipes without importing any of them; what is not installed as it says is listed as broken."""
+    """List what is installed without importing any of it; what is not installed as it says is listed as broken."""
     methods = [_method(entry) for entry in registry.installed().values()]
+    merges = [_method(entry) for entry in registry.merge_functions().values()]
     recipes = [{**asdict(recipe), "path": str(recipe.path), "needs": list(recipe.needs)} for recipe in packaged().values()]
 
     def show(console: Console) -> None:
         console.print("[bold]Methods[/]")
         console.print(_method_rows(methods))
+        console.print("\n[bold]Ways to merge models[/]")
+        console.print(_method_rows(merges))
         console.print("\n[bold]Recipes[/]\n")
         console.print(_recipe_rows(recipes))
-        console.print("\n[dim]lightning-peft show METHOD\nlightning-peft run RECIPE, or adapt RECIPE[/]")
+        commands = ("show METHOD", "merge MODEL MODEL", "run RECIPE, or adapt RECIPE")
+        console.print("\n[dim]" + "\n".join(f"lightning-peft {command}" for command in commands) + "[/]")
 
-    return Outcome({"methods": methods, "recipes": recipes}, show)
+    return Outcome({"methods": methods, "merges": merges, "recipes": recipes}, show)
 
 
 def _method(entry: registry.MethodEntry) -> dict[str, Any]:
@@ -107,24 +117,26 @@ def _recipe_rows(recipes: list[dict[str, Any]]) -> RichTable:
 
 
 def show_method(name: str) -> Outcome:
-    """Show a method's card: what it is, its arguments, and what its authors wrote beside its module.
+    """Show the card of a method or merge function: what it is, its arguments, and what its authors wrote beside its module.
 
     Raises:
         UsageError: There is no such method.
         MisconfigurationException: Its package cannot be imported.
     """
-    entries = registry.installed()
-    exact = {known.lower(): known for known in entries}.get(name.lower())
+    methods, merges = registry.installed(), registry.merge_functions()
+    known = {**merges, **methods}
+    exact = {each.lower(): each for each in known}.get(name.lower())
     if exact is None:
-        raise UsageError(f"There is no method {name!r}.{registry.suggest(name, list(entries))}")
-    entry = entries[exact]
+        raise UsageError(f"There is no method {name!r}.{registry.suggest(name, list(known))}")
+    entry = known[exact]
     try:
         head = head_of(entry)
     except ValueError as error:
         raise UsageError(f"The head of the card of {exact} cannot be read: {error}.") from error
-    method = entry.load()
-    text, _ = _docstring(method)
-    arguments = _arguments(method)
+    loaded = entry.load()
+    merging = exact not in methods
+    text, own = _docstring(loaded)
+    arguments = own if merging else _arguments(loaded)
     parameters = [
         {
             "name": parameter.name,
@@ -132,17 +144,15 @@ def show_method(name: str) -> Outcome:
             "default": None if parameter.default is parameter.empty else repr(parameter.default),
             "meaning": arguments.get(parameter.name, ""),
         }
-        for parameter in inspect.signature(method).parameters.values()
+        for parameter in inspect.signature(loaded).parameters.values()
+        if not merging or parameter.kind is parameter.KEYWORD_ONLY  # the others are not the user's to choose
     ]
     card = card_of(entry)
     data = {
         "name": exact,
-        "class": entry.value,
+        "function" if merging else "class": entry.value,
         "package": f"{entry.distribution} {entry.version}",
-        "lane": method.lane.name,
-        "reads": sorted(resource.value for resource in method.reads),
-        "writes": sorted(resource.value for resource in method.writes),
-        "paper": method.paper,
+        **({} if merging else _of_class(loaded)),
         "head": asdict(head),
         "text": text,
         "arguments": parameters,
@@ -150,20 +160,32 @@ def show_method(name: str) -> Outcome:
     }
 
     def show(console: Console) -> None:
-        console.print(f"[bold]{exact}[/]  [dim]{data['package']}, lane {data['lane']}[/]\n")
+        place = "merges models" if merging else f"lane {data['lane']}"
+        console.print(f"[bold]{exact}[/]  [dim]{data['package']}, {place}[/]\n")
         console.print(Markdown(text))
-        console.print(f"\n[dim]{method.paper}[/]\n", highlight=False)
+        console.print(f"\n[dim]{data.get('paper', '')}[/]\n" if not merging else "", highlight=False)
         for field, value in data["head"].items():
             if value:
                 words = ", ".join(value) if isinstance(value, (list, tuple)) else value
                 console.print(Text.assemble((f"{field}: ", "dim"), words))
         rows = tuple((item["name"], item["default"] or "required", item["meaning"]) for item in parameters)
-        console.print(grid(Table(("argument", "default", "meaning"), rows)))
+        if rows:
+            console.print(grid(Table(("option" if merging else "argument", "default", "meaning"), rows)))
         if card:
             console.print()
             console.print(Markdown(card))
 
     return Outcome(data, show)
+
+
+def _of_class(method: Any) -> dict[str, Any]:
+    """What the class of a method says of itself."""
+    return {
+        "lane": method.lane.name,
+        "reads": sorted(resource.value for resource in method.reads),
+        "writes": sorted(resource.value for resource in method.writes),
+        "paper": method.paper,
+    }
 
 
 def _arguments(method: type) -> dict[str, str]:
@@ -176,8 +198,8 @@ def _arguments(method: type) -> dict[str, str]:
     return meanings
 
 
-def _docstring(described: type) -> tuple[str, dict[str, str]]:
-    """Split a class's Google-style docstring into its prose and the meaning of each argument."""
+def _docstring(described: Any) -> tuple[str, dict[str, str]]:
+    """Split a Google-style docstring into its prose and the meaning of each argument."""
     from docstring_parser import parse
 
     parsed = parse(inspect.cleandoc(described.__doc__ or ""))

@@ -97,6 +97,29 @@ def recorded_class(arguments: Any) -> tuple[tuple[str, ...], str]:
     return ((f"from {module} import {name}",), name) if known else ((), STAND_IN)
 
 
+def stored_lines(target: Path, arguments: Any, edits: int, *, trusted: bool = False) -> tuple[list[str], str]:
+    """Return lines that load a checkpoint of an ordinary module as ``net``, and a sentence to print before them.
+
+    Args:
+        target: The file.
+        arguments: Constructor arguments in it.
+        edits: How often its structure changed in training.
+        trusted: Whether Python objects in it may be rebuilt.
+    """
+    head, name = recorded_class(arguments)
+    place = repr(str(target.resolve()))
+    how = (
+        f", with your class for {name} and, unless it saves them, the arguments it was trained with" if name == STAND_IN else ""
+    )
+    if not edits:
+        lines = [*head, f"net = {name}.load_from_checkpoint({place}, weights_only={not trusted})"]
+        return lines, f"It loads without lightning_peft{how}:"
+    trust = ", trusted=True" if trusted else ""
+    lines = ["import lightning_peft", *head, f"net = lightning_peft.load_from_checkpoint({name}, {place}{trust})"]
+    note = f"Its structure changed in training ({edits} changes), which the class alone may not build. It loads so{how}:"
+    return lines, note
+
+
 def recorded_build(arguments: Any) -> tuple[str, ...]:
     """Return lines that build the module a checkpoint was trained with as ``net``; none where the file does not say how.
 

@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -21,13 +21,20 @@ if TYPE_CHECKING:
     from lightning_peft.cli.console import Outcome
 
 TAKES_OVERRIDES = ("run", "compare", "adapt", "export", "report")
-READS_CHECKPOINTS = ("run", "compare", "adapt", "bake", "export", "report")
+READS_CHECKPOINTS = ("run", "compare", "adapt", "merge", "bake", "export", "report")
 
 
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, with the nearest names where a choice was wrong."""
 
     as_json = False
+    ending: Callable[[], str] | None = None
+    """Returns the end of the help, where finding it takes time."""
+
+    def format_help(self) -> str:
+        if self.ending is not None:
+            self.formatter_class, self.epilog = argparse.RawDescriptionHelpFormatter, self.ending()
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         if _Parser.as_json:
@@ -48,7 +55,7 @@ def build_parser() -> _Parser:
 
     parser = _Parser(
         prog="lightning-peft",
-        description="Published training methods as Lightning callbacks: find, run, compare, adapt, bake, export, report.",
+        description="Published training methods as callbacks of Lightning: run, compare, adapt, merge, bake, export, report.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"lightning-peft {__version__}")
@@ -120,6 +127,7 @@ def build_parser() -> _Parser:
     adapt.add_argument("--clean", type=int, metavar="N", help="clean samples at the end of each stream (default: all)")
     adapt.add_argument("--checkpoint", type=Path, metavar="CKPT", help="source model (default: trained by the recipe)")
     adapt.add_argument("--out", type=Path, help="folder; episodes finished there are not repeated (default: runs/adapt/RECIPE)")
+    _add_merge(add("merge", "merge models that were trained from one start into one"))
     bake = add("bake", "turn a checkpoint into one of an ordinary module")
     bake.add_argument("checkpoint", type=Path, metavar="CKPT")
     bake.add_argument("-o", "--out", type=Path, help="file to write (default: beside it, NAME.baked.ckpt)")
@@ -141,6 +149,45 @@ def build_parser() -> _Parser:
     return parser
 
 
+def _add_merge(merge: _Parser) -> None:
+    def methods() -> str:
+        from lightning_peft.cli.merge import methods_help
+
+        return methods_help()
+
+    merge.ending = methods
+    merge.add_argument(
+        "models", metavar="MODEL", nargs="+", type=Path, help="checkpoints, state dicts, safetensors, folders of Hugging Face"
+    )
+    merge.add_argument("--method", default="soup", metavar="NAME", help="how, see below (default: soup)")
+    merge.add_argument("--base", type=Path, metavar="MODEL", help="model that all were trained from")
+    merge.add_argument(
+        "--fisher", nargs="+", type=Path, metavar="FILE", help="Fisher information of each model, for the method fisher"
+    )
+    merge.add_argument("--weights", nargs="+", type=float, metavar="W", help="how much each model counts (default: all alike)")
+    merge.add_argument(
+        "--scale",
+        nargs="+",
+        type=float,
+        metavar="S",
+        help="factor of the merged difference; two grow from the first block to the last",
+    )
+    merge.add_argument("--per-tensor", action="store_true", help="find thresholds for each tensor, not for a model as a whole")
+    merge.add_argument(
+        "--dtype", metavar="TYPE", help="type of the result: float32, bfloat16, float16, float64 (default: the base's)"
+    )
+    merge.add_argument("--seed", type=int, default=0, metavar="N", help="seed of methods that drop at random (default: 0)")
+    merge.add_argument(
+        "--option", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the method, such as density=0.3"
+    )
+    merge.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        help=".ckpt, .pt or .safetensors, or a folder (default: merged, beside the first model and of its kind)",
+    )
+
+
 def dispatch(options: argparse.Namespace, overrides: Sequence[str], console: Console) -> Outcome:
     """Run the command that was parsed."""
     if options.command in ("list", "show"):
@@ -155,6 +202,10 @@ def dispatch(options: argparse.Namespace, overrides: Sequence[str], console: Con
         return new(options.name, options.family, Path.cwd(), options.kind)
     if options.command in READS_CHECKPOINTS:
         _let_import(getattr(options, "recipe", None))
+    if options.command == "merge":
+        from lightning_peft.cli.merge import merge
+
+        return merge(options, console)
     if options.command == "run":
         from lightning_peft.cli.run import check, run
 

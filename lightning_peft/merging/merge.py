@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -16,7 +16,7 @@ from lightning_peft.merging.combining import Combining, Progress, Settings
 from lightning_peft.merging.errors import MergeError
 from lightning_peft.merging.merge_function import MergeFunction, find
 from lightning_peft.merging.model import Model
-from lightning_peft.merging.opening import Source, open_model
+from lightning_peft.merging.opening import Source, open_model, open_models
 from lightning_peft.weights.merge import merge as merge_parts
 
 _TYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -108,8 +108,8 @@ def merge(
         return merge_parts(models)
     function = find(method, options)
     target = None if out is None else outputs.checked(Path(out))
-    opened = [open_model(source, f"model {place}", trusted=trusted) for place, source in enumerate(_listed(models), 1)]
     start = None if base is None else open_model(base, "the base", trusted=trusted)
+    opened = open_models(models, start, trusted=trusted)
     information = None if fisher is None else _fisher(fisher, opened, trusted)
     _check(function, opened, start, information, scale)
     settings = Settings(_weights(weights, len(opened)), _scale(scale), per_tensor, _dtype(dtype), seed)
@@ -133,16 +133,8 @@ def merge(
         )
     if target is not None:
         record = {"method": function.name, "options": dict(function.options), "models": [each.label for each in opened]}
-        outputs.write(state, combining.first, target, record)
+        outputs.write(state, outputs.like(start, opened), target, record)
     return state
-
-
-def _listed(models: object) -> Sequence[Source]:
-    if isinstance(models, (str, Path, Mapping)) or not isinstance(models, Sequence):
-        raise MergeError(f"merge takes a list of models, not one {type(models).__name__}. Put the models into a list.")
-    if not models:
-        raise MergeError("There is no model to merge: the list is empty.")
-    return models
 
 
 def _fisher(fisher: Sequence[Source], models: Sequence[Model], trusted: bool) -> list[Model]:

@@ -21,8 +21,6 @@ import inspect
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -31,7 +29,6 @@ from lightning_peft import registry
 from lightning_peft.arguments import fits, one_of, readable
 from lightning_peft.merging.errors import MergeError
 
-GROUP = "lightning_peft.merges"
 SUPPLIED = ("base", "weights", "fisher", "generators", "depth")
 
 Stacks = Callable[[], Iterator[Tensor]]
@@ -125,12 +122,6 @@ def _parameters(function: Callable[..., Any], kind: Any) -> tuple[str, ...]:
     return tuple(name for name, each in inspect.signature(function).parameters.items() if each.kind is kind)
 
 
-@cache
-def installed() -> dict[str, EntryPoint]:
-    """Return the merge functions of all installed packages by name; reads package metadata only."""
-    return {point.name: point for point in sorted(entry_points(group=GROUP), key=lambda point: point.name)}
-
-
 def find(method: str | Callable[..., Tensor], options: Mapping[str, Any]) -> MergeFunction:
     """Return a merge function with its options.
 
@@ -143,8 +134,9 @@ def find(method: str | Callable[..., Tensor], options: Mapping[str, Any]) -> Mer
     """
     name, function = method if isinstance(method, str) else getattr(method, "__name__", "function"), method
     if isinstance(function, str):
-        one_of("method", name, installed())
-        function = installed()[name].load()
+        installed = registry.merge_functions()
+        one_of("method", name, installed)
+        function = installed[name].load()
     _check(name, function)
     defaults = {
         key: each.default

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from lightning_peft.baking.manifest import MANIFEST, read_manifest
 from lightning_peft.baking.reading import harmless_objects, read_checkpoint, readable
 from lightning_peft.merging.errors import MergeError
 from lightning_peft.merging.model import Model
+from lightning_peft.structure import checkpoint as files
+from lightning_peft.structure import journal
 
-Source = str | Path | Mapping[str, Any]
+Source = str | Path | Mapping[str, Any] | Model
 
 _INDEX = "model.safetensors.index.json"
 
@@ -28,9 +30,9 @@ def open_model(source: Source, label: str = "", *, trusted: bool = False) -> Mod
     """Open a model.
 
     Args:
-        source: A state dict, or a path: a checkpoint of Lightning, with methods or without, a folder of its shards; a file that
-            ``torch.save`` made of a state dict; a file of safetensors; a folder of Hugging Face, or of
-            :func:`lightning_peft.save_baked`.
+        source: A model that is open already, a state dict, or a path: a checkpoint of Lightning, with methods or without, a
+            folder of its shards; a file that ``torch.save`` made of a state dict; a file of safetensors; a folder of Hugging
+            Face, or of :func:`lightning_peft.save_baked`.
         label: What messages call a state dict.
         trusted: Whether Python objects in a checkpoint may be rebuilt, which can run any code.
 
@@ -39,6 +41,8 @@ def open_model(source: Source, label: str = "", *, trusted: bool = False) -> Mod
         FileNotFoundError: There is no such file.
         MergeError: The folder holds no model.
     """
+    if isinstance(source, Model):
+        return source
     if isinstance(source, Mapping):
         return _of_state(source, label)
     path = Path(source)
@@ -49,6 +53,24 @@ def open_model(source: Source, label: str = "", *, trusted: bool = False) -> Mod
     if path.suffix == ".safetensors":
         return _of_state(_safetensors(path), str(path))
     return _of_file(path, trusted)
+
+
+def open_models(sources: object, base: Model | None, *, trusted: bool = False) -> list[Model]:
+    """Open the models of a merge.
+
+    Args:
+        sources: A list of what :func:`open_model` takes.
+        base: The model that they were trained from, if it is known.
+        trusted: See there.
+
+    Raises:
+        MergeError: It is no list, or an empty one; see also there.
+    """
+    if isinstance(sources, (str, Path, Mapping)) or not isinstance(sources, Sequence):
+        raise MergeError(f"merge takes a list of models, not one {type(sources).__name__}. Put the models into a list.")
+    if not sources:
+        raise MergeError("There is no model to merge: the list is empty.")
+    return [open_model(source, f"model {place}", trusted=trusted) for place, source in enumerate(sources, 1)]
 
 
 def _of_state(state: Mapping[str, Any], label: str, **more: Any) -> Model:
@@ -85,7 +107,8 @@ def _load(path: Path, trusted: bool) -> Mapping[str, Any]:
 
 def _of_folder(path: Path, trusted: bool) -> Model:
     if (path / MANIFEST).is_file():
-        return _of_state(read_tensors(path, read_manifest(path)), str(path), folder=path)
+        found = read_manifest(path)
+        return _of_state(read_tensors(path, found), str(path), folder=path, rest=_history(found))
     if (path / _INDEX).is_file():
         parts = [_safetensors(path / file) for file in sorted(set(_index(path / _INDEX).values()))]
         return _of_state({name: value for part in parts for name, value in part.items()}, str(path), folder=path)
@@ -97,6 +120,14 @@ def _of_folder(path: Path, trusted: bool) -> Model:
         f"{path} is no folder of a model: it has neither model.safetensors, alone or in parts with {_INDEX}, nor "
         "pytorch_model.bin, nor shards of a checkpoint."
     )
+
+
+def _history(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest of a baked folder says, as checkpoints have it."""
+    section = {"version": files.FORMAT, "methods": found["methods"], "weights": {}}
+    if edits := journal.read(found):
+        section["journal"] = journal.write(edits)
+    return {"hyper_parameters": dict(found.get("hyper_parameters") or {}), files.KEY: section}
 
 
 def _index(path: Path) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from torch import Tensor
 from lightning_peft.arguments import as_plain
 from lightning_peft.atomic_files import check_unused, whole, whole_folder
 from lightning_peft.baking.baked_folder import save_tensors, untied
+from lightning_peft.baking.manifest import MANIFEST, WEIGHTS, manifest
 from lightning_peft.merging.errors import MergeError
 from lightning_peft.merging.model import Model
+from lightning_peft.structure import checkpoint as files
 
 KEY = "lightning_peft_merge"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json")
@@ -37,12 +39,18 @@ def checked(path: Path) -> Path:
     return path
 
 
+def like(base: Model | None, models: Sequence[Model]) -> Model:
+    """Return the model whose checkpoint or folder gives what is no tensor: the base, unless it is tensors alone."""
+    everything = [*([] if base is None else [base]), *models]
+    return next((each for each in everything if each.rest or each.folder), everything[0])
+
+
 def write(state: Mapping[str, Any], first: Model, path: Path, record: Mapping[str, Any]) -> None:
     """Write a merged model.
 
     Args:
         state: Its state dict.
-        first: The model whose checkpoint or folder gives what is no tensor: hyperparameters, configuration, tokenizer.
+        first: The model of :func:`like`, whose hyperparameters, configuration, tokenizer go along.
         path: File or folder.
         record: How it came about.
 
@@ -60,12 +68,18 @@ def write(state: Mapping[str, Any], first: Model, path: Path, record: Mapping[st
             torch.save(content, file)
     else:
         with whole_folder(path) as folder:
-            _save(state, folder / "model.safetensors", plain)
+            tensors, tied = _save(state, folder / WEIGHTS, plain)
             for other in [] if first.folder is None else first.folder.iterdir():
-                if other.is_file() and not other.name.endswith(_WEIGHTS):
+                if other.is_file() and other.name != MANIFEST and not other.name.endswith(_WEIGHTS):
                     shutil.copyfile(other, folder / other.name)
+            if first.folder is not None and (first.folder / MANIFEST).is_file():
+                section = first.rest[files.KEY]
+                history = section["methods"], section.get("journal"), first.rest["hyper_parameters"]
+                text = manifest(tensors, tied, *history, folder / WEIGHTS)
+                (folder / MANIFEST).write_text(json.dumps({**text, KEY: plain}, indent=1), encoding="utf-8")
 
 
-def _save(state: Mapping[str, Any], path: Path, record: Mapping[str, Any]) -> None:
-    tensors, _ = untied({name: value for name, value in state.items() if isinstance(value, Tensor)})
+def _save(state: Mapping[str, Any], path: Path, record: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors, tied = untied({name: value for name, value in state.items() if isinstance(value, Tensor)})
     save_tensors(tensors, path, {KEY: json.dumps(record)})
+    return tensors, tied
