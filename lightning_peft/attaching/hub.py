@@ -180,8 +180,9 @@ class Hub:
     def install(self) -> None:
         """Take hold of the module; methods are attached once its own ``setup`` and ``configure_model`` have run."""
         check_strategy(self.run.trainer, self.methods)
-        if self._shards and self._fitting:
+        if self._shards and (self._fitting or any(method.lane == Lane.ADAPT for method in self.methods)):
             sharding.check_layout(self.run.trainer.strategy, self.methods)
+        if self._shards and self._fitting:
             self._files = files_of(self.run.trainer, self.run.module)
             self._shims += [shim.install() for shim in self._files.shims()]
         elif self._fitting:
@@ -207,6 +208,7 @@ class Hub:
             inner()
         elif not self._fitting:  # baked weights are evaluated, and nothing goes beside them
             inner()
+            self._adapt_shards()
             return
         else:
             sharding.configure(self.run.module, inner, self.attach)
@@ -254,14 +256,26 @@ class Hub:
             self._shadow(self.run.trainer.precision_plugin, "convert_module", partial(kept_layers.convert, self.run))
             self._shadow(module, "on_fit_start", self._fit_start)
             self._shadow(module, "configure_optimizers", self._configure_optimizers)
-        adapter = next((method for method in self.methods if method.lane == Lane.ADAPT), None)
-        if adapter is not None and not self._fitting:
-            self._adapting = Adapting(self.run, adapter, self._finish)
+        if not self._fitting:
+            self._let_adapt()
         self._saving = CheckpointHooks(self.run, self.methods, self._trained, fitting=self._fitting)
         save = self._saving.save
         self._shadow(module, "on_save_checkpoint", save if self._files is None else partial(self._files.save, save))
         self._shadow(module, "on_load_checkpoint", self._saving.load)
         rank_zero_info(str(plan))
+
+    def _adapt_shards(self) -> None:
+        """Let a method adapt in the evaluation of a sharded module, beside which no other one stands."""
+        adapting = [method for method in self.methods if method.lane == Lane.ADAPT]
+        if adapting:
+            self.run.network_name, self.run.network = network_of(self.methods, self.run.module)
+            rank_zero_info(str(resolve(adapting, self.run.module, self.run.network_name)))
+            self._let_adapt()
+
+    def _let_adapt(self) -> None:
+        adapter = next((method for method in self.methods if method.lane == Lane.ADAPT), None)
+        if adapter is not None:
+            self._adapting = Adapting(self.run, adapter, self._finish)
 
     # Training.
 

@@ -25,6 +25,19 @@ _GROW_FIRST = (
     "then lightning_peft.load_from_checkpoint the result and shard that in configure_model."
 )
 
+_ADAPT_WHOLE = (
+    " Processes that share a network's parameters have to run it equally often, forwards and backwards, and how often this "
+    "method does depends on the samples of each. Adapt under one of these to what lightning_peft.load_from_checkpoint makes of "
+    "a checkpoint of shards."
+)
+
+_FIT_FIRST = (
+    " Or give it a fit of its own under one of these, then lightning_peft.load_from_checkpoint the result and shard that in "
+    "configure_model."
+)
+
+_WAYS_OUT = {Lane.STRUCTURE: _GROW_FIRST, Lane.ADAPT: _ADAPT_WHOLE}
+
 
 def strategy_kind(strategy: Strategy) -> str:
     """Return ``"single"``, ``"ddp"``, ``"fsdp"``, ``"fsdp2"``, ``"deepspeed"``, or the class name of another strategy."""
@@ -60,7 +73,7 @@ def check_strategy(trainer: Trainer, methods: Iterable[Contract]) -> None:
             raise MisconfigurationException(
                 f"{method.name} does not work under the {kind} strategy ({type(trainer.strategy).__name__}), which shards or "
                 f"moves the tensors it acts on. Use Trainer(strategy=...) with one of: {', '.join(sorted(method.strategies))}."
-                + (_GROW_FIRST if method.lane == Lane.STRUCTURE else "")
+                + _WAYS_OUT.get(method.lane, _FIT_FIRST if kind == "fsdp2" else "")
             )
 
 

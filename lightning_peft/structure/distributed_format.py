@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -34,7 +34,8 @@ def write(tensors: Mapping[str, Any], folder: Path) -> None:
         CheckpointError: A process could not write; all of them are told.
     """
     with _said_plainly(f"{folder} was not written"):
-        save(dict(tensors), checkpoint_id=folder)
+        # What is whole everywhere may differ, as statistics of batches do: of all processes the first one's, as in a file.
+        save(dict(tensors), checkpoint_id=folder, planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True))
 
 
 def read(folder: str | os.PathLike[str], empty: Callable[[torch.Size, torch.dtype], Tensor], trusted: bool) -> dict[str, Any]:

@@ -199,6 +199,16 @@ class AdaptationTester(SharedRuns):
             wrong = difference(answers(built(self.style), [factory()], data=own), found["answers"])
             assert wrong is None, f"rank {rank} alone with its samples against beside another rank: {wrong}"
 
+    def test_sharded(self, factory: Factory, two_ranks: list[Any]) -> None:
+        for rank, results in enumerate(two_ranks):
+            found = results[self.methods.index(factory)]
+            if "in shards" not in found:
+                pytest.skip("the method does not support FSDP2")
+            assert found["changed in shards"] is None, f"rank {rank}: before against after a test: {found['changed in shards']}"
+            pairs = zip(found["answers"], found["in shards"], strict=True)
+            error = max((whole - shared).abs().max().item() for whole, shared in pairs)
+            assert error <= self.tolerance, f"rank {rank}: answers of DDP and of FSDP2 differ by {error:.3g}"
+
 
 def built(style: type[Plain]) -> Any:
     """A new module of a style, always the same."""

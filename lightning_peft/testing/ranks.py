@@ -23,7 +23,7 @@ from lightning_peft.testing.ddp import load_module
 from lightning_peft.testing.modules import Plain, loader
 from lightning_peft.testing.runs import fit, resumable
 from lightning_peft.testing.trace import difference, trace
-from lightning_peft.weights.shards import whole
+from lightning_peft.weights.shards import is_shard, whole
 
 
 def train_on_rank(source: str, module: str, tester: str) -> list[Any]:
@@ -53,7 +53,20 @@ def adapt_on_rank(source: str, module: str, tester: str) -> list[Any]:
             found.append(str(error))
         else:
             found.append({"answers": logits, "changed": difference(dict(before), dict(tested.state_dict()))})
+            if "fsdp2" in factory().strategies:
+                found[-1] |= _adapted_in_shards(factory, owner.styles[0])
     return found
+
+
+def _adapted_in_shards(factory: Callable[..., Method], style: Any) -> dict[str, Any]:
+    """The same where both ranks share the parameters, twice: the answers of the first time, and whether it left a trace."""
+    from lightning_peft.testing.adaptation import answers, built
+
+    tested = built(type("Shards", (style,), {"configure_model": _shard}))
+    before = {name: tensor.clone() for name, tensor in tested.state_dict().items()}
+    first, again = (answers(tested, [factory()], devices=2, strategy=ModelParallelStrategy(2, 1)) for _ in range(2))
+    after = {name: whole(tensor) for name, tensor in tested.state_dict().items()}
+    return {"in shards": first, "changed in shards": difference(before, after) or difference(first, again)}
 
 
 def _owner(source: str, module: str, tester: str) -> Any:
@@ -128,6 +141,8 @@ def _one_folder() -> Iterator[Path]:
 
 def _shard(module: Any) -> None:
     """The usual ``configure_model``: blocks by themselves, and what is left with the whole."""
+    if any(is_shard(parameter) for parameter in module.parameters()):
+        return
     mesh = module.device_mesh["data_parallel"]
     for child in [child for child in module.children() if any(True for _ in child.parameters())]:
         within = [layer for layer in child.modules() if layer is not child and layer._parameters]

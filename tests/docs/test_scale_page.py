@@ -7,14 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from lightning_peft import registry
+from lightning_peft import Lane, registry
 from lightning_peft.contract import SHARDED, SPLIT
 
 PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 
 
-@pytest.mark.parametrize(("row_of", "kinds"), [("ModelParallelStrategy", SHARDED), ("tensor_parallel_size", SPLIT)])
-def test_the_table_names_the_methods_that_say_so(row_of: str, kinds: frozenset[str]) -> None:
-    row = next(line for line in PAGE.read_text().splitlines() if row_of in line)
-    declared = {name for name, entry in registry.installed().items() if entry.load().strategies >= kinds}
+@pytest.mark.parametrize(
+    ("beginning", "kinds", "adapts"),
+    [
+        ("| `ModelParallelStrategy` (FSDP2), in a fit", SHARDED, False),
+        ("| the same with `tensor_parallel_size`", SPLIT, False),
+        ("| `ModelParallelStrategy` (FSDP2), in an evaluation", SHARDED, True),
+    ],
+)
+def test_the_table_names_the_methods_that_say_so(beginning: str, kinds: frozenset[str], adapts: bool) -> None:
+    row = next(line for line in PAGE.read_text().splitlines() if line.startswith(beginning))
+    methods = {name: entry.load() for name, entry in registry.installed().items()}
+    declared = {name for name, each in methods.items() if each.strategies >= kinds and (each.lane == Lane.ADAPT) == adapts}
     assert set(re.findall(r"`(\w+)`", row.split("|")[2])) - {"permute"} == declared

@@ -16,7 +16,7 @@ from sharded_toys import COURSE, TARGETS, Alone, Made, adapted, made, shard, spr
 from torch import nn
 
 import lightning_peft
-from lightning_peft import PSKD, BlockPruning, LayerGrowth, LoRA, NMSparsity, WeightCompander
+from lightning_peft import PSKD, BlockPruning, LayerGrowth, LoRA, MixtureGrowth, NMSparsity, WeightCompander
 from lightning_peft.testing.modules import Plain, loader, mlp, trainer
 from lightning_peft.weights.maps import maps_of
 from lightning_peft_plugins.sparsity._nm_sparsity.nm_map import NMMap
@@ -82,6 +82,7 @@ def on_rank(folder: str) -> dict[str, Any]:
     found["split"] = refusal(lambda: trained(made(Made), [LoRA(2, **TARGETS)], sizes=(1, 2)))
     found["pruning"] = refusal(lambda: trained(made(Made), [BlockPruning(1)]))
     found["growth"] = refusal(lambda: trained(made(Made), [LayerGrowth(start=2)]))
+    found["mixture"] = refusal(lambda: trained(made(Made), [MixtureGrowth(at="step:2")]))
     preset: dict[str, Any] = {"targets": "all-linear", "exclude": ()}
     found["preset"] = refusal(lambda: trained(made(Made), [LoRA(2, **preset), NMSparsity("2:4", **preset)]))
     found["again"] = refusal(lambda: trained(init, [LoRA(2, **TARGETS)]))
@@ -126,6 +127,7 @@ def test_one_line_attaches_to_a_network_that_is_made_when_it_is_sharded(ranks: l
         ("two", r"made more.weight after the methods were attached"),
         ("split", r"data_parallel_size=2, tensor_parallel_size=1\)"),
         ("pruning", r"block_pruning does not work under the fsdp2 strategy"),
+        ("mixture", r"mixture_growth does not work under the fsdp2 strategy.*a fit of its own under one of these"),
         ("growth", r"Shards are laid out before training begins"),
         ("again", r"sharded already.*Build the module anew"),
     ],

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_peft import Run
 from lightning_peft.capture.evaluation import Call
+from lightning_peft.contract import SHARDED
 from lightning_peft.network.targets import excluded
 from lightning_peft_plugins.test_time._shared.batch_statistics import (
     BatchNorm,
@@ -41,6 +42,7 @@ class BatchNormAdapt(StreamMethod):
         0.058823529411764705
     """
 
+    strategies = SHARDED
     paper = (
         "Nado et al.: Evaluating Prediction-Time Batch Normalization for Robustness under Covariate Shift, 2020, "
         "https://arxiv.org/abs/2006.10963; Schneider et al.: Improving robustness against common corruptions by covariate "

@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_peft import Run
 from lightning_peft.capture.evaluation import Call
+from lightning_peft.contract import SHARDED
 from lightning_peft.network.layers import heads
 from lightning_peft.network.logits import with_logits
 from lightning_peft.network.resolve import named_submodule
@@ -37,6 +38,7 @@ class LAME(StreamMethod):
         5
     """
 
+    strategies = SHARDED
     paper = "Boudiaf et al.: Parameter-free Online Test-time Adaptation, CVPR 2022, https://arxiv.org/abs/2201.05718"
 
     def __init__(

@@ -11,7 +11,9 @@ from torch import Tensor
 from lightning_peft import Run
 from lightning_peft.arguments import positive
 from lightning_peft.capture.evaluation import Call
+from lightning_peft.contract import SHARDED
 from lightning_peft.weights.mapped_layer import is_mapped
+from lightning_peft.weights.shards import opened, whole
 from lightning_peft_plugins.test_time._shared.classifier import Classifier
 from lightning_peft_plugins.test_time._shared.finite_samples import finite_rows
 from lightning_peft_plugins.test_time._shared.stream import StreamMethod
@@ -38,6 +40,7 @@ class T3A(StreamMethod):
         20
     """
 
+    strategies = SHARDED
     paper = (
         "Iwasawa, Matsuo: Test-Time Classifier Adjustment Module for Model-Agnostic Domain Generalization, NeurIPS 2021, "
         "https://openreview.net/forum?id=e_yvNqkJKAW"
@@ -83,11 +86,11 @@ class T3A(StreamMethod):
     def _gather(self, features: Tensor) -> None:
         """Offer features to the support sets; the first are the classifier's own weights."""
         layer = self._classifier.layer
+        weight = whole(layer.weight.detach()).to(features.dtype)
+        bias = None if layer.bias is None else whole(layer.bias.detach()).to(features.dtype)
         if self._supports is None:
-            weight = layer.weight.detach().to(features.dtype)
             features = torch.cat([weight, features])
-        bias = None if layer.bias is None else layer.bias.detach().to(features.dtype)
-        answers = torch.nn.functional.linear(features, layer.weight.detach().to(features.dtype), bias)
+        answers = torch.nn.functional.linear(features, weight, bias)
         new = (features, answers.argmax(1), softmax_entropy(answers))
         both = new if self._supports is None else tuple(map(torch.cat, zip(self._supports, new, strict=True)))
         supports, labels, entropy = both
@@ -107,7 +110,8 @@ class T3A(StreamMethod):
         super().leave()
         if self._supports is not None:
             layer = self._classifier.layer
-            layer.weight.copy_(self._templates())
+            with opened(layer.weight) as weight:
+                weight.copy_(self._templates())
             if layer.bias is not None:
                 layer.bias.zero_()
 

@@ -75,7 +75,7 @@ def _twin(layer: BatchNorm, mean: Tensor | None, variance: Tensor | None) -> Bat
 
     Tensors of its own, because autograd notices when a layer's own statistics are written while a graph of it is alive.
     """
-    twin = type(layer).__new__(type(layer))
+    twin: BatchNorm = object.__new__(type(layer))  # what fully_shard makes of a class builds another object
     buffers = {**layer._buffers, "running_mean": mean, "running_var": variance}
     twin.__dict__ = {**vars(layer), "_buffers": buffers, "track_running_stats": mean is not None}
     if mean is not None:

@@ -24,7 +24,7 @@ def without_spoilt_samples(call: Call, update: Callable[[Call], Any], logits: Ca
         update: Adapts to samples and returns their output.
         logits: Reads logits out of an output.
     """
-    suspects = _suspects(call)
+    suspects = suspects_of(call)
     if not len(suspects):
         return update(call)
     output = call.take(suspects)()
@@ -58,10 +58,11 @@ def finite_rows(logits: Tensor) -> Tensor:
 
 def sound_rows(call: Call) -> Tensor:
     """Indices of the samples whose floating point inputs are finite."""
-    return torch.tensor(sorted({*range(call.size)} - {*_suspects(call).tolist()}), dtype=torch.int64)
+    return torch.tensor(sorted({*range(call.size)} - {*suspects_of(call).tolist()}), dtype=torch.int64)
 
 
-def _suspects(call: Call) -> Tensor:
+def suspects_of(call: Call) -> Tensor:
+    """Indices of the samples with floating point inputs that are NaN or infinite."""
     tensors = [t for t in tensors_of((call.args, call.kwargs)) if t.ndim and t.is_floating_point() and len(t) == call.size]
     if not tensors:
         return torch.zeros(0, dtype=torch.int64)

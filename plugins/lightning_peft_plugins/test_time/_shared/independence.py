@@ -53,7 +53,7 @@ def compare_parts(call: Call, predict: Callable[[Any], Tensor], network: nn.Modu
         network: Whose buffers are kept.
     """
     call = _uncounted(call)
-    with torch.no_grad(), _buffers_kept(network), RandomState().again(), warnings.catch_warnings():
+    with without_trace(network), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a network says of parts is not the user's concern
         whole = predict(call())
         tolerance = _tolerance(whole)
@@ -72,6 +72,13 @@ def compare_parts(call: Call, predict: Callable[[Any], Tensor], network: nn.Modu
     return Comparison(
         worst, tolerance, f"logits of a part differ from those of the whole by {worst:.2g} of the largest, not by rounding"
     )
+
+
+@contextmanager
+def without_trace(network: nn.Module) -> Iterator[None]:
+    """Run a network without a graph, and leave its buffers and random numbers as they were."""
+    with torch.no_grad(), _buffers_kept(network), RandomState().again():
+        yield
 
 
 @contextmanager

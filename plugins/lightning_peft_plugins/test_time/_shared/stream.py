@@ -14,7 +14,10 @@ from lightning_peft.attaching.averaging import swapped_in
 from lightning_peft.capture.evaluation import Call
 from lightning_peft.network.logits import as_logits, with_logits
 from lightning_peft.network.targets import TargetSpec
-from lightning_peft_plugins.test_time._shared.finite_samples import without_spoilt_samples
+from lightning_peft.strategies.ranks import of_ranks
+from lightning_peft.strategies.support import shards
+from lightning_peft_plugins.test_time._shared.finite_samples import suspects_of, without_spoilt_samples
+from lightning_peft_plugins.test_time._shared.independence import without_trace
 from lightning_peft_plugins.test_time._shared.kept_statistics import KeptStatistics
 
 Reset: TypeAlias = "Literal['never', 'dataloader', 'batch'] | int"
@@ -100,7 +103,17 @@ class StreamMethod(Method):
             self._counted = self.count()
         self.batches += self._place != place
         self._place = place
+        self._keep_up(call)
         return without_spoilt_samples(call, self.update, self.logits)
+
+    def _keep_up(self, call: Call) -> None:
+        """Run the network to no effect where a process that shares its parameters does so for spoilt samples, and waits."""
+        assert self.run is not None
+        if shards(self.run.trainer.strategy):
+            found = len(suspects_of(call)) > 0
+            if any(of_ranks(found)) and not found:
+                with without_trace(self.run.network):
+                    call()
 
     def count(self) -> int:
         """What a number given as ``reset`` counts."""
