@@ -44,6 +44,17 @@ def test_behaves_like_a_dict(batches: list[list[int]], storage: str, fixed: bool
     assert len(memory.state()["probabilities"]) == memory.size
 
 
+@pytest.mark.parametrize("size", [4, None])
+def test_nobody_is_counted_who_was_not_seen_at_an_epochs_end(size: int | None) -> None:
+    memory, first, later = SoftLabelMemory(size, 3), torch.tensor([0, 1, 2]), torch.tensor([2, 3])
+    memory.write(first, distributions(3))
+    memory.forget_visits()
+    assert (memory.read(first)[1], memory.read(later)[1]) == (3, 1)
+    memory.write(later, distributions(2))
+    memory.forget_visits()
+    assert memory.read(later)[1] == 2
+
+
 def test_mapped_file_has_no_name_and_goes_with_the_memory(tmp_path: Path) -> None:
     memory = SoftLabelMemory(1000, 3, storage="mapped", folder=tmp_path / "new")
     memory.write(torch.tensor([999]), distributions(1))
