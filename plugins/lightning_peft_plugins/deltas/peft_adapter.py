@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft import Lane, Method, Resource, Run, Step
 from lightning_peft.arguments import one_of
+from lightning_peft.contract import SHARDED
 from lightning_peft.network.resolve import resolve_network
 from lightning_peft.network.seeds import named_seed
 from lightning_peft.network.targets import TargetSpec, select
@@ -58,6 +59,7 @@ class PeftAdapter(Method):
     """
 
     lane = Lane.DELTA
+    strategies = SHARDED
     writes = frozenset({Resource.DELTA})
     parts = (TunerPart,)
     paper = (

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_peft import Lane, Method, Resource, Run, Step
 from lightning_peft.arguments import one_of, positive
 from lightning_peft.compose.schedule import parse_point
+from lightning_peft.contract import SHARDED
 from lightning_peft.network.channel_units import ChannelUnit, channel_units
 from lightning_peft.network.layers import is_conv
 from lightning_peft.network.nm_layers import input_dim
@@ -74,6 +75,7 @@ class FTWT(Method):
     """
 
     lane = Lane.LOSS
+    strategies = SHARDED
     reads = frozenset({Resource.STRUCTURE})
     parts = (ChannelGate,)
     paper = "Elkerdawy et al., Fire Together Wire Together, CVPR 2022, https://arxiv.org/abs/2110.08232"
@@ -154,6 +156,8 @@ class FTWT(Method):
             settings: tuple[Any, ...] = (self.normalise, self.tokens == "each", masses[name], self.criterion)
             gate = ChannelGate(read, unit.channels, *settings, joint=not self.decoupled)
             gate.lr_scale = self.lr_scale
+            if weight.dtype == torch.float64:
+                gate.to(weight.dtype)
             placed = self.put_part(module, name, gate.to(weight.device))
             placed.place(producer, network.get_submodule(unit.gate), unit.activations)
             if unit.gate != unit.producer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.structure.forms import Form, dict_of, fields, flag, list_of, maybe, tensor
+from lightning_peft.weights.shards import gathered, whole
 from lightning_peft_plugins.deltas._peft_adapter.injection import ADAPTER, built_config
 
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
@@ -61,6 +63,7 @@ class StepCalls:
         terms = []
         for name, factor in self._model.model.named_parameters():
             if ".lora_A." in name or ".lora_B." in name:
+                factor = whole(factor)
                 gram = factor @ factor.T if ".lora_A." in name else factor.T @ factor
                 terms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)))
         return self._config.orth_reg_weight * torch.stack(terms).mean()
@@ -72,7 +75,8 @@ class StepCalls:
         from peft.tuners.adalora.model import AdaLoraModel
 
         self._last = step
-        AdaLoraModel.update_and_allocate(self._model, step)
+        with self._model.model.gathered():
+            AdaLoraModel.update_and_allocate(self._model, step)
 
     def awaited(self, steps: int) -> Iterator[str]:
         """Name the end of the schedule of ranks when it was not reached."""
@@ -83,7 +87,8 @@ class StepCalls:
         """Mean rank of the adapters."""
         if self._model is None:
             return {}
-        ranks = [int(factor.count_nonzero()) for name, factor in self._model.model.named_parameters() if ".lora_E." in name]
+        values = [whole(factor) for name, factor in self._model.model.named_parameters() if ".lora_E." in name]
+        ranks = [int(factor.count_nonzero()) for factor in values]
         return {"rank": sum(ranks) / max(1, len(ranks))}
 
     def finish(self) -> None:
@@ -121,6 +126,15 @@ class _Adapters:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for path, tuner in self._tuners.items():
             yield from ((f"{path}.{name}", parameter) for name, parameter in tuner.named_parameters())
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Let PEFT's loops see whole adapters and gradients."""
+        gradients = {name: whole(parameter.grad) for name, parameter in self.named_parameters()}
+        with gathered(*self._tuners.values()):
+            for name, parameter in self.named_parameters():
+                parameter.grad = gradients[name]
+            yield
 
     def have_gradients(self) -> bool:
         return all(parameter.grad is not None for _, parameter in self.named_parameters() if parameter.requires_grad)
