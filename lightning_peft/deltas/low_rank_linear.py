@@ -41,6 +41,7 @@ def low_rank_linear(
     """
     if torch._C._are_functorch_transforms_active() or is_shard(inputs):
         read = inputs if dropped is None else dropped
+        up = _rows_of(weight, up) if is_shard(inputs) else up
         return linear(inputs, weight, bias) + scale * linear(linear(read, down), up)
     device = inputs.device.type
     if torch.is_autocast_enabled(device):
@@ -66,6 +67,14 @@ def _low_rank_linear(
     return _LowRankLinear.apply(  # type: ignore[no-any-return]
         inputs, weight, bias, down, up, scale, dropped, operation, *given
     )
+
+
+def _rows_of(weight: Any, up: Any) -> Tensor:
+    """Give each process the rows of ``B`` for those outputs that it computes, where a layer is split by outputs."""
+    from torch.distributed.tensor import Replicate
+
+    rows = [place if place.is_shard(0) else Replicate() for place in weight.placements]
+    return up.redistribute(placements=rows)  # type: ignore[no-any-return]
 
 
 def _cheaper_made(rows: int, weight: Tensor, dropped: Tensor | None) -> bool:

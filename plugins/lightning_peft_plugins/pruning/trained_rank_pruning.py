@@ -158,7 +158,7 @@ class TrainedRankPruning(Method):
             if made is None:
                 rank_zero_warn(f"{name} has no singular value decomposition at step {self.steps} and was not truncated.")
                 continue
-            weight.copy_(made.weight)
+            weight.copy_(spread_as(weight, made.weight))
             self.ranks[name] = made.rank
             if self.nuclear:
                 self._pulls[name] = made.pull
