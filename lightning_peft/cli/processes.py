@@ -66,7 +66,7 @@ def processes_of(trainer: Trainer) -> int:
     if not isinstance(strategy.launcher, _SubprocessScriptLauncher):
         raise UsageError(f"{asks}, which forks or spawns functions. Choose --trainer.strategy ddp. {alone}")
     if shards(strategy):
-        check_layout(strategy, methods)
+        check_layout(strategy, methods, may_split=False)
         if strategy._save_distributed_checkpoint:  # type: ignore[attr-defined]
             raise UsageError(
                 f"{asks}, with checkpoints that are folders of shards. This command keeps files, which it bakes and reports "

@@ -17,12 +17,13 @@ from lightning_peft.weights.shards import is_shard
 _LINE = "call lightning_peft.attach(self) in configure_model, when the network is whole and before fully_shard(...)"
 
 
-def check_layout(strategy: Any, methods: Iterable[Contract]) -> None:
+def check_layout(strategy: Any, methods: Iterable[Contract], *, may_split: bool = True) -> None:
     """Refuse a fit whose weights would be split within layers, where a method acts on whole ones.
 
     Args:
         strategy: A ``ModelParallelStrategy``, of a Trainer that may not have begun.
         methods: The methods.
+        may_split: Whether whoever trains them splits layers at all.
 
     Raises:
         MisconfigurationException: The strategy is told to split, or does by default, and such a method is among them.
@@ -31,8 +32,9 @@ def check_layout(strategy: Any, methods: Iterable[Contract]) -> None:
     if ranks == "auto":  # what the strategy makes of it when it begins
         ranks = strategy.num_processes
     whole = [method.name for method in methods if "tensor-parallel" not in method.strategies]
-    if ranks > 1 and whole:
-        raise _not_split(strategy.world_size, ranks, f"{whole[0]} acts on whole layers")
+    if ranks > 1 and (whole or not may_split):
+        reason = f"{whole[0]} acts on whole layers" if whole else "this command trains whole layers"
+        raise _not_split(strategy.world_size, ranks, reason)
 
 
 def _not_split(world_size: int, ranks: int, reason: str) -> MisconfigurationException:
