@@ -136,9 +136,9 @@ class MergeAtEnd(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have the last word: a Trainer calls ``teardown`` in the order of its list, where methods leave the module."""
-        listed = trainer.callbacks  # type: ignore[attr-defined]
-        listed.remove(self)
-        listed.append(self)
+        # A new list: Lightning goes through the old one right now.
+        others = [each for each in trainer.callbacks if each is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Merge, validate and keep the better one."""

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -138,6 +138,22 @@ def test_beside_methods_and_in_any_order(tmp_path):
         assert same(module.state_dict(), merged)
         assert all(is_nm(module.net[each].weight, 2, 4) for each in (0, 3))
         assert trainer.validate(module, data(1, 64), verbose=False)[0]["val_loss"] == pytest.approx(end.result.score, abs=1e-6)
+
+
+def test_callbacks_behind_it_hear_of_the_end_once(tmp_path):
+    class Ends(Callback):
+        heard = 0
+
+        def on_fit_end(self, trainer, pl_module):
+            self.heard += 1
+
+    end, listener, last = MergeAtEnd(top=2), Ends(), Ends()
+    module = Project()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    keeper = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=2)
+    Trainer(max_epochs=2, callbacks=[end, listener, last, keeper], **quiet).fit(module, data(0), data(1, 64))
+    assert (listener.heard, last.heard) == (1, 1)
+    assert end.result is not None
 
 
 def test_adapters_that_stay_are_refused_in_words(tmp_path):
