@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_peft.capture.nested_trainer import quiet_trainer, trainers_kept
@@ -22,6 +24,10 @@ from lightning_peft.namespaces import both
 def state_of(module: LightningModule) -> dict[str, Any]:
     """Return a copy of a module's state dict."""
     return {name: value.detach().clone() if hasattr(value, "detach") else value for name, value in module.state_dict().items()}
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "nothing" if shape is None else str(tuple(shape))
 
 
 class Judge:
@@ -74,7 +80,15 @@ class Judge:
         )
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        self.module.load_state_dict(dict(state), strict=False)  # other things than tensors are the module's own
+        own = {name: value.shape for name, value in self.module.state_dict().items() if isinstance(value, Tensor)}
+        found = {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
+        if odd := next((name for name in {**own, **found} if own.get(name) != found.get(name)), None):
+            raise MergeError(
+                f"The module has changed since its best checkpoints: {odd} is {_shape(own.get(odd))} now and "
+                f"{_shape(found.get(odd))} in them. Keep checkpoints of the last structure alone: a ModelCheckpoint whose metric "
+                "counts from then on."
+            )
+        self.module.load_state_dict(dict(state), strict=False)  # what is no tensor is the module's own
 
     def _validated(self) -> float:
         trainer = self._trainer(limit_val_batches=self._fit.limit_val_batches)

@@ -156,6 +156,21 @@ def test_callbacks_behind_it_hear_of_the_end_once(tmp_path):
     assert end.result is not None
 
 
+class Widens(Callback):
+    """Gives the module another head when the fit ends, as something that changes a structure would."""
+
+    def on_train_end(self, trainer, pl_module):
+        pl_module.net[3] = nn.Linear(16, 5)
+
+
+def test_a_module_that_changed_since_is_left_in_words(tmp_path):
+    end, module = MergeAtEnd(top=2), Project()
+    with pytest.warns(UserWarning, match=r"changed since its best checkpoints: net.3.weight is \(5, 16\) now and \(4, 16\)"):
+        fit(tmp_path, end, Widens(), module=module, epochs=2)
+    assert end.result is None
+    assert module.net[3].out_features == 5
+
+
 def test_adapters_that_stay_are_refused_in_words(tmp_path):
     end = MergeAtEnd(top=2)
     with pytest.warns(UserWarning, match=r"merged nothing.*'lora' stays on the module"):
