@@ -6,12 +6,14 @@ import pytest
 import torch
 from flat_models import chirps, flat
 
-from lightning_peft import merge, registry
+from lightning_peft import merge
 from lightning_peft.merging import merge_function, stacks
 
 # Options under which a function that cuts or drops little is exact for one model.
 WHOLE = {"ties": {"density": 1.0}, "dare": {"density": 1.0}, "interpolate": {"share": 1.0}, "lines": {"growth": 0.0}}
-NAMES = sorted(registry.merge_functions())
+# These clip or round what they keep.
+INEXACT = {"pcb", "compeft", "fedzip"}
+NAMES = sorted(merge_function.installed())
 
 
 def network(row):
@@ -58,7 +60,7 @@ def test_pieces_change_nothing_and_a_seed_gives_the_same(name, monkeypatch):
     assert torch.allclose(whole, merged(name, rows, seed=5), atol=1e-13, rtol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(set(NAMES) - INEXACT))
 def test_one_model_is_itself(name):
     rows = chirps(1, 88)
     if merge_function.find(name, {}).of_deltas:
