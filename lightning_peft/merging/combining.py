@@ -73,6 +73,8 @@ class Combining:
         self._stacker = Stacker(models, base, working)
         self._fisher = None if fisher is None else Stacker(self._checked(fisher), None, working)
         self._depths = depths({name: tensor.shape for name, tensor in self.first.tensors.items()})
+        last = max(len(self._merged) - 1, 1)
+        self._places = {name: place / last for place, name in enumerate(self._merged)}
         self._weights = torch.tensor(settings.weights, dtype=working)
         self.rechosen: dict[str, tuple[Pattern, float]] = {}
         self._norms = torch.zeros(len(models), dtype=torch.float64)
@@ -145,7 +147,7 @@ class Combining:
     ) -> dict[str, Any]:
         """What a merge function asks for by position."""
         found: dict[str, Any] = {"weights": self._weights, "generators": chance, **surveyed}
-        found["depth"] = self._depths.get(name, 0.0)
+        found |= {"depth": self._depths.get(name, 0.0), "place": self._places[name]}
         for wanted in self._function.supplied:
             if wanted == "models":
                 found[wanted] = self._stacker.values(name, piece)

@@ -12,7 +12,8 @@ that follow by position are looked up by name:
 
 ``base``: the base's value. ``weights``: ``(n,)``, what the user gave for every model, or ones. ``fisher``: like ``models``,
 the Fisher information of each. ``generators``: one a model, seeded by seed, model and tensor. ``depth``: where the tensor
-stands in the network, from 0, the first block and what is outside of blocks, to 1. Any other name is a survey's.
+stands in the network, from 0, the first block and what is outside of blocks, to 1. ``place``: where it stands among the
+model's tensors, from 0 to 1. Any other name is a survey's.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from lightning_peft import registry
 from lightning_peft.arguments import fits, one_of, readable
 from lightning_peft.merging.errors import MergeError
 
-SUPPLIED = ("base", "weights", "fisher", "generators", "depth")
+SUPPLIED = ("base", "weights", "fisher", "generators", "depth", "place")
 
 Stacks = Callable[[], Iterator[Tensor]]
 """Goes through the first parameter of a merge function, piece by piece, ``(n, entries)`` each; can be called again."""
