@@ -75,21 +75,35 @@ def baked(checkpoint: Mapping[str, Any], base: Mapping[str, Tensor] | None = Non
     """
     checkpoint = upgraded(checkpoint)
     section = files.read(checkpoint)
-    kept = {key: checkpoint[key] for key in checkpoint if _is_kept(key)}
+    rest = kept(checkpoint)
     state = dict(checkpoint["state_dict"])
     versioned = functools.partial(plain_state.with_versions, state=checkpoint["state_dict"])
     if section is None:
-        return {**kept, "state_dict": versioned(state)}
-    done = [{key: value for key, value in record.items() if key != "maps"} for record in section["methods"]]
+        return {**rest, "state_dict": versioned(state)}
     if section["version"] < plain_state.PLAIN:  # an average of theirs has masks as they stood when averaging began
         state |= plain_state.masks_of(checkpoint.get("current_model_state", {}), section["weights"])
     state = dict(partial.filled(state, section, base))
     plain_state.refuse_edited(plain_state.edited(state, section))
     state = plain_state.joined(state, section)
+    return {**rest, "state_dict": versioned(files.bake_state_dict(state, section)), files.KEY: record_of(section)}
+
+
+def record_of(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a baked checkpoint still says of its training: methods and structural changes.
+
+    Args:
+        section: The library's part of the checkpoint that was baked.
+    """
+    done = [{key: value for key, value in record.items() if key != "maps"} for record in section["methods"]]
     history = {"version": section["version"], "methods": done, "weights": {}}
     if edits := journal.read(section):
         history["journal"] = journal.write(edits)
-    return {**kept, "state_dict": versioned(files.bake_state_dict(state, section)), files.KEY: history}
+    return history
+
+
+def kept(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an ordinary checkpoint keeps beside its tensors: hyperparameters, and nothing to resume."""
+    return {key: checkpoint[key] for key in checkpoint if _is_kept(key)}
 
 
 def _as_saved(checkpoint: Mapping[str, Any], base: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
@@ -102,8 +116,7 @@ def _as_saved(checkpoint: Mapping[str, Any], base: Mapping[str, Tensor] | None =
         )
     state = dict(partial.filled(checkpoint["state_dict"], section, base))
     plain_state.refuse_edited(plain_state.edited(state, section))
-    kept = {key: checkpoint[key] for key in checkpoint if _is_kept(key)}
-    return {**kept, "state_dict": plain_state.with_versions(state, checkpoint["state_dict"])}
+    return {**kept(checkpoint), "state_dict": plain_state.with_versions(state, checkpoint["state_dict"])}
 
 
 def _is_kept(key: str) -> bool:
@@ -193,7 +206,7 @@ def load_from_checkpoint(
 
 
 def _without_tensors(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in checkpoint.items() if _is_kept(key)} | {"state_dict": {}}
+    return kept(checkpoint) | {"state_dict": {}}
 
 
 def _replaying(

@@ -106,7 +106,7 @@ def load_peft(module: nn.Module, folder: str | Path, *, name: str | None = None,
     """
     check_unmerged(module, "another adapter")
     (kind, saved), (prefix, net) = peft_files.read(Path(folder)), resolve_network(module, network)
-    _warn_of_unknown(kind, saved)
+    warn_of_unknown(kind, saved)
     name = name or snake_case(kind.owner)
     if any(each.method == name for each in attachments(module)):
         raise MisconfigurationException(f"{name!r} is on the module already. Give the adapter another name: name=.")
@@ -158,7 +158,8 @@ def _delta(net: nn.Module, target: Target, form: Form, kind: PeftFormat, saved: 
     return DeltaPart(form, float(dropout))
 
 
-def _warn_of_unknown(kind: PeftFormat, saved: Saved) -> None:
+def warn_of_unknown(kind: PeftFormat, saved: Saved) -> None:
+    """Warn of settings of a folder that nothing here reads."""
     known = kind.settings | kind.past | _OF_THE_PAST | {kind.dropout}
     unset: tuple[object, ...] = (None, False, {}, [], "none", 1)
     unknown = sorted(key for key, value in saved.config.items() if key not in known and value not in unset)

@@ -154,7 +154,29 @@ def loaded(net: nn.Module, saved: Saved) -> dict[str, Tensor]:
     Raises:
         MisconfigurationException: One does not fit the network, or a module that the folder names is not whole.
     """
-    own = net.state_dict(keep_vars=True)
+    modules = {path: [key for key, _ in part.named_parameters(prefix=path)] for path, part in net.named_modules()}
+    return _matched(net.state_dict(keep_vars=True), modules, saved, type(net).__name__)
+
+
+def loaded_by_name(own: Mapping[str, Tensor], saved: Saved, owner: str) -> dict[str, Tensor]:
+    """The same where only the names and tensors of a network are known.
+
+    Args:
+        own: The network's tensors.
+        saved: The folder.
+        owner: What messages call the network.
+    """
+    modules: dict[str, list[str]] = {}
+    for name in own:
+        path = name
+        while path:
+            path = path.rpartition(".")[0]
+            modules.setdefault(path, []).append(name)
+    return _matched(own, modules, saved, owner)
+
+
+def _matched(own: Mapping[str, Tensor], modules: Mapping[str, Sequence[str]], saved: Saved, owner: str) -> dict[str, Tensor]:
+    """See :func:`loaded`; ``modules`` holds the names of the parameters within each module."""
     found = {}
     for key, value in saved.others.items():
         if key not in own and f".{_FIRST}." in key:
@@ -162,21 +184,19 @@ def loaded(net: nn.Module, saved: Saved) -> dict[str, Tensor]:
         name = key if key in own else key.replace(f".{_BASE}.", ".").replace(f".{_COPY}.", ".")
         if name not in own or own[name].shape != value.shape:
             have = f"has {tuple(own[name].shape)} there" if name in own else "has no such parameter"
-            raise MisconfigurationException(
-                f"The adapter holds {key} of shape {tuple(value.shape)}, and {type(net).__name__} {have}."
-            )
+            raise MisconfigurationException(f"The adapter holds {key} of shape {tuple(value.shape)}, and {owner} {have}.")
         found[name] = value
-    _check_whole(net, saved, found)
+    _check_whole(modules, saved, found)
     return found
 
 
-def _check_whole(net: nn.Module, saved: Saved, found: Mapping[str, Tensor]) -> None:
+def _check_whole(modules: Mapping[str, Sequence[str]], saved: Saved, found: Mapping[str, Tensor]) -> None:
     names = saved.config.get("modules_to_save") or []
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise MisconfigurationException(f"modules_to_save of {saved.path} is {names!r}, no list of names. Save it again.")
-    for path, part in net.named_modules():
+    for path, parameters in modules.items():
         if path.endswith(tuple(names)) and not any(f"{layer}.".startswith(f"{path}.") for layer in saved.layers):
-            missing = [key for key, _ in part.named_parameters(prefix=path) if key not in found]
+            missing = [key for key in parameters if key not in found]
             if missing:
                 raise MisconfigurationException(
                     f"{saved.path} names {path!r} among modules_to_save, and its file lacks {missing[0]}. It was not written "

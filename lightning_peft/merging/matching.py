@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_peft.merging.errors import MergeError
 from lightning_peft.merging.model import Model
+from lightning_peft.merging.structures import check_structures
 
 _STATISTICS = ("running_mean", "running_var")
 Fate = Literal["merged", "averaged", "kept", "tied"]
@@ -43,6 +44,7 @@ def matched(models: Sequence[Model], *, mixed: bool = False) -> list[Entry]:
         MergeError: One has other tensors, of other shapes or kinds.
     """
     first, *others = models
+    check_structures(models)
     for other in others:
         _check_names(first, other)
         for name, tensor in first.tensors.items():

@@ -73,9 +73,11 @@ def merge(
 
     Args:
         models: State dicts or paths: checkpoints of Lightning, trained with methods or without; state dicts that
-            ``torch.save`` wrote; safetensors; folders of Hugging Face, of :func:`lightning_peft.save_baked`.
+            ``torch.save`` wrote; safetensors; folders of Hugging Face, of :func:`lightning_peft.save_baked`. Adapters in
+            folders of PEFT, and checkpoints that hold only what was trained, are merged as the whole models that they are on
+            ``base``.
         method: Name of a merge function (``lightning-peft merge --help`` lists them), or one of your own.
-        base: The model that all were trained from, for methods that combine differences to it.
+        base: The model that all were trained from, for methods that combine differences to it and for adapters.
         fisher: For ``"fisher"``: the diagonal Fisher information of each model, tensors by the same names.
         weights: How much each model counts; all the same by default.
         scale: What the merged difference is multiplied by before it is added to the base; two numbers grow from the first

@@ -16,6 +16,8 @@ from lightning_peft.baking.bake import baked
 from lightning_peft.baking.baked_folder import read_tensors
 from lightning_peft.baking.manifest import MANIFEST, read_manifest
 from lightning_peft.baking.reading import harmless_objects, read_checkpoint, readable
+from lightning_peft.deltas.peft_files import CONFIG
+from lightning_peft.merging import adapters, checkpoints
 from lightning_peft.merging.errors import MergeError
 from lightning_peft.merging.model import Model
 from lightning_peft.structure import checkpoint as files
@@ -26,14 +28,15 @@ Source = str | Path | Mapping[str, Any] | Model
 _INDEX = "model.safetensors.index.json"
 
 
-def open_model(source: Source, label: str = "", *, trusted: bool = False) -> Model:
+def open_model(source: Source, label: str = "", *, base: Model | None = None, trusted: bool = False) -> Model:
     """Open a model.
 
     Args:
         source: A model that is open already, a state dict, or a path: a checkpoint of Lightning, with methods or without, a
             folder of its shards; a file that ``torch.save`` made of a state dict; a file of safetensors; a folder of Hugging
-            Face, or of :func:`lightning_peft.save_baked`.
+            Face, of :func:`lightning_peft.save_baked`, of an adapter of PEFT.
         label: What messages call a state dict.
+        base: The model it was trained from, which adapters and checkpoints of trained tensors alone are nothing without.
         trusted: Whether Python objects in a checkpoint may be rebuilt, which can run any code.
 
     Raises:
@@ -49,10 +52,10 @@ def open_model(source: Source, label: str = "", *, trusted: bool = False) -> Mod
     if not path.exists():
         raise FileNotFoundError(f"There is no file {path}.")
     if path.is_dir() and not (path / ".metadata").is_file():
-        return _of_folder(path, trusted)
+        return _of_folder(path, base, trusted)
     if path.suffix == ".safetensors":
         return _of_state(_safetensors(path), str(path))
-    return _of_file(path, trusted)
+    return _of_file(path, base, trusted)
 
 
 def open_models(sources: object, base: Model | None, *, trusted: bool = False) -> list[Model]:
@@ -70,7 +73,7 @@ def open_models(sources: object, base: Model | None, *, trusted: bool = False) -
         raise MergeError(f"merge takes a list of models, not one {type(sources).__name__}. Put the models into a list.")
     if not sources:
         raise MergeError("There is no model to merge: the list is empty.")
-    return [open_model(source, f"model {place}", trusted=trusted) for place, source in enumerate(sources, 1)]
+    return [open_model(source, f"model {place}", base=base, trusted=trusted) for place, source in enumerate(sources, 1)]
 
 
 def _of_state(state: Mapping[str, Any], label: str, **more: Any) -> Model:
@@ -81,16 +84,19 @@ def _of_state(state: Mapping[str, Any], label: str, **more: Any) -> Model:
         raise MergeError(f"{label} has {strange!r} for the name of a tensor.")
     if odd := next((name for name, value in tensors.items() if value.layout != torch.strided or value.is_meta), None):
         raise MergeError(f"{odd} of {label} is packed, sparse or without data. Merge models before they are packed.")
-    return Model(label, tensors, {name: value for name, value in state.items() if name not in tensors}, **more)
+    others = {name: value for name, value in state.items() if name not in tensors}
+    return Model(label, tensors, others=others, **more)
 
 
-def _of_file(path: Path, trusted: bool) -> Model:
+def _of_file(path: Path, base: Model | None, trusted: bool) -> Model:
     loaded = _load(path, trusted)
     if not isinstance(loaded.get("state_dict"), Mapping):
         return _of_state(loaded, str(path))
-    found = baked(loaded)
-    state = found.pop("state_dict")
-    return _of_state(state, str(path), rest=found)
+    if (found := checkpoints.lazily_baked(loaded, str(path), base)) is not None:
+        return _of_state(found.state, str(path), rest=found.rest, computed=found.computed)
+    whole = baked(loaded)
+    state = whole.pop("state_dict")
+    return _of_state(state, str(path), rest=whole)
 
 
 def _load(path: Path, trusted: bool) -> Mapping[str, Any]:
@@ -105,7 +111,9 @@ def _load(path: Path, trusted: bool) -> Mapping[str, Any]:
     return loaded
 
 
-def _of_folder(path: Path, trusted: bool) -> Model:
+def _of_folder(path: Path, base: Model | None, trusted: bool) -> Model:
+    if (path / CONFIG).is_file():
+        return adapters.opened(path, base)
     if (path / MANIFEST).is_file():
         found = read_manifest(path)
         return _of_state(read_tensors(path, found), str(path), folder=path, rest=_history(found))
@@ -118,7 +126,7 @@ def _of_folder(path: Path, trusted: bool) -> Model:
         return _of_state(_load(path / "pytorch_model.bin", trusted), str(path), folder=path)
     raise MergeError(
         f"{path} is no folder of a model: it has neither model.safetensors, alone or in parts with {_INDEX}, nor "
-        "pytorch_model.bin, nor shards of a checkpoint."
+        "pytorch_model.bin, nor an adapter of PEFT, nor shards of a checkpoint."
     )
 
 

@@ -70,7 +70,7 @@ def write(state: Mapping[str, Any], first: Model, path: Path, record: Mapping[st
         with whole_folder(path) as folder:
             tensors, tied = _save(state, folder / WEIGHTS, plain)
             for other in [] if first.folder is None else first.folder.iterdir():
-                if other.is_file() and other.name != MANIFEST and not other.name.endswith(_WEIGHTS):
+                if other.is_file() and not other.name.endswith(_WEIGHTS):
                     shutil.copyfile(other, folder / other.name)
             if first.folder is not None and (first.folder / MANIFEST).is_file():
                 section = first.rest[files.KEY]

@@ -67,7 +67,7 @@ class Stacker:
 
     @staticmethod
     def _part(model: Model, name: str, piece: slice | None) -> Tensor:
-        tensor = model.tensors[name].detach().cpu()
+        tensor = model.value(name).cpu()
         return tensor if piece is None else tensor.reshape(-1)[piece]
 
 

@@ -97,8 +97,12 @@ def check_order(checkpoint: Mapping[str, Any], section: Mapping[str, Any] | None
         )
 
 
-def _check_counts(section: Mapping[str, Any]) -> None:
-    """Refuse to bake a section that lists more or fewer weight maps of a method than it says the method had."""
+def check_counts(section: Mapping[str, Any]) -> None:
+    """Refuse to bake a section that lists more or fewer weight maps of a method than it says the method had.
+
+    Raises:
+        CheckpointError: It does.
+    """
     owners = [item["method"] for records in section["weights"].values() for item in records]
     for record in section.get("methods", ()):
         listed = owners.count(record["method"])
@@ -209,7 +213,7 @@ def bake_state_dict(state: Mapping[str, Tensor], section: Mapping[str, Any]) -> 
             raise CheckpointError(f"The weight maps on {name} change its shape from {tuple(shape)} to {tuple(value.shape)}.")
         plain[name] = value
     part_states.merge(plain, section, section.get(part_states.WEIGHTS, ()))
-    _check_counts(section)
+    check_counts(section)
     return plain
 
 

@@ -8,7 +8,7 @@ make are in the file.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -104,13 +104,27 @@ def filled(
             "base. Build the model with its base weights and give it to base=, or use "
             "lightning_peft.load_from_checkpoint(ModelClass, path), whose class loads them."
         )
-    wrong = [name for name, wanted in base.items() if name not in tensors or not is_still(tensors[name], wanted)]
+    check_base(base, tensors, tensors.__getitem__)
+    everything = {**state, **{name: tensors[name].detach().clone() for name in base if name not in state}}
+    return {name: everything[name] for name in [*(name for name in tensors if name in everything), *everything]}
+
+
+def check_base(base: Digests, names: Collection[str], value: Callable[[str], Tensor]) -> None:
+    """Refuse a base that is not the one a checkpoint was trained on.
+
+    Args:
+        base: Digests of what the checkpoint leaves out.
+        names: Names of the base's tensors.
+        value: Returns the stored value of a name.
+
+    Raises:
+        CheckpointError: It is another one.
+    """
+    wrong = [name for name, wanted in base.items() if name not in names or not is_still(value(name), wanted)]
     if wrong:
         raise CheckpointError(
             f"The checkpoint holds only tensors that were trained on another base: {wrong[0]} "
-            f"{'is not in this model' if wrong[0] not in tensors else 'holds other values in this model'}"
+            f"{'is not in this model' if wrong[0] not in names else 'holds other values in this model'}"
             f"{f', and {len(wrong) - 1} more differ' if len(wrong) > 1 else ''}. "
             "Build the model with the base weights that it was trained from, before the checkpoint is loaded."
         )
-    everything = {**state, **{name: tensors[name].detach().clone() for name in base if name not in state}}
-    return {name: everything[name] for name in [*(name for name in tensors if name in everything), *everything]}

@@ -96,6 +96,12 @@ def test_a_taken_name_is_numbered_and_a_chosen_one_replaced_with_a_word(cli, mod
     assert torch.load(paths[0], weights_only=True)["hyper_parameters"]
 
 
+def test_hyperparameters_of_the_models_go_along_where_the_base_has_none(cli, models):
+    torch.save(models[1][0], "0.pt")
+    assert cli("merge", *models[0][1:], "--base", "0.pt", "--json")[1]["loading"][0] == "from shop import Net"
+    assert torch.load("merged.ckpt", weights_only=True)["hyper_parameters"]["width"] == 7
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
