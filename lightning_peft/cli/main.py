@@ -157,9 +157,13 @@ def _add_merge(merge: _Parser) -> None:
 
     merge.ending = methods
     merge.add_argument(
-        "models", metavar="MODEL", nargs="+", type=Path, help="checkpoints, state dicts, safetensors, folders of Hugging Face"
+        "models",
+        metavar="MODEL",
+        nargs="+",
+        type=Path,
+        help="checkpoints, state dicts, safetensors, folders of Hugging Face or PEFT; or one configuration of mergekit",
     )
-    merge.add_argument("--method", default="soup", metavar="NAME", help="how, see below (default: soup)")
+    merge.add_argument("--method", metavar="NAME", help="how, see below (default: soup)")
     merge.add_argument("--base", type=Path, metavar="MODEL", help="model that all were trained from")
     merge.add_argument(
         "--fisher", nargs="+", type=Path, metavar="FILE", help="Fisher information of each model, for the method fisher"

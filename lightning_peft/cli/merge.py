@@ -54,32 +54,27 @@ def merge(options: argparse.Namespace, console: Console) -> Outcome:
     from lightning_peft.merging.merge import merge as merged
     from lightning_peft.merging.opening import open_model, open_models
 
-    chosen = _chosen(options.option, inspect.signature(merged).parameters)
-    target = options.out or _default_target(options.models[0], options.base)
+    given = _of_mergekit(options) if _is_mergekit(options) else _given(options, inspect.signature(merged).parameters)
+    sources, start, method = given.pop("models"), given.pop("base"), given.pop("method")
+    target = options.out or _default_target(options.models[0].parent, sources[0], start)
     check_writable(target.parent, "--out")
-    _check_apart(target, [*options.models, *([options.base] if options.base else []), *(options.fisher or [])])
+    _check_apart(target, [*sources, *([start] if start else []), *(options.fisher or [])])
     replaced = target.is_file()
     if replaced:
         console.print(f"[bold]{target}[/] is there already and will be replaced.", soft_wrap=True)
-    base = None if options.base is None else open_model(options.base, "the base", trusted=options.trusted)
-    models = open_models(options.models, base, trusted=options.trusted)
-    scale = options.scale if options.scale is None or len(options.scale) > 1 else options.scale[0]
+    base = None if start is None else open_model(start, "the base", trusted=options.trusted)
+    models = open_models(sources, base, trusted=options.trusted)
     with _shown(console) as stage, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         state = merged(
             models,
-            options.method,
+            method,
             base=base,
-            fisher=options.fisher,
-            weights=options.weights,
-            scale=scale,
-            per_tensor=options.per_tensor,
-            dtype=options.dtype,
             seed=options.seed,
             out=target,
             trusted=options.trusted,
             progress=stage("merging"),
-            **chosen,
+            **given,
         )
         entries = matched([*([] if base is None else [base]), *models], mixed=True)
         found = distances(models, base, state, entries, stage("measuring"))
@@ -101,8 +96,8 @@ def merge(options: argparse.Namespace, console: Console) -> Outcome:
         console.print("\n".join(f"    {line}" for line in lines), highlight=False, markup=False, soft_wrap=True)
 
     data = {
-        "method": options.method,
-        "options": chosen,
+        "method": method if isinstance(method, str) else f"{method.__name__} of mergekit",
+        "options": {key: value for key, value in given.items() if key not in _SHARED},
         "target": str(target),
         "replaced": replaced,
         "difference_to": reference,
@@ -112,6 +107,35 @@ def merge(options: argparse.Namespace, console: Console) -> Outcome:
         "loading": lines,
     }
     return Outcome(data, show)
+
+
+_SHARED = {"fisher": None, "weights": None, "scale": None, "per_tensor": False, "dtype": None}
+
+
+def _given(options: argparse.Namespace, taken: Collection[str]) -> dict[str, Any]:
+    """Return the arguments of a merge that the command line gives."""
+    scale = options.scale if options.scale is None or len(options.scale) > 1 else options.scale[0]
+    shared = {key: getattr(options, key) for key in _SHARED} | {"scale": scale}
+    main = {"models": options.models, "method": options.method or "soup", "base": options.base}
+    return main | shared | _chosen(options.option, taken)
+
+
+def _is_mergekit(options: argparse.Namespace) -> bool:
+    return any(path.suffix in (".yml", ".yaml") for path in options.models)
+
+
+def _of_mergekit(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of a merge that a configuration of mergekit gives."""
+    from lightning_peft.merging.mergekit_file import read
+
+    if len(options.models) > 1:
+        raise UsageError("A configuration of mergekit names its models. Give it alone.")
+    said = [key for key in ("method", "base", "option", *_SHARED) if getattr(options, key) not in (None, False, [])]
+    if said:
+        raise UsageError(f"--{said[0].replace('_', '-')} is chosen in {options.models[0]}. Change it there.")
+    if not options.models[0].is_file():
+        raise UsageError(f"There is no file {options.models[0]}.")
+    return read(options.models[0])
 
 
 def _chosen(given: Sequence[str], taken: Collection[str]) -> dict[str, Any]:
@@ -130,12 +154,11 @@ def _chosen(given: Sequence[str], taken: Collection[str]) -> dict[str, Any]:
     return found
 
 
-def _default_target(first: Path, base: Path | None) -> Path:
-    """Choose where to write: beside the first model, of its kind, numbered when taken."""
+def _default_target(folder: Path, first: Path, base: Path | None) -> Path:
+    """Choose what to write into a folder: something of the first model's kind, numbered when taken."""
     kind = first if base is None or not (first / "adapter_config.json").is_file() else base
     plain = not kind.is_dir() or (kind / ".metadata").is_file()  # the latter is a checkpoint in shards
     suffix = {".pt": ".pt", ".pth": ".pth", ".bin": ".pt", ".safetensors": ".safetensors"}.get(kind.suffix, ".ckpt")
-    folder = first.parent
     names = (f"merged{'' if place < 2 else f'-{place}'}{suffix if plain else ''}" for place in range(1, 10_000))
     return next(folder / name for name in names if not (folder / name).exists())
 
