@@ -112,7 +112,7 @@ class Combining:
 
     def _keep_pattern(self, name: str, value: Tensor) -> Tensor:
         """Give a merged tensor the N:M pattern that all models have it in."""
-        if (pattern := shared_pattern([model.tensors[name] for model in self._models])) is not None:
+        if (pattern := shared_pattern([model.value(name) for model in self._models])) is not None:
             lost = keep_(value, pattern)
             if lost:
                 self.rechosen[name] = (pattern, lost)

@@ -50,7 +50,8 @@ class Judge:
         Raises:
             MergeError: ``validation_step`` does not log the metric.
         """
-        self._load(open_model(path).tensors)
+        model = open_model(path)
+        self._load({name: model.value(name) for name in model.tensors})
         return self._validated()
 
     def __call__(self, state: Mapping[str, Any]) -> float:
@@ -85,8 +86,8 @@ class Judge:
         if odd := next((name for name in {**own, **found} if own.get(name) != found.get(name)), None):
             raise MergeError(
                 f"The module has changed since its best checkpoints: {odd} is {_shape(own.get(odd))} now and "
-                f"{_shape(found.get(odd))} in them. Keep checkpoints of the last structure alone: a ModelCheckpoint whose metric "
-                "counts from then on."
+                f"{_shape(found.get(odd))} in them. Keep checkpoints of the last structure alone: a ModelCheckpoint whose "
+                "metric counts from then on."
             )
         self.module.load_state_dict(dict(state), strict=False)  # what is no tensor is the module's own
 

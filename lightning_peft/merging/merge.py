@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -113,7 +113,7 @@ def merge(
     start = None if base is None else open_model(base, "the base", trusted=trusted)
     opened = open_models(models, start, trusted=trusted)
     information = None if fisher is None else _fisher(fisher, opened, trusted)
-    _check(function, opened, start, information, scale)
+    _check(function, opened, start, information, {"scale": scale, "weights": weights})
     settings = Settings(_weights(weights, len(opened)), _scale(scale), per_tensor, _dtype(dtype), seed)
     combining = Combining(opened, function, settings, start, information)
     state = combining.run(progress)
@@ -146,7 +146,11 @@ def _fisher(fisher: Sequence[Source], models: Sequence[Model], trusted: bool) ->
 
 
 def _check(
-    function: MergeFunction, models: Sequence[Model], base: Model | None, fisher: Sequence[Model] | None, scale: object
+    function: MergeFunction,
+    models: Sequence[Model],
+    base: Model | None,
+    fisher: Sequence[Model] | None,
+    given: Mapping[str, object],
 ) -> None:
     """Refuse what the method lacks, or would not look at."""
     needs_base = function.of_deltas or "base" in function.supplied
@@ -163,7 +167,9 @@ def _check(
             if fisher is None
             else f"fisher= is for the method 'fisher', not for {function.name!r}."
         )
-    if scale is not None and not function.of_deltas:
+    if given["weights"] is not None and "weights" not in function.supplied:
+        raise MergeError(f"The method {function.name!r} counts all models alike. Leave weights= out.")
+    if given["scale"] is not None and not function.of_deltas:
         raise MergeError(f"scale= multiplies a difference to the base, and {function.name!r} merges values. Leave it out.")
 
 
@@ -171,8 +177,8 @@ def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
     found = [1.0] * count if weights is None else [float(each) for each in weights]
     if len(found) != count:
         raise MergeError(f"weights= has {len(found)} numbers for {count} models. Give one for each.")
-    if not all(abs(each) < float("inf") for each in found) or abs(sum(found)) < 1e-12:
-        raise MergeError(f"weights={weights} must be finite, and not add up to zero.")
+    if not all(abs(each) < float("inf") for each in found):
+        raise MergeError(f"weights={weights} must be finite.")
     return found
 
 

@@ -197,7 +197,9 @@ FAULTY = {
     "a density": (lambda one: ([one, one], "ties", {"base": one, "density": 1.5}), "density=1.5 must be above 0"),
     "a density of none": (lambda one: ([one, one], "dare", {"base": one, "density": 0.0}), "density=0.0 must be above 0"),
     "weights": (lambda one: ([one, one], "soup", {"weights": [1.0]}), "weights= has 1 numbers for 2 models"),
-    "weights of zero": (lambda one: ([one, one], "soup", {"weights": [1.0, -1.0]}), "not add up to zero"),
+    "weights of zero": (lambda one: ([one, one], "soup", {"weights": [1.0, -1.0]}), "add up to zero"),
+    "weights of infinity": (lambda one: ([one, one], "soup", {"weights": [1.0, float("inf")]}), "must be finite"),
+    "weights nobody counts": (lambda one: ([one], "ties", {"base": one, "weights": [2.0]}), "counts all models alike"),
     "a scale": (lambda one: ([one, one], "soup", {"scale": 2.0}), "'soup' merges values. Leave it out"),
     "three scales": (
         lambda one: ([one], "task_arithmetic", {"base": one, "scale": (1.0, 2.0, 3.0)}),

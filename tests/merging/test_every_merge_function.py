@@ -6,14 +6,14 @@ import pytest
 import torch
 from flat_models import chirps, flat
 
-from lightning_peft import merge
+from lightning_peft import merge, registry
 from lightning_peft.merging import merge_function, stacks
 
 # Options under which a function that cuts or drops little is exact for one model.
 WHOLE = {"ties": {"density": 1.0}, "dare": {"density": 1.0}, "interpolate": {"share": 1.0}, "lines": {"growth": 0.0}}
 # These clip or round what they keep.
 INEXACT = {"pcb", "compeft", "fedzip"}
-NAMES = sorted(merge_function.installed())
+NAMES = sorted(registry.merge_functions())
 
 
 def network(row):

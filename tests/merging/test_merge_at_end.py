@@ -63,6 +63,12 @@ def fit(folder, end, *callbacks, module=None, epochs=5, ckpt=None, **settings):
     return module, keeper, trainer
 
 
+def loss_of(module):
+    rows, labels = data(1, 64).dataset.tensors
+    with torch.no_grad():
+        return float(nn.functional.cross_entropy(module.eval()(rows), labels))
+
+
 def same(one, two):
     return all(torch.equal(one[name], two[name]) for name in one)
 
@@ -133,6 +139,8 @@ def test_beside_methods_and_in_any_order(tmp_path):
         with pytest.warns(UserWarning, match="2 tensors are 2:4 in all models, under masks that differ"):
             trainer.fit(module, data(0), data(1, 64))
         assert end.result is not None
+        fresh = Project.load_from_checkpoint(end.result.models[0])
+        assert end.result.best == pytest.approx(loss_of(fresh), abs=1e-6), "what layers see in the file is what was judged"
         with pytest.warns(UserWarning, match="2:4"):
             merged = merge(list(end.result.models))
         assert same(module.state_dict(), merged)

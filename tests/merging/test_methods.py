@@ -44,6 +44,7 @@ def test_task_arithmetic_adds_and_takes_away():
     assert torch.equal(merged(deltas[:1], "task_arithmetic"), one)
     assert torch.allclose(merged(deltas, "task_arithmetic", scale=0.3), 0.3 * (one + two))
     assert torch.allclose(merged(deltas, "task_arithmetic", weights=[1.0, -2.0]), one - 2 * two)
+    assert torch.allclose(merged(deltas, "task_arithmetic", weights=[1.0, -1.0]), one - two)
     added = merge([parted(one)], "task_arithmetic", base=parted(two))
     assert torch.allclose(flat(added), one)
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightning_peft import merge_function
 from lightning_peft.arguments import not_negative
+from lightning_peft_plugins.merging._shared.shares import shares
 
 
 @merge_function(elementwise=True)
@@ -29,5 +30,4 @@ def interpolate(deltas: Tensor, weights: Tensor, *, share: float = 0.5) -> Tenso
         tensor([1.])
     """
     not_negative("share", share)
-    shares = (weights * (share / weights.sum())).to(deltas.dtype)
-    return (shares @ deltas.flatten(1)).view(deltas.shape[1:])
+    return ((share * shares(weights)).to(deltas.dtype) @ deltas.flatten(1)).view(deltas.shape[1:])

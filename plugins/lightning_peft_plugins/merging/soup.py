@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_peft import merge_function
+from lightning_peft_plugins.merging._shared.shares import shares
 
 
 @merge_function(elementwise=True)
@@ -23,5 +24,4 @@ def soup(models: Tensor, weights: Tensor) -> Tensor:
         >>> soup(torch.tensor([[1.0, 2.0], [3.0, 2.0]]), torch.tensor([1.0, 3.0]))
         tensor([2.5000, 2.0000])
     """
-    shares = (weights / weights.sum()).to(models.dtype)
-    return (shares @ models.flatten(1)).view(models.shape[1:])
+    return (shares(weights).to(models.dtype) @ models.flatten(1)).view(models.shape[1:])
