@@ -13,7 +13,6 @@ import pytest
 import lightning_peft
 from lightning_peft import registry
 from lightning_peft.cli.card_heads import parse_head, split_head
-from lightning_peft.merging import merge_function
 
 CARDS = sorted(markdown.ROOT.glob("plugins/*/*/cards/*.md"))
 CODE = re.compile(r"`([^`\n]+)`")
@@ -28,8 +27,8 @@ def body(path) -> str:
 
 def parameters(name: str) -> dict[str, inspect.Parameter]:
     """Arguments of a method, those that its constructor hands on to a base class included; options of a merge function."""
-    if name in merge_function.installed():
-        function = merge_function.installed()[name].load()
+    if name in registry.merge_functions():
+        function = registry.merge_functions()[name].load()
         return {key: each for key, each in inspect.signature(function).parameters.items() if each.kind is each.KEYWORD_ONLY}
     found: dict[str, inspect.Parameter] = {}
     for base in registry.find(name).__mro__:

@@ -204,6 +204,7 @@ class NMSparsity(Method):
             self.timeline = PhaseTimeline(before.dense_end, min(before.sparse_end, self.steps), self.timeline.total)
         for rule in self._rules.values():  # between processes that hold shards of the weights, each would hold whole masks
             rule.pulls = self.sr_lambda > 0 and not shards(run.trainer.strategy)
+            rule.together.apart = shards(run.trainer.strategy)
         self._enter_phase()
         self._refresh(run.module, fresh_only=True)
 

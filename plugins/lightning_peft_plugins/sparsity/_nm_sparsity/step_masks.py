@@ -18,7 +18,13 @@ class StepMasks:
     layers not longer than for one. So weights whose masks were asked for in one step are chosen together in the next, a
     limited number at a time. Every mask is handed out once, for the value that it was chosen from: whoever asks once more, or
     after somebody has changed the weight in place, chooses for himself.
+
+    Attributes:
+        apart: Choose every mask alone. FSDP gathers the weights of a layer right before it runs: until then the memory of a
+            weight that the last step saw holds older numbers, or is given back.
     """
+
+    apart = False
 
     def __init__(self) -> None:
         self._asked: dict[int, tuple[Tensor, int]] = {}
@@ -41,7 +47,7 @@ class StepMasks:
             m: Group size.
             dim: Dimension along which groups run.
         """
-        if weight.numel() > TOGETHER:
+        if self.apart or weight.numel() > TOGETHER:
             return None
         key = id(weight)
         self._asked[key] = (weight, dim)
