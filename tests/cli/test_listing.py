@@ -200,6 +200,7 @@ def test_somebody_elses_card_with_and_without_a_head(cli, their_site, monkeypatc
     monkeypatch.syspath_prepend(their_site)
     entry = registry.MethodEntry("Theirs", "their_plugin.inner.method:Theirs", "their-plugin", "1.2.3")
     monkeypatch.setattr(registry, "installed", lambda: {"Theirs": entry})
+    monkeypatch.setattr(registry, "merge_functions", dict)
     status, data, _ = cli("list", "--json")
     assert status == 0
     assert data["methods"][0]["error"].startswith(error)

@@ -67,8 +67,9 @@ class Checkout:
         return _inserted(text, functional.GROUP, functions)
 
     def families(self) -> list[str]:
-        """Return the names of the families, which are folders of the plugins' package."""
-        return sorted(path.parent.name for path in (self.root / "plugins" / PLUGINS).glob("*/__init__.py"))
+        """Return the names of the families, which are folders of the plugins' package; that of merge functions is none."""
+        folders = {path.parent.name for path in (self.root / "plugins" / PLUGINS).glob("*/__init__.py")}
+        return sorted(folders - {value.split(".")[1] for value in self.points(registry.MERGES).values()})
 
     def methods(self) -> list[RegisteredMethod]:
         """Return all registered methods, in the order of the entry points.
