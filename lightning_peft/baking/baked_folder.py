@@ -100,18 +100,12 @@ def read_tensors(folder: str | Path, found: Mapping[str, Any]) -> dict[str, Tens
         MisconfigurationException: safetensors is missing.
     """
     _require_safetensors()
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = Path(folder) / WEIGHTS  # never a name from the manifest, which could point elsewhere
     if not path.is_file():
         raise FileNotFoundError(f"There is no {WEIGHTS} in {folder}.")
     if file_digest(path) != found["file"]["sha256"]:
         raise files.CheckpointError(f"{path} is damaged: its sha256 is not that in {MANIFEST}. Copy or save the model again.")
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, ValueError, OSError) as error:
-        raise files.CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+    tensors = read_safetensors(path)
     expected = found["tensors"]
     if set(tensors) != set(expected):
         raise files.CheckpointError(
@@ -125,6 +119,24 @@ def read_tensors(folder: str | Path, found: Mapping[str, Any]) -> dict[str, Tens
     if strangers := [name for name in found["tied"].values() if name not in tensors]:
         raise files.CheckpointError(f"{Path(folder) / MANIFEST} ties tensors to {strangers[0]}, which is not in {WEIGHTS}.")
     return tensors | {name: tensors[other] for name, other in found["tied"].items()}
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read a file of safetensors; its tensors are mapped.
+
+    Raises:
+        CheckpointError: It is damaged.
+        MisconfigurationException: safetensors is missing.
+    """
+    _require_safetensors()
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise files.CheckpointError(f"{path} is not a readable safetensors file: {error}. Copy or save it again.") from error
+    return tensors
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ class Combining:
     ) -> None:
         everything = [*([] if base is None else [base]), *models]
         self.entries = matched(everything, mixed=settings.dtype is not None)
+        self._merged = [entry.name for entry in self.entries if entry.fate == "merged"]
         self.first = everything[0]
         self._models, self._function, self._settings = models, function, settings
         working = working_type(everything)
@@ -80,10 +81,6 @@ class Combining:
         self._norms = torch.zeros(len(models), dtype=torch.float64)
         if not function.traits.elementwise:
             self._check_memory()
-
-    @property
-    def _merged(self) -> list[str]:
-        return [entry.name for entry in self.entries if entry.fate == "merged"]
 
     @torch.no_grad()
     def run(self, progress: Progress | None = None) -> dict[str, Any]:
@@ -132,7 +129,8 @@ class Combining:
         # A difference that is still to be rescaled is kept as precise as it was computed.
         kept = self._stacker.dtype if self._function.traits.rescale is not None else dtype
         result = torch.empty(own.shape, dtype=kept)
-        chance = generators(self._settings.seed, entry.name, len(self._models))
+        asked = "generators" in self._function.supplied
+        chance = generators(self._settings.seed, entry.name, len(self._models)) if asked else []
         flat = result.view(-1)
         for piece in self._stacker.pieces(entry.name) if self._function.traits.elementwise else [None]:
             merged = self._function(**self._supplied(entry.name, piece, chance, surveyed))

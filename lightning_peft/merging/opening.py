@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.baking.bake import baked
-from lightning_peft.baking.baked_folder import read_tensors
+from lightning_peft.baking.baked_folder import read_safetensors, read_tensors
 from lightning_peft.baking.manifest import MANIFEST, read_manifest
 from lightning_peft.baking.reading import harmless_objects, read_checkpoint, readable
 from lightning_peft.deltas.peft_files import CONFIG
@@ -54,7 +53,7 @@ def open_model(source: Source, label: str = "", *, base: Model | None = None, tr
     if path.is_dir() and not (path / ".metadata").is_file():
         return _of_folder(path, base, trusted)
     if path.suffix == ".safetensors":
-        return _of_state(_safetensors(path), str(path))
+        return _of_state(read_safetensors(path), str(path))
     return _of_file(path, base, trusted)
 
 
@@ -118,10 +117,10 @@ def _of_folder(path: Path, base: Model | None, trusted: bool) -> Model:
         found = read_manifest(path)
         return _of_state(read_tensors(path, found), str(path), folder=path, rest=_history(found))
     if (path / _INDEX).is_file():
-        parts = [_safetensors(path / file) for file in sorted(set(_index(path / _INDEX).values()))]
+        parts = [read_safetensors(path / file) for file in sorted(set(_index(path / _INDEX).values()))]
         return _of_state({name: value for part in parts for name, value in part.items()}, str(path), folder=path)
     if (path / "model.safetensors").is_file():
-        return _of_state(_safetensors(path / "model.safetensors"), str(path), folder=path)
+        return _of_state(read_safetensors(path / "model.safetensors"), str(path), folder=path)
     if (path / "pytorch_model.bin").is_file():
         return _of_state(_load(path / "pytorch_model.bin", trusted), str(path), folder=path)
     raise MergeError(
@@ -147,16 +146,3 @@ def _index(path: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise MergeError(f"{path} is damaged: it does not say which file of its folder holds which tensor. Copy it again.")
-
-
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    if find_spec("safetensors") is None:
-        raise MergeError('This needs safetensors. Install the extra: pip install "lightning-peft[export]".')
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        found: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, ValueError, OSError) as error:
-        raise MergeError(f"{path} is not a readable safetensors file: {error}. Copy or save it again.") from error
-    return found
